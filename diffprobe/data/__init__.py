@@ -1,0 +1,106 @@
+"""Datasets: the drawn world, drawn twins of benchmarks, folders of photographs; all yield `Sample`.
+
+samples.py    what every dataset yields
+shapes.py     the drawn world with its captions and masks
+questions.py  questions about drawn scenes
+twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
+folder.py     a folder of photographs, with or without captions
+images.py     reading photographs safely, and fitting images and masks to a size
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from diffprobe.data.folder import FolderDataset
+from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
+from diffprobe.data.samples import Caption, Dataset, Question, Sample, Span, iterate
+from diffprobe.data.shapes import COUNT_WORDS, SPLITS, ShapesDataset
+from diffprobe.data.twins import KINDS, TwinsDataset
+
+__all__ = [
+    "Caption",
+    "Dataset",
+    "FolderDataset",
+    "ImageError",
+    "Question",
+    "Sample",
+    "ShapesDataset",
+    "Span",
+    "TwinsDataset",
+    "fit_image",
+    "fit_masks",
+    "iterate",
+    "load_dataset",
+    "read_image",
+]
+
+OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}}
+FORMS = ", ".join(["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), "or the path of a folder of images"])
+
+
+def load_dataset(spec: str) -> Dataset:
+    """The dataset that a short text names.
+
+    ``shapes:N`` is N drawn scenes, with options ``split`` (train, validation, test, compositional), ``seed`` and
+    ``objects`` (1-4, any number by default); ``shapes-mmvp:N``, ``shapes-winoground:N`` and ``shapes-naturalbench:N``
+    are N pairs of drawn images, with the option ``seed``; anything else is the path of a folder of photographs.
+
+    Raises:
+        ValueError: the text names no dataset; the message lists what does.
+
+    >>> dataset = load_dataset("shapes:256?split=test&seed=1&objects=2")
+    >>> len(dataset), dataset[0].id
+    (256, 'shapes-test-1-n2-000000')
+    >>> len(load_dataset("shapes-mmvp:90"))
+    180
+    >>> load_dataset("shapes:256?spilt=test")
+    Traceback (most recent call last):
+    ValueError: 'shapes:256?spilt=test': unknown option 'spilt'; shapes takes split, seed, objects. Did you mean 'split'?
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in OPTIONS:
+        if Path(spec).expanduser().is_dir():
+            return FolderDataset(spec)
+        raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{_closest(kind, OPTIONS)}")
+    if not colon:
+        raise ValueError(f"{spec!r} does not say how many; write for example '{kind}:256'.")
+    number, _, query = rest.partition("?")
+    count = _whole(spec, "the number after ':'", number, at_least=1)
+    options = _options(spec, kind, query)
+    seed = _whole(spec, "seed", options.get("seed", "0"))
+    if kind != "shapes":
+        return TwinsDataset(kind.removeprefix("shapes-"), count, seed)
+    split = options.get("split", "train")
+    if split not in SPLITS:
+        raise ValueError(f"{spec!r}: unknown split {split!r}; valid are {', '.join(SPLITS)}.{_closest(split, SPLITS)}")
+    most = len(COUNT_WORDS) - 1
+    objects = _whole(spec, "objects", options["objects"], at_least=1, at_most=most) if "objects" in options else None
+    return ShapesDataset(count, split, seed, objects)
+
+
+def _closest(name: str, valid: tuple[str, ...] | dict[str, tuple[str, ...]]) -> str:
+    match = get_close_matches(name, list(valid), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _options(spec: str, kind: str, query: str) -> dict[str, str]:
+    """The ``name=value&name=value`` after a question mark."""
+    options: dict[str, str] = {}
+    for part in query.split("&") if query else []:
+        name, equals, value = part.partition("=")
+        if name not in OPTIONS[kind]:
+            valid = ", ".join(OPTIONS[kind])
+            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {valid}.{_closest(name, OPTIONS[kind])}")
+        if not equals or name in options:
+            raise ValueError(f"{spec!r}: write option {name!r} once, as {name}=VALUE.")
+        options[name] = value
+    return options
+
+
+def _whole(spec: str, what: str, text: str, at_least: int = 0, at_most: int | None = None) -> int:
+    if not (text.isascii() and text.isdigit() and at_least <= int(text) and (at_most is None or int(text) <= at_most)):
+        span = f"from {at_least} to {at_most}" if at_most is not None else f"of at least {at_least}"
+        raise ValueError(f"{spec!r}: {what} is {text!r}; it must be a whole number {span}.")
+    return int(text)

@@ -1,0 +1,164 @@
+"""Reading photographs safely, and fitting an image and its masks to a model's size by the same geometry.
+
+Images are RGB, 8 bits a channel, upright, on white where they were transparent; masks are (object, y, x)
+bool.  Sizes are (height, width).  The invariant: `fit_image` and `fit_masks` take the same piece of the
+source to the same place, so a mask that covered an object still does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Decoders of photographs only: others (EPS, PDF) run programs or fetch files.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
+FITS = ("crop", "squash", "pad")
+MAX_PIXELS = 100_000_000
+WHITE = (255, 255, 255)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file, the reason and what to do."""
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a photograph as RGB: the first frame, upright, transparency on white, 16 bits brought to 8.
+
+    Args:
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        ImageError: the file is missing, empty, broken, cut off, too large or no image.
+    """
+    path = Path(path)
+    try:
+        # Odd metadata makes Pillow warn about files that it reads well; its size warning is our own check below.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(path, image, max_pixels)
+                image.load()
+                _check_size(path, image, max_pixels)
+                return _to_rgb(path, image)
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder may raise anything on a broken file
+        raise _refusal(path, error) from error
+
+
+def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
+    pixels = image.width * image.height
+    if pixels == 0:
+        raise ImageError(f"'{path}' is an image of {image.width} x {image.height} pixels; remove it or export it again.")
+    if pixels > max_pixels:
+        raise ImageError(
+            f"'{path}' has {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}; "
+            "make it smaller, or raise max_pixels if it is meant to be this large."
+        )
+
+
+def _refusal(path: Path, error: Exception) -> ImageError:
+    """Say what is wrong with a file that Pillow could not read."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError(f"'{path}' does not exist; check the name, or list the folder again.")
+    if isinstance(error, IsADirectoryError):
+        return ImageError(f"'{path}' is a folder, not an image; name a file in it.")
+    if isinstance(error, PermissionError):
+        return ImageError(f"'{path}' may not be read by this user; change its permissions.")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError(f"'{path}' is far too large to decode safely ({error}); make it smaller.")
+    if isinstance(error, MemoryError):
+        return ImageError(f"'{path}' needs more memory than there is; make it smaller.")
+    if isinstance(error, UnidentifiedImageError):
+        if path.stat().st_size == 0:
+            return ImageError(f"'{path}' is empty (0 bytes); copy it again or remove it.")
+        return ImageError(f"'{path}' is not an image in a known format ({', '.join(FORMATS)}); convert it to PNG or remove it.")
+    return ImageError(f"'{path}' is broken or cut off ({type(error).__name__}: {error}); copy it again or remove it.")
+
+
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels, which are loaded
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_grey(path, image).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
+    # A copy, also of what is RGB already: the original's file closes when `read_image` returns.
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _deep_grey(path: Path, image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or float from 0 to 1, to 8 bits; Pillow's own conversion would clip at 255."""
+    values = np.asarray(image).astype(np.float64)
+    white = 1.0 if image.mode == "F" else 65535.0
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
+        raise ImageError(
+            f"'{path}' holds grey values from {values.min():g} to {values.max():g}, where 0 to {white:g} was expected; "
+            "convert it to 8 or 16 bits."
+        )
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+Box = tuple[float, float, float, float]
+
+
+def _geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+    """Which box of the source is kept, at which (width, height) it is drawn, and where its corner then lies."""
+    if fit not in FITS:
+        raise ValueError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
+    (height, width), (to_height, to_width) = source, size
+    if min(height, width, to_height, to_width) < 1:
+        raise ValueError(f"Cannot fit {height} x {width} pixels to {to_height} x {to_width}: every side must be at least 1.")
+    if fit == "crop":
+        scale = max(to_height / height, to_width / width)
+        keep_width, keep_height = to_width / scale, to_height / scale
+        left, top = max(0.0, (width - keep_width) / 2), max(0.0, (height - keep_height) / 2)
+        return (left, top, min(width, left + keep_width), min(height, top + keep_height)), (to_width, to_height), (0, 0)
+    whole = (0.0, 0.0, float(width), float(height))
+    if fit == "squash":
+        return whole, (to_width, to_height), (0, 0)
+    scale = min(to_height / height, to_width / width)
+    drawn = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return whole, drawn, ((to_width - drawn[0]) // 2, (to_height - drawn[1]) // 2)
+
+
+def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> Image.Image:
+    """Bring an RGB image to `size`, (height, width).
+
+    Args:
+        fit: "crop" scales the shorter side and keeps the middle, "squash" changes the proportions, "pad" adds white.
+
+    >>> fit_image(Image.new("RGB", (300, 200)), (64, 96), "pad").size
+    (96, 64)
+    """
+    box, drawn, corner = _geometry((image.height, image.width), size, fit)
+    # One resampling of the box, not a crop of a resized whole: a 10 x 100000 image would fill the memory.
+    scaled = image.resize(drawn, Image.Resampling.LANCZOS, box=box)
+    if drawn == (size[1], size[0]):
+        return scaled
+    canvas = Image.new("RGB", (size[1], size[0]), WHITE)
+    canvas.paste(scaled, corner)
+    return canvas
+
+
+def fit_masks(masks: np.ndarray, size: tuple[int, int], fit: str = "crop") -> np.ndarray:
+    """Bring masks (object, y, x) to `size` as `fit_image` does; a pixel is in when at least half of it was.
+
+    >>> masks = np.zeros((1, 4, 8), bool)
+    >>> masks[0, :, :4] = True
+    >>> fit_masks(masks, (2, 2), "crop").astype(int).tolist()
+    [[[1, 0], [1, 0]]]
+    """
+    fitted = np.zeros((len(masks), *size), bool)
+    if not len(masks):
+        return fitted
+    box, (width, height), (left, top) = _geometry(masks.shape[1:], size, fit)
+    for index, mask in enumerate(masks):
+        area = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX, box=box)
+        fitted[index, top : top + height, left : left + width] = np.asarray(area) >= 0.5
+    return fitted

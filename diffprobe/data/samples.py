@@ -1,0 +1,102 @@
+"""What every dataset yields: one image with whatever is known about it.
+
+A drawn scene knows everything (masks, attributes, questions); a folder of photographs may know only
+a file name.  The same type serves both, so nothing downstream asks where a sample came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters ``text[start:end]`` of a caption that speak of some objects.
+
+    `objects` are indices into the sample's masks (several for a plural); `role` is "noun", "colour",
+    "phrase" (the whole noun phrase) or "background" (then `objects` is empty).
+    """
+
+    start: int
+    end: int
+    objects: tuple[int, ...]
+    role: str
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One description of an image: its text, its style, and which words speak of which objects."""
+
+    text: str
+    spans: tuple[Span, ...] = ()
+    style: str = "plain"
+
+    def words(self, role: str = "noun") -> list[tuple[str, Span]]:
+        """The words of one role, in reading order.
+
+        >>> Caption("a red star", (Span(6, 10, (0,), "noun"),)).words()
+        [('star', Span(start=6, end=10, objects=(0,), role='noun'))]
+        """
+        return [(self.text[s.start : s.end], s) for s in self.spans if s.role == role]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image, its answer, and the closed set of answers that it has."""
+
+    text: str
+    answer: str
+    options: tuple[str, ...]
+    category: str
+    objects: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and what is known about it.
+
+    `load` returns the RGB image (drawn or read only when asked); `masks` returns a boolean array
+    (object, y, x), with no objects where no truth is known.  `labels` holds scalars by name
+    (``n_objects``, ``colour``, ...), the targets of probes.
+    """
+
+    id: str
+    load: Callable[[], Image.Image]
+    captions: tuple[Caption, ...] = ()
+    labels: Mapping[str, str | int | float] = field(default_factory=dict)
+    questions: tuple[Question, ...] = ()
+    masks: Callable[[], np.ndarray] = lambda: np.zeros((0, 1, 1), bool)
+    objects: tuple[Mapping[str, object], ...] = ()
+
+
+class Dataset(Protocol):
+    """A finite, indexable collection of samples with an identity that a store can record."""
+
+    @property
+    def name(self) -> str:
+        """A short name for provenance."""
+        ...
+
+    @property
+    def spec(self) -> str:
+        """What `load_dataset` makes this dataset from."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str:
+        """A short hash that changes when any sample's identity or content does."""
+        ...
+
+
+def iterate(dataset: Dataset) -> Iterator[Sample]:
+    """Yield every sample in order (a Protocol with ``__getitem__`` alone is not iterable to a type checker)."""
+    for index in range(len(dataset)):
+        yield dataset[index]
