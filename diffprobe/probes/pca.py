@@ -1,0 +1,135 @@
+"""Principal components as colours, and the tokens whose norm stands out.
+
+Features are (..., channel, y, x), where the dimensions in front (sample, timestep, ...) number the maps.  The
+invariant: the same features give the same colours, whatever the linear algebra library decides about signs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+MAP = ("channel", "y", "x")
+MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is sigma / 1.4826
+
+
+def pca_rgb(features: xr.DataArray, shared: bool = True, percentiles: tuple[float, float] = (1.0, 99.0)) -> xr.DataArray:
+    """Draws the three leading principal components of the channels as red, green and blue.
+
+    A component's sign is chosen so that its largest loading is positive.  Its scores are stretched from the lower to
+    the upper percentile onto [0, 1] and clipped, so that a few outliers do not cost all contrast; a component
+    without spread is 0.5 everywhere.
+
+    Args:
+        features: (..., channel, y, x) with at least three channels.
+        shared: One basis and one stretch for all maps, so that colours mean the same across them; otherwise each
+            map has its own.
+        percentiles: Lower and upper end of the stretch.
+
+    Returns:
+        (..., y, x, rgb) in float32.  The attribute `explained` holds the three components' shares of the variance
+        (the mean over maps when the basis is not shared).
+
+    Raises:
+        ValueError: For missing dimensions, fewer than three channels, or non-finite features.
+
+    >>> maps = xr.DataArray(np.random.default_rng(0).normal(size=(2, 5, 4, 4)), dims=("sample", "channel", "y", "x"))
+    >>> colours = pca_rgb(maps)
+    >>> colours.dims, colours.shape, float(colours.min()), float(colours.max())
+    (('sample', 'y', 'x', 'rgb'), (2, 4, 4, 3), 0.0, 1.0)
+    """
+    outer, tokens = _tokens(features)
+    if tokens.shape[-1] < 3:
+        raise ValueError(f"Three colours need at least 3 channels; these features have {tokens.shape[-1]}.")
+    maps, height, width, channels = tokens.shape
+    parts = tokens.reshape(1, -1, channels) if shared else tokens.reshape(maps, -1, channels)
+    drawn = [_components(part, percentiles) for part in parts]
+    colours = np.stack([d[0] for d in drawn]).reshape(*(features.sizes[d] for d in outer), height, width, 3)
+    coords = {name: c for name, c in features.coords.items() if "channel" not in c.dims}
+    result = xr.DataArray(colours.astype(np.float32), dims=(*outer, "y", "x", "rgb"), coords=coords, name="pca")
+    explained = np.mean([d[1] for d in drawn], axis=0)
+    return result.assign_coords(rgb=["r", "g", "b"]).assign_attrs(explained=[float(e) for e in explained], shared=shared)
+
+
+def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFrame:
+    """Counts register-like tokens: positions whose norm is far above the map's usual one (Darcet et al. 2024).
+
+    The rule: the norm over channels of every position, its robust z-score `(norm - median) / (1.4826 * MAD)` with
+    median and MAD over the positions of the same map, and a token is an outlier when the score exceeds `threshold`.
+    Only large norms count.  A normal distribution would pass 6 once in a billion tokens; the scores' scale is floored
+    at a millionth of the median, so that a constant map has no outliers.
+
+    Args:
+        features: (..., channel, y, x).
+        threshold: The robust z-score from which a token is an outlier.
+
+    Returns:
+        One row per map: the coordinates of the dimensions in front, n_tokens, n_outliers, share, median_norm,
+        max_norm, max_z, and the position (y, x) of the largest norm as y_max and x_max.
+
+    >>> maps = np.random.default_rng(0).normal(size=(8, 6, 6))
+    >>> maps[:, 2, 5] *= 20
+    >>> row = outlier_tokens(xr.DataArray(maps, dims=("channel", "y", "x"))).iloc[0]
+    >>> int(row.n_outliers), int(row.y_max), int(row.x_max)
+    (1, 2, 5)
+    """
+    if threshold <= 0:
+        raise ValueError(f"`threshold` is a positive robust z-score; got {threshold}.")
+    outer, tokens = _tokens(features)
+    norms = np.linalg.norm(tokens, axis=-1)
+    rows = []
+    for index, norm in zip(np.ndindex(*(features.sizes[d] for d in outer)), norms, strict=True):
+        median = float(np.median(norm))
+        spread = max(MAD_TO_SIGMA * float(np.median(np.abs(norm - median))), 1e-6 * median, float(np.finfo(np.float32).tiny))
+        scores = (norm - median) / spread
+        outliers = int((scores > threshold).sum())
+        y_max, x_max = np.unravel_index(int(norm.argmax()), norm.shape)
+        rows.append(
+            {
+                **{str(d): features[d].values[i] if d in features.coords else i for d, i in zip(outer, index, strict=True)},
+                "n_tokens": norm.size,
+                "n_outliers": outliers,
+                "share": outliers / norm.size,
+                "median_norm": median,
+                "max_norm": float(norm.max()),
+                "max_z": float(scores.max()),
+                "y_max": int(y_max),
+                "x_max": int(x_max),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _tokens(features: xr.DataArray) -> tuple[list[Any], NDArray[np.float64]]:
+    """The dimensions in front, and the features as (map, y, x, channel)."""
+    if missing := [d for d in MAP if d not in features.dims]:
+        raise ValueError(f"Features need channel, y and x; {', '.join(missing)} is not in {features.dims}.")
+    outer = [d for d in features.dims if d not in MAP]
+    values = features.transpose(*outer, "y", "x", "channel").to_numpy().astype(np.float64)
+    tokens = values.reshape(-1, *values.shape[-3:])
+    if not np.isfinite(tokens).all():
+        bad = int((~np.isfinite(tokens)).any(axis=(1, 2, 3)).sum())
+        raise ValueError(f"{bad} of {len(tokens)} maps are not finite; select the finished samples first.")
+    return outer, tokens
+
+
+def _components(
+    tokens: NDArray[np.float64], percentiles: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Stretched scores (token, 3) and shares of variance (3,) of the tokens (token, channel)."""
+    centred = tokens - tokens.mean(axis=0)
+    # the covariance is exact and small: as many rows as channels, however many tokens there are
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    values, vectors = values[::-1][:3], vectors[:, ::-1][:, :3]
+    total = float(np.square(centred).sum())
+    largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(3)]
+    scores = centred @ (vectors * np.sign(largest))
+    low, high = np.percentile(scores, percentiles, axis=0)
+    # numbers below the rounding of the largest component are no structure
+    flat = (high - low) <= 1e-7 * np.sqrt(max(float(values[0]), 0.0) / len(tokens) + 1e-300)
+    stretched = np.clip((scores - low) / np.where(flat, 1.0, high - low), 0.0, 1.0)
+    return np.where(flat, 0.5, stretched), np.maximum(values, 0) / total if total > 0 else np.zeros(3)

@@ -1,0 +1,375 @@
+"""Linear probes on planted signals, against plain scikit-learn, and their refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import balanced_accuracy_score, jaccard_score, r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from diffprobe.probes import linear
+from diffprobe.probes.linear import GramRidge, fit_probe, pool_features, probe_table, split_folds
+
+N = 200
+COLOURS = np.array(["red", "green", "blue"])
+
+
+def planted(n=N, channels=6, timesteps=(10, 900), strength=(3.0, 0.0), side=None, seed=0):
+    """Features whose first channels tell the colour at the first timestep and nothing at the second."""
+    rng = np.random.default_rng(seed)
+    colour = rng.integers(3, size=n)
+    shape = (n, len(timesteps), channels) + ((side, side) if side else ())
+    values = rng.normal(size=shape) * (side or 1)
+    for k, s in enumerate(strength):
+        values[np.arange(n), k, colour] += s
+    dims = ("sample", "timestep", "channel") + (("y", "x") if side else ())
+    coords = {
+        "sample": [f"s{i:03d}" for i in range(n)],
+        "timestep": list(timesteps),
+        "colour": ("sample", COLOURS[colour]),
+        "area": ("sample", values[:, 0, 3].reshape(n, -1).mean(1) * 2 + 0.5 * rng.normal(size=n)),
+        "one": ("sample", np.full(n, "same")),
+    }
+    return xr.DataArray(values, dims=dims, coords=coords)
+
+
+def split(features, name, groups=None, seed=0):
+    """The split that `fit_probe` promises: rows to fit on, rows to test."""
+    values = features[name].values
+    target = values if values.dtype.kind == "f" else np.unique(values, return_inverse=True)[1]
+    folds = split_folds(target, np.arange(len(values)) if groups is None else groups, seed)
+    return folds != 0, folds == 0
+
+
+def test_planted_direction_is_found_and_noise_is_at_chance():
+    frame = fit_probe(planted(), "colour").set_index("timestep")
+    strong, noise = frame.loc[10], frame.loc[900]
+    assert strong.value > 0.9
+    assert strong.low <= strong.value <= strong.high
+    assert strong.low > strong.chance
+    assert noise.low <= 1 / 3 <= noise.high + 0.05
+    assert noise.value < 0.55
+    assert strong.chance_uniform == pytest.approx(1 / 3)
+    assert (frame.label == "colour").all() and (frame.score == "accuracy").all() and frame.converged.all()
+    assert (frame.n_train + frame.n_validation + frame.n_test == N).all() and (frame.n_test == N / 5).all()
+
+
+def test_permuted_control_is_at_chance_and_shows_memory_on_train():
+    frame = fit_probe(planted(channels=150, strength=(4.0, 0.0)), "colour", penalties=[1e-3])
+    assert (frame.control_accuracy < 0.6).all()
+    assert (frame.control_train_accuracy > 0.9).all()  # 150 columns, 160 rows: everything can be memorised
+    assert frame.selectivity.to_list() == pytest.approx((frame.value - frame.control_accuracy).to_list())
+    without = fit_probe(planted(), "colour", control=False)
+    assert without.control_accuracy.isna().all() and without.selectivity.isna().all()
+
+
+def test_control_by_types_measures_capacity():
+    """A probe that sees which type it has can memorise any labelling of the types."""
+    rng = np.random.default_rng(0)
+    types = rng.integers(12, size=400)
+    values = np.eye(12)[types] + 0.05 * rng.normal(size=(400, 12))
+    features = xr.DataArray(values, dims=("sample", "channel"), coords={"parity": ("sample", types % 2)})
+    by_type = fit_probe(features, "parity", types=types, penalties=[0.1]).iloc[0]
+    permuted = fit_probe(features, "parity", penalties=[0.1]).iloc[0]
+    assert by_type.value == 1 and by_type.control_accuracy == 1 and by_type.selectivity == 0
+    assert permuted.control_accuracy < 0.7
+
+
+def test_agrees_with_a_plain_pipeline():
+    features = planted(strength=(1.0, 0.3))
+    frame = fit_probe(features, "colour", penalties=[2.0], seed=3)
+    fitted, test = split(features, "colour", seed=3)
+    for _, row in frame.iterrows():
+        x, y = features.sel(timestep=row.timestep).values, features.colour.values
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, tol=1e-8, max_iter=5000)).fit(x[fitted], y[fitted])
+        guess = plain.predict(x[test])
+        assert row.value == pytest.approx(np.mean(guess == y[test]))
+        assert row.balanced_accuracy == pytest.approx(balanced_accuracy_score(y[test], guess))
+        majority = pd.Series(y[fitted]).mode()[0]
+        assert row.chance == pytest.approx(np.mean(y[test] == majority))
+
+
+def test_penalty_is_chosen_on_validation_only():
+    features = planted(n=150, channels=60, strength=(1.2, 0.0))
+    penalties = [1e-3, 1.0, 1e3]
+    row = fit_probe(features, "colour", penalties=penalties).set_index("timestep").loc[10]
+    folds = split_folds(np.unique(features.colour, return_inverse=True)[1], np.arange(150))
+    x, y = features.sel(timestep=10).values, features.colour.values
+    scores = {
+        p: make_pipeline(StandardScaler(), LogisticRegression(C=1 / p, tol=1e-8, max_iter=5000))
+        .fit(x[folds > 1], y[folds > 1])
+        .score(x[folds == 1], y[folds == 1])
+        for p in penalties
+    }
+    assert row.penalty == max(p for p in penalties if scores[p] == max(scores.values()))
+    assert len(set(scores.values())) > 1
+    # what happens to the test rows cannot move the choice
+    x[folds == 0] = 1e6
+    assert fit_probe(features, "colour", penalties=penalties).set_index("timestep").loc[10].penalty == row.penalty
+
+
+def test_ridge_for_quantities():
+    features = planted()
+    frame = fit_probe(features, "area", penalties=[5.0]).set_index("timestep")
+    assert (frame.score == "r2").all() and (frame.chance == 0).all()
+    fitted, test = split(features, "area")
+    for step in frame.index:
+        x, y = features.sel(timestep=step).values, features.area.values
+        plain = make_pipeline(StandardScaler(), Ridge(alpha=5.0)).fit(x[fitted], y[fitted])
+        assert frame.value[step] == pytest.approx(r2_score(y[test], plain.predict(x[test])))
+    assert frame.low[10] > 0.8 and frame.low[10] < frame.value[10] < frame.high[10]
+    assert frame.value[900] < 0.15 and frame.control_accuracy.max() < 0.15
+
+
+def test_auto_takes_whole_numbers_for_classes_even_with_gaps():
+    features = planted()
+    counts = np.random.default_rng(0).integers(1, 4, size=N).astype(float)
+    counts[:5] = np.nan
+    frame = fit_probe(features, counts)
+    assert (frame.score == "accuracy").all() and (frame.n_classes == 3).all() and (frame.label == "label").all()
+    assert (fit_probe(features, np.arange(N)).score == "r2").all()
+    assert (fit_probe(features, counts, task="ridge").score == "r2").all()
+
+
+@pytest.mark.parametrize("missing", [None, "", np.nan])
+def test_missing_labels_are_dropped_and_counted(missing):
+    features = planted()
+    labels = features.colour.values.astype(object)
+    labels[::4] = missing
+    frame = fit_probe(features, labels)
+    kept = features.isel(sample=np.arange(N) % 4 != 0)
+    assert (frame.n_dropped == 50).all()
+    assert (frame.n_train + frame.n_validation + frame.n_test == 150).all()
+    assert frame.value.to_list() == fit_probe(kept, "colour").value.to_list()
+
+
+def test_label_array_is_aligned_by_sample():
+    features = planted()
+    shuffled = features.colour.isel(sample=np.random.default_rng(0).permutation(N))
+    pd.testing.assert_frame_equal(fit_probe(features, shuffled), fit_probe(features, "colour"))
+    with pytest.raises(ValueError, match="no entry for 1 samples, such as 's000'"):
+        fit_probe(features, features.colour[1:])
+
+
+def test_groups_are_never_split_and_widen_the_interval():
+    groups = np.repeat(np.arange(60), 4)
+    colour = np.random.default_rng(0).integers(3, size=60)[groups]
+    folds = split_folds(colour, groups)
+    assert all(len(np.unique(folds[groups == g])) == 1 for g in range(60))
+    for fold in range(5):
+        assert np.bincount(colour[folds == fold]).min() >= 8
+    # each scene four times: ungrouped, the test scenes were seen in training
+    scenes = np.random.default_rng(1).normal(size=(60, 100))
+    features = xr.DataArray(scenes[groups], dims=("sample", "channel"), coords={"colour": ("sample", colour)})
+    leaked, honest = fit_probe(features, "colour").iloc[0], fit_probe(features, "colour", groups=groups).iloc[0]
+    assert leaked.value > 0.9 and honest.value < 0.65
+    assert honest.high - honest.low > 0.3
+
+
+def test_repeated_sample_ids_stay_together():
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(60), 4)
+    features = xr.DataArray(rng.normal(size=(60, 100))[ids], dims=("sample", "channel"), coords={"sample": ids})
+    assert fit_probe(features, rng.integers(3, size=60)[ids]).value[0] < 0.65
+
+
+def test_folds_are_stratified_and_follow_the_seed():
+    target = np.repeat([0, 1, 2], [50, 25, 3])
+    folds = split_folds(target, np.arange(78), seed=1)
+    assert sorted(np.bincount(folds)) == [15, 15, 16, 16, 16]
+    for kind, expected in ((0, 10), (1, 5)):
+        assert np.abs(np.bincount(folds[target == kind], minlength=5) - expected).max() <= 1
+    assert (folds == split_folds(target, np.arange(78), seed=1)).all()
+    assert (folds != split_folds(target, np.arange(78), seed=2)).any()
+    quantity = np.random.default_rng(0).exponential(size=500)
+    means = [quantity[split_folds(quantity, np.arange(500)) == k].mean() for k in range(5)]
+    assert np.ptp(means) < 0.1
+
+
+def test_pooling():
+    features = planted(side=4, strength=(20.0, 0.0))
+    mean = fit_probe(features, "colour")
+    pd.testing.assert_frame_equal(mean, fit_probe(features.mean(("y", "x")).astype(np.float32), "colour"))
+    assert (mean.n_features == 6).all()
+    flat = fit_probe(features, "colour", pool="flatten", penalties=[100.0])
+    assert (flat.n_features == 96).all()
+    matrix = pool_features(features, "flatten").transpose("sample", "timestep", "channel").values
+    np.testing.assert_array_equal(matrix, features.values.reshape(N, 2, -1).astype(np.float32))
+    with pytest.raises(ValueError, match="'mean', 'flatten' or 'patches'"):
+        fit_probe(features, "colour", pool="max")
+    with pytest.raises(ValueError, match="needs the dimensions y and x"):
+        fit_probe(planted(), "colour", pool="patches")
+
+
+def segmentation(n=30, side=5, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(3, size=(n, side, side))
+    values = rng.normal(size=(n, 4, side, side)) + 2.0 * np.eye(4)[truth].transpose(0, 3, 1, 2)
+    return xr.DataArray(values, dims=("sample", "channel", "y", "x")), truth
+
+
+def test_patches_are_rows_of_their_sample():
+    features, truth = segmentation()
+    row = fit_probe(features, truth, pool="patches", penalties=[1.0]).iloc[0]
+    assert row.n_test == 6 * 25 and row.n_features == 4
+    strata = np.array([np.bincount(t.ravel()).argmax() for t in truth])
+    folds = np.repeat(split_folds(strata, np.arange(30)), 25)
+    x, y = features.transpose("sample", "y", "x", "channel").values.reshape(-1, 4), truth.ravel()
+    plain = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8)).fit(x[folds > 0], y[folds > 0])
+    guess = plain.predict(x[folds == 0])
+    assert row.value == pytest.approx(np.mean(guess == y[folds == 0]))
+    assert row.miou == pytest.approx(jaccard_score(y[folds == 0], guess, average="macro"))
+    # unlabelled patches are dropped one by one, and the axes are read by name
+    holed = truth.astype(float)
+    holed[:, 0, :] = np.nan
+    turned = fit_probe(features.transpose("x", "sample", "channel", "y"), holed, pool="patches").iloc[0]
+    assert turned.n_dropped == 30 * 5 and turned.value > 0.75
+    whole = fit_probe(features, np.arange(30) % 2, pool="patches").iloc[0]
+    assert whole.n_test == 150 and whole.value < 0.7
+
+
+def test_intervals_of_patches_are_clustered():
+    """Patches that are right or wrong together make a wider interval than as many independent ones."""
+    rng = np.random.default_rng(0)
+    easy = rng.normal(size=(40, 1, 1, 1)) > 0
+    truth = rng.integers(2, size=(40, 6, 6))
+    values = np.where(easy, 8.0 * (truth[:, None] - 0.5), 0) + 0.1 * rng.normal(size=(40, 1, 6, 6))
+    row = fit_probe(xr.DataArray(values, dims=("sample", "channel", "y", "x")), truth, pool="patches").iloc[0]
+    independent = 2 * 1.96 * np.sqrt(row.value * (1 - row.value) / row.n_test)
+    assert row.high - row.low > 2 * independent
+
+
+def test_all_right_has_wilsons_interval():
+    features = planted(strength=(50.0, 50.0))
+    row = fit_probe(features, "colour").iloc[0]
+    assert row.value == 1 and row.high == 1 and row.low == pytest.approx(40 / (40 + 1.959964**2))
+
+
+def test_workers_have_one_blas_thread(monkeypatch):
+    seen = []
+    inner = linear._Probe._fit_scaled
+
+    def spy(self, scaled, y, penalty):
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return inner(self, scaled, y, penalty)
+
+    monkeypatch.setattr(linear._Probe, "_fit_scaled", spy)
+    with threadpool_limits(limits=2):
+        before = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        fit_probe(planted(), "colour", n_jobs=1)
+    if before == {1}:
+        pytest.skip("this BLAS cannot have two threads, so one proves nothing")
+    assert seen and set(seen) == {1}
+
+
+def test_processes_change_nothing():
+    features = planted(n=80, timesteps=(1, 2, 3, 4), strength=(2.0, 1.0, 0.5, 0.0))
+    pd.testing.assert_frame_equal(fit_probe(features, "colour", n_jobs=2), fit_probe(features, "colour", n_jobs=1))
+
+
+def test_every_combination_is_a_row_and_lazy_arrays_are_read():
+    features = planted(n=60).expand_dims(conditioning=["null", "caption"]).chunk(sample=30)
+    frame = fit_probe(features.assign_coords(guidance=7.5), "colour", n_jobs=1)
+    places = {("null", 10), ("null", 900), ("caption", 10), ("caption", 900)}
+    assert set(zip(frame.conditioning, frame.timestep, strict=True)) == places
+    assert (frame.guidance == 7.5).all()
+    single = fit_probe(planted(n=60).sel(timestep=10), "colour")
+    assert len(single) == 1 and single.timestep[0] == 10
+
+
+def test_non_convergence_is_a_column_not_a_warning():
+    frame = fit_probe(planted(), "colour", max_iter=2)
+    assert not frame.converged.any() and (frame.iterations == 2).all()
+
+
+def test_seed_repeats_and_matters():
+    features = planted(strength=(1.0, 0.0))
+    pd.testing.assert_frame_equal(fit_probe(features, "colour", seed=5), fit_probe(features, "colour", seed=5))
+    assert fit_probe(features, "colour", seed=5).value.to_list() != fit_probe(features, "colour", seed=6).value.to_list()
+
+
+def test_table_over_sites_and_labels():
+    sites = {"down.0": planted(n=80), "mid": planted(n=80, strength=(0.0, 0.0))}
+    frame = probe_table(sites.__getitem__, list(sites), ["colour", "area"], n_jobs=1)
+    assert frame.columns[0] == "site"
+    assert frame.groupby(["site", "label"], sort=False).size().to_dict() == {
+        (site, label): 2 for site in sites for label in ("colour", "area")
+    }
+    alone = fit_probe(sites["mid"], "colour", n_jobs=1)
+    pd.testing.assert_series_equal(
+        frame[(frame.site == "mid") & (frame.label == "colour")].value.reset_index(drop=True), alone.value
+    )
+
+
+def test_unknown_label_names_the_closest():
+    message = r"Label 'color' is not among the samples' labels \(area, colour, one\); did you mean 'colour'\?"
+    with pytest.raises(ValueError, match=message):
+        fit_probe(planted(), "color")
+
+
+def test_other_refusals():
+    features = planted()
+    with pytest.raises(ValueError, match="holds only 'same' in 200 known entries"):
+        fit_probe(features, "one")
+    with pytest.raises(ValueError, match=r"shape \(3,\); these features need \(200,\)"):
+        fit_probe(features, [1, 2, 3])
+    with pytest.raises(ValueError, match="holds words such as"):
+        fit_probe(features, "colour", task="ridge")
+    with pytest.raises(ValueError, match="'logistic', 'ridge' or 'auto'"):
+        fit_probe(features, "colour", task="tree")
+    with pytest.raises(ValueError, match="known for 6 independent samples; a split needs at least 10"):
+        fit_probe(features[:6], "colour")
+    with pytest.raises(ValueError, match="sample is not in"):
+        fit_probe(features.rename(sample="image"), "colour")
+    with pytest.raises(ValueError, match=r"`groups` needs one id per sample, shape \(200,\); got shape \(2,\)"):
+        fit_probe(features, "colour", groups=[1, 2])
+    features[3, 1, 0] = np.nan
+    with pytest.raises(ValueError, match="timestep=900 are not finite in 1 of 200 rows"):
+        fit_probe(features, "colour")
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_gram_ridge_is_sklearns(standardise):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 12)) @ rng.normal(size=(12, 12)) + 1000  # far from zero: moments must be taken with care
+    x[:, 4] = 7.0  # a constant column
+    y = x[:, :3] + 5 * rng.normal(size=(400, 3))
+    train, held_out = GramRidge(standardise), GramRidge(standardise)
+    for rows in np.array_split(np.arange(300), 7):
+        train.update(x[rows], y[rows])
+    held_out.update(x[300:], y[300:])
+    assert train.n == 300
+    for penalty in (0.01, 1.0, 300.0):
+        plain = make_pipeline(StandardScaler(with_std=standardise), Ridge(alpha=penalty)).fit(x[:300], y[:300])
+        weights, intercept = train.solve(penalty)
+        np.testing.assert_allclose(x[300:] @ weights + intercept, plain.predict(x[300:]), atol=1e-6)
+        oracle = r2_score(y[300:], plain.predict(x[300:]), multioutput="raw_values")
+        np.testing.assert_allclose(train.r2(penalty, held_out), oracle, atol=1e-6)
+
+
+def test_gram_ridge_takes_more_rows_after_a_solution():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(100, 3)), rng.normal(size=100)
+    grown, whole = GramRidge(), GramRidge()
+    grown.update(x[:50], y[:50])
+    first = grown.solve(1.0)[0]
+    grown.update(x[50:], y[50:])
+    whole.update(x, y)
+    np.testing.assert_allclose(grown.solve(1.0)[0], whole.solve(1.0)[0], atol=1e-10)
+    assert np.abs(first - grown.solve(1.0)[0]).max() > 1e-3
+
+
+def test_gram_ridge_refuses():
+    gram = GramRidge()
+    with pytest.raises(ValueError, match="at least 2 rows; 0"):
+        gram.solve(1.0)
+    gram.update(np.eye(3), np.ones(3))
+    with pytest.raises(ValueError, match=r"\(features, targets\) = \(3, 1\); this one has \(2, 1\)"):
+        gram.update(np.ones((4, 2)), np.ones(4))
+    with pytest.raises(ValueError, match="non-finite"):
+        gram.update(np.full((1, 3), np.inf), [1.0])
+    with pytest.raises(ValueError, match="must be positive"):
+        gram.solve(0.0)

@@ -1,0 +1,227 @@
+"""Figures: the files beside them, the same bytes for the same rows, and text that can be read."""
+
+import itertools
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from PIL import Image
+
+from diffprobe import plotting
+from diffprobe.plotting import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid, read_rows, save_figure
+
+SITES = ["D-L2-R1-B0-Cross-Q", "M", "U-L1-R1-B0-Cross-Q", "U-L1-R1-B0-Self-K"]
+STEPS = [1, 150, 500, 900]
+
+
+def probes(conditionings=("null", "caption"), labels=("colour",)):
+    rng = np.random.default_rng(0)
+    rows = []
+    for site, step, conditioning, label in itertools.product(SITES, STEPS, conditionings, labels):
+        value = rng.uniform(0.3, 0.9)
+        rows.append({
+            "site": site, "timestep": step, "conditioning": conditioning, "label": label, "score": "accuracy", "value": value,
+            "low": value - 0.05, "high": value + 0.05, "chance": 0.125, "control_accuracy": rng.uniform(0.1, 0.15),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def pictures(n=2):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, size=(n, 32, 48, 3)).astype(np.uint8)
+    colours = xr.DataArray(rng.random((n, 8, 12, 3), dtype=np.float32), dims=("sample", "y", "x", "rgb"))
+    return images, dict.fromkeys(SITES, colours)
+
+
+def heat(words=("a", "red", "semi-transparent")):
+    values = np.random.default_rng(0).random((len(words), 6, 8))
+    return xr.DataArray(values, dims=("word", "y", "x"), coords={"word": list(words)})
+
+
+FIGURES = {
+    "grid": lambda: plot_probe_grid(probes(["null"], ["colour", "shape"]), title="probes"),
+    "curves": lambda: plot_probe_curves(probes(), control=True, title="probes"),
+    "pca": lambda: plot_pca_grid(*pictures(), sample_names=["test-1", "test-2"], title="pca"),
+    "heatmaps": lambda: plot_heatmaps(pictures()[0][0], heat(), title="a red"),
+    "heatmaps_shared": lambda: plot_heatmaps(pictures()[0][0], heat(), shared_scale=True, width=plotting.COLUMN),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_saved_twice_the_bytes_are_equal_and_something_is_drawn(name, tmp_path):
+    frame = probes()
+    first = save_figure(FIGURES[name](), tmp_path / "a", name, frame, {"seed": 0}, "A figure.")
+    second = save_figure(FIGURES[name](), tmp_path / "b", name, frame, {"seed": 0}, "A figure.")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(f"{name}.{s}" for s in ("png", "pdf", "csv", "json"))
+    for suffix in first:
+        assert first[suffix].read_bytes() == second[suffix].read_bytes(), suffix
+    assert b"CreationDate" not in first["pdf"].read_bytes() and first["pdf"].read_bytes()[:4] == b"%PDF"
+    picture = Image.open(first["png"])
+    width = plotting.COLUMN if name == "heatmaps_shared" else plotting.PAGE
+    assert picture.width == pytest.approx(width * 200, abs=1)
+    pixels = np.asarray(picture.convert("L"))
+    assert 0.02 < (pixels < 250).mean() < 0.99
+
+
+@pytest.mark.parametrize("plot", [plot_probe_grid, plot_probe_curves])
+def test_redrawn_from_the_csv_the_figure_is_the_same(plot, tmp_path):
+    frame = probes().assign(converged=True, id="007")
+    frame.loc[3, "control_accuracy"] = np.nan
+    paths = save_figure(plot(frame), tmp_path, "first", frame, {}, "Scores.")
+    rows = read_rows(paths["csv"])
+    pd.testing.assert_frame_equal(rows, frame, check_dtype=False, rtol=0, atol=0)
+    assert set(rows.conditioning) == {"null", "caption"}  # pandas alone would read "null" as missing
+    again = save_figure(plot(rows), tmp_path, "again", rows, {}, "Scores.")
+    assert again["png"].read_bytes() == paths["png"].read_bytes()
+    moved = frame.assign(value=frame.value + 0.03)
+    other = save_figure(plot(moved), tmp_path, "other", moved, {}, "Scores.")
+    assert other["png"].read_bytes() != paths["png"].read_bytes()
+
+
+def test_sidecar_holds_config_versions_and_alt(tmp_path):
+    config = {"seed": np.int64(3), "steps": np.array([1, 2]), "folder": tmp_path / "x", "sites": ("M",)}
+    paths = save_figure(plot_probe_curves(probes()), tmp_path, "f", probes(), config, "Accuracy falls with noise; größer.")
+    sidecar = json.loads(paths["json"].read_text(encoding="utf-8"))
+    assert sidecar["alt"] == "Accuracy falls with noise; größer."
+    assert sidecar["config"] == {"seed": 3, "steps": [1, 2], "folder": str(tmp_path / "x"), "sites": ["M"]}
+    assert sidecar["rows"] == len(probes())
+    assert sidecar["versions"]["matplotlib"] == matplotlib.__version__
+
+
+def test_save_refuses_no_alt_and_paths_for_names(tmp_path):
+    with pytest.raises(ValueError, match="needs an alt text"):
+        save_figure(plot_probe_curves(probes()), tmp_path, "f", probes(), {}, "  ")
+    with pytest.raises(ValueError, match="plain file stem"):
+        save_figure(plot_probe_curves(probes()), tmp_path, "../f", probes(), {}, "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_style_is_left_as_it_was_found():
+    before = dict(matplotlib.rcParams)
+    plot_probe_grid(probes())
+    with plotting.style():
+        assert matplotlib.rcParams["font.size"] != before["font.size"]
+    assert dict(matplotlib.rcParams) == before
+
+
+def boxes(figure, texts):
+    renderer = figure.canvas.get_renderer()
+    return [t.get_window_extent(renderer) for t in texts if t.get_text()]
+
+
+def inside(position, limits):
+    return min(limits) <= position <= max(limits)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_texts_do_not_overlap_and_stay_inside(name):
+    figure = FIGURES[name]()
+    figure.canvas.draw()
+    texts = [axis.title for axis in figure.axes]
+    for axis in figure.axes:  # ticks beyond the limits exist but are not drawn
+        texts += [
+            label for x, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True) if inside(x, axis.get_xlim())
+        ]
+        texts += [
+            label for y, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True) if inside(y, axis.get_ylim())
+        ]
+    found = boxes(figure, texts)
+    assert len(found) >= 4
+    for a, b in itertools.combinations(found, 2):
+        shared = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(shared) < 1.5, (a, b)
+    for box in found:
+        assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1
+
+
+def test_grid_writes_each_number_where_it_belongs():
+    frame = probes(conditionings=("null",))
+    figure = plot_probe_grid(frame)
+    score, control = figure.axes[:2]
+    written = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in score.texts}
+    for _, row in frame.iterrows():
+        assert written[SITES.index(row.site), STEPS.index(row.timestep)] == f"{row.value:.2f}".removeprefix("0")
+    assert [t.get_text() for t in score.get_yticklabels()] == SITES
+    assert [t.get_text() for t in score.get_xticklabels()] == [str(s) for s in STEPS]
+    assert len(control.texts) == len(frame)
+    assert control.images[0].get_clim() == score.images[0].get_clim()  # one scale for both
+    bar = figure.axes[2]
+    assert "chance .12" in [t.get_text() for t in bar.get_yticklabels()]
+    assert any(np.allclose(line.get_ydata(), 0.125) for line in bar.lines)
+    assert len(plot_probe_grid(frame, control=False).axes) == 2
+    assert len(plot_probe_grid(frame.drop(columns="control_accuracy")).axes) == 2
+
+
+def test_grid_leaves_missing_cells_empty():
+    figure = plot_probe_grid(probes(conditionings=("null",)).iloc[1:], control=False)
+    assert len(figure.axes[0].texts) == len(SITES) * len(STEPS) - 1
+
+
+def test_curves_carry_values_bands_and_chance():
+    frame = probes()
+    figure = plot_probe_curves(frame)
+    panel = figure.axes[0]
+    assert panel.get_title() == "colour (null)"
+    lines = {line.get_label(): line for line in panel.lines}
+    part = frame[(frame.conditioning == "null") & (frame.site == "M")]
+    np.testing.assert_array_equal(lines["M"].get_ydata(), part.value)
+    np.testing.assert_array_equal(lines["M"].get_xdata(), STEPS)
+    np.testing.assert_array_equal(lines["chance"].get_ydata(), 0.125)
+    band = panel.collections[SITES.index("M")].get_paths()[0].vertices[:, 1]
+    assert band.min() == part.low.min() and band.max() == part.high.max()
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [*SITES, "chance"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines}) == len(SITES) + 1
+
+
+def test_several_rows_in_a_cell_are_refused():
+    frame = pd.concat([probes().assign(seed=0), probes().assign(seed=1)])
+    with pytest.raises(ValueError, match=r"colour, null: some cells of site x timestep have several rows; seed differ"):
+        plot_probe_grid(frame)
+    with pytest.raises(ValueError, match="no column site, chance"):
+        plot_probe_curves(probes().drop(columns=["site", "chance"]))
+    with pytest.raises(ValueError, match="no rows"):
+        plot_probe_curves(probes().iloc[:0])
+
+
+def test_pca_grid_shows_image_then_columns():
+    images, pca = pictures()
+    pca["M"] = pca["M"].transpose("rgb", "x", "sample", "y")  # the axes are read by name
+    figure = plot_pca_grid(images, pca)
+    axes = np.array(figure.axes).reshape(2, 5)
+    np.testing.assert_array_equal(axes[1, 0].images[0].get_array(), images[1])
+    np.testing.assert_array_equal(axes[1, 2].images[0].get_array(), pca[SITES[0]][1])
+    assert [a.get_title().replace("\n", "") for a in axes[0]] == ["image", *SITES]
+    with pytest.raises(ValueError, match=r"Column 'M' has 1 samples; there are 2 images\."):
+        plot_pca_grid(images, {"M": pca["M"].isel(sample=[0])})
+
+
+def test_heatmaps_are_enlarged_bilinearly_with_their_own_scales():
+    images, _ = pictures()
+    ramp = xr.DataArray(np.linspace(0, 1, 4)[None, None].repeat(4, 1), dims=("token", "y", "x"))
+    maps = xr.concat([ramp, 0.01 * ramp], "token").assign_coords(token=["red", "star"]).transpose("x", "token", "y")
+    figure = plot_heatmaps(images[0], maps)
+    image, red, star = figure.axes[:3]
+    assert [a.get_title() for a in (image, red, star)] == ["image", "red", "star"]
+    large = red.images[1].get_array()
+    assert large.shape == (32, 48)
+    step = 1 / 3 / 12  # one input cell is 12 pixels wide; between centres the enlarged ramp is linear
+    np.testing.assert_allclose(np.diff(large[0])[7:40], step, atol=1e-3)
+    assert star.images[1].get_clim() == pytest.approx((0, 0.01)) and red.images[1].get_clim() == (0, 1)
+    shared = plot_heatmaps(images[0], maps, shared_scale=True)
+    assert {a.images[1].get_clim() for a in shared.axes[1:3]} == {(0, 1)}
+    assert len(shared.axes) == 4 and len(figure.axes) == 5
+    renamed = plot_heatmaps(images[0], maps, words=["x", "y"])
+    assert renamed.axes[2].get_title() == "y"
+
+
+def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
+    images, _ = pictures()
+    flat = xr.zeros_like(heat())
+    save_figure(plot_heatmaps(images[0], flat), tmp_path, "flat", probes(), {}, "Nothing.")
+    with pytest.raises(ValueError, match="one dimension beside y and x"):
+        plot_heatmaps(images[0], heat().isel(word=0))
+    with pytest.raises(ValueError, match="2 words for 3 maps"):
+        plot_heatmaps(images[0], heat(), words=["a", "b"])

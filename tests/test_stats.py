@@ -1,0 +1,135 @@
+"""Statistics against scipy, against cases worked by hand, and against the coverage that they promise."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from diffprobe import stats
+
+
+def test_unclustered_interval_is_scipys_bca():
+    values = np.random.default_rng(0).exponential(size=60)
+    oracle = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(3)
+    ).confidence_interval
+    low, high = stats.bootstrap_interval(values, seed=3)
+    assert (low, high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+    # a skewed sample: BCa leans to the right, where the percentile interval does not
+    percentile = stats.bootstrap_sums(values[:, None] / values.size, lambda sums: sums[:, 0], seed=3)
+    assert high > percentile[1]
+
+
+def test_clusters_of_one_agree_with_the_percentile_bootstrap():
+    values = np.random.default_rng(1).normal(size=200)
+    oracle = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    mine = stats.bootstrap_interval(values, clusters=np.arange(200), n_resamples=20_000)
+    assert mine == pytest.approx((oracle.low, oracle.high), abs=0.01)
+
+
+def test_clustered_interval_covers_where_the_naive_one_does_not():
+    rng = np.random.default_rng(2)
+    clusters = np.repeat(np.arange(40), 8)
+    clustered = naive = 0
+    runs = 200
+    for _ in range(runs):
+        values = rng.normal(size=40)[clusters] + 0.3 * rng.normal(size=320)
+        low, high = stats.bootstrap_interval(values, clusters, n_resamples=300)
+        clustered += low <= 0 <= high
+        low, high = stats.bootstrap_interval(values, np.arange(320), n_resamples=300)
+        naive += low <= 0 <= high
+    assert 0.88 <= clustered / runs <= 0.99
+    assert naive / runs < 0.7
+
+
+def test_unequal_clusters_weigh_by_their_rows():
+    # two clusters: a resample is (a, a), (a, b) or (b, b), with means 0, 1/4 and 1
+    low, high = stats.bootstrap_interval([0, 0, 0, 1], clusters=[0, 0, 0, 1], level=0.6)
+    assert (low, high) == (0.0, 1.0)
+    assert stats.bootstrap_interval([0, 0, 0, 1], clusters=[0, 0, 0, 1], level=0.2) == (0.25, 0.25)
+
+
+def test_blocks_change_nothing_but_memory(monkeypatch):
+    values, clusters = np.random.default_rng(0).normal(size=50), np.arange(50)
+    whole = stats.bootstrap_interval(values, clusters)
+    monkeypatch.setattr(stats, "_BLOCK", 700)
+    assert stats.bootstrap_interval(values, clusters) == whole
+
+
+def test_degenerate_intervals():
+    assert stats.bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    assert np.isnan(stats.bootstrap_interval([0.5])).all()
+    assert np.isnan(stats.bootstrap_interval([0.1, 0.9], clusters=["a", "a"])).all()
+    with pytest.raises(ValueError, match="1 non-finite entries of 2"):
+        stats.bootstrap_interval([0.1, np.nan])
+    with pytest.raises(ValueError, match=r"one id per row, shape \(2,\)"):
+        stats.bootstrap_interval([0.1, 0.2], clusters=[1])
+    with pytest.raises(ValueError, match="coverage between 0 and 1"):
+        stats.bootstrap_interval([0.1, 0.2], level=95)
+    with pytest.raises(ValueError, match="`values` is empty"):
+        stats.bootstrap_interval([])
+
+
+def mean_difference(x, y, axis):
+    return np.mean(x - y, axis=axis)
+
+
+@pytest.mark.parametrize("n", [7, 40])
+def test_paired_test_agrees_with_scipy(n):
+    rng = np.random.default_rng(n)
+    a = rng.normal(size=n) + 0.35
+    b = rng.normal(size=n)
+    oracle = scipy.stats.permutation_test(
+        (a, b),
+        mean_difference,
+        permutation_type="samples",
+        n_resamples=20_000,
+        vectorized=True,
+        rng=0,
+    )
+    difference, p = stats.paired_permutation_test(a, b, n_resamples=20_000)
+    assert difference == pytest.approx(np.mean(a - b))
+    assert p == pytest.approx(oracle.pvalue, abs=1e-12 if n == 7 else 0.01)
+
+
+def test_paired_test_by_enumeration_with_clusters():
+    a, b, clusters = np.array([2.0, 1, 3, -1, 2, 4]), np.zeros(6), np.array([0, 0, 1, 1, 2, 2])
+    sums = np.array([3.0, 2.0, 6.0])
+    flips = [abs(np.dot(signs, sums)) >= 11 for signs in itertools.product([-1, 1], repeat=3)]
+    assert stats.paired_permutation_test(a, b, clusters=clusters) == (11 / 6, np.mean(flips))
+    assert stats.paired_permutation_test(a, b)[1] < np.mean(flips)
+
+
+def test_paired_test_is_uniform_under_the_hypothesis_and_never_zero():
+    rng = np.random.default_rng(0)
+    p = np.array([stats.paired_permutation_test(*rng.normal(size=(2, 20)), n_resamples=199, seed=i)[1] for i in range(400)])
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    assert stats.paired_permutation_test(np.ones(50), np.zeros(50), n_resamples=99)[1] == 1 / 100
+    with pytest.raises(ValueError, match="one shape"):
+        stats.paired_permutation_test([1, 2], [1])
+
+
+def test_holm_by_hand():
+    # sorted 0.01, 0.02, 0.03, 0.9 times 4, 3, 2, 1, then made monotone
+    assert stats.holm([0.03, 0.9, 0.01, 0.02]) == pytest.approx([0.06, 0.9, 0.04, 0.06])
+    assert stats.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    grid = stats.holm([[0.01, np.nan], [0.04, 0.5]])
+    np.testing.assert_allclose(grid, [[0.03, np.nan], [0.08, 0.5]])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        stats.holm([1.2])
+
+
+@pytest.mark.parametrize(("successes", "n", "level"), [(0, 12, 0.95), (12, 12, 0.95), (7, 12, 0.9), (340, 1000, 0.99)])
+def test_wilson_is_scipys(successes, n, level):
+    oracle = scipy.stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    assert stats.wilson_interval(successes, n, level) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+
+
+def test_wilson_refuses_what_is_no_share():
+    with pytest.raises(ValueError, match="5 of 4"):
+        stats.wilson_interval(5, 4)
+    with pytest.raises(ValueError, match="0 of 0"):
+        stats.wilson_interval(0, 0)
