@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -74,6 +74,7 @@ class Sample:
     objects: tuple[Mapping[str, object], ...] = ()
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """A finite, indexable collection of samples with an identity that a store can record."""
 

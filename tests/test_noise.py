@@ -1,0 +1,81 @@
+"""Noise belongs to the sample: the same whatever batch, order or process asks for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffprobe.noise import nearest_timestep, noise_seed, sample_noise, sigma, snr
+
+SHAPE = (4, 8, 16)
+
+
+def alphas() -> torch.Tensor:
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+
+
+def test_the_same_four_give_the_same_noise_in_any_order_and_state() -> None:
+    keys = [(seed, name, timestep, draw) for seed in (0, 1) for name in ("a", "b") for timestep in (10, 500) for draw in (0, 1)]
+    first = {key: sample_noise(*key, SHAPE) for key in keys}
+    torch.manual_seed(123)
+    torch.randn(7)
+    state = torch.get_rng_state()
+    for key in reversed(keys):
+        assert torch.equal(sample_noise(*key, SHAPE), first[key])
+    assert torch.equal(torch.get_rng_state(), state)  # the global stream is neither read nor moved
+    assert len({tuple(noise.flatten()[:8].tolist()) for noise in first.values()}) == len(keys) == 16
+
+
+def test_the_noise_of_an_extraction_is_the_same_for_ever() -> None:
+    """A store that is resumed with another version must see these numbers."""
+    assert noise_seed(0, "cat.png", 50, 0) == 2521424742443722509
+    assert sample_noise(0, "cat.png", 50, 0, (1, 1, 3)).flatten().tolist() == pytest.approx(
+        [-0.9346, -0.5014, -0.9298], abs=1e-4
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(-5, 5), st.text(max_size=4), st.integers(0, 999), st.integers(0, 3)),
+    st.tuples(st.integers(-5, 5), st.text(max_size=4), st.integers(0, 999), st.integers(0, 3)),
+)
+def test_seeds_are_63_bits_and_differ(one: tuple[int, str, int, int], other: tuple[int, str, int, int]) -> None:
+    assert 0 <= noise_seed(*one) < 2**63
+    assert (noise_seed(*one) == noise_seed(*other)) == (one == other)
+
+
+def test_noise_is_standard_normal_float32_on_the_cpu() -> None:
+    noise = torch.stack([sample_noise(0, f"{i}.png", 10, 0, SHAPE) for i in range(200)])
+    assert noise.dtype == torch.float32 and noise.device.type == "cpu" and noise.shape == (200, *SHAPE)
+    count = noise.numel()  # five standard errors
+    assert abs(float(noise.mean())) < 5 / math.sqrt(count) and abs(float(noise.var()) - 1) < 5 * math.sqrt(2 / count)
+    assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1:].abs().max())) < 5 / math.sqrt(noise[0].numel())
+
+
+def test_sigma_and_snr_are_the_schedulers() -> None:
+    euler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    for timestep in (0, 50, 999):
+        # At full length Euler's sigmas run from the noisiest training step down.
+        assert sigma(alphas(), timestep) == pytest.approx(float(euler.sigmas[999 - timestep]), rel=1e-4)
+        assert snr(alphas(), timestep) == pytest.approx(sigma(alphas(), timestep) ** -2, rel=1e-6)
+    assert sigma(alphas(), 10) < sigma(alphas(), 500) < sigma(alphas(), 999)
+
+
+def test_a_schedule_that_ends_in_pure_noise_has_infinite_sigma_there() -> None:
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
+    assert schedule[-1] == 0 and sigma(schedule, 999) == math.inf and snr(schedule, 999) == 0
+    assert nearest_timestep(schedule, sigma(schedule, 500)) == 500
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 10, 500, 998, 999])
+def test_nearest_timestep_undoes_sigma(timestep: int) -> None:
+    assert nearest_timestep(alphas(), sigma(alphas(), timestep)) == timestep
+
+
+def test_nearest_timestep_beyond_the_ends_is_the_end() -> None:
+    assert (nearest_timestep(alphas(), 1e-9), nearest_timestep(alphas(), 1e9)) == (0, 999)
