@@ -1,0 +1,172 @@
+"""What `diffprobe plot` draws: opens a store or a table, finds the images, and hands arrays to `plotting`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from diffprobe import plotting
+from diffprobe.data import load_dataset
+from diffprobe.data.images import fit_image
+from diffprobe.probes.pca import pca_rgb
+from diffprobe.store import StoreError, attention_maps, features, open_store, site_names
+
+Choose = Callable[[xr.DataTree], list[int]]
+_SMALL_WORDS = frozenset(["a", "an", "the", "of", "and", "at", "in", "on", "to", "is", "with", "there", "picture"])
+
+
+def _open(store: str, data: str, choose: Choose) -> tuple[xr.DataTree, NDArray[np.uint8], list[int], list[str]]:
+    """The store, the chosen samples' images as the model saw them, their positions, and their ids."""
+    tree = open_store(store)
+    if tree.sizes["sample"] == 0:
+        raise StoreError(f"{store} has no complete sample yet; run its extract command again to go on.")
+    rows = choose(tree)
+    everyone = tree.dataset["sample"].values
+    ids = [str(everyone[row]) for row in rows]
+    request = tree.attrs["request"]
+    dataset = load_dataset(data or tree.attrs["data"])
+    wanted, images = set(ids), {}
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        if sample.id in wanted:
+            images[sample.id] = np.asarray(fit_image(sample.load(), tuple(request["resolution"]), request["fit"]))
+        if len(images) == len(wanted):
+            break
+    if missing := wanted - set(images):
+        raise StoreError(
+            f"The dataset {data or tree.attrs['data']!r} has no sample {sorted(missing)[0]!r}; give the one that was extracted with --data."
+        )
+    return tree, np.stack([images[name] for name in ids]), rows, ids
+
+
+def _timestep(tree: xr.DataTree, timestep: int | None) -> int:
+    return int(tree.attrs["request"]["timesteps"][0]) if timestep is None else timestep
+
+
+def _save(figure: Any, out: Path, name: str, frame: pd.DataFrame, tree: xr.DataTree, alt: str, **options: Any) -> Path:
+    request = tree.attrs["request"]
+    config = {
+        **options,
+        "model": request["model"],
+        "data": request["dataset"],
+        "seed": request["seed"],
+        "commit": tree.attrs["commit"],
+    }
+    return plotting.save_figure(figure, out, name, frame, config, alt)["png"]
+
+
+def pca_figure(
+    store: str, data: str, sites: Sequence[str], timestep: int | None, conditioning: str, choose: Choose, out: Path, name: str
+) -> Path:
+    """Principal components of each site's features as colours; the basis is shared by the shown samples.
+
+    Returns:
+        The PNG's path; PDF, CSV and JSON lie beside it.
+    """
+    tree, images, rows, ids = _open(store, data, choose)
+    timestep = _timestep(tree, timestep)
+    grids = {}
+    for site in sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]:
+        values = features(tree, site, timestep=timestep, conditioning=conditioning)
+        if {"y", "x"} <= set(values.dims):
+            grids[str(values.attrs["site"])] = pca_rgb(values.isel(sample=rows).astype(np.float32).load())
+    if not grids:
+        raise StoreError("No site of this store has a (y, x) grid to draw; record one with --reduce none or grid:HxW.")
+    figure = plotting.plot_pca_grid(
+        images, grids, title=f"Principal components as red, green, blue; timestep {timestep}, {conditioning}"
+    )
+    frame = pd.concat(
+        [g.rename("value").to_dataframe().reset_index().assign(site=s) for s, g in grids.items()], ignore_index=True
+    )
+    kept = [c for c in ("site", "sample", "y", "x", "rgb", "value") if c in frame]
+    alt = f"{len(ids)} images and, for each of {len(grids)} sites, the first three principal components of its features as colours."
+    return _save(
+        figure, out, name, frame[kept], tree, alt, store=store, samples=ids, timestep=timestep, conditioning=conditioning
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a prompt worth a heat map, each once.
+
+    >>> words_of("a red star left of a blue star")
+    ['red', 'star', 'left', 'blue']
+    """
+    return [w for w in dict.fromkeys(re.findall(r"\w+", text)) if w.lower() not in _SMALL_WORDS]
+
+
+def heatmap_figures(
+    store: str,
+    data: str,
+    words: Sequence[str],
+    sites: Sequence[str],
+    timestep: int | None,
+    conditioning: str,
+    choose: Choose,
+    out: Path,
+    name: str,
+) -> list[Path]:
+    """One strip a sample: the image, then each word's cross-attention over it."""
+    tree, images, rows, ids = _open(store, data, choose)
+    timestep = _timestep(tree, timestep)
+    prompts = attention_maps(tree, token=0, site=list(sites) or None, conditioning=conditioning, timestep=timestep)[
+        "prompt"
+    ].values
+    paths = []
+    for number, (row, sample_id) in enumerate(zip(rows, ids, strict=True)):
+        text = str(prompts[row])
+        one = xr.DataTree.from_dict(
+            {p: d.to_dataset(inherit=False).isel(sample=[row], missing_dims="ignore") for p, d in tree.subtree_with_keys}
+        )
+        one.attrs = tree.attrs
+        shown = [w for w in words if re.search(rf"\b{re.escape(w)}\b", text, re.IGNORECASE)] if words else words_of(text)
+        if not shown:
+            continue
+        maps = [
+            attention_maps(one, w, site=list(sites) or None, conditioning=conditioning, timestep=timestep).isel(
+                sample=0, timestep=0, drop=True
+            )
+            for w in shown
+        ]
+        stacked = xr.concat(maps, pd.Index(shown, name="word"), coords="minimal", compat="override")
+        figure = plotting.plot_heatmaps(images[number], stacked, title=f"“{text}”   timestep {timestep}")
+        frame = stacked.rename("attention").to_dataframe().reset_index()[["word", "y", "x", "attention"]]
+        alt = f"The image of “{text}” and the cross-attention of the words {', '.join(shown)} laid over it."
+        file_name = name if len(ids) == 1 else f"{name}_{number + 1}"
+        paths.append(
+            _save(
+                figure,
+                out,
+                file_name,
+                frame,
+                tree,
+                alt,
+                store=store,
+                sample=sample_id,
+                timestep=timestep,
+                sites=list(sites),
+                words=shown,
+            )
+        )
+    if not paths:
+        raise StoreError(f"None of the chosen samples' prompts has any of the words {', '.join(words)}.")
+    return paths
+
+
+def probe_figures(table: Path, out: Path, name: str) -> list[Path]:
+    """A site x timestep grid of scores, and curves with intervals, from a table of `diffprobe probe linear`."""
+    if not table.is_file():
+        raise ValueError(f"No table at {table}; 'diffprobe probe linear STORE' writes one.")
+    frame = plotting.read_rows(table)
+    alt = f"Scores of {len(frame)} linear probes by site and timestep, with chance marked."
+    drawn = {"": plotting.plot_probe_grid(frame), "_curves": plotting.plot_probe_curves(frame)}
+    return [
+        plotting.save_figure(figure, out, f"{name}{suffix}", frame, {"table": table.name}, alt)["png"]
+        for suffix, figure in drawn.items()
+    ]

@@ -1,0 +1,200 @@
+"""The command line as a person uses it: each command once, and mistakes as one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import zarr
+from PIL import Image
+
+from diffprobe.cli import main
+
+SITES = "U-L1-R1-B0-Cross-Q,U-L2-R2-Res-Out"
+
+
+class Run:
+    """Calls the command line in this process; gives exit code, output and errors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["diffprobe", *map(str, arguments)])
+        self.capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output, errors = self.capsys.readouterr()
+        return code, output, errors
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A store of forty scenes with features and maps."""
+    out = tmp_path_factory.mktemp("cli") / "scenes.zarr"
+    command = [
+        sys.executable,
+        "-m",
+        "diffprobe",
+        "extract",
+        "--model",
+        str(tiny_folder),
+        "--data",
+        "shapes:40?objects=1",
+        "--sites",
+        SITES,
+    ]
+    done = subprocess.run(
+        [*command, "--maps", "U-L1-*-Cross-Map", "-t", "50,500", "-o", str(out)], capture_output=True, text=True, check=True
+    )
+    assert "40 of 40 samples are in" in done.stdout
+    assert "diffprobe plot heatmaps" in done.stdout
+    assert "forward passes in batches of" in done.stderr
+    return out
+
+
+def test_sites(run: Run, tiny_folder: Path) -> None:
+    code, output, _ = run("sites", tiny_folder, "--pattern", "paper")
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in output.splitlines()[1:]}
+    assert rows["U-L1-R1-B0-Cross-Q"][1] == "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q"
+    assert rows["U-L2-R2-Res-Out"][2:] == ["resnet", "16", "8", "x", "8"]
+    assert "16 x 16" in run("sites", tiny_folder, "--pattern", "U-L2-R2-Res-Out", "--resolution", "128")[1]
+
+
+def test_info_and_verify(run: Run, recorded: Path) -> None:
+    code, output, _ = run("info", recorded)
+    assert code == 0
+    assert "40 samples: 40 complete" in output
+    assert "conditioning 2 x timestep 2 x channel 16" in output
+    assert run("verify", recorded)[:2] == (0, "0 faults in 40 samples; 0 samples pending.\n")
+
+
+def test_damage_is_found_and_repaired(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    arguments = ("--model", tiny_folder, "--data", "shapes:4", "--sites", SITES, "-t", "50", "-o", store)
+    assert run("extract", *arguments)[0] == 0
+    shard = next(p for p in (store / "U-L2-R2-Res-Out/features/c").rglob("*") if p.is_file())
+    raw = bytearray(shard.read_bytes())
+    raw[50] ^= 1
+    shard.write_bytes(bytes(raw))
+    code, output, _ = run("verify", store)
+    assert code == 1
+    assert "diffprobe repair" in output
+    assert run("repair", store)[1] == "1 faulty units computed again; 4 of 4 samples are complete.\n"
+    assert run("verify", store)[0] == 0
+    assert run("repair", store)[1] == "Nothing to repair.\n"
+
+
+def test_probe_and_plots(run: Run, recorded: Path, tmp_path: Path) -> None:
+    table = tmp_path / "probe.csv"
+    code, output, _ = run("probe", "linear", recorded, "--label", "size,n_objects", "--out", table, "--jobs", "1")
+    assert (code, output) == (2, ""), "every scene has one object"
+    code, output, _ = run("probe", "linear", recorded, "--label", "size", "--out", table, "--jobs", "1")
+    assert code == 0
+    assert "diffprobe plot probe" in output
+    frame = pd.read_csv(table, keep_default_na=False)
+    assert len(frame) == 2 * 2 * 2
+    assert set(frame["conditioning"]) == {"null", "caption"}
+    for command in (
+        ("plot", "probe", table),
+        ("plot", "pca", recorded, "--count", "2", "--timestep", "500"),
+        ("plot", "heatmaps", recorded, "--count", "1", "--timestep", "50"),
+    ):
+        code, output, errors = run(*command, "--out", tmp_path / "figures")
+        assert (code, errors) == (0, "")
+        assert "Drew" in output
+    for name in ("probe", "probe_curves", "pca", "heatmaps"):
+        with Image.open(tmp_path / f"figures/{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "an empty picture"
+        assert json.loads((tmp_path / f"figures/{name}.json").read_text())["alt"]
+        assert len(pd.read_csv(tmp_path / f"figures/{name}.csv")) > 0
+
+
+def test_dry_run_writes_nothing(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    code, output, _ = run("extract", "--model", tiny_folder, "--data", "shapes:9", "--out", tmp_path / "s.zarr", "--dry-run")
+    assert code == 0
+    assert "9 samples, 90 forward passes" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_one_sentence(run: Run, recorded: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other.zarr"
+    zarr.open_group(other, mode="w")
+    extract = ("extract", "--model", tiny_folder, "--out", tmp_path / "x.zarr", "--data", "shapes:2")
+    mistakes: list[tuple[tuple[str | Path, ...], str]] = [
+        ((*extract, "--sites", "U-L9-Out"), "Site 'U-L9-Out' matches none"),
+        ((*extract, "--timesteps", "ten"), "--timesteps takes numbers"),
+        ((*extract, "--timesteps", "2000"), "outside 0..999"),
+        ((*extract, "--conditioning", "captoin"), "'captoin' is not one of"),
+        ((*extract, "--reduce", "grid:0x2"), "not one of none, mean, grid:HxW"),
+        ((*extract, "--resolution", "33"), "multiples of"),
+        ((*extract, "--dtype", "int3"), "dtype 'int3' is not one of"),
+        (("extract", "--model", tiny_folder, "--out", tmp_path / "x.zarr", "--data", tmp_path / "empty"), "hold no images"),
+        (
+            ("extract", "--model", tiny_folder, "--out", tmp_path / "x.zarr", "--data", tmp_path / "absent"),
+            "names no dataset and no folder",
+        ),
+        (("extract", "--model", "nobody/nothing", "--out", tmp_path / "x.zarr"), "No model at 'nobody/nothing'"),
+        (("extract", "--model", tiny_folder, "--out", recorded, "--data", "shapes:40?objects=1"), "holds another request"),
+        (("info", tmp_path / "absent.zarr"), "is not a diffprobe store"),
+        (("info", other), "is not a diffprobe store"),
+        (("verify", tmp_path / "empty"), "is not a diffprobe store"),
+        (("probe", "linear", recorded, "--label", "color"), "'colour'"),
+        (("plot", "heatmaps", recorded, "--words", "zebra", "--count", "1"), "zebra"),
+        (("plot", "pca", recorded, "--timestep", "7"), "timestep 7 is not in this store"),
+        (("plot", "pca", recorded, "--samples", "me"), "Sample 'me' is not in this store"),
+        (("plot", "probe", tmp_path / "none.csv"), "No table at"),
+        (("zoo", "train", "moon", "--out", tmp_path / "zoo"), "Stage 'moon' is not one of"),
+    ]
+    for arguments, message in mistakes:
+        code, _, errors = run(*arguments)
+        said = [line for line in errors.splitlines() if line.startswith("diffprobe: ")]
+        assert code == 2, arguments
+        assert len(said) == 1, (arguments, errors)
+        assert message in said[0], arguments
+        assert "Traceback" not in errors
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a diffprobe store"):
+        run("--debug", "info", tmp_path / "absent.zarr")
+    assert run("info", tmp_path / "absent.zarr")[0] == 2
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.argv = ['diffprobe', '--help']\nfrom diffprobe.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "extract" in done.stdout
+
+
+def test_probes_and_store_need_no_torch(recorded: Path) -> None:
+    code = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "transformers"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from diffprobe import attention_maps, features, fit_probe, open_store
+tree = open_store({str(recorded)!r})
+fit_probe(features(tree, "U-L2-R2-Res-Out", timestep=50, conditioning="null", pool="mean"), "size", n_jobs=1)
+attention_maps(tree, token=0)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
