@@ -468,6 +468,7 @@ def zoo_train(
 def main() -> None:
     """Run the command line; mistakes become one sentence."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message="Consolidated metadata is currently")
     try:
         app()

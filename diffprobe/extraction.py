@@ -455,24 +455,34 @@ class _Run:
     # before the work
 
     def unit_samples(self) -> int:
-        """Samples of one unit: shards stay near 64 MiB, and so do the images that wait to be encoded."""
+        """Samples of one unit: its arrays, and the images that wait to be encoded, stay near 64 MiB.
+
+        Below that a run has about 16 units, so that a resume loses little, but none of fewer than 32 rows, which would
+        leave the batches too small.
+        """
         height, width = self.request.resolution
         itemsize = np.dtype(self.request.store_dtype).itemsize
+        samples = len(self.index.ids)
+        most = store.samples_per_unit(self.specs, len(self.request.timesteps), itemsize)
         images = store.SHARD_BYTES // (3 * height * width * 4)
-        return max(
-            1, min(images, store.samples_per_unit(self.specs, len(self.request.timesteps), itemsize, len(self.index.ids)))
-        )
+        return max(1, min(images, most, samples, max(-(-samples // 16), -(-32 // self.rows_per_sample))))
+
+    @property
+    def rows_per_sample(self) -> int:
+        return len(self.request.timesteps) * len(self.request.conditionings) * self.request.noise_draws
 
     def find_batch(self, wanted: int | None) -> float:
         """Choose how many rows share a batch, and time one; seconds per row.
 
-        Doubles from one row while throughput grows by a tenth, a batch takes less than some seconds, and memory is there.
+        Doubles from one row while throughput grows by a tenth, a batch takes less than some seconds, memory is there, and
+        a unit has that many rows.
         """
-        trials = [wanted] if wanted else [1, 2, 4, 8, 16, 32, 64, 128]
+        largest = self.unit_samples() * self.rows_per_sample
+        trials = [wanted] if wanted else [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128) if rows < 2 * largest]
         best = float("inf")
         for rows in trials:
             try:
-                seconds = self._time_batch(rows) / rows
+                seconds = self._time_batch(rows, passes=1 if wanted else 2) / rows
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if rows == 1 or not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
                     raise
@@ -484,13 +494,14 @@ class _Run:
                 break
         return best
 
-    def _time_batch(self, rows: int) -> float:
+    def _time_batch(self, rows: int, passes: int = 2) -> float:
+        """Seconds of the fastest of some passes; the first of a size pays for kernels and caches."""
         text = self.encode_prompts([None])[None].take([0] * rows)
         noised = torch.zeros(rows, self.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype)
         timesteps = torch.full((rows,), self.request.timesteps[0])
         with self.recorder():
             spent: list[float] = []
-            for _ in range(2):  # the first pass of a size pays for kernels and caches
+            for _ in range(passes):
                 start = time.perf_counter()
                 self.model.denoise(noised, timesteps, text)
                 if self.model.device.type == "cuda":

@@ -6,15 +6,18 @@ the latents, prediction type, noise schedule, prompt length.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
@@ -397,14 +400,28 @@ def load_model(
     options: dict[str, Any] = {"safety_checker": None} if "safety_checker" in index else {}
     options["use_safetensors"] = True if use_safetensors else None  # None: pickle only where there is nothing else
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype, revision=revision, trust_remote_code=False, **options
-        )
+        with _silence() if Path(source).is_dir() else contextlib.nullcontext():
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, dtype=dtype, revision=revision, trust_remote_code=False, **options
+            )
     except OSError as error:
         raise ValueError(f"The model at {source!r} could not be read: {error}") from error
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return DiffusionModel(pipeline, str(id_or_dir), revision)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bars of the libraries: a folder is read in seconds, only a download deserves them."""
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.enable_progress_bar()
 
 
 def as_dtype(name: str, device: torch.device) -> torch.dtype:

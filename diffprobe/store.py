@@ -60,17 +60,17 @@ class ArraySpec:
         return int(np.prod(self.shape, dtype=np.int64)) * len(self.conditionings) * timesteps * itemsize
 
 
-def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int, samples: int) -> int:
-    """How many samples make a unit: the arrays of one stay near 64 MiB together, and a small run still has about 16 units.
+def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int) -> int:
+    """How many samples make a unit at most: the arrays of one stay near 64 MiB together.
 
     Two units are in memory at a time, so this bounds the memory that a run takes, whatever its length.
 
     >>> spec = ArraySpec("s", "p", "block", "features", ("channel", "y", "x"), (1280, 16, 16), ("null",))
-    >>> samples_per_unit([spec], 5, 2, 10_000)
+    >>> samples_per_unit([spec], 5, 2)
     20
     """
     together = sum(spec.bytes_per_sample(timesteps, itemsize) for spec in specs)
-    return int(max(1, min(SHARD_BYTES // max(1, together), -(-samples // 16), 256)))
+    return max(1, min(SHARD_BYTES // max(1, together), 256))
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -268,7 +268,9 @@ def _read(group: zarr.Group, name: str) -> NDArray[Any]:
 
 
 def _stored_sites(root: zarr.Group) -> list[str]:
-    return sorted(name for name in root.group_keys() if name != "prompts")
+    request = _attributes(root, root.path).get("request", {})
+    named = [*request.get("sites", ()), *request.get("maps", ())]
+    return [*named, *sorted(set(root.group_keys()) - {*named, "prompts"})]
 
 
 def _site_array(root: zarr.Group, site: str) -> zarr.Array[Any]:
@@ -340,8 +342,10 @@ def _pick(dataset: xr.Dataset, rows: NDArray[np.intp]) -> xr.Dataset:
 
 
 def site_names(tree: xr.DataTree) -> list[str]:
-    """The sites that a store holds, features and maps."""
-    return [name for name in tree.children if name != "prompts"]
+    """The sites that a store holds, in the model's order, features before maps."""
+    request = tree.attrs.get("request", {})
+    order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
+    return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
 
 
 def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
@@ -538,7 +542,7 @@ def store_info(path: str | Path) -> dict[str, Any]:
     return {
         "samples": len(status),
         "status": {word: int((status == code).sum()) for code, word in STATUS_WORDS.items() if (status == code).any()},
-        "sites": dict(sorted(sites.items())),
+        "sites": sites,
         "bytes_on_disk": on_disk,
         **attributes,
     }

@@ -432,6 +432,10 @@ def export(folder: Path, target: Path, denoiser: Denoiser | None = None) -> None
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
+    for path in target.rglob("config.json"):  # where it was trained is nobody's business
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 STAGES: dict[str, Callable[[Config, Path], object]] = {"vae": train_vae, "text": train_text, "unet": train_unet}
