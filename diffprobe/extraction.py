@@ -35,7 +35,7 @@ from diffprobe.data.images import ImageError, fit_image
 from diffprobe.data.samples import Dataset, iterate
 from diffprobe.models import DiffusionModel, EncodedText, LatentRule, load_model
 from diffprobe.noise import noise_seed, sample_noise
-from diffprobe.recorder import Recorder, site_shapes
+from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
 
 Policy = Literal["raise", "mark", "float32"]
@@ -165,19 +165,15 @@ def array_specs(
     sites: Sequence[Site],
     shapes: dict[str, tuple[int, ...]],
     rules: dict[str, str],
-    heads: str,
-    tokens: int,
     conditionings: Sequence[str],
     guidance: Sequence[float],
 ) -> list[store.ArraySpec]:
-    """What every site's array looks like, after reduction."""
+    """What every site's array looks like after reduction, from the shape that one row of it was recorded with."""
     guided = [guided_name(c, s) for c in conditionings if c != NULL for s in guidance]
     specs = []
     for site in sites:
         shape = shapes[site.name]
         if site.is_map:
-            kept = tokens if site.kind == "cross_map" else shape[1]
-            shape = (1 if heads == "mean" else shape[0], kept, *shape[2:])
             specs.append(
                 store.ArraySpec(
                     site.name, site.path, site.kind, "maps", ("head", "token", "y", "x"), shape, tuple(conditionings)
@@ -246,12 +242,11 @@ class _Run:
     """One extraction: the request resolved against a model and a dataset, and the loop over units."""
 
     def __init__(
-        self, model: DiffusionModel, dataset: Dataset, request: Request, sites: list[Site], specs: list[store.ArraySpec],
-        index: _Index, on_nonfinite: Policy, tell: Callable[[str], None],
+        self, model: DiffusionModel, dataset: Dataset, request: Request, index: _Index, on_nonfinite: Policy, tell: Callable[[str], None]
     ) -> None:  # fmt: skip
-        self.model, self.dataset, self.request, self.specs, self.index = model, dataset, request, specs, index
+        self.model, self.dataset, self.request, self.index = model, dataset, request, index
         self.on_nonfinite, self.tell = on_nonfinite, tell
-        self.sites = sites
+        self.specs: list[store.ArraySpec] = []
         self.batch_rows = 1
         height, width = request.resolution
         self.latent_size = model.latent_size(height, width)
@@ -260,16 +255,16 @@ class _Run:
         self.skipped: dict[str, str] = {}
         self._texts: dict[str | None, EncodedText] = {}
 
-    def recorder(self) -> Recorder:
+    def recorder(self, reduce: bool = True) -> Recorder:
         request = self.request
         return Recorder(
             self.model,
             request.sites,
             maps=request.maps,
             heads=request.heads,  # type: ignore[arg-type]
-            tokens=request.map_tokens if not any("Self-Map" in m for m in request.maps) else None,
+            tokens=request.map_tokens,
             stop_early=True,
-            reduce=make_reduce(request.reduce, request.seed),
+            reduce=make_reduce(request.reduce, request.seed) if reduce else None,
             keep_steps=False,
             reuse=True,  # each row is copied into the unit's buffers before the next pass
         )
@@ -317,8 +312,7 @@ class _Run:
             self.model.denoise(noised, timesteps, text)
             return recorder.last
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-            if not out_of_memory or len(noised) == 1:
+            if not _out_of_memory(error) or len(noised) == 1:
                 raise
         half = len(noised) // 2
         self.batch_rows = min(self.batch_rows, half)
@@ -471,45 +465,49 @@ class _Run:
     def rows_per_sample(self) -> int:
         return len(self.request.timesteps) * len(self.request.conditionings) * self.request.noise_draws
 
-    def find_batch(self, wanted: int | None) -> float:
-        """Choose how many rows share a batch, and time one; seconds per row.
+    def first_pass(self) -> tuple[dict[str, tuple[int, ...]], float]:
+        """Run one row: the shape of every site before reduction, and the seconds that it took."""
+        with self.recorder(reduce=False) as recorder:
+            seconds = self._time_batch(1)
+        return {name: tuple(tensor.shape[1:]) for name, tensor in recorder.last.items()}, seconds
 
-        Doubles from one row while throughput grows by a tenth, a batch takes less than some seconds, memory is there, and
-        a unit has that many rows.
+    def find_batch(self, seconds: float) -> float:
+        """Choose how many rows share a batch; seconds per row.
+
+        Doubles from one row, which takes `seconds`, while throughput grows by a tenth, a batch takes less than some
+        seconds, memory is there, and a unit has that many rows.
         """
+        best, rows = seconds, 1
         largest = self.unit_samples() * self.rows_per_sample
-        trials = [wanted] if wanted else [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128) if rows < 2 * largest]
-        best = float("inf")
-        for rows in trials:
+        while rows < largest and rows < 128 and best * 2 * rows < _LONGEST_TRIAL:
+            rows *= 2
             try:
-                seconds = self._time_batch(rows, passes=1 if wanted else 2) / rows
+                with self.recorder():
+                    seconds = min(self._time_batch(rows), self._time_batch(rows)) / rows  # the first pass pays for caches
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if rows == 1 or not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
+                if not _out_of_memory(error):
                     raise
                 break
-            if seconds < best / 1.1 or wanted:
+            if seconds < best / 1.1:
                 self.batch_rows = rows
-            best = min(best, seconds)
-            if seconds * rows > _LONGEST_TRIAL or seconds > best * 1.2:
+            if seconds > best * 1.2:
                 break
+            best = min(best, seconds)
         return best
 
-    def _time_batch(self, rows: int, passes: int = 2) -> float:
-        """Seconds of the fastest of some passes; the first of a size pays for kernels and caches."""
+    def _time_batch(self, rows: int) -> float:
         text = self.encode_prompts([None])[None].take([0] * rows)
         noised = torch.zeros(rows, self.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype)
         timesteps = torch.full((rows,), self.request.timesteps[0])
-        with self.recorder():
-            spent: list[float] = []
-            for _ in range(passes):
-                start = time.perf_counter()
-                self.model.denoise(noised, timesteps, text)
-                if self.model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                spent.append(time.perf_counter() - start)
-                if spent[0] > _LONGEST_TRIAL:
-                    break
-        return min(spent)
+        start = time.perf_counter()
+        self.model.denoise(noised, timesteps, text)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _rows_not_finite(tensors: dict[str, Tensor]) -> NDArray[np.bool_]:
@@ -581,7 +579,7 @@ def extract(
         model.check_timestep(timestep)
     size = model.resolution if resolution is None else resolution
     height, width = (size, size) if isinstance(size, int) else size
-    latent_size = model.latent_size(height, width)
+    model.latent_size(height, width)  # refuses sides that do not fit
     available = model.sites
     features = select_sites([s for s in available if not s.is_map], sites) if sites else []
     map_sites = select_sites([s for s in available if s.is_map], maps) if maps else []
@@ -598,9 +596,9 @@ def extract(
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
     )  # fmt: skip
-    shapes = site_shapes(model.network, latent_size, model.prompt_tokens)
-    specs = array_specs(chosen, shapes, rules, heads, len(tokens), conditionings, guidance)
-    run = _Run(model, dataset, request, chosen, specs, index, on_nonfinite, tell)
+    run = _Run(model, dataset, request, index, on_nonfinite, tell)
+    shapes, seconds_per_row = run.first_pass()
+    specs = run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
     with _sole_writer(out, rank, dry_run):
@@ -616,7 +614,10 @@ def extract(
         pending = len(store.StoreWriter(out).pending) if resuming else None
         forecast = None
         if rank == 0 and (pending is None or pending or dry_run):
-            seconds_per_row = run.find_batch(batch_rows)
+            if batch_rows:
+                run.batch_rows = batch_rows
+            else:
+                seconds_per_row = run.find_batch(seconds_per_row)
             itemsize = np.dtype(store_dtype).itemsize
             passes = len(dataset) * len(timesteps) * len(conditionings) * noise_draws
             forecast = Forecast(
@@ -758,7 +759,7 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
     with (
         ThreadPoolExecutor(1) as reading,
         ThreadPoolExecutor(1) as writing,
-        Progress(*columns, console=console, transient=False) as bar,
+        Progress(*columns, console=console, refresh_per_second=2, disable=console.quiet) as bar,
         run.recorder() as recorder,
     ):
         task = bar.add_task("extract", total=sum(last - first for first, last in bounds), rate="")

@@ -53,7 +53,7 @@ class Recorder:
         sites: paths, paper names, globs or presets of features; empty for none.
         maps: the same for attention maps; "cross" and "self" are all of a kind; empty for none.
         heads: "mean" averages a map's heads, "all" keeps them.
-        tokens: which key positions of a map are kept; all by default. Probabilities are over all positions.
+        tokens: which prompt positions of a cross-attention map are kept; all by default. Probabilities are over all.
         stop_early: end the forward pass after the last wanted site; the network must be called through
             `DiffusionModel.denoise`, which then returns None.  Nested recorders stop when all of them have theirs.
         reduce: applied to each tensor at once, before it is kept.
@@ -227,7 +227,8 @@ class Recorder:
 
     def _keep_map(self, site: Site, attention: Attention, args: tuple[Any, ...], output: Tensor) -> None:
         query, key, mask = (self._held.pop((site.name, part)) for part in ("query", "key", "mask"))
-        maps = attention_probabilities(attention, query, key, mask, heads=self.heads, tokens=self.tokens)
+        tokens = self.tokens if site.kind == "cross_map" else None  # a self-map's keys are places
+        maps = attention_probabilities(attention, query, key, mask, heads=self.heads, tokens=tokens)
         self._keep(site, maps.unflatten(-1, self._grid[site.anchor]), copied=True)
 
     def _keep_feature(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -104,6 +104,16 @@ def test_guidance_and_noise_draws(tiny_model: DiffusionModel, tmp_path: Path) ->
     np.testing.assert_allclose(got, np.mean(singles, axis=0), rtol=1e-4, atol=1e-4)
 
 
+def test_self_maps_beside_cross_maps(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    maps = [MAP, "U-L1-R1-B0-Self-Map"]
+    extract(tiny_model, ShapesDataset(2), tmp_path / "s.zarr", maps=maps, heads="all", **{**QUICK, "sites": ()})
+    tree = open_store(tmp_path / "s.zarr")
+    cross, own = (tree[name].to_dataset()["maps"] for name in maps)
+    assert own.sizes["token"] == own.sizes["y"] * own.sizes["x"] != cross.sizes["token"]
+    np.testing.assert_allclose(own.sum("token").values, 1, atol=2e-2)
+    assert cross.sizes["head"] == own.sizes["head"] == 2
+
+
 def test_reductions_equal_numpy(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     extract(tiny_model, ShapesDataset(2), tmp_path / "full.zarr", store_dtype="float32", **QUICK)
     for rule in ("mean", "grid:2x1", "project:3"):
@@ -130,9 +140,7 @@ def test_reduce_rules_by_site(tiny_model: DiffusionModel) -> None:
     with pytest.raises(ValueError, match="not one of none, mean, grid:HxW, project:K"):
         parse_reduce("median", sites)
     assert make_reduce({}, 0)(sites[0], torch.ones(1)) is not None
-    specs = array_specs(
-        sites, {s.name: (8, 4, 4) for s in sites}, {s.name: "project:3" for s in sites}, "mean", 5, ["null"], []
-    )
+    specs = array_specs(sites, {s.name: (8, 4, 4) for s in sites}, {s.name: "project:3" for s in sites}, ["null"], [])
     assert specs[0].shape == (3, 4, 4)
 
 
@@ -293,8 +301,8 @@ def test_a_batch_that_does_not_fit_is_halved(
 
     extract(tiny_model, ShapesDataset(3), tmp_path / "a.zarr", **QUICK)
     monkeypatch.setattr(tiny_model, "denoise", small)
-    monkeypatch.setattr("diffprobe.extraction._Run.find_batch", lambda self, wanted: setattr(self, "batch_rows", 4) or 0.1)
-    extract(tiny_model, ShapesDataset(3), tmp_path / "b.zarr", **{**QUICK, "progress": True})
+    monkeypatch.setattr("diffprobe.extraction._Run.find_batch", lambda self, seconds: setattr(self, "batch_rows", 4) or 0.1)
+    extract(tiny_model, ShapesDataset(3), tmp_path / "b.zarr", **{**QUICK, "progress": True, "batch_rows": None})
     assert "A batch of 4 did not fit into memory; going on with 2." in capsys.readouterr().err
     for name, values in arrays(tmp_path / "a.zarr").items():
         np.testing.assert_allclose(values.astype(float), arrays(tmp_path / "b.zarr")[name].astype(float), atol=2e-3, rtol=2e-3)

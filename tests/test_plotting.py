@@ -225,3 +225,14 @@ def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
         plot_heatmaps(images[0], heat().isel(word=0))
     with pytest.raises(ValueError, match="2 words for 3 maps"):
         plot_heatmaps(images[0], heat(), words=["a", "b"])
+
+
+def test_scores_show_every_row_and_their_chance() -> None:
+    rows = [("pairs", 0.7, 0.6, 0.8, 0.5, np.nan), ("pointing", 0.4, 0.3, 0.5, 0.1, 50), ("pointing", 0.2, 0.1, 0.3, 0.1, 500)]
+    frame = pd.DataFrame(rows, columns=["what", "value", "low", "high", "chance", "timestep"])
+    figure = plotting.plot_scores(frame)
+    axis = figure.axes[0]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["pairs", "pointing"]
+    drawn = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert drawn == [0.7, 0.4, 0.2]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["timestep 50", "timestep 500", "chance"]
