@@ -327,7 +327,7 @@ def memory(setting: Setting) -> Iterator[Row]:
     sizes = (50, 500) if setting.smoke else (1_000, 10_000)
     environment = {**os.environ, "BENCHMARK_THREADS": str(torch.get_num_threads())}
     peaks: list[tuple[float, float]] = []
-    for repeat in range(1 if setting.smoke else 3):
+    for repeat in range(1):  # memory does not scatter as time does
         pair = []
         for size in sizes:
             command = [
