@@ -22,7 +22,7 @@ CAPTIONS = {
     "chelsea": "a photo of an orange cat with green eyes",
     "rocket": "a photo of a white rocket above a dark background",
     "china": "a photo of a red temple below a blue sky",
-    "flower": "a photo of a large pink flower on a green background",
+    "flower": "a photo of a large orange flower on a dark background",
 }
 
 

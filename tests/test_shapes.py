@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from diffprobe.data import ShapesDataset
 from diffprobe.data.shapes import (
     CAPTION_STYLES,
     COLOURS,
@@ -15,7 +16,6 @@ from diffprobe.data.shapes import (
     SPLITS,
     Obj,
     Scene,
-    ShapesDataset,
     caption,
     held_out,
     random_scene,

@@ -1,7 +1,8 @@
 """Datasets: the drawn world, drawn twins of benchmarks, folders of photographs; all yield `Sample`.
 
 samples.py    what every dataset yields
-shapes.py     the drawn world with its captions and masks
+shapes.py     the drawn world: scenes, pixels, masks and captions
+drawn.py      its scenes as a dataset
 questions.py  questions about drawn scenes
 twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
 folder.py     a folder of photographs, with or without captions
@@ -13,10 +14,11 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from diffprobe.data.drawn import ShapesDataset
 from diffprobe.data.folder import FolderDataset
 from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
 from diffprobe.data.samples import Caption, Dataset, Question, Sample, Span, iterate
-from diffprobe.data.shapes import COUNT_WORDS, SPLITS, ShapesDataset
+from diffprobe.data.shapes import COUNT_WORDS, SPLITS
 from diffprobe.data.twins import KINDS, TwinsDataset
 
 __all__ = [

@@ -52,7 +52,7 @@ class Config:
     vae_batch: int = 8
     text_steps: int = 750
     text_batch: int = 64
-    unet_steps: int = 1_800
+    unet_steps: int = 950
     unet_batch: int = 32
     unet_lr: float = 8e-4
     text_lr: float = 2e-4
@@ -197,6 +197,7 @@ def train_vae(config: Config, folder: Path) -> AutoencoderKL:
             group["lr"] = 2e-3 * min(1, progress.step / 50) * (0.5 + 0.5 * math.cos(math.pi * progress.step / config.vae_steps))
         pixels = torch.from_numpy(np.stack([drawn(train_scene(int(i), config.seed)) for i in indices]))
         posterior = vae.encode(pixels).latent_dist
+        torch.manual_seed(config.seed + progress.step)  # the draw belongs to the step, or a resumed run would differ
         decoded = vae.decode(posterior.sample()).sample
         error = functional.mse_loss(decoded, pixels)
         # Objects are small and backgrounds grey: unweighted, a short training draws everything in grey.

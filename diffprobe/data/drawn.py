@@ -1,0 +1,86 @@
+"""Scenes of the drawn world as a dataset: image, masks, captions, labels and questions of each."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from PIL import Image
+
+from diffprobe.data.questions import questions
+from diffprobe.data.samples import Question, Sample
+from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, random_scene, relation, render
+
+
+def scene_labels(scene: Scene) -> dict[str, str | int | float]:
+    """What probes can be asked to read from a scene; object attributes are the first object's."""
+    first = scene.objects[0]
+    labels: dict[str, str | int | float] = {
+        "n_objects": len(scene.objects),
+        "colour": first.colour,
+        "shape": first.shape,
+        "size": first.size,
+        "fill": first.fill,
+        "tone": scene.tone,
+        "texture": scene.texture,
+    }
+    if len(scene.objects) == 2 and not all_alike(scene):
+        labels["relation"] = relation(scene.objects[0], scene.objects[1]) or "none"
+    return labels
+
+
+@dataclass(frozen=True)
+class ShapesDataset:
+    """`count` scenes of one split; ``shapes:256?split=test&objects=1`` on the command line.
+
+    >>> sample = ShapesDataset(4)[0]
+    >>> sample.id, len(sample.captions) >= 5
+    ('shapes-train-0-000000', True)
+    """
+
+    count: int
+    split: str = "train"
+    seed: int = 0
+    n_objects: int | None = None
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.n_objects is None else f"-n{self.n_objects}"
+        return f"shapes-{self.split}-{self.seed}{suffix}"
+
+    @property
+    def spec(self) -> str:
+        objects = "" if self.n_objects is None else f"&objects={self.n_objects}"
+        return f"shapes:{self.count}?split={self.split}&seed={self.seed}{objects}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def scene(self, index: int) -> Scene:
+        return random_scene(self.seed, index, self.split, self.n_objects)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(f"Scene {index} of a dataset of {self.count}.")
+        scene = self.scene(index)
+        return Sample(
+            id=f"{self.name}-{index:06d}",
+            load=lambda: Image.fromarray(render(scene)[0]),
+            masks=lambda: render(scene)[1],
+            captions=tuple(caption(scene, style) for style in CAPTION_STYLES),
+            labels=scene_labels(scene),
+            questions=self._questions(scene),
+            objects=tuple(vars(o) for o in scene.objects),
+        )
+
+    def _questions(self, scene: Scene) -> tuple[Question, ...]:
+        asked = questions(scene, self.seed)
+        # Where all scenes have as many objects, "how many" can be answered without looking.
+        return asked if self.n_objects is None else tuple(q for q in asked if q.category != "count")
+
+    def fingerprint(self) -> str:
+        """Hash of the first scene's pixels and words with the parameters: changes when the drawing code does."""
+        image, _ = render(self.scene(0))
+        text = "|".join(caption(self.scene(0), style).text for style in CAPTION_STYLES)
+        text += "|".join(f"{q.text} {q.answer}" for q in self._questions(self.scene(0)))
+        return hashlib.sha256(repr(self).encode() + image.tobytes() + text.encode()).hexdigest()[:16]
