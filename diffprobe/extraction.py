@@ -608,6 +608,8 @@ def extract(
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
     with _sole_writer(out, rank, dry_run):
         resuming = store.exists(out)
+        if not resuming and not store.is_remote(out) and Path(out).exists():
+            raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             attributes = store.StoreWriter(out).attributes
             differences = store.request_differences(attributes["request"], asdict(request))
@@ -638,7 +640,6 @@ def extract(
                 tell(describe_forecast(forecast))
             _check_room(forecast, force, resuming or dry_run)
         if dry_run:
-            assert forecast is not None
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)
         if rank == 0 and not resuming:
             _lay_out(run, out, unit_samples or run.unit_samples(), compress, ranks)

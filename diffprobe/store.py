@@ -63,14 +63,15 @@ class ArraySpec:
 def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int) -> int:
     """How many samples make a unit at most: the arrays of one stay near 64 MiB together.
 
-    Two units are in memory at a time, so this bounds the memory that a run takes, whatever its length.
+    Two units are in memory at a time, so this bounds the memory that a run takes, whatever its length; 64 samples at most,
+    because their images wait there too.
 
     >>> spec = ArraySpec("s", "p", "block", "features", ("channel", "y", "x"), (1280, 16, 16), ("null",))
     >>> samples_per_unit([spec], 5, 2)
     20
     """
     together = sum(spec.bytes_per_sample(timesteps, itemsize) for spec in specs)
-    return max(1, min(SHARD_BYTES // max(1, together), 256))
+    return max(1, min(SHARD_BYTES // max(1, together), 64))
 
 
 # --- writing --------------------------------------------------------------------------------------
