@@ -608,17 +608,18 @@ def extract(
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
     with _sole_writer(out, rank, dry_run):
         resuming = store.exists(out)
-        if not resuming and not store.is_remote(out) and Path(out).exists():
+        if rank == 0 and not resuming and not store.is_remote(out) and Path(out).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
+        pending = None
         if resuming:
-            attributes = store.StoreWriter(out).attributes
-            differences = store.request_differences(attributes["request"], asdict(request))
+            found = store.StoreWriter(out)
+            differences = store.request_differences(found.attributes["request"], asdict(request))
             if differences:
                 raise ValueError(
                     f"{out} holds another request; give another --out, or match it. " + "; ".join(differences) + "."
                 )
-            batch_rows = batch_rows or int(attributes["batch_rows"])
-        pending = len(store.StoreWriter(out).pending) if resuming else None
+            batch_rows = batch_rows or int(found.attributes["batch_rows"])
+            pending = len(found.pending)
         forecast = None
         if rank == 0 and (pending is None or pending or dry_run):
             if batch_rows:
