@@ -12,34 +12,57 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffprobe.data import load_dataset
+    from diffprobe.encoders import load_encoder
     from diffprobe.extraction import extract
+    from diffprobe.matching import alignment_score
+    from diffprobe.mllm.leakage import leakage_report
     from diffprobe.models import load_model
-    from diffprobe.probes.linear import fit_probe
+    from diffprobe.probes.correspondence import correspondence
+    from diffprobe.probes.knn import knn_probe
+    from diffprobe.probes.linear import fit_probe, stream_probe
+    from diffprobe.probes.localization import localization_score
+    from diffprobe.probes.similarity import similarity
     from diffprobe.recorder import Recorder
     from diffprobe.sites import list_sites
     from diffprobe.store import attention_maps, features, open_store
 
 _HOMES = {
     "Recorder": "recorder",
+    "alignment_score": "matching",
     "attention_maps": "store",
+    "correspondence": "probes.correspondence",
     "extract": "extraction",
     "features": "store",
     "fit_probe": "probes.linear",
+    "knn_probe": "probes.knn",
+    "leakage_report": "mllm.leakage",
     "list_sites": "sites",
     "load_dataset": "data",
+    "load_encoder": "encoders",
     "load_model": "models",
+    "localization_score": "probes.localization",
     "open_store": "store",
+    "similarity": "probes.similarity",
+    "stream_probe": "probes.linear",
 }
 __all__ = [
     "Recorder",
+    "alignment_score",
     "attention_maps",
+    "correspondence",
     "extract",
     "features",
     "fit_probe",
+    "knn_probe",
+    "leakage_report",
     "list_sites",
     "load_dataset",
+    "load_encoder",
     "load_model",
+    "localization_score",
     "open_store",
+    "similarity",
+    "stream_probe",
 ]
 
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+    from diffprobe.experiment import Claim
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -33,6 +36,8 @@ zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models and the re
 app.add_typer(probe_app, name="probe")
 app.add_typer(plot_app, name="plot")
 app.add_typer(zoo_app, name="zoo")
+leakage_app = typer.Typer(no_args_is_help=True, help="Does a language model that is given features see the image, or read the prompt?")
+app.add_typer(leakage_app, name="leakage")
 
 _out = Console(highlight=False)
 _debug = False
@@ -138,7 +143,7 @@ def sites(
         shape = shapes[site.name]
         channels = f"{shape[0]} heads" if site.is_map else str(shape[0])
         place = f"{shape[1]} tokens" if site.over_tokens else " x ".join(str(n) for n in shape[-2:])
-        table.add_row(site.name, site.path or "(output)", site.kind, channels, place)
+        table.add_row(site.name, site.path or ("(input)" if site.kind == "input" else "(output)"), site.kind, channels, place)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
@@ -152,7 +157,7 @@ def extract(
         str, typer.Option("--data", "-d", help="A folder of images, or shapes:N (?split=, seed=, objects=).")
     ] = "shapes:256?split=test",
     sites: Annotated[
-        str, typer.Option(help="Names, paths, globs or presets (paper, blocks), parted by commas; empty for none.")
+        str, typer.Option(help="Names, paths, globs or presets (paper, blocks), parted by commas; Noised-Latent is the network's own input; empty for none.")
     ] = "paper",
     maps: Annotated[str, typer.Option(help="The same for attention maps (presets: cross, self).")] = "",
     heads: Annotated[Heads, typer.Option(help="Average a map's heads or keep them.")] = Heads.mean,
@@ -163,7 +168,7 @@ def extract(
         str, typer.Option("--timesteps", "-t", help="Training timesteps, parted by commas.")
     ] = "10,50,100,250,500",
     conditioning: Annotated[
-        str, typer.Option("--conditioning", "-c", help="null, caption[:N|:STYLE], question[:N], mismatched, fixed:TEXT.")
+        str, typer.Option("--conditioning", "-c", help="null, caption[:N|:STYLE], question[:N], mismatched, hard, words, fixed:TEXT.")
     ] = "null,caption",
     guidance: Annotated[str, typer.Option(help="Store f_u + s (f_c - f_u) for these s too, such as 1.5,4.")] = "",
     noise_draws: Annotated[int, typer.Option(help="Average over this many noise tensors.")] = 1,
@@ -188,14 +193,17 @@ def extract(
     allow_pickle: Annotated[
         bool, typer.Option(help="Load weights that are not safetensors. Pickle files can run code.")
     ] = False,
+    random_weights: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Draw the denoising network's weights anew from this seed, as a baseline.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
     force: Annotated[bool, typer.Option(help="Go on although the forecast does not fit on the disk.")] = False,
 ) -> None:
     """Record features and attention maps of a dataset into a store."""
     from diffprobe.data import load_dataset
+    from diffprobe.encoders import load_extractor
     from diffprobe.extraction import describe_forecast
     from diffprobe.extraction import extract as run
-    from diffprobe.models import load_model
 
     conditionings = [conditioning] if conditioning.startswith("fixed:") else _list(conditioning)
     sides = _numbers(resolution.replace("x", ","), int, "--resolution")
@@ -205,7 +213,7 @@ def extract(
     scales = _numbers(guidance, float, "--guidance")
     dataset = load_dataset(data)
     summary = run(
-        load_model(model, device, dtype, revision, use_safetensors=not allow_pickle), dataset, out,
+        load_extractor(model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights), dataset, out,
         sites=_list(sites), maps=_list(maps), heads=heads.value, map_tokens=map_tokens.value, timesteps=steps,
         conditionings=conditionings, guidance=scales, noise_draws=noise_draws, reduce=reduce or "none", seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit.value, latent_rule=latent_rule.value,
@@ -242,7 +250,8 @@ def info(store: StorePath) -> None:
     states = ", ".join(f"{n} {word}" for word, n in found["status"].items())
     _out.print(f"{found['samples']} samples: {states}")
     _out.print(
-        f"model {request['model']} ({found['pipeline']}, {found['prediction_type']}), weights {request['weights']}",
+        f"model {request['model']} ({found['pipeline']}, {found['prediction_type']}), weights {request['weights']}"
+        + ("" if found.get("random_weights") is None else f", drawn at random from seed {found['random_weights']}"),
         markup=False,
     )
     _out.print(
@@ -299,33 +308,121 @@ def repair(
 # --- probing --------------------------------------------------------------------------------------
 
 
+class Pooling(StrEnum):
+    """How the places of a feature map are read."""
+
+    mean = "mean"
+    flatten = "flatten"
+    patches = "patches"
+
+
+class Metric(StrEnum):
+    """Distance between standardised features."""
+
+    cosine = "cosine"
+    euclidean = "euclidean"
+    manhattan = "manhattan"
+
+
+ProbeLabel = Annotated[
+    str,
+    typer.Option(help="Labels to read, parted by commas; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."),
+]
+ProbeSites = Annotated[str, typer.Option(help="Sites by name, parted by commas; all features by default.")]
+ProbeConditioning = Annotated[str, typer.Option(help="Conditionings, parted by commas; all by default.")]
+ProbePool = Annotated[Pooling, typer.Option(help="Average the places, lay them side by side, or read each on its own.")]
+ProbeOut = Annotated[Path, typer.Option("--out", "-o", help="The table (CSV); beside the store by default.")]
+ProbeSeed = Annotated[int, typer.Option(help="Seed of split, control labels and bootstrap.")]
+ProbeJobs = Annotated[int, typer.Option(help="Worker processes, one thread each; -1 is one a core.")]
+CrossFit = Annotated[
+    bool, typer.Option("--cross-fit", help="Each fold is the test fold once: five times the work and the test rows.")
+]
+
+
 @probe_app.command("linear")
 def probe_linear(
     store: StorePath,
-    label: Annotated[
-        str, typer.Option(help="Labels to read, parted by commas; 'diffprobe info' names the store's.")
-    ] = "colour",
-    sites: Annotated[str, typer.Option(help="Sites by name, parted by commas; all features by default.")] = "",
-    conditioning: Annotated[str, typer.Option(help="Conditionings, parted by commas; all by default.")] = "",
-    out: Annotated[Path, typer.Option("--out", "-o", help="The table (CSV); beside the store by default.")] = Path(),
-    seed: Annotated[int, typer.Option(help="Seed of split, control labels and bootstrap.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Worker processes, one thread each; -1 is one a core.")] = -1,
+    label: ProbeLabel = "colour",
+    sites: ProbeSites = "",
+    conditioning: ProbeConditioning = "",
+    pool: ProbePool = Pooling.mean,
+    out: ProbeOut = Path(),
+    seed: ProbeSeed = 0,
+    jobs: ProbeJobs = -1,
+    penalties: Annotated[str, typer.Option(help="Strengths of the squared norm to choose from.")] = "0.1,1,10,100,1000",
+    cross_fit: CrossFit = False,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Ridge in two passes over the store, for those larger than memory.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Fit on this torch device, such as cuda (SCIPY_ARRAY_API=1 must be set).")
+    ] = None,
 ) -> None:
     """Fit a linear probe per site, timestep and conditioning, with its control task."""
-    from diffprobe.probes.linear import probe_table
+    from diffprobe.probes.linear import fit_probe, stream_probe
+
+    options: dict[str, Any] = {"penalties": _numbers(penalties, float, "--penalties"), "seed": seed}
+    if streaming and (device or cross_fit):
+        raise ValueError("--streaming goes with neither --device nor --cross-fit.")
+    if not streaming:
+        # A GPU is not shared out between processes.
+        options |= {"cross_fit": cross_fit, "device": device, "n_jobs": 1 if device else jobs}
+    probe = stream_probe if streaming else fit_probe
+    _probe(store, "linear", probe, label, sites, conditioning, pool, out, options, lazy=streaming)
+
+
+@probe_app.command("knn")
+def probe_knn(
+    store: StorePath,
+    label: ProbeLabel = "colour",
+    sites: ProbeSites = "",
+    conditioning: ProbeConditioning = "",
+    pool: ProbePool = Pooling.mean,
+    out: ProbeOut = Path(),
+    seed: ProbeSeed = 0,
+    jobs: ProbeJobs = -1,
+    k: Annotated[str, typer.Option("--k", "-k", help="Numbers of neighbours to choose from.")] = "5,20",
+    metric: Annotated[Metric, typer.Option(help="Distance between features standardised per channel.")] = Metric.cosine,
+    cross_fit: CrossFit = False,
+) -> None:
+    """Read labels off the nearest neighbours per site, timestep and conditioning, with its control task."""
+    from diffprobe.probes.knn import knn_probe
+
+    options = {"k": _numbers(k, int, "--k"), "metric": metric.value, "seed": seed, "cross_fit": cross_fit, "n_jobs": jobs}
+    _probe(store, "knn", knn_probe, label, sites, conditioning, pool, out, options)
+
+
+def _probe(
+    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: Path,
+    options: dict[str, Any], lazy: bool = False,
+) -> None:  # fmt: skip
+    """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
+    import pandas as pd
+
+    from diffprobe.probes.labels import PREFIX, with_mask_labels
+    from diffprobe.probes.task import pool_features, probe_table, save_table
     from diffprobe.store import features, open_store, site_names
 
     tree = open_store(store)
     names = _list(sites) or [n for n in site_names(tree) if "features" in tree[n].data_vars]
+    masks = [x for x in _list(label) if x.startswith(PREFIX)]
+    frames = []
+    kinds: list[tuple[list[str], Any]] = [([x for x in _list(label) if x not in masks], pool.value), (masks, "patches")]
+    for labels, pooling in kinds:
+        if not labels:
+            continue
 
-    def get(site: str) -> xr.DataArray:
-        found: xr.DataArray = features(tree, site, conditioning=_list(conditioning) or None, pool="mean")
-        return found
+        def get(site: str, labels: list[str] = labels, pooling: Any = pooling) -> xr.DataArray:
+            found: xr.DataArray = features(tree, site, conditioning=_list(conditioning) or None)
+            for one in labels if pooling == "patches" else []:
+                found = with_mask_labels(found, tree, one) if one in masks else found
+            return found if lazy else pool_features(found, pooling).compute()
 
-    frame: pd.DataFrame = probe_table(get, names, _list(label), seed=seed, n_jobs=jobs)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.linear.csv")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(target, index=False)
+        frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
+    frame = pd.concat(frames, ignore_index=True)
+    target = out if out != Path() else Path(f"{store.rstrip('/')}.{name}.csv")
+    asked = {"probe": name, "label": label, "sites": names, "conditioning": conditioning, "pool": pool.value, **options}
+    save_table(frame, target, store, {str(name): value for name, value in tree.attrs.items()}, asked)
     _show_best(frame)
     _out.print(f"{len(frame)} probes in {target}", markup=False)
     _next(f"diffprobe plot probe {shlex.quote(str(target))}")
@@ -353,6 +450,230 @@ def _show_best(frame: pd.DataFrame) -> None:
             f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", f"{best['control_accuracy']:.3f}", str(best["n_test"]),
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+@probe_app.command("alignment")
+def probe_alignment(
+    model: Model = "shapes-sd",
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", "-d",
+            help="shapes-mmvp:N, shapes-winoground:N, or mmvp-vlm, winoground, sugarcrepe with :FOLDER_OR_ID "
+            "(sugarcrepe:FOLDER?images=COCO_FOLDER).",
+        ),
+    ] = "shapes-mmvp:45",
+    scores: Annotated[
+        str, typer.Option(help="Parted by commas; also pooled_cosine and clip_cosine. 'all' is every one.")
+    ] = "attention_lse_paper,attention_lse_discffusion,denoising_loss,denoising_loss_normalised",
+    timesteps: Annotated[str, typer.Option(help="Noise levels, parted by commas.")] = "189,389,589,789,989",
+    draws: Annotated[int, typer.Option(min=1, help="Noise tensors at each timestep.")] = 3,
+    clip: Annotated[str, typer.Option(help="Folder, hub id or embedded name of a CLIP model, for clip_cosine.")] = "shapes-clip",
+    site: Annotated[str, typer.Option(help="Site of pooled_cosine.")] = "U-L2-R1-B0-Cross-Q",
+    train: Annotated[str, typer.Option(help="Captioned dataset that pooled_cosine learns from.")] = "shapes:600",
+    baseline: Annotated[str, typer.Option(help="A score that the others are compared with, item by item.")] = "",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Scores (NetCDF), from which an interrupted run goes on; the table lies beside.")
+    ] = Path("runs/alignment.nc"),
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of noise and bootstrap.")] = 0,
+    revision: Revision = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16; auto is float32 on a CPU, else bfloat16.")] = "auto",
+) -> None:
+    """Match images with texts by the model's own scores, by a benchmark's strict protocol."""
+    from diffprobe.data.benchmarks import load_benchmark
+    from diffprobe.matching import SCORES, alignment_score
+    from diffprobe.models import load_model
+    from diffprobe.probes.alignment import alignment_table, compare_scores
+
+    names = list(SCORES) if scores == "all" else _list(scores)
+    if baseline and baseline not in names:
+        raise ValueError(f"--baseline {baseline!r} is not one of the scores {', '.join(names)}.")
+    benchmark = load_benchmark(data)  # before the model: a slip in the spec should not cost a minute
+    found = alignment_score(
+        load_model(model, device, dtype, revision), benchmark, scores=names, timesteps=_numbers(timesteps, int, "--timesteps"),
+        draws=draws, seed=seed, batch_rows=batch_rows, site=site, train=train, clip=clip, out=out,
+    )  # fmt: skip
+    frame = alignment_table(found, found.attrs["protocol"], seed=seed)
+    target = out.with_suffix(".csv")
+    frame.to_csv(target, index=False)
+    table = Table("score", "metric", "share right", "95% interval", "chance", "n", box=None, pad_edge=False)
+    for _, row in frame[frame["pattern"] == "all"].iterrows():
+        shares = (f"{row['value']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", str(row["n"]))
+        table.add_row(row["score"], row["metric"], *shares)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    if baseline:
+        for _, row in compare_scores(found, found.attrs["protocol"], baseline, seed=seed).iterrows():
+            _out.print(
+                f"{row['score']} - {baseline}, {row['metric']}: {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], "
+                f"p = {row['p']:.2g}, {row['p_holm']:.2g} after Holm",
+                markup=False,
+                soft_wrap=True,
+            )
+    _out.print(f"Scores in {out}, every pattern in {target}", markup=False)
+
+
+@probe_app.command("similarity")
+def probe_similarity(
+    store: StorePath,
+    between: Annotated[
+        str, typer.Option(help="pair (images a and b), conditioning, guidance, timestep, site, or store (with --other).")
+    ] = "conditioning",
+    other: Annotated[str, typer.Option(help="A second store of the same samples, of another model or encoder.")] = "",
+    measures: Annotated[
+        str, typer.Option(help="cosine, cosine_standardised, cka, cka_biased, mutual_knn; cosines for pairs, CKA else by default.")
+    ] = "",
+    sites: ProbeSites = "",
+    guidance: Annotated[str, typer.Option(help="Scales s to compare with f_u.")] = "1,1.5,4,7",
+    conditioning: Annotated[str, typer.Option(help="f_c of the guidance.")] = "caption",
+    groups: Annotated[str, typer.Option(help="A label of samples that belong together, such as pair.")] = "",
+    pool: Annotated[Pooling, typer.Option(help="A row is the whole map (flatten) or its mean.")] = Pooling.flatten,
+    k: Annotated[int, typer.Option("--k", "-k", help="Neighbours of mutual_knn.")] = 10,
+    out: ProbeOut = Path(),
+    seed: Annotated[int, typer.Option(help="Of minibatches and bootstrap.")] = 0,
+) -> None:
+    """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
+    from diffprobe.probes.similarity import store_similarity
+    from diffprobe.probes.task import save_table
+    from diffprobe.store import open_store
+
+    tree = open_store(store)
+    options: dict[str, Any] = {
+        "sites": _list(sites), "conditioning": conditioning, "guidance": _numbers(guidance, float, "--guidance"),
+        "groups": groups or None, "measures": _list(measures), "pool": pool.value, "k": k, "seed": seed,
+    }  # fmt: skip
+    frame = store_similarity(tree, between, other=open_store(other) if other else None, **options)
+    target = out if out != Path() else Path(f"{store.rstrip('/')}.similarity-{between}.csv")
+    origin = {str(name): value for name, value in tree.attrs.items()}
+    save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
+    _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}", markup=False, soft_wrap=True)
+    _next(f"diffprobe plot similarity {shlex.quote(str(target))}")
+
+
+@probe_app.command("correspondence")
+def probe_correspondence(
+    store: StorePath,
+    spair: Annotated[
+        Path | None,
+        typer.Option(help="The folder SPair-71k, for a store of its JPEGImages (--fit squash); else the store's own twins."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of SPair-71k: trn, val, test.")] = "test",
+    alpha: Annotated[str, typer.Option(help="Tolerances, in larger sides of the object's box.")] = "0.1",
+    sites: ProbeSites = "",
+    conditioning: ProbeConditioning = "",
+    grid: Annotated[int, typer.Option(help="Rows of the upsampled target map.")] = 96,
+    raw: Annotated[bool, typer.Option("--raw", help="Cosines of raw features, not standardised per channel.")] = False,
+    by_category: Annotated[bool, typer.Option("--by-category", help="Rows for each category too.")] = False,
+    out: ProbeOut = Path(),
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Find keypoints of one image in another by their features: PCK per point and per image, with chance."""
+    import pandas as pd
+
+    from diffprobe.data import TwinsDataset, load_dataset
+    from diffprobe.data.keypoints import twin_keypoints
+    from diffprobe.data.spair import read_spair
+    from diffprobe.probes.correspondence import correspondence
+    from diffprobe.probes.task import save_table
+    from diffprobe.store import features, open_store, site_names
+
+    tree = open_store(store)
+    request = tree.attrs["request"]
+    if spair is not None:
+        pairs = read_spair(spair, split, resolution=tuple(request["resolution"]), fit=request["fit"])
+    else:
+        dataset = load_dataset(tree.attrs["data"])
+        if not isinstance(dataset, TwinsDataset):
+            raise ValueError(
+                f"Keypoints are known for drawn twins (shapes-winoground:N, shapes-mmvp:N) and SPair-71k; this store holds "
+                f"{tree.attrs['data']!r}. Extract twins, or give --spair."
+            )
+        pairs = twin_keypoints(dataset)
+    names = _list(sites) or [n for n in site_names(tree) if {"y", "x"} <= set(getattr(tree[n].get("features"), "dims", ()))]
+    options: dict[str, Any] = {"alphas": _numbers(alpha, float, "--alpha"), "grid": grid, "standardise": not raw, "seed": seed}
+    frames = [
+        correspondence(features(tree, name, conditioning=_list(conditioning) or None), pairs, by_category=by_category, **options)
+        .assign(site=name)
+        for name in names
+    ]  # fmt: skip
+    if not frames:
+        raise ValueError(f"{store} has no site with a (y, x) grid; record one with --reduce none.")
+    frame = pd.concat(frames, ignore_index=True)
+    target = out if out != Path() else Path(f"{store.rstrip('/')}.correspondence.csv")
+    origin = {str(name): value for name, value in tree.attrs.items()}
+    save_table(frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options})
+    table = Table("site", "timestep", "conditioning", "alpha", "PCK", "95% interval", "chance", "in the box", "same place", "n",
+                  box=None, pad_edge=False)  # fmt: skip
+    points = frame[(frame["per"] == "point") & (frame["category"] == "all")].sort_values("value", ascending=False)
+    for row in points.head(10).to_dict("records"):
+        table.add_row(
+            str(row["site"]), str(row.get("timestep", "")), str(row.get("conditioning", "")), f"{row['alpha']:g}", f"{row['value']:.3f}",
+            f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", f"{row['chance_box']:.3f}", f"{row['position']:.3f}", str(row["n"]),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _out.print(f"{len(frame)} scores of {len(pairs)} pairs in {target}", markup=False, soft_wrap=True)
+
+
+@probe_app.command("localization")
+def probe_localization(
+    store: StorePath,
+    of: Annotated[str, typer.Option(help="attention (of a caption's words), or difference (|f_c - f_u| of a text).")] = "attention",
+    conditioning: Annotated[
+        str, typer.Option(help="The caption whose words are scored; for differences captions and questions, all by default.")
+    ] = "",
+    data: Annotated[str, typer.Option("--data", "-d", help="The dataset, for its masks; the store's own by default.")] = "",
+    sites: ProbeSites = "",
+    timesteps: Annotated[str, typer.Option("--timesteps", "-t", help="All by default.")] = "",
+    roles: Annotated[str, typer.Option(help="Of words: noun, colour, phrase, background.")] = "noun",
+    by_head: Annotated[bool, typer.Option("--by-head", help="Each head beside their mean (of a store with --heads all).")] = False,
+    out: ProbeOut = Path(),
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
+) -> None:
+    """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
+    from diffprobe.probes.grounding import attention_localization, difference_localization
+    from diffprobe.probes.task import save_table
+    from diffprobe.store import open_store
+
+    tree = open_store(store)
+    steps: list[int] | None = _numbers(timesteps, int, "--timesteps") or None
+    shared: dict[str, Any] = {"sites": _list(sites) or None, "timesteps": steps, "seed": seed}
+    if of == "attention":
+        shared |= {"conditioning": conditioning or "caption", "roles": _list(roles), "by_head": by_head}
+        frame = attention_localization(tree, data or None, **shared)
+    elif of == "difference":
+        shared |= {"conditionings": _list(conditioning) or None}
+        frame = difference_localization(tree, data or None, **shared)
+    else:
+        raise ValueError(f"--of {of!r} is not one of attention, difference.")
+    target = out if out != Path() else Path(f"{store.rstrip('/')}.localization-{of}.csv")
+    origin = {str(name): value for name, value in tree.attrs.items()}
+    save_table(frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **shared})
+    _show_localization(frame)
+    for reason, number in frame.attrs["left_out"].items():
+        _out.print(f"  left out: {number} {reason}", markup=False)
+    _out.print(f"{len(frame)} scores in {target}", markup=False, soft_wrap=True)
+    _next(f"diffprobe plot localization {shlex.quote(str(target))}")
+
+
+def _show_localization(frame: pd.DataFrame) -> None:
+    """The best cell of a few scores, with chance and the lead over the control of another word or text."""
+    own = str(frame["map"].iloc[0])
+    by, control = ("role", "wrong word") if own == "word" else ("conditioning", "other text")
+    table = Table(by, "score", "best site", "timestep", "value", "95% interval", "chance", f"lead over {control}", "n",
+                  box=None, pad_edge=False)  # fmt: skip
+    cell = [by, "score", "site", "timestep", *(["head"] if "head" in frame else [])]
+    leads = frame[frame["map"] == control].set_index(cell)[["lead", "lead_low", "lead_high"]]
+    mine = frame[(frame["map"] == own) & frame["score"].isin(["pointing", "iou_tuned", "auc"]) & frame["value"].notna()]
+    for _, rows in mine.groupby([by, "score"], sort=False):
+        best = rows.iloc[int(rows["value"].to_numpy().argmax())]
+        lead = leads.loc[tuple(best[name] for name in cell)]
+        shown = f"{lead['lead']:+.3f} [{lead['lead_low']:+.3f}, {lead['lead_high']:+.3f}]" if lead.notna().all() else "none to compare"
+        table.add_row(
+            str(best[by]), str(best["score"]), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
+            f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", shown, str(best["n"]),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -429,37 +750,277 @@ def plot_probe(
         _out.print(f"Drew {path}", markup=False)
 
 
+@plot_app.command("similarity")
+def plot_similarity(
+    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe similarity' wrote.", metavar="TABLE")],
+    measure: Annotated[str, typer.Option(help="One measure; the table's first by default.")] = "",
+    out: FigureFolder = Path("figures"),
+    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "similarity",
+) -> None:
+    """Curves over timesteps or guidance with intervals and chance, or every two against each other."""
+    from diffprobe.gallery import similarity_figure
+
+    _out.print(f"Drew {similarity_figure(table, measure, out, name)}", markup=False)
+
+
+@plot_app.command("localization")
+def plot_localization(
+    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe localization' wrote.", metavar="TABLE")],
+    score: Annotated[str, typer.Option(help="Of the curves and of the picture by head.")] = "auc",
+    out: FigureFolder = Path("figures"),
+    name: Annotated[str, typer.Option(help="Name of the figures' files.")] = "localization",
+) -> None:
+    """Localization by site and timestep, against controls and chance, and by head where the table has heads."""
+    from diffprobe.plotting import localization_figures, read_rows, save_figure
+
+    if not table.is_file():
+        raise ValueError(f"No table at {table}; 'diffprobe probe localization STORE' writes one.")
+    frame = read_rows(table)
+    for suffix, figure in localization_figures(frame, score).items():
+        alt = f"Localization scores of maps against masks ({suffix.replace('_', ', ')}) with controls, intervals and chance."
+        _out.print(f"Drew {save_figure(figure, out, f'{name}_{suffix}', frame, {'table': table.name}, alt)['png']}", markup=False)
+
+
+# --- the whole analysis ---------------------------------------------------------------------------
+
+
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Beginnings of names (fig2, tab_probes), or all.", show_default="all")
+    ] = None,
+    model: Model = "shapes-sd",
+    data: Annotated[str, typer.Option("--data", "-d", help="A dataset; each experiment's own by default.")] = "",
+    count: Annotated[int, typer.Option(min=0, help="Samples; each experiment's own number when 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of noise, splits and bootstrap.")] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="The short form, into runs/smoke: does everything run?")] = False,
+    from_csv: Annotated[
+        bool, typer.Option("--from-csv", help="Draw and judge again what lies in --out; needs no model and no torch.")
+    ] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Name the experiments and stop.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the figures.", show_default="figures")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder for stores; a run that was cut off goes on from them.")] = Path(
+        "runs/reproduce"
+    ),
+    experiments: Annotated[
+        Path | None, typer.Option(help="Folder of the experiment files.", show_default="this checkout's")
+    ] = None,
+) -> None:
+    """Measure, judge and draw the figures and tables of the analysis. Exit code 1 when one of them failed."""
+    from diffprobe.experiment import Options, command, find_experiments, list_experiments, read_sidecars
+    from diffprobe.experiment import reproduce as run
+    from diffprobe.report import explorable
+
+    files = find_experiments(names or ["all"], experiments)
+    if listed:
+        for name, title in list_experiments(files):
+            _out.print(f"{name:<20} {title}", markup=False, soft_wrap=True)
+        return
+    options = Options(model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device)
+    if from_csv and options != Options(work=work):
+        raise ValueError("--from-csv draws what was measured; it goes only with names, --out and --work.")
+    folder = out or Path("runs/smoke" if smoke else "figures")
+    tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    outcomes = run(files, options, folder, from_csv=from_csv, tell=tell)
+    _show_claims([(claim, outcome.name) for outcome in outcomes for claim in outcome.claims])
+    stores = [word for path in explorable(work)[:1] for word in ("--store", str(path))]
+    good, bad = [o.name for o in outcomes if not o.error], [o for o in outcomes if o.error]
+    if good:
+        tell(f"\nAll verdicts are in {folder / 'claims.csv'}. Pictures, each as .png and .pdf:")
+        sidecars = read_sidecars(folder)
+        for name in good:
+            for picture in sidecars[name]["config"]["figures"]:
+                tell(f"  {folder / picture}.png")
+    for outcome in bad:
+        tell(f"Failed: {outcome.name}: {outcome.error} (the traceback is in {work / outcome.name}.error.txt)")
+    _next(
+        *([shlex.join(["diffprobe", "report", str(folder), "-o", str(folder / "report.html"), *stores])] if good else []),
+        *([command([o.name for o in bad], options) + " --from-csv" * from_csv] if bad else []),
+    )
+    if bad:
+        sys.exit(1)
+
+
+def _show_claims(claims: list[tuple[Claim, str]]) -> None:
+    """Each claim, what this run says about it, and from which numbers."""
+    from rich.markup import escape
+
+    if not claims:
+        return
+    table = Table("claim", "verdict", "statement and evidence", "figure", box=None, pad_edge=False)
+    for claim, figure in claims:
+        said = f"[bold]{escape(claim.statement)}[/]\n{escape(claim.evidence)}"
+        table.add_row(escape(claim.id), claim.verdict, said, escape(figure), end_section=True)
+    _out.print()
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A folder of figures, as 'diffprobe reproduce' writes it.", metavar="RUN")] = Path(
+        "figures"
+    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    store: Annotated[
+        list[str] | None, typer.Option(help="A store with cross-attention maps to explore in the page. May be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each store in the page.")] = 12,
+    data: Annotated[str, typer.Option("--data", "-d", help="The stores' dataset; the one they name by default.")] = "",
+    max_mb: Annotated[float, typer.Option(min=0, help="Refuse an explorer that would take more than this.")] = 20.0,
+) -> None:
+    """Write figures, verdicts and an attention explorer as one page that opens anywhere, without a network."""
+    from diffprobe.report import write_report
+
+    made = write_report(run, out, store or [], samples=samples, data=data, max_bytes=int(max_mb * 1e6))
+    _out.print(
+        f"{out}: {made.figures} figures, {made.claims} claims, stores to explore: {made.stores}; {made.bytes / 1e6:.1f} MB.",
+        markup=False,
+    )
+    _next(*([] if store else [f"diffprobe report {shlex.quote(str(run))} --store STORE   # to explore attention maps in it"]),
+          f"open {out} in a browser; it needs no network")
+
+
+# --- leakage --------------------------------------------------------------------------------------
+
+
+@leakage_app.command("run")
+def leakage_run(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder. The same command goes on where it was cut off.")],
+    store: Annotated[
+        list[str] | None, typer.Argument(help="Stores of the training images, whose features are used where they fit.", metavar="[STORE]...")
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="Diffusion model: hub id, folder or embedded name.", show_default="the store's, else shapes-sd")] = "",
+    data: Annotated[str, typer.Option("--data", "-d", help="Training images with captions.", show_default="the store's, else shapes:1500?split=train")] = "",
+    test: Annotated[str, typer.Option(help="Held-out images, with several captions each.")] = "shapes:100?split=test",
+    language_model: Annotated[str, typer.Option("--language-model", "-l", help="shapes-lm, smollm2, a folder or a hub id.")] = "shapes-lm",
+    arms: Annotated[str, typer.Option(help="BASE[+dropNN][/CURE], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; CURE: centred, gated, erased, or a knock-out.")] = "U,M,M+drop30",
+    sites: Annotated[str, typer.Option(help="Names, paths or globs, parted by commas.")] = "U-L1-R1-B0-Cross-Q",
+    timesteps: Annotated[str, typer.Option("--timesteps", "-t", help="Parted by commas.")] = "50",
+    guidance: Annotated[str, typer.Option(help="s of f_u + s (f_c - f_u), parted by commas.")] = "1,1.5,4",
+    seeds: Annotated[int, typer.Option(min=1, help="Projectors of each kind; fewer than 3 say little of other projectors.")] = 3,
+    conditions: Annotated[str, typer.Option(help="Test conditions; all of them when empty.")] = "",
+    knockouts: Annotated[str, typer.Option(help="Routes cut at test time: start, ending, content, empty[@first:K|@GLOB].")] = "",
+    request: Annotated[str, typer.Option(help="What the language model is asked.")] = "Describe the image.",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a projector.")] = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    grid: Annotated[int, typer.Option(min=1, help="Soft tokens on a side.")] = 6,
+    candidates: Annotated[int, typer.Option(min=2, help="Texts that the fed one is ranked among.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the features' noise.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
+) -> None:
+    """Train projectors into a frozen language model, and let them describe images whose features were given other texts."""
+    from diffprobe.mllm.leakage import Settings
+    from diffprobe.mllm.leakage import run as start
+    from diffprobe.mllm.verdict import CONDITIONS
+    from diffprobe.store import store_info
+
+    origin = store_info(store[0]) if store else {}
+    settings = Settings(
+        model=model or (origin["request"]["model"] if store else "shapes-sd"),
+        data=data or (origin["data"] if store else "shapes:1500?split=train"),
+        test=test, language_model=language_model, request=request, grid=grid, steps=steps, batch=batch,
+        learning_rate=learning_rate, noise_seed=origin["request"]["seed"] if store else seed,
+    )  # fmt: skip
+    start(
+        out, settings, arms=_list(arms), sites=_list(sites), timesteps=_numbers(timesteps, int, "--timesteps"),
+        guidance=_numbers(guidance, float, "--guidance"), seeds=seeds, conditions=_list(conditions) or CONDITIONS,
+        knockouts=_list(knockouts), candidates=candidates, stores=store or [], device=device, dry_run=dry_run,
+        tell=lambda line: _out.print(line, markup=False, soft_wrap=True),
+    )  # fmt: skip
+    if not dry_run and os.environ.get("RANK", "0") == "0":
+        _next(f"diffprobe leakage report {shlex.quote(str(out))}")
+
+
+@leakage_app.command("report")
+def leakage_report(
+    run: Annotated[Path, typer.Argument(help="A folder that 'diffprobe leakage run' filled.", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for tables and figures.", show_default="RUN/report")] = None,
+    n_examples: Annotated[int, typer.Option("--examples", min=1, help="Images whose texts are shown side by side.")] = 2,
+) -> None:
+    """The verdict in a sentence, scores, examples and figures, from the kept files; needs no torch."""
+    from rich.markup import escape
+
+    from diffprobe.mllm.leakage import leakage_report as judge
+    from diffprobe.mllm.leakage import save_report
+
+    found = judge(run, n_examples=n_examples)
+    for line in found.sentences:
+        _out.print(line, markup=False, soft_wrap=True)
+    table = Table("", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False)
+    for row in found.summary().to_dict("records"):
+        table.add_row(*(escape(str(cell)) for cell in row.values()))
+    _out.print()
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    for row in found.examples.to_dict("records"):
+        _out.print(f"\n{row.pop('condition')}, {row.pop('sample')}", style="bold")
+        for name, text in row.items():
+            _out.print(f"  {name:<28} {text}", markup=False, soft_wrap=True)
+    paths = save_report(found, out or run / "report")
+    _out.print("\nTables and pictures:")
+    for path in paths:
+        _out.print(f"  {path}", markup=False, soft_wrap=True)
+
+
 # --- the zoo --------------------------------------------------------------------------------------
 
 
 @zoo_app.command("list")
 def zoo_list() -> None:
-    """The embedded models and where they lie."""
-    from diffprobe.zoo import embedded
+    """The embedded models, what was fetched, and where they lie."""
+    from diffprobe.zoo import embedded, smollm2
 
     for name, folder, size in embedded():
-        _out.print(f"{name:<12} {size / 1e6:6.1f} MB  {folder}", markup=False)
+        _out.print(f"{name:<12} {size / 1e6:6.1f} MB  {folder}", markup=False, soft_wrap=True)
+    try:
+        _out.print(f"{smollm2.NAME:<12} {'':9}  {smollm2.fetched()}", markup=False, soft_wrap=True)
+    except ValueError as absent:
+        _out.print(f"{smollm2.NAME:<12} {'':9}  {absent}", markup=False, soft_wrap=True)
+
+
+@zoo_app.command("fetch")
+def zoo_fetch(name: Annotated[str, typer.Argument(help="smollm2.")]) -> None:
+    """Bring a model that is not shipped into the cache ($DIFFPROBE_CACHE, else ~/.cache/diffprobe), once."""
+    from diffprobe.zoo import smollm2
+
+    if name != smollm2.NAME:
+        raise ValueError(f"{name!r} cannot be fetched; only {smollm2.NAME} can. Embedded models need no fetching.")
+    _out.print(f"{name} lies in {smollm2.fetch()}", markup=False, soft_wrap=True)
 
 
 @zoo_app.command("train")
 def zoo_train(
-    stage: Annotated[str, typer.Argument(help="vae, text, unet, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="shapes-sd, shapes-clip, shapes-lm, or all.")] = "all",
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for checkpoints, loss curves and the finished model.")
+        Path, typer.Option("--out", "-o", help="Folder for checkpoints, loss curves and the finished models.")
     ] = Path("runs/zoo"),
+    stage: Annotated[str, typer.Option(help="Of shapes-sd: vae, text, unet, or all.")] = "all",
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's own number of steps.")] = None,
+    start: Annotated[Path | None, typer.Option(help="A finished model's folder, to train its weights further.")] = None,
 ) -> None:
-    """Train shapes-sd again from its recipe; a run that was cut off goes on. Hours on two cores, minutes on a GPU."""
-    from diffprobe.zoo import recipe
+    """Train embedded models again from their recipes; what was cut off goes on. Hours on two cores, minutes on a GPU."""
+    from diffprobe.zoo import build
 
-    stages = ("vae", "text", "unet") if stage == "all" else (stage,)
-    for one in stages:
-        if one not in recipe.STAGES:
-            raise ValueError(f"Stage {one!r} is not one of {', '.join(recipe.STAGES)}, all.")
-        recipe.STAGES[one](recipe.Config(), out)
-    _next(
-        f"diffprobe sites {out / 'shapes-sd'}",
-        "accelerate launch -m diffprobe.zoo --stage unet spreads the last stage over processes",
-    )
+    names = build.NAMES if name == "all" else (name,)
+    if name not in (*build.NAMES, "all"):
+        raise ValueError(f"There is no recipe for {name!r}: the name is not one of {', '.join(build.NAMES)}, all.")
+    if name == "all" and (steps or start):
+        raise ValueError("--steps and --start belong to one model; name it: diffprobe zoo train shapes-clip --steps 100")
+    if stage != "all" and name != "shapes-sd":
+        raise ValueError(f"--stage belongs to shapes-sd: diffprobe zoo train shapes-sd --stage {stage}")
+    for one in names:
+        if one == "shapes-sd":
+            finished = build.build_sd(out, stage, steps, start)
+        else:
+            finished = (build.build_clip if one == "shapes-clip" else build.build_lm)(out, steps, start)
+        if finished is not None:
+            _out.print(f"{one} is finished: {finished}", markup=False, soft_wrap=True)
+    if "shapes-sd" in names:
+        _next("accelerate launch -m diffprobe.zoo --stage unet spreads the last stage of shapes-sd over processes")
 
 
 # --- entry ----------------------------------------------------------------------------------------

@@ -6,18 +6,23 @@ A conditioning is a name in the store's `conditioning` axis:
 - ``caption``: the sample's first caption; ``caption:2`` the third, ``caption:list`` the one of that style;
 - ``question``: its first question; ``question:1`` the second;
 - ``mismatched``: the first caption of another sample (a fixed derangement);
+- ``hard``: the most similar first caption of another sample that says something which none of its own says;
+- ``words``: words of the dataset's captions, drawn at random, as many as its first caption has;
 - ``fixed:TEXT``: the same text for every sample.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 from diffprobe.data.samples import Dataset, Sample
 
 NULL = "null"
-FORMS = "null, caption, caption:N, caption:STYLE, question, question:N, mismatched, fixed:TEXT"
+FORMS = "null, caption, caption:N, caption:STYLE, question, question:N, mismatched, hard, words, fixed:TEXT"
 
 
 def guided_name(conditioning: str, guidance: float) -> str:
@@ -31,7 +36,7 @@ def guided_name(conditioning: str, guidance: float) -> str:
 
 def check_conditioning(name: str) -> None:
     """Raise ValueError, naming the valid forms, unless `name` is one."""
-    if not re.fullmatch(r"null|caption(:.+)?|question(:\d+)?|mismatched|fixed:.*", name, re.DOTALL):
+    if not re.fullmatch(r"null|caption(:.+)?|question(:\d+)?|mismatched|hard|words|fixed:.*", name, re.DOTALL):
         raise ValueError(f"Conditioning {name!r} is not one of: {FORMS}.")
 
 
@@ -63,10 +68,29 @@ def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | 
 
 def prompts_of(dataset: Dataset, conditioning: str) -> list[str | None]:
     """The text of every sample under one conditioning, in order."""
-    check_conditioning(conditioning)
-    if conditioning == "mismatched":
-        return list(derange([prompt_for("caption", dataset[i]) or "" for i in range(len(dataset))]))
-    return [prompt_for(conditioning, dataset[i]) for i in range(len(dataset))]
+    return assign_prompts([dataset[i] for i in range(len(dataset))], [conditioning])[conditioning]
+
+
+def assign_prompts(samples: Iterable[Sample], conditionings: Sequence[str]) -> dict[str, list[str | None]]:
+    """The text of every sample under each conditioning, in one pass over the samples.
+
+    Raises:
+        ValueError: a name is no conditioning, or a sample lacks the text that it asks for.
+    """
+    for name in conditionings:
+        check_conditioning(name)
+    prompts: dict[str, list[str | None]] = {name: [] for name in conditionings}
+    ids: list[str] = []
+    captions: list[list[str]] = []
+    for sample in samples:
+        for name, column in prompts.items():
+            column.append(prompt_for("caption" if name in ACROSS else name, sample))
+        if not ACROSS.keys().isdisjoint(prompts):
+            ids.append(sample.id)
+            captions.append([caption.text for caption in sample.captions])
+    for name in ACROSS.keys() & prompts.keys():
+        prompts[name] = list(ACROSS[name](ids, captions))
+    return prompts
 
 
 def derange(captions: Sequence[str]) -> list[str]:
@@ -85,6 +109,71 @@ def derange(captions: Sequence[str]) -> list[str]:
     return [next(other for s in shifts if (other := captions[(i + s) % count]) != text) for i, text in enumerate(captions)]
 
 
+def nearest_other(captions: Sequence[Sequence[str]]) -> list[str]:
+    """For each sample the first caption of another one that shares most words (Jaccard) and yet does not describe it.
+
+    That is, it has a word that none of the sample's own captions has.  Equally near ones: the first further on.
+
+    Args:
+        captions: Of each sample, all that describe it; the first is the one that others are given.
+
+    >>> nearest_other([["a red star"], ["a red circle"], ["two blue squares"]])
+    ['a red circle', 'a red star', 'a red star']
+
+    Raises:
+        ValueError: every other caption could describe some sample.
+    """
+    count = len(captions)
+    first = [_words(own[0]) for own in captions]
+    vocabulary = {word: place for place, word in enumerate(sorted(set().union(*first)))}
+    said = np.zeros((count, len(vocabulary)), np.float32)
+    for row, words in enumerate(first):
+        said[row, [vocabulary[word] for word in words]] = 1
+    sizes, chosen = said.sum(1), []
+    for row, own in enumerate(captions):
+        known = [vocabulary[word] for text in own for word in _words(text) if word in vocabulary]
+        unknown = np.ones(len(vocabulary), np.float32)
+        unknown[known] = 0
+        shared = said @ said[row]
+        nearness = np.where(said @ unknown > 0, shared / np.maximum(sizes + sizes[row] - shared, 1), -1)
+        further = np.roll(np.arange(count), -row - 1)
+        best = int(further[np.argmax(nearness[further])])
+        if nearness[best] < 0:
+            raise ValueError(
+                f"Conditioning 'hard' needs captions that do not describe a sample; all of them could describe {own[0]!r}."
+            )
+        chosen.append(captions[best][0])
+    return chosen
+
+
+def random_words(ids: Sequence[str], captions: Sequence[Sequence[str]]) -> list[str]:
+    """For each sample as many words as its first caption has (one at least), drawn from all first captions; decided by its id.
+
+    Raises:
+        ValueError: no caption has a word.
+    """
+    vocabulary = sorted(set().union(*(_words(own[0]) for own in captions)))
+    if not vocabulary:
+        raise ValueError("Conditioning 'words' draws from the captions' words, and no caption has one.")
+    texts = []
+    for name, own in zip(ids, captions, strict=True):
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+        texts.append(" ".join(rng.choice(vocabulary, max(1, len(re.findall(r"\w+", own[0]))))))
+    return texts
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+# Conditionings whose texts come from other samples: (ids, captions of each sample) -> one text a sample.
+ACROSS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]] = {
+    "mismatched": lambda ids, captions: derange([own[0] for own in captions]),
+    "hard": lambda ids, captions: nearest_other(captions),
+    "words": random_words,
+}
+
+
 def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]]) -> list[int]:
     """Token positions that spell `word` where it first stands in `text` as a whole word; sub-tokens together.
 
@@ -100,3 +189,36 @@ def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]]) ->
     if match is None:
         return []
     return [i for i, (start, end) in enumerate(token_spans) if end > start and start < match.end() and end > match.start()]
+
+
+# --- which words carry what a text says -------------------------------------------------------------
+
+FUNCTION_WORDS = frozenset(
+    {
+        "a", "an", "the", "this", "that", "these", "those", "of", "on", "in", "at", "to", "by", "for",
+        "from", "with", "and", "or", "is", "are", "was", "were", "be", "there", "it", "its", "as",
+    }
+)  # fmt: skip
+
+
+def content_tokens(tokens: Sequence[str], token_spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions of tokens that spell words other than `FUNCTION_WORDS`; sub-tokens go with their word.
+
+    Args:
+        tokens: As the tokenizer writes them, with its marks of a word's beginning or end.
+        token_spans: for each token its (start, end) in the text; (0, 0) for start, end and padding tokens.
+
+    >>> content_tokens(["<|s|>", "a</w>", "st", "ar</w>", "<|e|>"], [(0, 0), (0, 1), (2, 4), (4, 6), (0, 0)])
+    [2, 3]
+    """
+    words: list[list[int]] = []
+    for place, (start, end) in enumerate(token_spans):
+        if end <= start:
+            continue
+        before = words[-1][-1] if words else -1
+        fresh = before < 0 or start > token_spans[before][1] or tokens[before].endswith("</w>") or tokens[place][0] in "▁Ġ"
+        if fresh:
+            words.append([])
+        words[-1].append(place)
+    spelled = ["".join(tokens[i].removesuffix("</w>").strip("▁Ġ") for i in word).casefold() for word in words]
+    return [i for word, text in zip(words, spelled, strict=True) if re.search(r"\w", text) and text not in FUNCTION_WORDS for i in word]

@@ -11,14 +11,13 @@ import contextlib
 import fcntl
 import importlib.metadata
 import os
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -29,17 +28,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from diffprobe import store
-from diffprobe.conditioning import NULL, check_conditioning, derange, guided_name, prompt_for
+from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
 from diffprobe.data import load_dataset
 from diffprobe.data.images import ImageError, fit_image
-from diffprobe.data.samples import Dataset, iterate
-from diffprobe.models import DiffusionModel, EncodedText, LatentRule, load_model
+from diffprobe.data.samples import Dataset, Sample, iterate
+from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
+from diffprobe.models import DiffusionModel, EncodedText, LatentRule
 from diffprobe.noise import noise_seed, sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
 
 Policy = Literal["raise", "mark", "float32"]
 Pixels = NDArray[np.float32]
+Listener: TypeAlias = Recorder | EncoderRecorder
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
 
@@ -208,14 +209,15 @@ class _Index:
     @classmethod
     def of(cls, dataset: Dataset, conditionings: Sequence[str]) -> _Index:
         """One pass over the dataset."""
-        index = cls([], [], {c: [] for c in conditionings})
-        for sample in iterate(dataset):
-            index.ids.append(sample.id)
-            index.labels.append(sample.labels)
-            for name, prompts in index.prompts.items():
-                prompts.append(prompt_for("caption" if name == "mismatched" else name, sample))
-        if "mismatched" in index.prompts:
-            index.prompts["mismatched"] = list(derange([p or "" for p in index.prompts["mismatched"]]))
+        index = cls([], [], {})
+
+        def noted() -> Iterator[Sample]:
+            for sample in iterate(dataset):
+                index.ids.append(sample.id)
+                index.labels.append(sample.labels)
+                yield sample
+
+        index.prompts = assign_prompts(noted(), conditionings)
         if len(set(index.ids)) < len(index.ids):
             twice = next(name for name, n in Counter(index.ids).items() if n > 1)
             raise ValueError(
@@ -243,7 +245,7 @@ class _Run:
     """One extraction: the request resolved against a model and a dataset, and the loop over units."""
 
     def __init__(
-        self, model: DiffusionModel, dataset: Dataset, request: Request, index: _Index, on_nonfinite: Policy, tell: Callable[[str], None]
+        self, model: DiffusionModel | VisionEncoder, dataset: Dataset, request: Request, index: _Index, on_nonfinite: Policy, tell: Callable[[str], None]
     ) -> None:  # fmt: skip
         self.model, self.dataset, self.request, self.index = model, dataset, request, index
         self.on_nonfinite, self.tell = on_nonfinite, tell
@@ -251,13 +253,15 @@ class _Run:
         self.batch_rows = 1
         height, width = request.resolution
         self.latent_size = model.latent_size(height, width)
-        self.latent_channels = int(model.pipeline.vae.config.latent_channels)
         self.store_dtype = STORE_DTYPES[request.store_dtype]
         self.skipped: dict[str, str] = {}
         self._texts: dict[str | None, EncodedText] = {}
 
-    def recorder(self, reduce: bool = True) -> Recorder:
+    def recorder(self, reduce: bool = True) -> Listener:
         request = self.request
+        reduction = make_reduce(request.reduce, request.seed) if reduce else None
+        if isinstance(self.model, VisionEncoder):
+            return self.model.recorder(request.sites, reduction)
         return Recorder(
             self.model,
             request.sites,
@@ -265,7 +269,7 @@ class _Run:
             heads=request.heads,  # type: ignore[arg-type]
             tokens=request.map_tokens,
             stop_early=True,
-            reduce=make_reduce(request.reduce, request.seed) if reduce else None,
+            reduce=reduction,
             keep_steps=False,
             reuse=True,  # each row is copied into the unit's buffers before the next pass
         )
@@ -311,7 +315,7 @@ class _Run:
 
     # one batch
 
-    def forward(self, recorder: Recorder, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
+    def forward(self, recorder: Listener, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
         """One pass; a batch that does not fit is halved, and the smaller size is kept."""
         try:
             self.model.denoise(noised, timesteps, text)
@@ -342,7 +346,7 @@ class _Run:
     # one unit
 
     def compute(
-        self, recorder: Recorder, first: int, images: list[Pixels | str]
+        self, recorder: Listener, first: int, images: list[Pixels | str]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
         """Every site's array of one unit, (sample, conditioning, timestep, ...), and the status of its samples."""
         request, count = self.request, len(images)
@@ -374,10 +378,10 @@ class _Run:
             self.compute_batch(recorder, unit, batch)
         return self.finish_buffers(unit.buffers), status
 
-    def compute_batch(self, recorder: Recorder, unit: _Unit, batch: list[tuple[int, int, int, int]]) -> None:
+    def compute_batch(self, recorder: Listener, unit: _Unit, batch: list[tuple[int, int, int, int]]) -> None:
         """Run rows (sample, timestep, conditioning, draw) through the model and put what was recorded into the buffers."""
         request = self.request
-        shape = (self.latent_channels, *self.latent_size)
+        shape = (self.model.latent_channels, *self.latent_size)
         noise = torch.stack(
             [sample_noise(request.seed, unit.ids[i], request.timesteps[t], draw, shape) for i, t, _, draw in batch]
         )
@@ -404,7 +408,7 @@ class _Run:
             else:
                 np.add.at(unit.buffers[name], index, tensor.float().numpy() / request.noise_draws)
 
-    def in_float32(self, recorder: Recorder, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
+    def in_float32(self, recorder: Listener, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
         """The same pass with the network raised to float32 for as long as it takes."""
         dtype = self.model.dtype
         network = self.model.network.float()
@@ -502,7 +506,9 @@ class _Run:
 
     def _time_batch(self, rows: int) -> float:
         text = self.encode_prompts([None])[None].take([0] * rows)
-        noised = torch.zeros(rows, self.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype)
+        noised = torch.zeros(
+            rows, self.model.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype
+        )
         timesteps = torch.full((rows,), self.request.timesteps[0])
         start = time.perf_counter()
         self.model.denoise(noised, timesteps, text)
@@ -522,7 +528,7 @@ def _rows_not_finite(tensors: dict[str, Tensor]) -> NDArray[np.bool_]:
 
 
 def extract(
-    model: DiffusionModel | str,
+    model: DiffusionModel | VisionEncoder | str,
     dataset: Dataset | str,
     out: str | Path,
     *,
@@ -551,7 +557,8 @@ def extract(
     """Record a dataset's features and attention maps into a store; the same call again resumes it.
 
     Args:
-        model: a loaded model, or an id, folder or embedded name for `load_model`.
+        model: a loaded model or vision encoder, or an id, folder or embedded name for `load_extractor`.  An encoder has
+            one timestep, 0, and one conditioning, null, whatever is asked; its "paper" sites are `VisionEncoder.preset`.
         dataset: a dataset, or a folder or spec for `load_dataset`.
         out: path or fsspec URL of the Zarr store.
         sites, maps: patterns for `select_sites`; either may be empty.
@@ -579,7 +586,17 @@ def extract(
     tell = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
     _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
-    model = load_model(model) if isinstance(model, str) else model
+    model = load_extractor(model) if isinstance(model, str) else model
+    if isinstance(model, VisionEncoder):
+        if guidance or maps or noise_draws > 1:
+            raise ValueError(
+                f"{model.model_id} is a vision encoder: it has no guidance, attention maps or noise draws to record."
+            )
+        tell(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
+        timesteps, conditionings = (0,), (NULL,)
+        sites = [
+            name for s in ([sites] if isinstance(sites, str) else sites) for name in (model.preset if s == "paper" else [s])
+        ]
     for timestep in timesteps:
         model.check_timestep(timestep)
     size = model.resolution if resolution is None else resolution
@@ -685,7 +702,7 @@ def _check_arguments(
             raise ValueError(f"{name} {given!r} is not one of {', '.join(valid)}.")
 
 
-def _prompt_lengths(model: DiffusionModel, prompts: dict[str, list[str | None]]) -> dict[str | None, int]:
+def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, list[str | None]]) -> dict[str | None, int]:
     """Tokens of each distinct prompt, before cutting."""
     distinct = list(dict.fromkeys(p for column in prompts.values() for p in column))
     parts = [distinct[i : i + 512] for i in range(0, len(distinct), 512)]
@@ -715,13 +732,14 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
             "batch_rows": run.batch_rows,
             "processes": ranks,
             "pipeline": type(model.pipeline).__name__,
+            "random_weights": model.random_weights,
             "prediction_type": model.prediction_type,
             "special_tokens": model.special_tokens(),
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
             },
-            "commit": _commit(),
+            "commit": store.code_commit(),
         },
         sample_ids=index.ids,
         labels=_label_arrays(index.labels),
@@ -860,15 +878,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _commit() -> str | None:
-    """The commit of the code that ran, when it ran from a checkout."""
-    folder = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None if found.returncode == 0 else None
-
-
 def repair(
-    path: str | Path, model: DiffusionModel | str | None = None, dataset: Dataset | str | None = None, *, progress: bool = True
+    path: str | Path,
+    model: DiffusionModel | VisionEncoder | str | None = None,
+    dataset: Dataset | str | None = None,
+    *,
+    progress: bool = True,
 ) -> tuple[list[store.Fault], Summary | None]:
     """Find the units of a store that cannot be trusted and compute only those again, from the store's own request."""
     faults = store.verify_store(path)
@@ -878,8 +893,12 @@ def repair(
     if not writer.pending:
         return faults, None
     request = writer.attributes["request"]
+    if model is None:
+        model = load_extractor(
+            request["model"], revision=request["revision"], random_weights=writer.attributes.get("random_weights")
+        )
     summary = extract(
-        model or request["model"], dataset or writer.attributes["data"], path,
+        model, dataset or writer.attributes["data"], path,
         sites=request["sites"], maps=request["maps"], heads=request["heads"],
         map_tokens=writer.attributes["map_tokens_rule"],
         timesteps=request["timesteps"], conditionings=request["conditionings"], guidance=request["guidance"],

@@ -22,7 +22,7 @@ Choose = Callable[[xr.DataTree], list[int]]
 _SMALL_WORDS = frozenset(["a", "an", "the", "of", "and", "at", "in", "on", "to", "is", "with", "there", "picture"])
 
 
-def _open(store: str, data: str, choose: Choose) -> tuple[xr.DataTree, NDArray[np.uint8], list[int], list[str]]:
+def open_with_images(store: str, data: str, choose: Choose) -> tuple[xr.DataTree, NDArray[np.uint8], list[int], list[str]]:
     """The store, the chosen samples' images as the model saw them, their positions, and their ids."""
     tree = open_store(store)
     if tree.sizes["sample"] == 0:
@@ -70,7 +70,7 @@ def pca_figure(
     Returns:
         The PNG's path; PDF, CSV and JSON lie beside it.
     """
-    tree, images, rows, ids = _open(store, data, choose)
+    tree, images, rows, ids = open_with_images(store, data, choose)
     timestep = _timestep(tree, timestep)
     grids = {}
     for site in sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]:
@@ -113,7 +113,7 @@ def heatmap_figures(
     name: str,
 ) -> list[Path]:
     """One strip a sample: the image, then each word's cross-attention over it."""
-    tree, images, rows, ids = _open(store, data, choose)
+    tree, images, rows, ids = open_with_images(store, data, choose)
     timestep = _timestep(tree, timestep)
     prompts = attention_maps(tree, token=0, site=list(sites) or None, conditioning=conditioning, timestep=timestep)[
         "prompt"
@@ -170,3 +170,39 @@ def probe_figures(table: Path, out: Path, name: str) -> list[Path]:
         plotting.save_figure(figure, out, f"{name}{suffix}", frame, {"table": table.name}, alt)["png"]
         for suffix, figure in drawn.items()
     ]
+
+
+RESULTS = ("value", "low", "high", "chance", "excess", "excess_low", "excess_high", "n", "n_groups", "seed")
+
+
+def similarity_figure(table: Path, measure: str, out: Path, name: str) -> Path:
+    """From a table of `diffprobe probe similarity`: matrices where timesteps or sites are compared two by two, else curves.
+
+    Returns:
+        The PNG's path; PDF, CSV and JSON lie beside it.
+    """
+    if not table.is_file():
+        raise ValueError(f"No table at {table}; 'diffprobe probe similarity STORE' writes one.")
+    frame = plotting.read_rows(table)
+    if absent := {"measure", "value"} - set(frame):
+        raise ValueError(f"{table} is no table of similarities: it has no column {', '.join(sorted(absent))}.")
+    if measure and measure not in set(frame["measure"]):
+        raise ValueError(f"{table} has no rows of {measure!r}; it has {', '.join(dict.fromkeys(frame['measure']))}.")
+    frame = frame[frame["measure"] == (measure or frame["measure"].iloc[0])]
+    same = "site" in frame  # two stores may share a site's name, two sites of one store do not
+    between = "timestep" if "timestep_a" in frame else "site" if "site_a" in frame and not same else None
+    if not between and "site_a" in frame:
+        frame = frame.assign(**{side: frame[side].where(frame[side].ne(""), frame["site"]) for side in ("site_a", "site_b")})
+        frame = frame.assign(site=frame.pop("site_a"))
+    x = "guidance" if "guidance" in frame else "timestep"
+    taken = {*RESULTS, *((f"{between}_a", f"{between}_b") if between else ("site", x))}
+    keys = [str(c) for c in frame if c not in taken and (c == "measure" or frame[c].nunique() > 1)]
+    words = [frame[c].map("t = {}".format) if c == "timestep" else frame[c].astype(str) for c in keys]
+    frame = frame.assign(panel=pd.concat(words, axis=1).agg(", ".join, axis=1))
+    if between:
+        figure = plotting.plot_similarity_matrix(frame, between)
+    else:
+        label = {"guidance": "guidance s"}.get(x, "timestep (noise grows to the right)")
+        figure = plotting.plot_site_curves(frame, x=x, x_label=label, y_label="similarity", share_y=True)
+    alt = f"Similarity of features ({', '.join(dict.fromkeys(frame['measure']))}) by site, {len(frame)} comparisons, with chance."
+    return plotting.save_figure(figure, out, name, frame, {"table": table.name}, alt)["png"]

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -96,6 +96,7 @@ class DiffusionModel:
     Args:
         pipeline: a loaded diffusers pipeline of a supported family; it is not copied and not changed.
         model_id: what to write into a store's provenance.
+        random_weights: the seed that the network's weights were drawn with, if they were.
 
     Attributes:
         network: the UNet or transformer.
@@ -103,9 +104,12 @@ class DiffusionModel:
         resolution: the image side in pixels that the model was made for.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None, random_weights: int | None = None
+    ) -> None:
         self.family = family_of(type(pipeline).__name__)
         self.pipeline, self.model_id, self.revision = pipeline, model_id or type(pipeline).__name__, revision
+        self.random_weights = random_weights
         self.network: Network = pipeline.transformer if self.family == "pixart" else pipeline.unet
         if self.network.config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
@@ -131,6 +135,10 @@ class DiffusionModel:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.pipeline.vae.config.latent_channels)
 
     @property
     def vae_factor(self) -> int:
@@ -316,13 +324,18 @@ class DiffusionModel:
         return arguments
 
     def weights_hash(self) -> str:
-        """A short hash of the network's parameter names, shapes and a slice of each one's values."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            flat = tensor.detach().flatten()
-            part = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + part.tobytes())
-        return digest.hexdigest()[:16]
+        """`weights_hash` of the network."""
+        return weights_hash(self.network)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """A short hash of a network's parameter names, shapes and a slice of each one's values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        flat = tensor.detach().flatten()
+        part = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def predicted_noise(
@@ -359,7 +372,8 @@ def resolve(id_or_dir: str | Path) -> str:
     return str(embedded) if str(id_or_dir) and embedded.is_dir() and "/" not in str(id_or_dir) else str(id_or_dir)
 
 
-def _model_index(source: str, revision: str | None) -> dict[str, Any]:
+def model_index(source: str, revision: str | None) -> dict[str, Any]:
+    """What a pipeline's folder or hub page says it is made of; ValueError where there is none."""
     try:
         return dict(DiffusionPipeline.load_config(source, revision=revision))
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -377,6 +391,7 @@ def load_model(
     revision: str | None = None,
     *,
     use_safetensors: bool = True,
+    random_weights: int | None = None,
 ) -> DiffusionModel:
     """Load a text-to-image pipeline by hub id, folder or embedded name.
 
@@ -384,6 +399,8 @@ def load_model(
         device: CUDA where there is one (each process of a launch takes its own), else the CPU, by default.
         dtype: "auto" is float32 on a CPU and bfloat16 elsewhere (SD 2.1 overflows in float16).
         use_safetensors: refuse weights in pickle files, which can run code; False allows them.
+        random_weights: draw the denoising network's weights anew from this seed, as a baseline: what its shape alone
+            gives.  Image encoder and text encoder stay as they were trained.
 
     Raises:
         ValueError: nothing is there, or its family is not supported.
@@ -392,28 +409,47 @@ def load_model(
     'sd'
     """
     source = resolve(id_or_dir)
-    index = _model_index(source, revision)
+    index = model_index(source, revision)
     family_of(str(index.get("_class_name")))
-    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     if isinstance(dtype, str):
         dtype = as_dtype(dtype, device)
     options: dict[str, Any] = {"safety_checker": None} if "safety_checker" in index else {}
     options["use_safetensors"] = True if use_safetensors else None  # None: pickle only where there is nothing else
     try:
-        with _silence() if Path(source).is_dir() else contextlib.nullcontext():
+        with quiet(source):
             pipeline = DiffusionPipeline.from_pretrained(
                 source, dtype=dtype, revision=revision, trust_remote_code=False, **options
             )
     except OSError as error:
         raise ValueError(f"The model at {source!r} could not be read: {error}") from error
+    if random_weights is not None:
+        trained = pipeline.components.get("transformer") or pipeline.components["unet"]
+        drawn = fresh_weights(lambda: type(trained).from_config(trained.config), random_weights)
+        trained.load_state_dict(drawn.state_dict())
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return DiffusionModel(pipeline, str(id_or_dir), revision)
+    return DiffusionModel(pipeline, str(id_or_dir), revision, random_weights)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else CUDA where there is one (each process of a launch takes its own), else the CPU."""
+    return torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+
+
+def fresh_weights(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A module built with weights drawn from a seed, on the CPU; the caller's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """No progress bars of the libraries: a folder is read in seconds, only a download deserves them."""
+def quiet(source: str) -> Iterator[None]:
+    """No progress bars of the libraries where `source` is a folder: only a download deserves them."""
+    if not Path(source).is_dir():
+        yield
+        return
     logs = (diffusers.utils.logging, transformers.utils.logging)
     for log in logs:
         log.disable_progress_bar()
@@ -436,7 +472,7 @@ def as_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_network_config(id_or_dir: str | Path, revision: str | None = None) -> tuple[nn.Module, int, int]:
     """The network of a model on the meta device, its VAE's factor and its prompt length, from config files alone."""
     source = resolve(id_or_dir)
-    index = _model_index(source, revision)
+    index = model_index(source, revision)
     family = family_of(str(index.get("_class_name")))
     cls, folder = (PixArtTransformer2DModel, "transformer") if family == "pixart" else (UNet2DConditionModel, "unet")
     with torch.device("meta"):

@@ -27,6 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -145,7 +146,7 @@ def save_figure(
         figure.savefig(paths["pdf"], metadata={"Creator": None, "Producer": None, "CreationDate": None})
         figure.set_layout_engine(engine)
     frame.to_csv(paths["csv"], index=False, lineterminator="\n")
-    sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": _versions()}
+    sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": package_versions()}
     text = json.dumps(sidecar, indent=2, sort_keys=True, default=_plain, ensure_ascii=False)
     paths["json"].write_text(text + "\n", encoding="utf-8")
     return paths
@@ -173,7 +174,8 @@ def _typed(cells: pd.Series) -> pd.Series:
     return cells
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers and pictures depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -184,6 +186,11 @@ def _versions() -> dict[str, str]:
 def _plain(value: object) -> object:
     """What JSON does not know: NumPy's numbers and arrays, paths and everything else by its text."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def heat_colours() -> NDArray[np.uint8]:
+    """The colours of heat maps from lowest to highest, (256, 3), for pages that draw them on their own."""
+    return (np.asarray(matplotlib.colormaps[HEAT](np.linspace(0, 1, 256)))[:, :3] * 255).round().astype(np.uint8)
 
 
 # --- pictures ------------------------------------------------------------------------------------------
@@ -420,6 +427,89 @@ def plot_probe_curves(
     return figure
 
 
+@styled
+def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy", title: str = "", width: float = PAGE) -> Figure:
+    """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
+
+    Args:
+        frame: Rows with label, encoder, value, low, high, chance and control_accuracy (NaN for none); one row a bar.
+        name: Of the score.
+        title: Above the figure.
+        width: In inches.
+    """
+    labels, encoders = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["encoder"]))
+    figure, axes = _grid(1, 1, width, 2.1 + 0.2 * bool(title))
+    axis = axes[0, 0]
+    step = 0.8 / len(encoders)
+    top = float(frame[["high", "chance"]].to_numpy(dtype=float).max()) * 1.08
+    controlled = bool(frame["control_accuracy"].notna().any())
+    for group, label in enumerate(labels):
+        rows = frame[frame["label"] == label]
+        for _, row in rows.iterrows():
+            place = encoders.index(row["encoder"])
+            x = group - 0.4 + (place + 0.5) * step
+            axis.bar(x, row["value"], 0.9 * step, color=OKABE_ITO[place % len(OKABE_ITO)])
+            axis.plot([x, x], [row["low"], row["high"]], color="black", linewidth=0.9)
+            axis.plot(x, row["control_accuracy"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none")
+            axis.text(x, row["high"] + 0.012 * top, _short(float(row["value"])), ha="center", va="bottom", fontsize=6)
+        axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, color="0.3", linewidth=1, linestyle=(0, (3, 1.5)))
+    for place, encoder in enumerate(encoders):
+        axis.bar(0, 0, color=OKABE_ITO[place % len(OKABE_ITO)], label=encoder)
+    axis.plot([], [], color="0.3", linewidth=1, linestyle=(0, (3, 1.5)), label="chance")
+    if controlled:
+        axis.plot([], [], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none", label="control task")
+    axis.set_xticks(range(len(labels)), [_wrap(str(label), (width - 0.6) / len(labels)) for label in labels])
+    axis.tick_params(axis="x", length=0)
+    axis.set_ylim(min(0.0, float(frame["low"].min())), top)
+    axis.set_ylabel(f"{name}, 95% interval")
+    axis.grid(axis="y", color="0.9", linewidth=0.5)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=len(encoders) + 1 + controlled)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_probe_differences(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
+    """Paired differences of scores as dots with intervals: a panel a label, a line a site, a colour a comparison.
+
+    Args:
+        frame: Rows with what, label, site, value, low, high.
+        title: Above the figure.
+        width: In inches.
+    """
+    labels, sites, kinds = (list(dict.fromkeys(frame[name])) for name in ("label", "site", "what"))
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    figure, axes = _grid(rows, columns, width, rows * (0.2 * len(sites) + 0.5) + 0.3 + 0.2 * bool(title))
+    reach = 1.05 * float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max())
+    for place, (axis, label) in enumerate(zip(axes.flat, labels, strict=False)):
+        for _, row in frame[frame["label"] == label].iterrows():
+            kind = kinds.index(row["what"])
+            line = sites.index(row["site"]) + 0.24 * (kind - (len(kinds) - 1) / 2)
+            look: dict[str, Any] = {"color": OKABE_ITO[kind % len(OKABE_ITO)]}
+            axis.plot([row["low"], row["high"]], [line, line], linewidth=1, **look)
+            axis.plot(row["value"], line, marker=MARKERS[kind % len(MARKERS)], markersize=3, linestyle="none", **look)
+        axis.axvline(0, color="0.35", linewidth=0.8, linestyle=(0, (3, 1.5)))
+        axis.set_xlim(-reach, reach)
+        axis.set_ylim(len(sites) - 0.4, -0.6)
+        axis.set_yticks(range(len(sites)), sites if place % columns == 0 else [])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color="0.9", linewidth=0.5)
+        axis.set_axisbelow(True)
+        axis.set_title(label)
+        axis.set_xlabel("difference in accuracy")
+    for axis in list(axes.flat)[len(labels) :]:
+        axis.set_axis_off()
+    for kind, name in enumerate(kinds):
+        axes.flat[0].plot([], [], marker=MARKERS[kind % len(MARKERS)], markersize=3, color=OKABE_ITO[kind % len(OKABE_ITO)], label=name)
+    figure.legend(loc="outside lower center", ncols=len(kinds))
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
 def _panels(frame: pd.DataFrame, within: list[str]) -> list[tuple[str, pd.DataFrame]]:
     """The table split by label and conditioning, each part with its heading; refuses cells with several rows."""
     if absent := [c for c in (*within, "label", "score", "value", "chance") if c not in frame]:
@@ -553,6 +643,697 @@ def plot_scores(frame: pd.DataFrame, *, title: str = "", width: float = COLUMN) 
     axis.set_axisbelow(True)
     axis.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_samples(
+    images: NDArray[np.uint8], texts: Sequence[str], *, columns: int = 6, title: str = "", width: float = PAGE
+) -> Figure:
+    """Pictures in rows, each with its text below.
+
+    Args:
+        images: (image, y, x, 3).
+        texts: One an image; line breaks are kept.
+        columns: Pictures a row.
+        title: Above the figure.
+        width: In inches.
+    """
+    rows = -(-len(images) // columns)
+    size = width / columns
+    below = ["\n".join(_wrap(line, size, 5.5) for line in text.split("\n")) for text in texts]
+    lines = max(text.count("\n") + 1 for text in below)
+    figure, axes = _grid(rows, columns, width, rows * (size + 0.11 * lines) + 0.2 * bool(title))
+    _pad(figure, 0.02, 0.0)
+    for place, axis in enumerate(axes.flat):
+        _bare(axis)
+        if place < len(images):
+            axis.imshow(images[place])
+            axis.set_xlabel(below[place], fontsize=5.5, labelpad=2)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+# --- image-text alignment ------------------------------------------------------------------------------
+
+
+@styled
+def plot_alignment(
+    frame: pd.DataFrame, names: Mapping[str, str], *, reference: str = "", title: str = "", width: float = PAGE
+) -> Figure:
+    """Shares of items matched right, by pattern: a panel per benchmark, a dot with its interval per score.
+
+    Args:
+        frame: Rows of `diffprobe.probes.alignment.alignment_table` with the column benchmark; rows of pattern "macro" are
+            left out.  Rows whose score is `reference` are drawn hollow.
+        names: What each score is called, in the order of the legend; others are not drawn.
+        reference: A score that another data set's published numbers stand under.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: there is no row to draw.
+    """
+    shown = frame[frame["score"].isin(names) & (frame["pattern"] != "macro")]
+    benchmarks = list(dict.fromkeys(shown["benchmark"]))
+    scores = [name for name in names if name in set(shown["score"])]
+    if not scores:
+        raise ValueError(f"The table has no rows of the scores {', '.join(names)}.")
+    panels = []
+    for benchmark in benchmarks:
+        part = shown[shown["benchmark"] == benchmark]
+        several = part["metric"].nunique() > 1
+        panels.append((benchmark, part, list(dict.fromkeys(zip(part["metric"], part["pattern"], strict=True))), several))
+    step = 0.82 / len(scores)
+    height = max(len(lines) for _, _, lines, _ in panels) * (0.085 * len(scores) + 0.08) + 0.5
+    legend = 0.16 * -(-(len(scores) + 1) // 3) + 0.1
+    figure, axes = _grid(1, len(panels), width, height + legend + 0.2 * bool(title))
+    for axis, (benchmark, part, lines, several) in zip(axes[0], panels, strict=True):
+        for line, (metric, pattern) in enumerate(lines):
+            here = part[(part["metric"] == metric) & (part["pattern"] == pattern)].set_index("score")
+            chance = float(here["chance"].mean())
+            axis.plot([chance] * 2, [line - 0.47, line + 0.47], color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+            for place, score in enumerate(scores):
+                if score not in here.index:
+                    continue
+                row, y = here.loc[score], line + (place - (len(scores) - 1) / 2) * step
+                look = _score_look(place, score == reference)
+                axis.plot([row["low"], row["high"]], [y, y], color=look["color"], linewidth=0.9, zorder=2)
+                axis.plot(row["value"], y, linestyle="none", zorder=3, clip_on=False, **look)
+        for line in range(1, len(lines)):
+            axis.axhline(line - 0.5, color="0.88", linewidth=0.5, zorder=0)
+        axis.set_yticks(range(len(lines)), [f"{metric}: {pattern}" if several else pattern for metric, pattern in lines])
+        axis.set_ylim(len(lines) - 0.5, -0.5)
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("share right, 95% interval")
+        axis.set_title(benchmark)
+        axis.grid(axis="x", color="0.9", linewidth=0.5)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+    handles = [Line2D([], [], linestyle="none", label=names[s], **_score_look(k, s == reference)) for k, s in enumerate(scores)]
+    handles.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), label="chance"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.8, columnspacing=1.2)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _score_look(place: int, hollow: bool) -> dict[str, Any]:
+    if hollow:
+        return {"color": "0.35", "marker": "D", "markerfacecolor": "white", "markersize": 3}
+    return {"color": OKABE_ITO[place % len(OKABE_ITO)], "marker": MARKERS[place % len(MARKERS)], "markersize": 3}
+
+
+# --- similarity ----------------------------------------------------------------------------------------
+
+
+@styled
+def plot_site_curves(
+    frame: pd.DataFrame,
+    *,
+    x: str = "timestep",
+    x_label: str = "timestep (noise grows to the right)",
+    y_label: str = "",
+    columns: int = 3,
+    share_y: bool = False,
+    chance_name: str = "chance",
+    title: str = "",
+    width: float = PAGE,
+) -> Figure:
+    """A panel per kind of number, and in it one curve per site over `x` with its interval as a band.
+
+    Chance is a thin dotted line in the site's colour, or one grey line where all sites share it.  Rows without an interval
+    (published numbers) have no band.
+
+    Args:
+        frame: Rows of panel, site, value, low, high, chance and the column `x`; one row per panel, site and x.
+        x: What runs to the right.
+        x_label: Below the lowest panel of each column.
+        y_label: Beside the leftmost panels.
+        columns: Panels in a row.
+        share_y: One scale for all panels.
+        chance_name: What chance is called in the legend.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: columns are missing, there are no rows, or a place has several.
+    """
+    if absent := [c for c in ("panel", "site", x, "value", "low", "high", "chance") if c not in frame]:
+        raise ValueError(f"The table has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
+    if frame.empty or frame.duplicated(["panel", "site", x]).any():
+        found = "no rows" if frame.empty else f"several rows for some panel, site and {x}; select or average first"
+        raise ValueError(f"The table has {found}.")
+    names, sites = (list(dict.fromkeys(frame[c])) for c in ("panel", "site"))
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    across = max(1, min(len(sites) + 1, int(width / (0.055 * max(len(str(s)) for s in sites) + 0.45))))
+    legend = 0.15 * -(-(len(sites) + 1) // across) + 0.1
+    figure, axes = _grid(rows, columns, width, rows * min(2.2, 0.75 * width / columns + 0.3) + legend + 0.2 * bool(title))
+    dotted: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (1, 1.5))}
+    for place, (axis, name) in enumerate(zip(axes.flat, names, strict=False)):
+        part = frame[frame["panel"] == name]
+        common = part.dropna(subset="chance").groupby(x)["chance"].nunique().le(1).all()
+        for k, site in enumerate(sites):
+            curve = part[part["site"] == site].sort_values(x)
+            look = {"color": OKABE_ITO[k % len(OKABE_ITO)], "linestyle": LINES[k // len(OKABE_ITO) % len(LINES)]}
+            axis.plot(curve[x], curve["value"], marker=MARKERS[k % len(MARKERS)], label=str(site), **look)
+            axis.fill_between(curve[x], curve["low"], curve["high"], color=look["color"], alpha=0.18, linewidth=0)
+            if not common:
+                axis.plot(curve[x], curve["chance"], zorder=1, **{**dotted, "color": look["color"]})
+        if common and part["chance"].notna().any():
+            line = part.groupby(x)["chance"].mean()
+            axis.plot(line.index, line, color="0.35", zorder=1, **dotted)
+        axis.set_title(_wrap(str(name), width / columns, 5.5), pad=4)
+        axis.grid(axis="y", color="0.9", linewidth=0.5)
+        axis.set_axisbelow(True)
+        if place + columns >= len(names):
+            axis.set_xlabel(x_label)
+        if place % columns == 0:
+            axis.set_ylabel(y_label)
+    shown = list(axes.flat)[: len(names)]
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_axis_off()
+    if share_y:
+        ends = [axis.get_ylim() for axis in shown]
+        for axis in shown:
+            axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+    handles, labels = shown[0].get_legend_handles_labels()
+    if frame["chance"].notna().any():
+        handles, labels = [*handles, Line2D([], [], color="0.35", **dotted)], [*labels, chance_name]
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, handlelength=2.2, columnspacing=1.2)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_similarity_matrix(frame: pd.DataFrame, between: str, *, columns: int = 3, title: str = "", width: float = PAGE) -> Figure:
+    """Every two timesteps, conditionings or sites against each other: a heat map for each panel, mirrored, numbers written in.
+
+    Args:
+        frame: Rows of `diffprobe.probes.similarity.similarity`: panel, BETWEEN_a, BETWEEN_b, value.
+        between: What is compared, such as "timestep".
+        columns: Panels in a row.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: columns are missing, there are no rows, or a cell has several.
+    """
+    first, second = f"{between}_a", f"{between}_b"
+    if absent := [c for c in ("panel", first, second, "value") if c not in frame]:
+        raise ValueError(f"The table has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
+    if frame.empty or frame.duplicated(["panel", first, second]).any():
+        found = "no rows" if frame.empty else f"several rows for some panel and two {between}s; select or average first"
+        raise ValueError(f"The table has {found}.")
+    names = list(dict.fromkeys(frame["panel"]))
+    entries = list(dict.fromkeys([*frame[first], *frame[second]]))
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    cell = width / columns
+    figure, axes = _grid(rows, columns, width, rows * (0.8 * cell + 0.2) + 0.2 * bool(title))
+    low = min(0.0, float(frame["value"].min()))
+    place = {entry: index for index, entry in enumerate(entries)}
+    for axis, name in zip(axes.flat, names, strict=False):
+        table = np.full((len(entries), len(entries)), np.nan)
+        for a, b, value in frame.loc[frame["panel"] == name, [first, second, "value"]].itertuples(index=False):
+            table[place[a], place[b]] = table[place[b], place[a]] = value
+        drawn = axis.imshow(table, cmap=SCORES, vmin=low, vmax=1)
+        _write_cells(axis, table, drawn)
+        texts = [_wrap(str(entry), cell / 4) for entry in entries]
+        axis.set_xticks(range(len(entries)), texts, rotation=0 if max(map(len, texts)) < 6 else 90)
+        axis.set_yticks(range(len(entries)), texts)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_title(_wrap(str(name), cell, 5.5), pad=4)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_axis_off()
+    figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01).outline.set_visible(False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+# --- localization --------------------------------------------------------------------------------------
+
+LOCALIZATION_NAMES = {
+    "pointing": "pointing game",
+    "mass": "mass in the mask",
+    "lift": "mass over area",
+    "iou_fixed": "IoU above 0.4",
+    "iou_otsu": "IoU, Otsu",
+    "iou_tuned": "IoU, tuned",
+    "auc": "ROC-AUC",
+    "ap": "average precision",
+    "nss": "NSS",
+}
+
+
+@styled
+def plot_localization_grid(
+    frame: pd.DataFrame, *, against: str = "wrong word", columns: int = 3, title: str = "", width: float = PAGE
+) -> Figure:
+    """Site x timestep heat maps, one panel a score; cells that beat a control are framed.
+
+    Args:
+        frame: Rows of `diffprobe.probes.grounding.attention_localization` or `difference_localization`, of one role,
+            conditioning and head.
+        against: The control; a cell is framed where the own map scores above it with a Holm-adjusted p below .05.
+        columns: Panels in a row.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: columns or rows are missing, or a cell has several rows.
+    """
+    mine = _own_lines(frame, ["site", "timestep"])
+    control = frame[frame["map"] == against].set_index(["score", "site", "timestep"])["p_holm"]
+    scores = [score for score in LOCALIZATION_NAMES if score in set(mine["score"])]
+    sites, steps = list(dict.fromkeys(mine["site"])), sorted(dict.fromkeys(mine["timestep"]))
+    columns = min(columns, len(scores))
+    rows = -(-len(scores) // columns)
+    figure, axes = _grid(rows, columns, width, rows * (0.145 * len(sites) + 0.42) + 0.15 + 0.2 * bool(title))
+    _pad(figure, 0.02, 0.02)
+    for place, (axis, score) in enumerate(zip(axes.flat, scores, strict=False)):
+        part = mine[mine["score"] == score]
+        table = part.pivot(index="site", columns="timestep", values="value").reindex(index=sites, columns=steps)
+        drawn = axis.imshow(table.to_numpy(dtype=float), cmap=SCORES, aspect="auto")
+        _write_cells(axis, table.to_numpy(dtype=float), drawn)
+        for y, site in enumerate(sites):
+            for x, step in enumerate(steps):
+                if control.get((score, site, step), 1.0) < 0.05:
+                    axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=OKABE_ITO[1], linewidth=1))
+        axis.set_title(f"{LOCALIZATION_NAMES[score]} (chance {_short(float(part['chance'].mean()))})", pad=3)
+        axis.set_xticks(range(len(steps)), [str(s) for s in steps] if place + columns >= len(scores) else [])
+        axis.set_yticks(range(len(sites)), [_site_name(s) for s in sites] if place % columns == 0 else [])
+        axis.tick_params(length=0, labelsize=6.5)
+        axis.spines[:].set_visible(False)
+    for axis in list(axes.flat)[len(scores) :]:
+        axis.set_axis_off()
+    figure.supxlabel(
+        f"timestep (noise grows to the right); framed: above the control “{against}”, p < .05 (Holm)", fontsize=7.5
+    )
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _site_name(site: object) -> str:
+    """
+    >>> _site_name("U-L2-R1-B0-Cross-Map"), _site_name("all sites")
+    ('U-L2-R1-B0', 'all sites')
+    """
+    return str(site).removesuffix("-Cross-Map")
+
+
+def _own_lines(frame: pd.DataFrame, within: list[str]) -> pd.DataFrame:
+    """The lines of the maps themselves, one for each score and cell."""
+    needed = [*within, "map", "score", "value", "low", "high", "chance", "p_holm"]
+    if absent := [c for c in needed if c not in frame]:
+        raise ValueError(f"The table has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
+    if frame.empty:
+        raise ValueError("The table has no rows; there is nothing to draw.")
+    mine = frame[frame["map"] == frame["map"].iloc[0]]
+    if mine.duplicated(["score", *within]).any():
+        varying = [c for c in ("role", "conditioning", "head", "seed") if c in mine and mine[c].nunique() > 1]
+        raise ValueError(f"Some cells have several rows; {', '.join(varying) or 'they'} differ within them. Select first.")
+    return mine
+
+
+def localization_figures(frame: pd.DataFrame, score: str = "auc") -> dict[str, Figure]:
+    """What there is to draw of a table of `diffprobe probe localization`, by suffix: grids and controls, curves, heads.
+
+    A grid and a picture of the controls for each role or conditioning; controls at the site with the highest score.
+    """
+    by = "role" if "role" in frame else "conditioning"
+    means = frame[frame["head"].astype(str) == "mean"] if "head" in frame else frame
+    own = str(frame["map"].iloc[0])
+    figures = {"curves": plot_localization_curves(means, score, by=by)}
+    for kind, part in means.groupby(by, sort=False):
+        best = part[(part["map"] == own) & (part["score"] == score)].sort_values("value")["site"].iloc[-1]
+        against = "wrong word" if own == "word" else "other text"
+        figures[str(kind)] = plot_localization_grid(part, against=against, title=f"{kind}: {own} and mask")
+        figures[f"{kind}_controls"] = plot_localization_controls(part[part["site"] == best], title=f"{kind} at {best}")
+        if len(means) < len(frame):
+            heads = frame[(frame[by] == kind) & (frame["timestep"] == frame["timestep"].min()) & (frame["site"] != "all sites")]
+            figures[f"{kind}_heads"] = plot_localization_heads(
+                heads, score, title=f"{kind}, timestep {frame['timestep'].min()}"
+            )
+    return figures
+
+
+@styled
+def plot_localization_controls(frame: pd.DataFrame, *, columns: int = 3, title: str = "", width: float = PAGE) -> Figure:
+    """Each score of the maps and of their controls as dots with intervals, coloured by timestep, chance dashed.
+
+    Args:
+        frame: Rows of one site, role, conditioning and head.
+        columns: Panels in a row.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: columns or rows are missing, or a cell has several rows.
+    """
+    _own_lines(frame, ["timestep"])
+    scores = [score for score in LOCALIZATION_NAMES if score in set(frame["score"])]
+    steps = sorted(dict.fromkeys(frame["timestep"]))
+    names = [name for name in dict.fromkeys(frame["map"]) if frame.loc[frame["map"] == name, "value"].notna().any()]
+    columns = min(columns, len(scores))
+    rows = -(-len(scores) // columns)
+    figure, axes = _grid(rows, columns, width, rows * (0.19 * len(names) + 0.42) + 0.25 + 0.2 * bool(title))
+    for place, (axis, score) in enumerate(zip(axes.flat, scores, strict=False)):
+        part = frame[frame["score"] == score]
+        for line, name in enumerate(names):
+            for _, found in part[part["map"] == name].iterrows():
+                k = steps.index(found["timestep"])
+                height = line + 0.5 * ((k + 0.5) / len(steps) - 0.5)
+                colour = OKABE_ITO[k % len(OKABE_ITO)]
+                axis.plot([found["low"], found["high"]], [height] * 2, color=colour, linewidth=1)
+                axis.plot(found["value"], height, marker="o", markersize=2.5, color=colour, linestyle="none")
+        chance = float(part.loc[part["map"] == names[0], "chance"].mean())
+        axis.axvline(chance, color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        axis.set_title(LOCALIZATION_NAMES[score], pad=3)
+        axis.set_yticks(range(len(names)), names if place % columns == 0 else [])
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", color="0.9", linewidth=0.5)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+    for axis in list(axes.flat)[len(scores) :]:
+        axis.set_axis_off()
+    handles = [Line2D([], [], marker="o", markersize=3, color=OKABE_ITO[k % len(OKABE_ITO)]) for k in range(len(steps))]
+    handles.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 2))))
+    figure.legend(handles, [*(f"timestep {s}" for s in steps), "chance"], loc="outside lower center", ncols=len(steps) + 1)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_localization_heads(frame: pd.DataFrame, score: str = "auc", *, title: str = "", width: float = COLUMN) -> Figure:
+    """Site x head heat map of one score at one timestep, the mean over heads first, chance marked on the colour bar.
+
+    Args:
+        frame: Rows of `attention_localization(by_head=True)` of one timestep, role and conditioning.
+        score: One of `LOCALIZATION_NAMES`.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: columns or rows are missing, or a cell has several rows.
+    """
+    mine = _own_lines(frame[frame["score"] == score], ["site", "head"])
+    sites = list(dict.fromkeys(mine["site"]))
+    heads = sorted(dict.fromkeys(mine["head"].astype(str)), key=lambda h: (h != "mean", h.zfill(4)))
+    table = mine.assign(head=mine["head"].astype(str)).pivot(index="site", columns="head", values="value")
+    values = table.reindex(index=sites, columns=heads).to_numpy(dtype=float)
+    chance = float(mine["chance"].mean())
+    low, high = min(float(np.nanmin(values)), chance), max(float(np.nanmax(values)), chance)
+    figure, axes = _grid(1, 1, width, 0.17 * len(sites) + 0.55 + 0.2 * bool(title))
+    axis = axes[0, 0]
+    drawn = axis.imshow(values, cmap=SCORES, vmin=low, vmax=high if high > low else low + 1e-6, aspect="auto")
+    _write_cells(axis, values, drawn)
+    axis.set_xticks(range(len(heads)), ["mean", *(f"head {h}" for h in heads[1:])] if heads[0] == "mean" else heads)
+    axis.set_yticks(range(len(sites)), [_site_name(s) for s in sites])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    bar = figure.colorbar(drawn, ax=axis, fraction=0.06, pad=0.02, label=LOCALIZATION_NAMES[score])
+    bar.outline.set_visible(False)
+    bar.ax.axhline(chance, color="white", linewidth=2.4)
+    bar.ax.axhline(chance, color=OKABE_ITO[1], linewidth=1.2)
+    _mark_chance(bar.ax, chance, low, high)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_localization_curves(
+    frame: pd.DataFrame, score: str = "auc", *, by: str = "role", columns: int = 3, title: str = "", width: float = PAGE
+) -> Figure:
+    """One score against timestep, a panel a site: the maps' own with bands, controls as thin lines, chance dashed.
+
+    Args:
+        frame: Rows of one head; several values of `by` share a panel.
+        score: One of `LOCALIZATION_NAMES`.
+        by: What the colours tell apart, such as "role" or "conditioning".
+        columns: Panels in a row.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: columns or rows are missing, or a cell has several rows.
+    """
+    part = frame[(frame["score"] == score) & frame["value"].notna()]
+    mine = _own_lines(part, ["site", "timestep", by])
+    sites, kinds = list(dict.fromkeys(mine["site"])), list(dict.fromkeys(mine[by]))
+    controls = [name for name in ("wrong word", "other text", "null features", "centred Gaussian") if name in set(part["map"])]
+    columns = min(columns, len(sites))
+    rows = -(-len(sites) // columns)
+    figure, axes = _grid(rows, columns, width, rows * (0.62 * width / columns + 0.2) + 0.3 + 0.2 * bool(title))
+    styles: dict[str, Any] = dict(zip(controls, (":", "-.", (0, (1, 3))), strict=False))
+    for place, (axis, site) in enumerate(zip(axes.flat, sites, strict=False)):
+        for k, kind in enumerate(kinds):
+            colour = OKABE_ITO[k % len(OKABE_ITO)]
+            curve = mine[(mine["site"] == site) & (mine[by] == kind)].sort_values("timestep")
+            axis.plot(curve["timestep"], curve["value"], color=colour, marker=MARKERS[k % len(MARKERS)], label=str(kind))
+            axis.fill_between(curve["timestep"], curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
+            for name, line in styles.items():
+                thin = part[(part["site"] == site) & (part[by] == kind) & (part["map"] == name)].sort_values("timestep")
+                axis.plot(thin["timestep"], thin["value"], color=colour, linestyle=line, linewidth=0.8)
+        axis.axhline(float(mine["chance"].mean()), color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        axis.set_title(_site_name(site), pad=3)
+        if place % columns == 0:
+            axis.set_ylabel(LOCALIZATION_NAMES[score])
+        axis.set_xlabel("timestep")
+        axis.grid(axis="y", color="0.9", linewidth=0.5)
+        axis.set_axisbelow(True)
+    ends = [axis.get_ylim() for axis in list(axes.flat)[: len(sites)]]
+    for axis in list(axes.flat)[: len(sites)]:
+        axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+    for axis in list(axes.flat)[len(sites) :]:
+        axis.set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    handles += [Line2D([], [], color="0.35", linestyle=line, linewidth=0.8) for line in styles.values()]
+    handles.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 2))))
+    figure.legend(handles, [*labels, *styles, "chance"], loc="outside lower center", ncols=4, handlelength=2.4)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_attention_strips(
+    images: Sequence[NDArray[np.uint8]], maps: Sequence[xr.DataArray], *, title: str = "", width: float = PAGE
+) -> Figure:
+    """Token-wise attention over images: a block an image, a row a timestep, a column a word.
+
+    A word's maps at all timesteps share one colour scale, so that rows can be compared; words do not, for their totals
+    differ by orders of magnitude.
+
+    Args:
+        images: (y, x, 3) each.
+        maps: (timestep, word, y, x), one an image; at most as many words as fit the page are drawn.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: there are not as many maps as images, or they have other dimensions.
+    """
+    if len(images) != len(maps) or any(set(m.dims) != {"timestep", "word", "y", "x"} for m in maps):
+        raise ValueError(f"{len(images)} images need as many maps (timestep, word, y, x); got {[m.dims for m in maps]}.")
+    columns = 1 + max(m.sizes["word"] for m in maps)
+    steps = [m.sizes["timestep"] for m in maps]
+    cell = width / columns
+    figure, axes = _grid(sum(steps), columns, width, sum(steps) * (cell - 0.02) + 0.17 * len(maps) + 0.2 * bool(title))
+    _pad(figure, 0.01, 0.01)
+    row = 0
+    for image, found in zip(images, maps, strict=True):
+        grey = np.asarray(Image.fromarray(image).convert("L"))
+        found = found.transpose("timestep", "word", "y", "x")
+        for k, step in enumerate(found["timestep"].values):
+            axes[row, 0].imshow(image)
+            axes[row, 0].set_ylabel(f"t = {int(step)}")
+            for column in range(1, columns):
+                axis = axes[row, column]
+                if column > found.sizes["word"]:
+                    axis.set_axis_off()
+                    continue
+                values = found.isel(word=column - 1).to_numpy().astype(np.float32)
+                low, high = float(values.min()), max(float(values.max()), float(values.min()) + 1e-12)
+                large = np.asarray(Image.fromarray(values[k]).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+                axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
+                strength = 0.25 + 0.55 * np.clip((large - low) / (high - low), 0, 1)
+                axis.imshow(large, cmap=HEAT, vmin=low, vmax=high, alpha=strength)
+                if k == 0:
+                    axis.set_title(_wrap(str(found["word"].values[column - 1]), cell), pad=2, fontsize=7)
+            row += 1
+    for axis in axes.flat:
+        _bare(axis)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_differences(
+    images: Sequence[NDArray[np.uint8]],
+    maps: NDArray[np.float32],
+    regions: NDArray[np.bool_],
+    texts: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    width: float = PAGE,
+) -> Figure:
+    """A row an image: the image, then the norm of what each text changes in the features, with the region it speaks of outlined.
+
+    Args:
+        images: (y, x, 3) each.
+        maps: (image, text, y, x); every map has its own colour scale.
+        regions: (image, text, y, x) on the images' grid.
+        texts: One list an image, written above its maps.
+        title: Above the figure.
+        width: In inches.
+    """
+    columns = 1 + maps.shape[1]
+    cell = width / columns
+    lines = max(_wrap(text, cell).count("\n") + 1 for row in texts for text in row)
+    figure, axes = _grid(len(images), columns, width, len(images) * (cell + 0.125 * lines) + 0.2 * bool(title))
+    _pad(figure, 0.02, 0.02)
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image)
+        for column, text in enumerate(texts[row], start=1):
+            axis, heat = axes[row, column], maps[row, column - 1]
+            large = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+            axis.imshow(large, cmap=HEAT)
+            axis.contour(regions[row, column - 1].astype(float), levels=[0.5], colors="white", linewidths=1.6)
+            axis.contour(regions[row, column - 1].astype(float), levels=[0.5], colors=OKABE_ITO[5], linewidths=0.8)
+            axis.set_title(_wrap(text, cell), pad=3, fontsize=7)
+    for axis in axes.flat:
+        _bare(axis)
+        axis.set_anchor("S")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+# --- leakage -------------------------------------------------------------------------------------------
+
+
+@styled
+def plot_leak_sight(frame: pd.DataFrame, *, unit: str = "content-word F1", title: str = "", width: float = COLUMN) -> Figure:
+    """What is read from the prompt against what is seen in the image, both above chance: a numbered point with intervals for each row.
+
+    Args:
+        frame: Columns label, leak, leak_low, leak_high, sight, sight_low, sight_high, and control ("K-", "K+" or "").
+        unit: Of both scores.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if frame.empty:
+        raise ValueError("There is nothing to draw: the table has no rows.")
+    names = 0.135 * len(frame) + 0.1
+    figure, axes = _grid(1, 1, width, 0.8 * width + names + 0.2 * bool(title))
+    axis, handles = axes[0, 0], []
+    for place, row in enumerate(frame.to_dict("records")):
+        colour = "0.35" if row["control"] else OKABE_ITO[place % len(OKABE_ITO)]
+        axis.plot([row["sight_low"], row["sight_high"]], [row["leak"]] * 2, color=colour, linewidth=0.8, alpha=0.7)
+        axis.plot([row["sight"]] * 2, [row["leak_low"], row["leak_high"]], color=colour, linewidth=0.8, alpha=0.7)
+        axis.plot(row["sight"], row["leak"], "o", color=colour, markersize=7)
+        axis.annotate(
+            str(place + 1), (row["sight"], row["leak"]), ha="center", va="center_baseline", color="white", fontsize=5, fontweight="bold"
+        )
+        handles.append(Line2D([], [], linestyle="none", marker="o", color=colour, label=f"{place + 1}  " + f"{row['control']} {row['label']}".strip()))
+    axis.axhline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)))
+    axis.axvline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)), label="chance")
+    axis.set_xlabel(f"sight: {unit}, image's captions")
+    axis.set_ylabel(f"leak: {unit}, fed text")
+    figure.legend(handles=handles, loc="outside lower left", handlelength=1, labelspacing=0.25)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = "", width: float = PAGE) -> Figure:
+    """Two panels, leak and sight; a row a label, with its interval, chance dotted.
+
+    Args:
+        frame: Rows of label, score ("leak", "sight"), value, low, high; with `change` also change, change_low,
+            change_high, which are drawn instead.
+        change: Draw changes from a baseline, against a line of no change.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: there are no rows, or a label has several for one score.
+    """
+    if frame.empty or frame.duplicated(["label", "score"]).any():
+        raise ValueError("plot_leak_rows takes one row a label and score, at least one.")
+    labels = list(dict.fromkeys(frame["label"]))
+    names = ("change", "change_low", "change_high") if change else ("value", "low", "high")
+    lines = [_wrap(str(label), 0.3 * width) for label in labels]
+    height = sum(0.1 + 0.12 * (line.count("\n") + 1) for line in lines) + 0.55 + 0.2 * bool(title)
+    figure, axes = _grid(1, 2, width, height)
+    for axis, score, colour, marker in zip(axes[0], ("leak", "sight"), OKABE_ITO[1::-1], MARKERS, strict=False):
+        part = frame[frame["score"] == score].set_index("label")
+        for place, label in enumerate(labels):
+            if label in part.index:
+                value, low, high = (float(part.loc[label, name]) for name in names)
+                axis.plot([low, high], [place] * 2, color=colour, linewidth=1)
+                axis.plot(value, place, marker=marker, color=colour, linestyle="none")
+        axis.axvline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)))
+        axis.set_title(f"change of {score}" if change else score)
+        axis.set_xlabel("content-word F1" + (" against nothing cut" if change else " above chance") + ", 95% interval")
+        axis.set_yticks(range(len(labels)), lines if axis is axes[0, 0] else [""] * len(labels))
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.grid(axis="x", color="0.9", linewidth=0.5)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@styled
+def plot_leak_examples(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
+    """Texts side by side: a block an image and condition, with what was fed in, a true caption, and what was written.
+
+    Args:
+        frame: Columns sample, seen, condition, fed, and one column of outputs an arm.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if frame.empty:
+        raise ValueError("There is nothing to draw: the table has no rows.")
+    arms = [c for c in frame if c not in ("sample", "seen", "condition", "fed")]
+    lines: list[tuple[str, str, str]] = []
+    for row in frame.to_dict("records"):
+        lines.append((f"{row['condition']}, {row['sample']}", "", "0"))
+        lines.append(("  fed to the diffusion model", row["fed"] or "nothing", OKABE_ITO[1]))
+        lines.append(("  the image shows", row["seen"], OKABE_ITO[0]))
+        lines += [(f"  {arm}", str(row[arm]), "0.25") for arm in arms if isinstance(row[arm], str)]
+    wrapped = [(name, _wrap(text, 0.66 * width, 6.5), colour) for name, text, colour in lines]
+    rows = sum(text.count("\n") + 1.15 for _, text, _ in wrapped)
+    figure, axes = _grid(1, 1, width, 0.115 * rows + 0.2 + 0.2 * bool(title))
+    axis, y = axes[0, 0], 0.0
+    for name, text, colour in wrapped:
+        axis.text(0, y, name, va="top", fontsize=6.5, fontweight="bold" if colour == "0" else "normal", color=colour)
+        axis.text(0.3, y, text, va="top", fontsize=6.5, color=colour)
+        y += text.count("\n") + 1.15
+    axis.set_xlim(0, 1)
+    axis.set_ylim(rows, 0)
+    _bare(axis)
     if title:
         figure.suptitle(title)
     return figure

@@ -202,6 +202,8 @@ class Recorder:
         self._timesteps = torch.as_tensor(given["timestep"]).flatten().expand(len(sample))
         noted = () if sample.is_meta else tuple(float(step) for step in self._timesteps.tolist())
         self._step = Step(noted, self._row_names(sample))
+        if self.sites[0].kind == "input":
+            self._keep(self.sites[0], sample.detach(), copied=False)
 
     def _row_names(self, sample: Tensor) -> tuple[str, ...]:
         """Pipelines that guide put the negative prompts before the prompts, on the same latents twice.

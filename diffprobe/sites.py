@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "self": ("*-Self-Map",),
 }
 PREDICTION = "Noise"
+LATENT = "Noised-Latent"
 
 _ATTENTION = {"attn1": "Self", "attn2": "Cross"}
 _PARTS = {"to_q": ("Q", "query"), "to_k": ("K", "key"), "to_v": ("V", "value")}
@@ -44,8 +45,9 @@ class Site:
 
     Attributes:
         name: paper name, unique in a model and the name of its group in a store.
-        path: dotted module path; maps end in ``.map``, the predicted noise has an empty path.
-        kind: block, resnet, transformer_block, {self,cross}_{query,key,value,output,map}, or prediction.
+        path: dotted module path; maps end in ``.map``, the noised latent and the predicted noise have an empty path.
+        kind: input, block, resnet, transformer_block, {self,cross}_{query,key,value,output,map}, prediction, or an
+            encoder's layer.
         anchor: path of the module whose four-dimensional input gives the (y, x) of a token sequence.
     """
 
@@ -125,9 +127,12 @@ def describe(path: str) -> list[Site]:
 
 
 def list_sites(module_paths: Iterable[str]) -> list[Site]:
-    """Every site of a network, from the paths of its modules, in module order; the predicted noise comes last."""
+    """Every site of a network, from the paths of its modules, in module order.
+
+    The noised latent, which goes in, comes first; the predicted noise, which comes out, last.
+    """
     found = [site for path in module_paths if path for site in describe(path)]
-    return [*found, *describe("")]
+    return [Site(LATENT, "", "input", ""), *found, *describe("")]
 
 
 def select_sites(available: Sequence[Site], patterns: str | Iterable[str]) -> list[Site]:

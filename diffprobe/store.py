@@ -17,6 +17,7 @@ import difflib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,13 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ..
         dimension_names=dims,
     )
     array[...] = values
+
+
+def code_commit() -> str | None:
+    """The commit of the code that ran, when it ran from a checkout."""
+    folder = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 class StoreWriter:

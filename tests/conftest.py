@@ -23,7 +23,7 @@ import jaxtyping
 import pytest
 
 # On the torch side, where axes have no names, every shape in a signature is checked in every test.
-jaxtyping.install_import_hook([f"diffprobe.{name}" for name in ("models", "noise", "recorder", "sites")], "beartype.beartype")
+jaxtyping.install_import_hook([f"diffprobe.{name}" for name in ("knockout", "matching", "mllm.projector", "mllm.train", "models", "noise", "recorder", "sites")], "beartype.beartype")
 
 FAMILIES = ("sd1", "sd2", "sd2v", "sdxl", "pixart")
 CLIP_WORDS = ("a", "an", "red", "blue", "circle", "on", "the", "left", "of")
@@ -218,3 +218,49 @@ def tiny_model(tiny_folder: Path) -> Any:
     from diffprobe.models import load_model
 
     return load_model(tiny_folder, "cpu")
+
+
+LANGUAGE_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
+    """A language model of random weights that spells any text in bytes, and some words as a whole.
+
+    Its padding token is its end token, as SmolLM2's.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from diffprobe.mllm.train import LanguageModel
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate(["<|end|>", "<|user|>", "<|assistant|>", *letters])}
+    merges = []
+    for word in words:
+        for cut in range(1, len(word)):
+            merges.append((word[:cut], word[cut]))
+            vocab.setdefault(word[: cut + 1], len(vocab))
+    spelling = Tokenizer(models.BPE(vocab=vocab, merges=list(dict.fromkeys(merges))))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=spelling, eos_token="<|end|>", pad_token="<|end|>", extra_special_tokens=["<|user|>", "<|assistant|>"]
+    )
+    tokenizer.chat_template = LANGUAGE_TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    return LanguageModel(LlamaForCausalLM(config), tokenizer, "tiny")
+
+
+@pytest.fixture(scope="session")
+def language() -> Callable[..., Any]:
+    """`language(words, width)`: one shared frozen language model for each choice."""
+    return cache(build_language)

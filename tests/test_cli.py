@@ -13,6 +13,7 @@ import zarr
 from PIL import Image
 
 from diffprobe.cli import main
+from diffprobe.plotting import read_rows
 
 SITES = "U-L1-R1-B0-Cross-Q,U-L2-R2-Res-Out"
 
@@ -123,6 +124,38 @@ def test_probe_and_plots(run: Run, recorded: Path, tmp_path: Path) -> None:
         assert len(pd.read_csv(tmp_path / f"figures/{name}.csv")) > 0
 
 
+def test_other_probes(run: Run, recorded: Path, tmp_path: Path) -> None:
+    one = ("--sites", SITES.split(",")[1], "--conditioning", "null")
+    for name, options in (
+        ("knn", ("--k", "3,7", "--metric", "euclidean", "--jobs", "1")),
+        ("linear", ("--streaming", "--penalties", "10,100")),
+        ("linear", ("--cross-fit", "--pool", "flatten", "--jobs", "1")),
+    ):
+        table = tmp_path / f"{name}-{options[0].strip('-')}.csv"
+        assert run("probe", name, recorded, "--label", "size,mask:fill", *one, *options, "--out", table)[0] == 0
+        frame = read_rows(table).set_index(["label", "timestep"])
+        assert list(frame.index) == [(label, step) for label in ("size", "mask:fill") for step in (50, 500)]
+        assert frame.loc["mask:fill", "miou"].between(0, 1).all() and frame.loc["size", "miou"].isna().all()
+        assert (frame.loc["mask:fill", "n_test"] == 64 * (40 if options[0] == "--cross-fit" else 8)).all()
+        origin = json.loads(table.with_suffix(".json").read_text())
+        assert origin["store"] == recorded.name and origin["options"]["label"] == "size,mask:fill"
+    for options, message in (
+        (("linear", "--streaming", "--cross-fit"), "--streaming goes with neither"),
+        (("knn", "--k", "900"), "from 1 to the 24 training rows"),
+        (("linear", "--label", "mask:hue"), "Objects have no 'hue'"),
+    ):
+        code, _, errors = run("probe", options[0], recorded, "--label", "size", *one, *options[1:])
+        assert code == 2 and message in errors, errors
+
+
+def test_random_weights(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    arguments = ("--model", tiny_folder, "--data", "shapes:2", "--sites", "Noised-Latent", "-t", "50", "-o", store)
+    assert run("extract", *arguments, "--random-weights", "5")[0] == 0
+    assert "drawn at random from seed 5" in " ".join(run("info", store)[1].split())
+    assert run("extract", *arguments)[0] == 2
+
+
 def test_dry_run_writes_nothing(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     code, output, _ = run("extract", "--model", tiny_folder, "--data", "shapes:9", "--out", tmp_path / "s.zarr", "--dry-run")
     assert code == 0
@@ -159,7 +192,7 @@ def test_mistakes_are_one_sentence(run: Run, recorded: Path, tiny_folder: Path, 
         (("plot", "pca", recorded, "--timestep", "7"), "timestep 7 is not in this store"),
         (("plot", "pca", recorded, "--samples", "me"), "Sample 'me' is not in this store"),
         (("plot", "probe", tmp_path / "none.csv"), "No table at"),
-        (("zoo", "train", "moon", "--out", tmp_path / "zoo"), "Stage 'moon' is not one of"),
+        (("zoo", "train", "moon", "--out", tmp_path / "zoo"), "There is no recipe for 'moon'"),
     ]
     for arguments, message in mistakes:
         code, _, errors = run(*arguments)

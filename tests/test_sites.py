@@ -98,7 +98,9 @@ def test_the_papers_sites_are_missing_where_the_topology_differs(tiny: Callable[
 
 def test_names_and_paths_are_unique(model: DiffusionModel) -> None:
     sites = model.sites
-    assert len({site.name for site in sites}) == len(sites) == len({site.path for site in sites})
+    inside = sites[1:-1]  # the latent that goes in and the noise that comes out belong to the whole network
+    assert len({site.name for site in sites}) == len(sites) and len({site.path for site in inside}) == len(inside)
+    assert sites[0] == Site("Noised-Latent", "", "input", "")
     modules = dict(model.network.named_modules())
     assert all(site.module_path in modules and site.anchor in modules for site in sites)
     assert sites[-1] == Site("Noise", "", "prediction", "")
@@ -106,7 +108,7 @@ def test_names_and_paths_are_unique(model: DiffusionModel) -> None:
 
 def test_kinds_of_every_listed_part(model: DiffusionModel) -> None:
     attention = {f"{a}_{part}" for a in ("self", "cross") for part in ("query", "key", "value", "output", "map")}
-    common = attention | {"transformer_block", "prediction"}
+    common = attention | {"input", "transformer_block", "prediction"}
     assert {site.kind for site in model.sites} == (common if model.family == "pixart" else common | {"block", "resnet"})
 
 
@@ -122,8 +124,8 @@ def test_other_modules_are_no_sites(path: str) -> None:
 
 def test_list_sites_of_bare_paths() -> None:
     found = list_sites(["", "mid_block", "mid_block.resnets.1", "mid_block.attentions.0.transformer_blocks.11.attn1.to_v"])
-    assert names(found) == ["M-Out", "M-R1-Res-Out", "M-R0-B11-Self-V", "Noise"]
-    assert [site.anchor for site in found] == ["mid_block", "mid_block.resnets.1", "mid_block.attentions.0", ""]
+    assert names(found) == ["Noised-Latent", "M-Out", "M-R1-Res-Out", "M-R0-B11-Self-V", "Noise"]
+    assert [site.anchor for site in found] == ["", "mid_block", "mid_block.resnets.1", "mid_block.attentions.0", ""]
 
 
 def test_every_site_is_recorded_in_the_shape_that_was_foretold(model: DiffusionModel) -> None:

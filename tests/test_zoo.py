@@ -1,4 +1,4 @@
-"""The embedded model is there and works like any other; its recipe trains, stops and goes on."""
+"""The embedded models are there and work like any others; their recipes train, stop and go on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from diffprobe.data import ShapesDataset, shapes
 from diffprobe.models import DiffusionModel, load_model
 from diffprobe.sites import PAPER_SITES, select_sites
-from diffprobe.zoo import WEIGHTS, embedded, recipe
+from diffprobe.zoo import WEIGHTS, embedded, locate, recipe
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,24 @@ def test_shapes_sd_has_the_six_sites_and_no_special_case(shapes_sd: DiffusionMod
     )
     assert shapes_sd.prediction_type == "epsilon"
     assert shapes_sd.resolution == 96
-    assert [name for name, _, _ in embedded()] == ["shapes-sd"]
     by_folder = load_model(WEIGHTS / "shapes-sd", "cpu")
     assert by_folder.weights_hash() == shapes_sd.weights_hash()
 
 
-def test_it_is_small_and_says_nothing_of_where_it_was_made() -> None:
+def test_each_model_has_a_folder_and_a_card() -> None:
+    assert [name for name, _, _ in embedded()] == ["shapes-clip", "shapes-lm", "shapes-sd"]
+    for name, folder, _ in embedded():
+        assert locate(name) == folder
+        assert (folder / "README.md").read_text().startswith(f"# {name}\n")
+        assert list(folder.glob("*_loss.csv")), name
+    with pytest.raises(ValueError, match=r"'shapes-clop'; it has shapes-clip, .* Did you mean 'shapes-clip'"):
+        locate("shapes-clop")
+
+
+def test_they_are_small_and_say_nothing_of_where_it_was_made() -> None:
     assert sum(size for _, _, size in embedded()) < 40e6
-    for path in (WEIGHTS / "shapes-sd").rglob("*.json"):
-        assert "_name_or_path" not in path.read_text(), path
+    for path in WEIGHTS.rglob("*.json"):
+        assert "name_or_path" not in path.read_text(), path
     assert not [p for p in WEIGHTS.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")], "safetensors only"
 
 

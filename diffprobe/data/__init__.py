@@ -6,6 +6,9 @@ drawn.py      its scenes as a dataset
 questions.py  questions about drawn scenes
 twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
 folder.py     a folder of photographs, with or without captions
+blank.py      any of them with its pictures taken away
+annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
+benchmarks.py published benchmarks of images and texts, from the hub or a folder
 images.py     reading photographs safely, and fitting images and masks to a size
 """
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from diffprobe.data.annotations import AnnotatedDataset, VocDataset, coco_dataset, refcoco_dataset
+from diffprobe.data.blank import BlankDataset
 from diffprobe.data.drawn import ShapesDataset
 from diffprobe.data.folder import FolderDataset
 from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
@@ -22,6 +27,8 @@ from diffprobe.data.shapes import COUNT_WORDS, SPLITS
 from diffprobe.data.twins import KINDS, TwinsDataset
 
 __all__ = [
+    "AnnotatedDataset",
+    "BlankDataset",
     "Caption",
     "Dataset",
     "FolderDataset",
@@ -31,15 +38,24 @@ __all__ = [
     "ShapesDataset",
     "Span",
     "TwinsDataset",
+    "VocDataset",
+    "coco_dataset",
     "fit_image",
     "fit_masks",
     "iterate",
     "load_dataset",
     "read_image",
+    "refcoco_dataset",
 ]
 
-OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}}
-FORMS = ", ".join(["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), "or the path of a folder of images"])
+ANNOTATED = {  # a path stands after the colon, where drawn datasets have a number
+    "coco": ("images", "captions", "limit"),
+    "refcoco": ("images", "instances", "split", "limit"),
+    "voc": ("split", "limit"),
+}
+OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}, **ANNOTATED}
+_FILES = ("coco:INSTANCES.json?images=FOLDER", "refcoco:REFS.json?images=FOLDER", "voc:FOLDER")
+FORMS = ", ".join(["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), *_FILES, "blank:SPEC", "or the path of a folder of images"])
 
 
 def load_dataset(spec: str) -> Dataset:
@@ -47,7 +63,10 @@ def load_dataset(spec: str) -> Dataset:
 
     ``shapes:N`` is N drawn scenes, with options ``split`` (train, validation, test, compositional), ``seed`` and
     ``objects`` (1-4, any number by default); ``shapes-mmvp:N``, ``shapes-winoground:N`` and ``shapes-naturalbench:N``
-    are N pairs of drawn images, with the option ``seed``; anything else is the path of a folder of photographs.
+    are N pairs of drawn images, with the option ``seed``.  ``coco:INSTANCES.json?images=FOLDER`` (with ``captions``),
+    ``refcoco:REFS.json?images=FOLDER`` (with ``instances``, ``split``) and ``voc:FOLDER`` (with ``split``) are annotated
+    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with even grey pictures; anything else is
+    the path of a folder of photographs.
 
     Raises:
         ValueError: the text names no dataset; the message lists what does.
@@ -62,13 +81,20 @@ def load_dataset(spec: str) -> Dataset:
     ValueError: 'shapes:256?spilt=test': unknown option 'spilt'; shapes takes split, seed, objects. Did you mean 'split'?
     """
     kind, colon, rest = spec.partition(":")
+    if kind == "blank":
+        return BlankDataset(load_dataset(rest))
     if kind not in OPTIONS:
         if Path(spec).expanduser().is_dir():
             return FolderDataset(spec)
         raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{_closest(kind, OPTIONS)}")
     if not colon:
-        raise ValueError(f"{spec!r} does not say how many; write for example '{kind}:256'.")
+        example = f"'{kind}:256'" if kind not in ANNOTATED else next(f"'{form}'" for form in _FILES if form.startswith(kind))
+        raise ValueError(
+            f"{spec!r} does not say {'how many' if kind not in ANNOTATED else 'where'}; write for example {example}."
+        )
     number, _, query = rest.partition("?")
+    if kind in ANNOTATED:
+        return _annotated(spec, kind, number, _options(spec, kind, query))
     count = _whole(spec, "the number after ':'", number, at_least=1)
     options = _options(spec, kind, query)
     seed = _whole(spec, "seed", options.get("seed", "0"))
@@ -80,6 +106,18 @@ def load_dataset(spec: str) -> Dataset:
     most = len(COUNT_WORDS) - 1
     objects = _whole(spec, "objects", options["objects"], at_least=1, at_most=most) if "objects" in options else None
     return ShapesDataset(count, split, seed, objects)
+
+
+def _annotated(spec: str, kind: str, path: str, options: dict[str, str]) -> Dataset:
+    """A dataset of annotated photographs from the path after the colon and its options."""
+    limit = _whole(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
+    if kind == "voc":
+        return VocDataset(path, options.get("split", "val"), limit)
+    if "images" not in options:
+        raise ValueError(f"{spec!r} does not say where the images are; add images=FOLDER.")
+    if kind == "coco":
+        return coco_dataset(path, options["images"], options.get("captions"), limit)
+    return refcoco_dataset(path, options["images"], options.get("instances"), options.get("split"), limit)
 
 
 def _closest(name: str, valid: tuple[str, ...] | dict[str, tuple[str, ...]]) -> str:

@@ -8,8 +8,10 @@ source to the same place, so a mask that covered an object still does.
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -34,12 +36,26 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: the file is missing, empty, broken, cut off, too large or no image.
     """
-    path = Path(path)
+    return _read(Path(path), Path(path), max_pixels)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`read_image` for an image inside another file, such as a cell of a Parquet table; messages call it `name`.
+
+    Raises:
+        ImageError: as for `read_image`.
+    """
+    if not data:
+        raise ImageError(f"'{name}' is empty (0 bytes); copy it again or remove it.")
+    return _read(Path(name), io.BytesIO(data), max_pixels)
+
+
+def _read(path: Path, source: Path | IO[bytes], max_pixels: int) -> Image.Image:
     try:
         # Odd metadata makes Pillow warn about files that it reads well; its size warning is our own check below.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 _check_size(path, image, max_pixels)
                 image.load()
                 _check_size(path, image, max_pixels)
@@ -74,7 +90,7 @@ def _refusal(path: Path, error: Exception) -> ImageError:
     if isinstance(error, MemoryError):
         return ImageError(f"'{path}' needs more memory than there is; make it smaller.")
     if isinstance(error, UnidentifiedImageError):
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             return ImageError(f"'{path}' is empty (0 bytes); copy it again or remove it.")
         return ImageError(f"'{path}' is not an image in a known format ({', '.join(FORMATS)}); convert it to PNG or remove it.")
     return ImageError(f"'{path}' is broken or cut off ({type(error).__name__}: {error}); copy it again or remove it.")

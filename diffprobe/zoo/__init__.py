@@ -1,7 +1,17 @@
-"""Small models really trained on the drawn world, in diffusers' own folder layout, shipped with the package."""
+"""Small models really trained on the drawn world, in the ecosystem's own folder layouts, shipped with the package.
+
+recipe.py     shapes-sd, a Stable Diffusion pipeline
+contrast.py   shapes-clip, a CLIPModel
+language.py   shapes-lm, a LlamaForCausalLM
+smollm2.py    SmolLM2-135M-Instruct, not ours and not shipped: fetched from a Python package
+measure.py    what shapes-clip and shapes-lm can do
+reader.py     a small network that reads generated pictures
+card.py       the model card beside trained weights
+"""
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -11,3 +21,25 @@ def embedded() -> list[tuple[str, Path, int]]:
     """Name, folder and size in bytes of each embedded model."""
     folders = sorted(path for path in WEIGHTS.iterdir() if path.is_dir()) if WEIGHTS.is_dir() else []
     return [(path.name, path, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())) for path in folders]
+
+
+def locate(name: str) -> Path:
+    """The folder of an embedded model, or of one that ``diffprobe zoo fetch`` got.
+
+    Raises:
+        ValueError: there is no model of that name, or it has not been fetched yet.
+
+    >>> locate("shapes-sd").name
+    'shapes-sd'
+    """
+    from diffprobe.zoo import smollm2
+
+    if name == smollm2.NAME:
+        return smollm2.fetched()
+    known = {model: folder for model, folder, _ in embedded()}
+    if name not in known:
+        every = [*known, smollm2.NAME]
+        match = get_close_matches(name, every, n=1)
+        hint = f" Did you mean {match[0]!r}?" if match else ""
+        raise ValueError(f"The zoo has no model {name!r}; it has {', '.join(every)}.{hint}")
+    return known[name]

@@ -16,10 +16,11 @@ def main() -> None:
     parser.add_argument("--stage", choices=("vae", "text", "unet", "export"), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="instead of the recipe's own number of steps")
+    parser.add_argument("--from", dest="start", type=Path, help="a pipeline's folder whose weights are trained further")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config = recipe.Config()
+    config = recipe.Config(start=arguments.start)
     if arguments.steps:
         config = replace(config, **{f"{arguments.stage}_steps": arguments.steps})
     if arguments.stage == "export":

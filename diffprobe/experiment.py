@@ -1,0 +1,377 @@
+"""One figure or table of the project: what it measures, which claims it tests, how it is drawn and kept.
+
+A file in ``experiments/`` builds one `Experiment` from three functions: `measure` (options -> numbers; the only one that may
+need a model), `judge` (rows -> verdicts on claims) and `draw` (numbers -> figures).  Everything that is drawn or judged comes
+from what `measure` returned and is kept beside the picture, so ``--from-csv`` draws and judges again without torch.
+`reproduce` runs several, one after the other.
+
+The invariant: a verdict is a function of the saved rows alone, and ``claims.csv`` is the sum of the sidecars beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from diffprobe.plotting import package_versions, read_rows, save_figure
+from diffprobe.store import code_commit
+
+Verdict = Literal["held", "not held", "undecided"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper (A1, L2, F3, ...) or of our own, and what this run says about it.
+
+    `evidence` gives the deciding numbers with n and interval, in one line.
+    """
+
+    id: str
+    statement: str
+    verdict: Verdict
+    evidence: str
+
+
+def verdict(low: float, high: float, threshold: float = 0.0) -> Verdict:
+    """Whether an interval lies above a threshold: held, below it: not held, or has it inside: undecided.
+
+    >>> verdict(0.1, 0.3), verdict(-0.2, -0.1), verdict(-0.1, 0.3), verdict(0.5, 0.7, 0.25)
+    ('held', 'not held', 'undecided', 'held')
+    """
+    return "held" if low > threshold else "not held" if high < threshold else "undecided"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may change about a run.
+
+    Attributes:
+        model: Hub id, folder or embedded name.
+        data: A dataset as `load_dataset` takes it; empty for the experiment's own.
+        count: Samples (or pairs, or quadruples) to measure on.
+        seed: Of noise, splits and bootstrap.
+        smoke: Whether this is the short form that only shows that everything runs.
+        work: Folder for stores; a run that was cut off goes on from them. `Experiment.run` gives every choice of the options
+            above a folder of its own inside, for a store holds one request.
+        device: As for `load_model`.
+    """
+
+    model: str = "shapes-sd"
+    data: str = ""
+    count: int = 0
+    seed: int = 0
+    smoke: bool = False
+    work: Path = Path("runs/reproduce")
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured: a tidy table, and arrays that only a picture needs (images, maps), by name."""
+
+    rows: pd.DataFrame
+    pictures: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One file of ``experiments/``.
+
+    Attributes:
+        name: Stem of every file it writes.
+        title: One line for lists and the report.
+        count: Samples of a full run.
+        smoke_count: Samples of the short form.
+        measure: Runs the model; the only part that needs one.
+        judge: Verdicts, from the rows alone.
+        draw: Figures by suffix: "" is NAME.png, "pca" is NAME_pca.png.
+        alt: What each figure shows, by the same suffixes, for readers who cannot see it.
+        reference: CSV in ``experiments/reference/`` with the paper's numbers, or empty.
+    """
+
+    name: str
+    title: str
+    count: int
+    smoke_count: int
+    measure: Callable[[Options], Result]
+    judge: Callable[[pd.DataFrame], list[Claim]]
+    draw: Callable[[Result], Mapping[str, Figure]]
+    alt: Mapping[str, str]
+    reference: str = ""
+
+    def run(self, options: Options, out: Path = Path("figures")) -> list[Claim]:
+        """Measure, keep, draw and judge; gives the verdicts."""
+        started = time.perf_counter()
+        given, options = options, replace(options, count=options.count or (self.smoke_count if options.smoke else self.count))
+        result = self.measure(replace(options, work=options.work / _own_folder(options)))
+        chosen = {name: value for name, value in asdict(options).items() if name != "work"}
+        origin = {
+            "command": command([self.name], given),
+            "commit": code_commit(),
+            "seconds": round(time.perf_counter() - started),
+            "measured_with": package_versions(),
+        }
+        return self._keep(Result(result.rows, result.pictures, {**chosen, **result.config, **origin}), out)
+
+    def redraw(self, out: Path = Path("figures")) -> list[Claim]:
+        """Judge and draw again from the files of an earlier run.
+
+        Raises:
+            ValueError: there is no earlier run in `out`.
+        """
+        table, sidecar, arrays = (out / f"{self.name}.{suffix}" for suffix in ("csv", "json", "npz"))
+        if not table.exists() or not sidecar.exists():
+            raise ValueError(
+                f"{table} does not exist: run the experiment once without --from-csv, or name its folder with --out."
+            )
+        pictures = dict(np.load(arrays, allow_pickle=False)) if arrays.exists() else {}
+        config = json.loads(sidecar.read_text(encoding="utf-8"))["config"]
+        return self._keep(Result(read_rows(table), pictures, config), out)
+
+    def _keep(self, result: Result, out: Path) -> list[Claim]:
+        claims = self.judge(result.rows)
+        drawn = dict(self.draw(result))
+        if "" not in drawn or set(drawn) - set(self.alt):
+            raise ValueError(
+                f"{self.name} drew {sorted(drawn)} and has alt texts for {sorted(self.alt)}; "
+                "its first figure has the suffix '', and each needs an alt text."
+            )
+        config = {
+            **result.config,
+            "claims": [asdict(claim) for claim in claims],
+            "title": self.title,
+            "figures": [_file_name(self.name, suffix) for suffix in drawn],
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        arrays = out / f"{self.name}.npz"
+        arrays.unlink(missing_ok=True)  # an earlier run's pictures do not belong to these rows
+        if result.pictures:
+            np.savez_compressed(arrays, **result.pictures)  # type: ignore[arg-type]  # the stub has no **arrays
+        for suffix, figure in drawn.items():
+            paths = save_figure(figure, out, _file_name(self.name, suffix), result.rows, config, self.alt[suffix])
+            if suffix:  # rows and origin are kept once
+                paths["csv"].unlink()
+                beside = {"alt": self.alt[suffix], "rows": f"{self.name}.csv"}
+                paths["json"].write_text(json.dumps(beside, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        collect_claims(out).to_csv(out / "claims.csv", index=False, lineterminator="\n")
+        return claims
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """The command line of one experiment file."""
+        parser = argparse.ArgumentParser(description=self.title)
+        parser.add_argument("--model", default=Options.model, help="hub id, folder or embedded name")
+        parser.add_argument("--data", default="", help="dataset; the experiment's own by default")
+        parser.add_argument(
+            "--count", type=int, default=0, help=f"samples; {self.count} by default, {self.smoke_count} with --smoke"
+        )
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--smoke", action="store_true", help="the short form: does everything run?")
+        parser.add_argument("--work", type=Path, default=Options.work, help="folder for stores")
+        parser.add_argument("--device")
+        parser.add_argument("--out", type=Path, default=Path("figures"))
+        parser.add_argument("--from-csv", action="store_true", help="draw and judge again from an earlier run, without a model")
+        given = vars(parser.parse_args(arguments))
+        out, again = given.pop("out"), given.pop("from_csv")
+        try:
+            claims = self.redraw(out) if again else self.run(Options(**given), out)
+        except ValueError as error:
+            if not again:  # a fault of the measurement, to be seen in full
+                raise
+            parser.exit(2, f"{parser.prog}: {error}\n")
+        print(describe(self, claims, out))
+
+
+def describe(experiment: Experiment, claims: Sequence[Claim], out: Path) -> str:
+    """What a person reads after a run: the verdicts and where the files are."""
+    lines = [f"{experiment.name}: {experiment.title}"]
+    lines += [f"  {claim.id} {claim.verdict}: {claim.statement}\n      {claim.evidence}" for claim in claims]
+    return "\n".join([*lines, f"  {out / experiment.name}.png"])
+
+
+def reference(name: str) -> pd.DataFrame:
+    """A table of the paper's numbers from ``experiments/reference/``; its comment lines say how they were read."""
+    return pd.read_csv(folder() / "reference" / f"{name}.csv", comment="#")
+
+
+def folder() -> Path:
+    """The folder ``experiments/`` of this checkout.
+
+    Raises:
+        ValueError: diffprobe was installed without it.
+    """
+    found = Path(__file__).resolve().parent.parent / "experiments"
+    if not found.is_dir():
+        raise ValueError("The experiments are not part of the installed package: run this from a checkout of the repository.")
+    return found
+
+
+def find_experiments(patterns: Sequence[str] = ("all",), where: Path | None = None) -> list[Path]:
+    """The files of the experiments whose names begin with one of the patterns ("fig2", "tab"), or of all of them.
+
+    Args:
+        patterns: Beginnings of file names, or "all".
+        where: The folder of the experiments; this checkout's by default.
+
+    Raises:
+        ValueError: a pattern fits no file; the message lists those there are.
+    """
+    where = where or folder()
+    files = sorted(path for path in where.glob("*.py") if path.stem.startswith(("fig", "tab")))
+    if not files:
+        raise ValueError(f"{where} holds no experiment: no file there is called fig*.py or tab*.py.")
+    chosen: list[Path] = []
+    for pattern in patterns:
+        hits = files if pattern == "all" else [path for path in files if path.stem.startswith(pattern)]
+        if not hits or not pattern:
+            raise ValueError(f"No experiment begins with {pattern!r}; there are {', '.join(p.stem for p in files)}, or all.")
+        chosen += [path for path in hits if path not in chosen]
+    return chosen
+
+
+def load_experiment(path: Path) -> Experiment:
+    """The `Experiment` of a file.
+
+    Raises:
+        ValueError: the file has none.
+    """
+    spec = importlib.util.spec_from_file_location(f"experiments.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look it up there
+    spec.loader.exec_module(module)
+    found = getattr(module, "EXPERIMENT", None)
+    if not isinstance(found, Experiment):
+        raise ValueError(f"{path} has no EXPERIMENT = Experiment(...).")
+    return found
+
+
+def list_experiments(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Name and title of each file; of one that does not load, why."""
+    found = []
+    for path in files:
+        try:
+            found.append((path.stem, load_experiment(path).title))
+        except Exception as fault:
+            found.append((path.stem, f"does not load: {_first_line(fault)}"))
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one experiment of `reproduce` went: its verdicts, or why there are none."""
+
+    name: str
+    seconds: float
+    claims: tuple[Claim, ...] = ()
+    error: str = ""
+
+
+def reproduce(
+    files: Sequence[Path],
+    options: Options,
+    out: Path = Path("figures"),
+    *,
+    from_csv: bool = False,
+    tell: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Run experiments one after the other; one that fails is named and the others go on.
+
+    Args:
+        files: Of `find_experiments`.
+        options: For all of them.
+        out: Folder of the figures.
+        from_csv: Draw and judge again what lies in `out`; nothing is measured.
+        tell: Gets a line when an experiment starts and when it ends.
+
+    Returns:
+        One outcome a file. A failure's traceback lies in ``options.work / NAME.error.txt``.
+    """
+    outcomes = []
+    for number, path in enumerate(files, start=1):
+        started, claims, error = time.perf_counter(), [], ""
+        log = options.work / f"{path.stem}.error.txt"
+        tell(f"{number} of {len(files)}  {path.stem}")
+        try:
+            experiment = load_experiment(path)
+            tell(f"        {experiment.title}")
+            claims = experiment.redraw(out) if from_csv else experiment.run(options, out)
+            log.unlink(missing_ok=True)
+        except Exception as fault:
+            error = _first_line(fault)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+        seconds = time.perf_counter() - started
+        tell(f"        failed after {seconds:.0f} s: {error}" if error else f"        {seconds:.0f} s")
+        outcomes.append(Outcome(path.stem, seconds, tuple(claims), error))
+    return outcomes
+
+
+def _first_line(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {(str(fault).strip() or 'no message').splitlines()[0]}"
+
+
+def read_sidecars(out: Path) -> dict[str, dict[str, Any]]:
+    """The JSON of every figure in a folder by the figure's name; files that are something else are left out."""
+    found = {}
+    for path in sorted(out.glob("*.json")):
+        with contextlib.suppress(ValueError):
+            sidecar = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(sidecar, dict) and "alt" in sidecar and path.with_suffix(".png").is_file():
+                found[path.stem] = sidecar
+    return found
+
+
+def collect_claims(out: Path) -> pd.DataFrame:
+    """The claims of every experiment whose figures lie in a folder: id, statement, verdict, evidence, figure; by id."""
+    found = [
+        {**claim, "figure": name}
+        for name, sidecar in read_sidecars(out).items()
+        for claim in sidecar.get("config", {}).get("claims", [])
+    ]
+    found.sort(key=lambda claim: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim["id"])])
+    return pd.DataFrame(found, columns=[*(f.name for f in fields(Claim)), "figure"])
+
+
+def command(names: Sequence[str], options: Options) -> str:
+    """What to type to run experiments with these options again.
+
+    >>> command(["fig2_features"], Options(count=8, seed=1, smoke=True))
+    'diffprobe reproduce fig2_features --count 8 --seed 1 --smoke'
+    """
+    words = ["diffprobe", "reproduce", *names]
+    for option in fields(Options):
+        value = getattr(options, option.name)
+        if value != option.default and option.name != "work":
+            words += [f"--{option.name}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def _own_folder(options: Options) -> str:
+    """A folder name for what a choice of options records; a store of one choice refuses another.
+
+    >>> _own_folder(Options(model="maker/model", data="shapes:9?split=test", count=9))
+    'model_shapes-9-split-test_n9_seed0'
+    """
+    parts = [Path(options.model).name, Path(options.data).name, f"n{options.count}", f"seed{options.seed}"]
+    return "_".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)
+
+
+def _file_name(name: str, suffix: str) -> str:
+    return f"{name}_{suffix}" if suffix else name

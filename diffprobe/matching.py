@@ -1,0 +1,600 @@
+"""How well texts fit images, according to a diffusion model: items -> scores (item, image, text, timestep, draw).
+
+Noise belongs to the item: all its images and all its texts share each (timestep, draw), so scores are compared under
+equal noise.  Larger is a better fit, always.
+
+With e the drawn noise, e(c, t) the noise that the model predicts under text c, and A the cross-attention of a head:
+
+``attention_lse_paper``
+    The attention maps pooled by log-sum-exp: log of the sum over all token positions and places of exp(P), P = softmax(A)
+    over tokens; mean over heads, then over every cross-attention layer.  (arXiv 2507.07106 says no more than "LogSumExp
+    pooling of the cross-attention maps".)
+``attention_lse_discffusion``
+    What the code of He et al., "Discffusion", computes: L(c) + |e - e(null)| - |e - e(c)|.  L is the log-sum-exp over all
+    token positions of the scaled scores before the softmax, its mean over places and heads, over the cross-attentions of
+    the last block that has any in the down, mid and up part (the last transformer block of each), and over the pass with
+    the text and the one with the null text, which share a batch there.
+``denoising_loss``
+    Minus the mean squared error of the predicted noise (Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot
+    Classifier"); a velocity is turned into noise first.
+``denoising_loss_normalised``
+    The null text's squared error minus the text's (Krojer et al. 2023, DiffusionITM).  For one image it orders texts as
+    `denoising_loss` does; between images it takes out how hard each is to denoise.
+``pooled_cosine``
+    Cosine of a site's mean feature, under the null text and linearly mapped to text embeddings, with the text's embedding:
+    a learned baseline.
+``clip_cosine``
+    Cosine of the embeddings of a `transformers.CLIPModel`.
+
+The last two have no timesteps and draws: (item, image, text).  All is computed item by item and kept in one small
+NetCDF file, from which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.stats
+import torch
+import xarray as xr
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from diffprobe.data import load_dataset
+from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
+from diffprobe.data.images import fit_image
+from diffprobe.data.samples import Dataset, iterate
+from diffprobe.extraction import NotFiniteError
+from diffprobe.models import DiffusionModel, EncodedText, load_model, quiet, resolve, weights_hash
+from diffprobe.noise import sample_noise
+from diffprobe.probes.alignment import TextMap, fit_text_map
+from diffprobe.recorder import Recorder
+from diffprobe.sites import Site, select_sites
+from diffprobe.stats import Floats
+from diffprobe.store import request_differences
+
+TIMESTEPS = (189, 389, 589, 789, 989)  # of the paper's ensemble, with 3 draws
+PAPER, DISCFFUSION = "attention_lse_paper", "attention_lse_discffusion"
+LOSS, NORMALISED = "denoising_loss", "denoising_loss_normalised"
+POOLED, CLIP = "pooled_cosine", "clip_cosine"
+DIFFUSION_SCORES = (PAPER, DISCFFUSION, LOSS, NORMALISED)
+SCORES = (*DIFFUSION_SCORES, POOLED, CLIP)
+Row = tuple[int, ...]  # image, text, timestep's place, draw
+_SAVE_SECONDS = 20.0
+_PATH = re.compile(r"(down|mid|up)_block[s.]*(\d*)\.?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2")
+
+
+class Scorer(Protocol):
+    """What scores one item: arrays (image, text) or (image, text, timestep, draw) by the score's name."""
+
+    def __call__(self, item: Item) -> dict[str, Floats]: ...
+
+
+# --- log-sum-exp of cross-attention ---------------------------------------------------------------
+
+
+def map_lse(maps: Float[Tensor, "row head token y x"]) -> Float[Tensor, " row"]:
+    """Log of the sum over tokens and places of exp(probability), mean over heads.
+
+    Summed in float64: of tens of thousands of terms near 1, what tells two texts apart is in the last digits.
+    """
+    return maps.float().exp().flatten(2).sum(-1, dtype=torch.float64).log().mean(1)
+
+
+def score_lse(
+    query: Float[Tensor, "row channel y x"], key: Float[Tensor, "row channel token"], heads: int, scale: float
+) -> Float[Tensor, " row"]:
+    """Mean over heads and places of the log of the sum over tokens of exp(scale q.k)."""
+    means = []
+    for q, k in zip(query.float().flatten(2).split(4), key.float().split(4), strict=True):  # a few rows' scores at once
+        scores = torch.einsum("rhcp,rhct->rhpt", q.unflatten(1, (heads, -1)) * scale, k.unflatten(1, (heads, -1)))
+        means.append(scores.logsumexp(-1).mean((1, 2), dtype=torch.float64))
+    return torch.cat(means)
+
+
+def discffusion_sites(sites: Sequence[Site]) -> list[str]:
+    """Names (without -Cross-Q, -Cross-K) of the cross-attentions that Discffusion's code reads.
+
+    Raises:
+        ValueError: the network has no down, mid and up part with cross-attention.
+
+    >>> from diffprobe.sites import list_sites
+    >>> attention = "attentions.0.transformer_blocks.0.attn2.to_q"
+    >>> paths = [f"down_blocks.{n}.{attention}" for n in range(3)] + [f"mid_block.{attention}", f"up_blocks.1.{attention}"]
+    >>> discffusion_sites(list_sites(paths))
+    ['D-L2-R0-B0', 'M-R0-B0', 'U-L1-R0-B0']
+    """
+    found: dict[str, dict[tuple[int, int], tuple[int, str]]] = {}
+    for site in sites:
+        match = _PATH.match(site.path)
+        if match and site.kind == "cross_query":
+            part, level, attention, block = match[1], int(match[2] or 0), int(match[3]), int(match[4])
+            last = found.setdefault(part, {})
+            last[level, attention] = max(last.get((level, attention), (-1, "")), (block, site.name.removesuffix("-Cross-Q")))
+    if set(found) != {"down", "mid", "up"}:
+        raise ValueError(
+            f"{DISCFFUSION} is defined on the down, mid and up part of a UNet, and this network has cross-attention in "
+            f"{', '.join(found) or 'none of them'}; choose other scores, such as {PAPER}."
+        )
+    names = []
+    for places in found.values():
+        deepest = max(level for level, _ in places)
+        names += [name for (level, _), (_, name) in places.items() if level == deepest]
+    return names
+
+
+# --- scores from denoising passes -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides the scores in a file; see `alignment_score`."""
+
+    model: str
+    weights: str
+    benchmark: str
+    fingerprint: str
+    scores: list[str]
+    timesteps: list[int]
+    draws: int
+    seed: int
+    resolution: list[int]
+    fit: str
+    prune: bool
+    site: str
+    site_timestep: int
+    train: str
+    clip: str
+    clip_weights: str
+    dtype: str
+
+
+class _Denoising:
+    """The scores that take a forward pass for every (image, text, timestep, draw)."""
+
+    def __init__(self, model: DiffusionModel, request: Request, batch_rows: int) -> None:
+        self.model, self.request, self.batch_rows = model, request, batch_rows
+        wanted = set(request.scores)
+        self.maps = PAPER in wanted
+        self.error = bool(wanted & {LOSS, NORMALISED, DISCFFUSION})
+        self.null = bool(wanted & {NORMALISED, DISCFFUSION})
+        modules: dict[str, Any] = dict(model.network.named_modules())
+        paths = {site.name: site.path.removesuffix(".to_q") for site in model.sites}
+        names = discffusion_sites(model.sites) if DISCFFUSION in wanted else []
+        self.attentions = {name: modules[paths[f"{name}-Cross-Q"]] for name in names}
+        self.quantities = ["error"] * self.error + ["map_lse"] * self.maps + ["score_lse"] * bool(self.attentions)
+        self.passes = self.passes_unpruned = 0
+
+    def recorder(self) -> Recorder | None:
+        """Hooks for the attention, where it is asked for; the pass ends early where the error is not."""
+        sites = [f"{name}-Cross-{part}" for name in self.attentions for part in "QK"]
+        if not sites and not self.maps:
+            return None
+        return Recorder(
+            self.model, sites, maps="cross" if self.maps else (), heads="all", stop_early=not self.error,
+            reduce=lambda site, tensor: map_lse(tensor) if site.is_map else tensor, keep_steps=False, reuse=True,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def __call__(self, item: Item) -> dict[str, Floats]:
+        """Scores (image, text, timestep, draw); NaN where a text was pruned."""
+        request = self.request
+        latents = self.model.encode_image(_pixels(item, request.resolution, request.fit))
+        texts = self.model.encode_text([*item.captions, *([None] if self.null else [])])
+        images, candidates = len(item.images), len(item.captions)
+        steps = [(t, draw) for draw in range(request.draws) for t in range(len(request.timesteps))]
+        shape = (images, candidates + self.null, len(request.timesteps), request.draws)
+        raw = {name: np.full(shape, np.nan) for name in self.quantities}
+        with self.recorder() or contextlib.nullcontext() as recorder:
+            fill = partial(self._fill, raw, item, latents, texts, recorder)
+            if request.prune and candidates > 2:
+                fill([(i, candidates, t, d) for i in range(images) for t, d in steps if self.null])
+                for image in range(images):
+
+                    def errors(candidates: Sequence[int], part: Sequence[int], image: int = image) -> Floats:
+                        fill([(image, text, *steps[step]) for text in candidates for step in part])
+                        return np.array([[raw["error"][image, text, *steps[step]] for step in part] for text in candidates])
+
+                    prune_candidates(errors, candidates, len(steps))
+            else:
+                fill([(i, c, t, d) for i in range(images) for c in range(shape[1]) for t, d in steps])
+        self.passes_unpruned += int(np.prod(shape))
+        return self._scores(raw, candidates, latents[0].numel())
+
+    def _fill(
+        self,
+        raw: dict[str, Floats],
+        item: Item,
+        latents: Tensor,
+        texts: EncodedText,
+        recorder: Recorder | None,
+        rows: Sequence[Row],
+    ) -> None:
+        """Run rows through the model, in batches of nearly equal size, and put what they give into `raw`."""
+        count = -(-len(rows) // self.batch_rows)
+        for part in np.array_split(np.array(rows, int), count) if count else ():
+            for name, values in self._run(item, latents, texts, [tuple(row) for row in part.tolist()], recorder).items():
+                raw[name][tuple(part.T)] = values
+        self.passes += len(rows)
+
+    def _run(
+        self,
+        item: Item,
+        latents: Tensor,
+        texts: EncodedText,
+        rows: Sequence[Row],
+        recorder: Recorder | None,
+    ) -> dict[str, Floats]:
+        """One forward pass; each quantity of its rows."""
+        request, model = self.request, self.model
+        timesteps = torch.tensor([request.timesteps[t] for _, _, t, _ in rows])
+        shape = latents.shape[1:]
+        noise = torch.stack([sample_noise(request.seed, item.id, request.timesteps[t], d, shape) for _, _, t, d in rows])
+        noise = noise.to(model.device)
+        noised = model.add_noise(latents[[i for i, _, _, _ in rows]], noise, timesteps)
+        predicted = model.denoise(noised, timesteps, texts.take([c for _, c, _, _ in rows]))
+        values: dict[str, Tensor] = {}
+        if self.error:
+            assert predicted is not None
+            values["error"] = (predicted.float() - noise).double().square().mean((1, 2, 3))
+        if recorder is not None:
+            found = recorder.last
+            if self.maps:
+                values["map_lse"] = torch.stack([v for name, v in found.items() if name.endswith("-Map")]).mean(0)
+            if self.attentions:
+                layers = [
+                    score_lse(found[f"{name}-Cross-Q"], found[f"{name}-Cross-K"], attention.heads, attention.scale)
+                    for name, attention in self.attentions.items()
+                ]
+                values["score_lse"] = torch.stack(layers).mean(0)
+        for name, value in values.items():
+            if not value.isfinite().all():
+                image, text, t, _ = rows[int((~value.isfinite()).nonzero()[0])]
+                caption = item.captions[text] if text < len(item.captions) else "the null text"
+                raise NotFiniteError(
+                    f"Item {item.id!r}, image {image}, {caption!r}, timestep {request.timesteps[t]}: {name} is not finite in "
+                    f"{request.dtype}. Try --dtype float32."
+                )
+        return {name: value.cpu().numpy() for name, value in values.items()}
+
+    def _scores(self, raw: dict[str, Floats], candidates: int, numbers: int) -> dict[str, Floats]:
+        """The asked scores (image, text, timestep, draw) from what the passes gave; a latent has so many numbers."""
+        given = {name: values[:, :candidates] for name, values in raw.items()}
+        null = {name: values[:, candidates:] for name, values in raw.items()}
+        formulas: dict[str, Callable[[], Floats]] = {
+            PAPER: lambda: given["map_lse"],
+            DISCFFUSION: lambda: (
+                (given["score_lse"] + null["score_lse"]) / 2
+                + np.sqrt(numbers) * (np.sqrt(null["error"]) - np.sqrt(given["error"]))
+            ),
+            LOSS: lambda: -given["error"],
+            NORMALISED: lambda: null["error"] - given["error"],
+        }
+        return {name: formula() for name, formula in formulas.items() if name in self.request.scores}
+
+
+def prune_candidates(
+    errors: Callable[[Sequence[int], Sequence[int]], Floats],
+    candidates: int,
+    steps: int,
+    *,
+    stage: int = 5,
+    alpha: float = 1e-3,
+) -> Floats:
+    """Measure candidates stage by stage and drop those that are clearly worse than the best (Li et al. 2023, section 3.3).
+
+    There the best few are kept by their mean; here a candidate goes when a paired one-sided t test over all steps so far
+    says that its error is above the best one's, since the noise of a step is shared.
+
+    Args:
+        errors: Gives (candidate, step) errors of some candidates at some steps.
+        candidates: How many there are.
+        steps: Draws to measure at most; the measuring ends when one candidate is left.
+        stage: Steps between two tests.
+        alpha: Level of each test.
+
+    Returns:
+        (candidate, step) errors, NaN where a candidate was not measured any more.
+    """
+    found = np.full((candidates, steps), np.nan)
+    alive = list(range(candidates))
+    for first in range(0, steps, stage):
+        part = list(range(first, min(first + stage, steps)))
+        found[np.ix_(alive, part)] = errors(alive, part)
+        seen = found[alive, : part[-1] + 1]
+        worse = seen - seen[seen.mean(1).argmin()]
+        count = seen.shape[1]
+        if count < 2:
+            continue
+        spread = worse.std(1, ddof=1) / np.sqrt(count)
+        limit = float(scipy.stats.t.isf(alpha, count - 1))
+        alive = [c for c, mean, error in zip(alive, worse.mean(1), spread, strict=True) if mean <= limit * error]
+        if len(alive) == 1:
+            break
+    return found
+
+
+# --- scores from embeddings -----------------------------------------------------------------------
+
+
+class _Pooled:
+    """A site's mean feature, mapped to text: the learned baseline."""
+
+    def __init__(self, model: DiffusionModel, request: Request, batch_rows: int) -> None:
+        self.model, self.request, self.batch_rows = model, request, batch_rows
+        self.site = select_sites([s for s in model.sites if not s.is_map and not s.over_tokens], request.site)[0].name
+        self.fitted: TextMap | None = None
+
+    def __call__(self, item: Item) -> dict[str, Floats]:
+        if self.fitted is None:  # on the first item, so that a finished file costs no training
+            self.fitted = self.fit(load_dataset(self.request.train))
+        pixels = _pixels(item, self.request.resolution, self.request.fit)
+        features = self.features(pixels, [item.id] * len(pixels))
+        return {POOLED: self.fitted.cosine(features, self.texts(item.captions))}
+
+    def fit(self, dataset: Dataset) -> TextMap:
+        """Each image's feature against the mean embedding of its captions."""
+        features, texts = [], []
+        pending: list[tuple[str, Tensor, list[str]]] = []
+        for number, sample in enumerate(iterate(dataset), 1):
+            if not sample.captions:
+                raise ValueError(
+                    f"Sample {sample.id!r} of {dataset.name} has no caption, and the map to text is learned from them."
+                )
+            image = _to_tensor(sample.load(), self.request.resolution, self.request.fit)
+            pending.append((sample.id, image, [caption.text for caption in sample.captions]))
+            if len(pending) == self.batch_rows or number == len(dataset):
+                ids, images, captions = zip(*pending, strict=True)
+                features.append(self.features(torch.stack(images), ids))
+                embedded = self.texts([text for several in captions for text in several])
+                owner = np.repeat(np.arange(len(captions)), [len(several) for several in captions])
+                texts += [embedded[owner == row].mean(0) for row in range(len(captions))]
+                pending = []
+        return fit_text_map(np.concatenate(features), np.stack(texts))
+
+    @torch.no_grad()
+    def features(self, pixels: Float[Tensor, "image 3 height width"], ids: Sequence[str]) -> Floats:
+        """(image, channel) means of the site over places, under the null text."""
+        model, timestep = self.model, self.request.site_timestep
+        latents = model.encode_image(pixels)
+        noise = torch.stack([sample_noise(self.request.seed, name, timestep, 0, latents.shape[1:]) for name in ids])
+        timesteps = torch.full((len(ids),), timestep)
+        text = model.encode_text([None]).take([0] * len(ids))
+        with Recorder(model, self.site, stop_early=True, reuse=True) as recorder:
+            model.denoise(model.add_noise(latents, noise.to(model.device), timesteps), timesteps, text)
+        return recorder.last[self.site].float().mean((2, 3)).cpu().double().numpy()
+
+    def texts(self, captions: Sequence[str]) -> Floats:
+        """(text, width) means of the text encoder's output over the text's own tokens and its end token."""
+        embeddings = self.model.encode_text(captions).embeddings.float().cpu().double().numpy()
+        first = 0 if self.model.family == "pixart" else 1  # T5 has no start token
+        lengths = self.model.tokens(captions)[2]
+        return np.stack([row[first:length].mean(0) for row, length in zip(embeddings, lengths, strict=True)])
+
+
+class _Clip:
+    """A CLIP model's own cosine."""
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        folder = resolve(source)
+        try:
+            with quiet(folder):
+                self.model = CLIPModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
+                self.processor = CLIPProcessor.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"No CLIP model at {source!r}: it should be a folder or hub id with a CLIPModel and its processor ({error})."
+            ) from error
+        self.limit = int(self.model.config.text_config.max_position_embeddings)
+
+    @torch.no_grad()
+    def __call__(self, item: Item) -> dict[str, Floats]:
+        options = {"padding": True, "truncation": True, "max_length": self.limit, "return_tensors": "pt"}
+        inputs = self.processor(text=list(item.captions), images=[load() for load in item.images], **options)
+        output = self.model(**inputs.to(self.model.device))
+        image, text = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (output.image_embeds, output.text_embeds))
+        return {CLIP: (image @ text.T).cpu().numpy()}
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def _to_tensor(image: Any, resolution: Sequence[int], fit: str) -> Float[Tensor, "3 height width"]:
+    fitted = fit_image(image, (resolution[0], resolution[1]), fit)
+    return torch.from_numpy(np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1))
+
+
+def _pixels(item: Item, resolution: Sequence[int], fit: str) -> Float[Tensor, "image 3 height width"]:
+    return torch.stack([_to_tensor(load(), resolution, fit) for load in item.images])
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def alignment_score(
+    model: DiffusionModel | str,
+    data: Benchmark | str,
+    *,
+    scores: Sequence[str] = DIFFUSION_SCORES,
+    timesteps: Sequence[int] = TIMESTEPS,
+    draws: int = 3,
+    seed: int = 0,
+    resolution: int | None = None,
+    fit: str = "crop",
+    batch_rows: int = 16,
+    prune: bool = True,
+    site: str = "U-L2-R1-B0-Cross-Q",
+    site_timestep: int = 100,
+    train: str = "shapes:600",
+    clip: str = "shapes-clip",
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Score every (image, text) of a benchmark; the same call again goes on from its file.
+
+    Args:
+        model: a loaded model, or an id, folder or embedded name for `load_model`.
+        data: a benchmark, or a spec for `load_benchmark`.
+        scores: names of this module's docstring; of the first four, all come from the same passes.
+        timesteps, draws: noise levels, and noise tensors at each, that an item's images and texts share.
+        prune: drop hopeless texts early (`prune_candidates`) in items of more than two; the dropped ones' later draws are
+            NaN.  Scores then compare texts of one image, not images.
+        site, site_timestep, train: of pooled_cosine: where the feature is taken, and the captioned dataset
+            (for `load_dataset`) that the map to text is learned from.
+        clip: of clip_cosine: folder, hub id or embedded name of a CLIP model.
+        out: NetCDF file that is written on the way; nothing is kept without it.
+
+    Returns:
+        One variable a score, (item, image, text, timestep, draw), or (item, image, text) for the two cosines; coordinates
+        item, pattern, timestep; attributes `request` (JSON), `protocol`, `truncated_captions`, `passes`, `passes_unpruned`.
+
+    Raises:
+        ValueError: the request is off, or `out` holds another one (the message lists the differences).
+        NotFiniteError: a pass gave a value that is not finite.
+    """
+    console = Console(stderr=True, quiet=not progress)
+    tell = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
+    benchmark = load_benchmark(data) if isinstance(data, str) else data
+    model = load_model(model) if isinstance(model, str) else model
+    _check_arguments(model, benchmark, scores, timesteps, draws, prune)
+    side = resolution or model.resolution
+    model.latent_size(side, side)
+    passing = any(name in DIFFUSION_SCORES for name in scores)
+    contrast = _Clip(clip, model.device) if CLIP in scores else None
+    request = Request(
+        model=model.model_id, weights=model.weights_hash(), benchmark=benchmark.name, fingerprint=benchmark.fingerprint(),
+        scores=[name for name in SCORES if name in scores], timesteps=list(timesteps) if passing else [],
+        draws=draws if passing else 0, seed=seed, resolution=[side, side], fit=fit, prune=prune,
+        site=site if POOLED in scores else "", site_timestep=site_timestep if POOLED in scores else 0,
+        train=train if POOLED in scores else "", clip=clip if contrast else "",
+        clip_weights=weights_hash(contrast.model) if contrast else "",
+        dtype=str(model.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    table = _table(benchmark, request, None if out is None else Path(out))
+    pending = np.flatnonzero(table["done"].values == 0)
+    if len(pending) == 0:
+        return table
+    lengths = [n for item in benchmark.items for n in model.tokens(item.captions)[2]]
+    table.attrs["truncated_captions"] = sum(n > model.prompt_tokens for n in lengths)
+    if table.attrs["truncated_captions"]:
+        tell(f"{table.attrs['truncated_captions']} captions are longer than {model.prompt_tokens} tokens and are cut.")
+    denoising = _Denoising(model, request, batch_rows) if passing else None
+    scorers: list[Scorer] = [
+        *([denoising] if denoising else []),
+        *([_Pooled(model, request, batch_rows)] if POOLED in scores else []),
+        *([contrast] if contrast else []),
+    ]
+    before = (table.attrs["passes"], table.attrs["passes_unpruned"])
+    saved = time.perf_counter()
+    try:
+        for index in _watched(pending.tolist(), benchmark, console):
+            for scorer in scorers:
+                for name, values in scorer(benchmark.items[index]).items():
+                    table[name].values[index] = values
+            table["done"].values[index] = 1
+            if denoising:
+                table.attrs["passes"] = before[0] + denoising.passes
+                table.attrs["passes_unpruned"] = before[1] + denoising.passes_unpruned
+            if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
+                _save(table, Path(out))
+                saved = time.perf_counter()
+    finally:  # also what was complete when the user stopped the run
+        if out is not None:
+            _save(table, Path(out))
+    if table.attrs["passes"] < table.attrs["passes_unpruned"]:
+        tell(f"Pruning left {table.attrs['passes']} of {table.attrs['passes_unpruned']} passes.")
+    return table
+
+
+def _check_arguments(
+    model: DiffusionModel, benchmark: Benchmark, scores: Sequence[str], timesteps: Sequence[int], draws: int, prune: bool
+) -> None:
+    if unknown := [name for name in scores if name not in SCORES]:
+        raise ValueError(f"Score {unknown[0]!r} is not one of {', '.join(SCORES)}.")
+    if not scores or len(set(scores)) < len(scores):
+        raise ValueError(f"Scores must be given, each once; got {', '.join(scores) or 'none'}.")
+    if not timesteps or len(set(timesteps)) < len(timesteps) or draws < 1:
+        raise ValueError(f"Timesteps must be given, each once, with at least one draw; got {list(timesteps)} and {draws}.")
+    for timestep in timesteps:
+        model.check_timestep(timestep)
+    shapes = {(len(item.images), len(item.captions)) for item in benchmark.items}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"Items of {benchmark.name} must have the same numbers of images and captions; found {sorted(shapes)}."
+        )
+    losses = {LOSS, NORMALISED} & set(scores)
+    if prune and next(iter(shapes))[1] > 2 and set(DIFFUSION_SCORES) & set(scores) and not losses:
+        raise ValueError(f"Pruning goes by the denoising error: ask for {LOSS} too, or set prune=False.")
+
+
+def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Dataset:
+    """The scores so far: an earlier run's file, or nothing but NaN."""
+    if out is not None and out.exists():
+        try:
+            table = xr.load_dataset(out, engine="scipy")
+            known = json.loads(table.attrs["request"])
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{out} exists and holds no alignment scores ({error}); give another file, or remove it."
+            ) from error
+        if differences := request_differences(known, asdict(request)):
+            raise ValueError(f"{out} holds another request; give another file, or match it. {'; '.join(differences)}.")
+        return table
+    images, texts = len(benchmark.items[0].images), len(benchmark.items[0].captions)
+    pairs = (len(benchmark), images, texts)
+    draws = (*pairs, len(request.timesteps), request.draws)
+    dims = ("item", "image", "text", "timestep", "draw")
+    variables: dict[str, Any] = {
+        name: (dims, np.full(draws, np.nan)) if name in DIFFUSION_SCORES else (dims[:3], np.full(pairs, np.nan))
+        for name in request.scores
+    }
+    variables["done"] = ("item", np.zeros(len(benchmark), np.int8))
+    coords: dict[str, Any] = {
+        "item": [item.id for item in benchmark.items],
+        "pattern": ("item", np.array([item.pattern for item in benchmark.items], object)),
+    }
+    if request.timesteps:
+        coords["timestep"] = np.array(request.timesteps, np.int32)
+    attributes = {
+        "request": json.dumps(asdict(request)), "protocol": benchmark.protocol, "data": benchmark.spec,
+        "truncated_captions": 0, "passes": 0, "passes_unpruned": 0,
+    }  # fmt: skip
+    return xr.Dataset(variables, coords, attributes)
+
+
+def _save(table: xr.Dataset, out: Path) -> None:
+    """Written beside and renamed, so that a run that is killed leaves a whole file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{out.name}.{os.getpid()}")
+    try:
+        table.to_netcdf(beside, engine="scipy")
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
+    """The items to do, under a progress bar; the first one's time gives the forecast."""
+    columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, refresh_per_second=2, disable=console.quiet) as bar:
+        task = bar.add_task("score", total=len(benchmark), completed=len(benchmark) - len(pending))
+        for number, index in enumerate(pending):
+            started = time.perf_counter()
+            yield index
+            bar.advance(task)
+            if number == min(1, len(pending) - 1):  # the first item also pays for what is done once
+                minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
+                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", highlight=False)

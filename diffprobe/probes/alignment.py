@@ -1,0 +1,264 @@
+"""Image-text alignment: exact, strict protocols over arrays of scores, and a learned linear map from features to text.
+
+Scores are (item, image, text), larger where the text fits the image better; in every item text i is true of image i.
+With several noise draws they are (item, image, text, timestep, draw), and `pool_draws` brings them to one number.
+
+The invariant: a choice counts only where the true candidate is strictly above every other one; a tie, and a score that
+is not a number, is a miss.
+
+Sources: MMVP-VLM (Tong et al. 2024), Winoground (Thrush et al. 2022, equations 1-3), SugarCrepe (Hsieh et al. 2023).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+from sklearn.linear_model import RidgeCV
+
+from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, holm, paired_permutation_test, wilson_interval
+
+Bools = NDArray[np.bool_]
+ALL, MACRO = "all", "macro"
+PENALTIES = tuple(10.0**k for k in range(-1, 6))
+DIMS = ("item", "image", "text")
+
+
+# --- strict choices -------------------------------------------------------------------------------
+
+
+def texts_right(scores: Floats) -> Bools:
+    """Whether every image of an item chooses its own text; (item, image, text) -> (item,).
+
+    >>> texts_right(np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.9, 0.9], [0.2, 0.8]]])).tolist()
+    [True, False]
+    """
+    return np.all(_strictly_first(scores), axis=1)
+
+
+def images_right(scores: Floats) -> Bools:
+    """Whether every text that is true of an image chooses that image; (item, image, text) -> (item,)."""
+    return np.all(_strictly_first(scores[:, :, : scores.shape[1]].swapaxes(1, 2)), axis=1)
+
+
+def _strictly_first(scores: Floats) -> Bools:
+    """(item, asker, candidate) -> (item, asker): candidate i is strictly above all others for asker i."""
+    askers, candidates = scores.shape[1:]
+    own = np.eye(askers, candidates, dtype=bool)
+    mine = scores[:, own][:, :, None]
+    return np.asarray((own | (mine > scores)).all(2) & np.isfinite(mine[:, :, 0]))
+
+
+def group_right(scores: Floats) -> Bools:
+    """Winoground's group score: both of the above."""
+    return texts_right(scores) & images_right(scores)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A strict choice and the share that random scores get right."""
+
+    right: Callable[[Floats], Bools]
+    chance: float
+
+
+# The first metric of a protocol is the one that its benchmark is known by.
+PROTOCOLS: dict[str, dict[str, Metric]] = {
+    "mmvp-vlm": {"pair": Metric(images_right, 1 / 4)},
+    "winoground": {
+        "text": Metric(texts_right, 1 / 4),
+        "image": Metric(images_right, 1 / 4),
+        "group": Metric(group_right, 1 / 6),
+    },
+    "sugarcrepe": {"positive": Metric(texts_right, 1 / 2)},
+}
+
+
+def protocol_metrics(protocol: str) -> dict[str, Metric]:
+    """The metrics of a protocol.
+
+    Raises:
+        ValueError: there is no such protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"Protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[protocol]
+
+
+def pool_draws(scores: xr.DataArray) -> xr.DataArray:
+    """One score a pair: the mean over timesteps and noise draws.
+
+    Where candidates were pruned, some draws of some texts are missing.  A text then gets the mean of the image's text
+    with most draws, plus its own mean difference to that text over the draws that both have; noise is shared, so
+    the difference is what the pruning trusted.  Without pruning this is the plain mean.
+
+    >>> errors = xr.DataArray([[[[-1.0, -3.0], [-2.0, np.nan]]]], dims=(*DIMS, "draw"))
+    >>> pool_draws(errors).values.tolist()
+    [[[-2.0, -3.0]]]
+    """
+    over = [d for d in scores.dims if d not in DIMS]
+    if not over:
+        return scores.transpose(*DIMS)
+    values = scores.transpose(*DIMS, *over).to_numpy().reshape(*(scores.sizes[d] for d in DIMS), -1)
+    complete = np.isfinite(values).all(3)
+    fullest = np.take_along_axis(values, np.isfinite(values).sum(3).argmax(2)[:, :, None, None], 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice")  # a pair without any draw stays NaN, and is a miss
+        paired = np.nanmean(fullest, 3) + np.nanmean(values - fullest, 3)
+    pooled = np.where(complete, values.mean(3), paired)  # equal scores must stay equal to the last bit
+    coords = {name: c for name, c in scores.coords.items() if set(c.dims) <= set(DIMS)}
+    return xr.DataArray(pooled, coords, DIMS, scores.name, scores.attrs)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def alignment_table(scores: xr.Dataset, protocol: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """How often each score chooses right: one row per score, metric and pattern.
+
+    Args:
+        scores: Variables (item, image, text[, timestep, draw]) with the coordinate `pattern` on item.
+        protocol: A key of `PROTOCOLS`.
+        level: Coverage of the intervals.
+        seed: Of the bootstrap behind the rows of pattern "macro".
+
+    Returns:
+        Columns score, metric, pattern, value, low, high, n, chance, seed.  Rows "all" and those of single patterns have
+        Wilson intervals over items; "macro" is the mean over patterns, its items resampled.
+
+    Raises:
+        ValueError: the protocol is unknown, or the scores do not have its dimensions.
+    """
+    metrics = protocol_metrics(protocol)
+    rows = []
+    for name, hits in item_hits(scores, protocol).items():
+        patterns = np.asarray(hits["pattern"].values, dtype=str)
+        for metric, kept in metrics.items():
+            right = hits.sel(metric=metric).to_numpy()
+            row = {"score": name, "metric": metric, "chance": kept.chance, "seed": seed}
+            names = list(dict.fromkeys(patterns))
+            for pattern in [ALL, *names] if len(names) > 1 else [ALL]:
+                mine = right if pattern == ALL else right[patterns == pattern]
+                low, high = wilson_interval(int(mine.sum()), len(mine), level)
+                rows.append({**row, "pattern": pattern, "value": mine.mean(), "low": low, "high": high, "n": len(mine)})
+            if len(names) > 1:
+                rows.append({**row, "pattern": MACRO, "n": len(right), **_macro(right, patterns, level, seed)})
+    columns = ["score", "metric", "pattern", "value", "low", "high", "n", "chance", "seed"]
+    return pd.DataFrame(rows)[columns]
+
+
+def _macro(right: Bools, patterns: NDArray[np.str_], level: float, seed: int) -> dict[str, float]:
+    """Mean over patterns of the share right, with its bootstrap interval."""
+    shown = (patterns[:, None] == np.unique(patterns)).astype(np.float64)
+    columns = np.concatenate([shown * right[:, None], shown], axis=1)
+
+    def mean_share(sums: Floats) -> Floats:
+        hits, counts = np.split(sums, 2, axis=1)
+        with np.errstate(invalid="ignore"):  # a resample without one of the patterns has no macro score
+            return np.asarray((hits / counts).mean(1))
+
+    value = float(mean_share(columns.sum(0, keepdims=True))[0])
+    low, high = bootstrap_sums(columns, mean_share, level=level, seed=seed)
+    if not low < high:  # every resample is the same, which a few items a pattern can do: take the interval of the items
+        low, high = wilson_interval(value * len(right), len(right), level)
+    return {"value": value, "low": low, "high": high}
+
+
+def item_hits(scores: xr.Dataset, protocol: str) -> dict[str, xr.DataArray]:
+    """By score, (metric, item) of whether the item is right."""
+    metrics = protocol_metrics(protocol)
+    found = {}
+    for name, values in scores.data_vars.items():
+        if not set(DIMS) <= set(values.dims):
+            continue
+        pooled = pool_draws(values)
+        images, texts = pooled.sizes["image"], pooled.sizes["text"]
+        if texts < max(2, images) or (images < 2 and protocol != "sugarcrepe"):
+            raise ValueError(f"Protocol {protocol} cannot score items of {images} images and {texts} texts.")
+        right = np.stack([metric.right(pooled.to_numpy()) for metric in metrics.values()])
+        coords = {"metric": list(metrics), "item": pooled["item"], "pattern": ("item", pooled["pattern"].values)}
+        found[str(name)] = xr.DataArray(right, coords, ("metric", "item"))
+    if not found:
+        raise ValueError(
+            f"There are no scores over {', '.join(DIMS)}; found {', '.join(map(str, scores.data_vars)) or 'none'}."
+        )
+    return found
+
+
+def compare_scores(scores: xr.Dataset, protocol: str, baseline: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """Each score against a baseline on the same items: difference of the shares right, paired by item.
+
+    Returns:
+        Columns score, baseline, metric, value, low, high, p, p_holm, n, seed: the mean difference with its
+        bootstrap interval, the p value of a sign-flip test, and the same after Holm over the rows.
+
+    Raises:
+        ValueError: the baseline is not among the scores.
+    """
+    hits = item_hits(scores, protocol)
+    if baseline not in hits:
+        raise ValueError(f"Baseline {baseline!r} is not one of the scores {', '.join(hits)}.")
+    rows = []
+    for name in hits:
+        for metric in protocol_metrics(protocol) if name != baseline else ():
+            a, b = (hits[which].sel(metric=metric).to_numpy().astype(np.float64) for which in (name, baseline))
+            low, high = bootstrap_interval(a - b, level=level, seed=seed)
+            value, p = paired_permutation_test(a, b, seed=seed)
+            row = {"score": name, "baseline": baseline, "metric": metric, "value": value, "low": low, "high": high}
+            rows.append({**row, "p": p, "n": len(a), "seed": seed})
+    frame = pd.DataFrame(rows, columns=["score", "baseline", "metric", "value", "low", "high", "p", "n", "seed"])
+    frame.insert(7, "p_holm", holm(frame["p"]))
+    return frame
+
+
+# --- a learned baseline ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextMap:
+    """A linear map from pooled features to text embeddings; `fit_text_map` makes one.
+
+    Attributes:
+        mean, scale: (channel,) of the training features.
+        weights: (width, channel) on standardised features.
+        offset: (width,) mean text embedding.
+        penalty: Ridge penalty, chosen by leave-one-out error.
+    """
+
+    mean: Floats
+    scale: Floats
+    weights: Floats
+    offset: Floats
+    penalty: float
+
+    def cosine(self, features: Floats, texts: Floats) -> Floats:
+        """Cosine of mapped features (image, channel) and texts (text, width), both about the training texts' mean: (image, text)."""
+        mapped = ((features - self.mean) / self.scale) @ self.weights.T
+        return _unit(mapped) @ _unit(texts - self.offset).T
+
+
+def _unit(rows: Floats) -> Floats:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(length > 0, length, 1))
+
+
+def fit_text_map(features: Floats, texts: Floats) -> TextMap:
+    """Ridge regression of text embeddings (sample, width) on standardised features (sample, channel).
+
+    Raises:
+        ValueError: there are fewer than ten samples, or a value is not finite.
+    """
+    if len(features) != len(texts) or len(features) < 10:
+        raise ValueError(f"A map to text needs at least 10 samples with one text each; got {len(features)} and {len(texts)}.")
+    if not (np.isfinite(features).all() and np.isfinite(texts).all()):
+        raise ValueError("Training features or texts are not finite; extract them in float32.")
+    mean, scale = features.mean(0), features.std(0)
+    scale = np.where(scale > 0, scale, 1)
+    offset = texts.mean(0)
+    ridge = RidgeCV(PENALTIES, fit_intercept=False).fit((features - mean) / scale, texts - offset)
+    return TextMap(mean, scale, np.asarray(ridge.coef_), offset, float(ridge.alpha_))

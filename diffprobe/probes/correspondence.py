@@ -1,0 +1,195 @@
+"""Does the same place on an object have the same feature in another image?  Percentage of correct keypoints (PCK).
+
+A keypoint's feature in the source image is looked for in the target image: the predicted place is the target position of
+highest cosine.  It is correct within alpha times the larger side of the object's box (Yang & Ramanan 2013; for diffusion
+features Tang et al. 2023).  The invariant: a score stands beside what needs no features, namely a random position in the
+image, a random one in the object's box, and the source's own coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from diffprobe.data.keypoints import KeypointPair
+from diffprobe.probes.task import SPACE, combinations
+from diffprobe.stats import bootstrap_interval, wilson_interval
+
+Floats = NDArray[np.float64]
+STRIP = 16  # rows of the upsampled map in memory at once
+
+
+def correspondence(
+    features: xr.DataArray,
+    pairs: Sequence[KeypointPair],
+    *,
+    alphas: Sequence[float] = (0.1,),
+    grid: int = 96,
+    standardise: bool = True,
+    by_category: bool = False,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """PCK of nearest-neighbour matches, one pair of rows (per point, per image) for each timestep, conditioning, ...
+
+    "point" is the share of correct points over all pairs; "image" the mean over pairs of a pair's own share, so that
+    images with many points weigh no more.  Intervals are bootstrapped over groups of pairs (Wilson's over groups where
+    all or none are correct).
+
+    Args:
+        features: (sample, ..., channel, y, x) with sample ids.
+        pairs: From `diffprobe.data.keypoints` or `diffprobe.data.spair`; those whose images are not among the samples
+            are left out.
+        alphas: Tolerances, in larger sides of the target object's box.
+        grid: Rows and columns of the target's upsampled (bilinear) map; the finest place that can be predicted.
+        standardise: Bring channels to mean 0 and deviation 1 over all samples and positions first, because a few with
+            large means decide a raw cosine.  Published scores of diffusion features (DIFT) do not.
+        by_category: A row for each category too.
+        seed: Of the bootstrap.
+
+    Returns:
+        The coordinates of the dimensions in between, per ("point" or "image"), category ("all" or one), alpha, value,
+        low, high, chance (a random position of the image), chance_box (a random position of the object's box:
+        what one gets who finds the object and not the part), position (the source's coordinates) with position_low
+        and position_high, n (points or pairs), n_groups, seed.
+
+    Raises:
+        ValueError: no pair's images are among the samples, missing dimensions, or non-finite features.
+    """
+    if missing := {"sample", "channel", *SPACE} - set(features.dims):
+        raise ValueError(f"Correspondence needs maps with sample, channel, y and x; {', '.join(sorted(missing))} is missing.")
+    if not alphas or min(alphas) <= 0 or grid < 2:
+        raise ValueError(f"Tolerances are positive and the grid has at least 2 rows; got {list(alphas)} and {grid}.")
+    ids = [str(s) for s in features["sample"].values] if "sample" in features.coords else []
+    rows_of = {name: row for row, name in enumerate(ids)}
+    known = [p for p in pairs if p.source in rows_of and p.target in rows_of]
+    if not known:
+        example = f"the first pair is {pairs[0].source!r} and {pairs[0].target!r}" if pairs else "there are no pairs"
+        raise ValueError(f"No pair has both images among the samples: {example}; the samples begin with {ids[:2]}.")
+    blind = pd.concat([_blind(p, number, alphas, grid) for number, p in enumerate(known)], ignore_index=True)
+    outer = [d for d in features.dims if d not in ("sample", "channel", *SPACE)]
+    tables = []
+    for place, block in combinations(features, outer):
+        maps = _maps(block, standardise)
+        found = [match(maps[rows_of[p.source]], maps[rows_of[p.target]], p.source_points, grid) for p in known]
+        errors = np.concatenate([_distances(p, guess) / p.box_side for p, guess in zip(known, found, strict=True)])
+        for alpha in alphas:
+            points = blind[blind["alpha"] == alpha].assign(right=errors <= alpha)
+            kinds = ["all", *(sorted(set(points["category"])) if by_category else [])]
+            for kind in kinds:
+                part = points if kind == "all" else points[points["category"] == kind]
+                for per in ("point", "image"):
+                    tables.append({**place, "per": per, "category": kind, "alpha": alpha, **_scores(part, per, seed)})
+    return pd.DataFrame(tables)
+
+
+def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Floats:
+    """The target positions most like the source's features at some points, by cosine.
+
+    Both maps are interpolated bilinearly with pixel centres in place: the source at the points, the target on a
+    grid x grid raster whose cell centres are the candidates.
+
+    Args:
+        source: (channel, y, x).
+        target: (channel, y, x); its own height and width.
+        points: (point, 2), x and y as fractions.
+        grid: Rows and columns of candidates.
+
+    Returns:
+        (point, 2), x and y as fractions.
+
+    >>> source = np.eye(4).reshape(4, 2, 2)
+    >>> match(source, source[:, :, ::-1], np.array([[0.25, 0.25]]), grid=2)  # what was left is right
+    array([[0.75, 0.25]])
+    """
+    points = np.asarray(points, np.float64)
+    across, down = _weights(points[:, 0], source.shape[2]), _weights(points[:, 1], source.shape[1])
+    asked = np.einsum("cyx,py,px->pc", source, down, across, optimize=True)
+    asked /= np.maximum(np.linalg.norm(asked, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    centres = (np.arange(grid) + 0.5) / grid
+    across, down = _weights(centres, target.shape[2]), _weights(centres, target.shape[1])
+    wide = target @ across.T  # (channel, y, grid)
+    best, where = np.full(len(asked), -np.inf), np.zeros(len(asked), np.int64)
+    for start in range(0, grid, STRIP):
+        strip = (down[start : start + STRIP] @ wide).reshape(len(target), -1)
+        norms = np.maximum(np.linalg.norm(strip, axis=0), np.finfo(np.float64).tiny)
+        likeness = asked @ strip / norms
+        place = likeness.argmax(axis=1)
+        value = likeness[np.arange(len(asked)), place]
+        better = value > best
+        best[better], where[better] = value[better], place[better] + start * grid
+    return np.stack([centres[where % grid], centres[where // grid]], axis=1)
+
+
+def _weights(places: Floats, cells: int) -> Floats:
+    """Bilinear weights (place, cell) of positions given as fractions of the side; level beyond the outer centres."""
+    at = np.clip(places * cells - 0.5, 0, cells - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0)
+
+
+def _distances(pair: KeypointPair, points: Floats) -> Floats:
+    return np.asarray(np.hypot(*((points - pair.target_points) * pair.size).T))
+
+
+def _blind(pair: KeypointPair, number: int, alphas: Sequence[float], grid: int) -> pd.DataFrame:
+    """What each point's score would be without features, one row a point and tolerance, in the order of the points."""
+    centres = (np.arange(grid) + 0.5) / grid
+    y, x = np.meshgrid(centres, centres, indexing="ij")
+    raster = np.stack([x.ravel(), y.ravel()], axis=1)
+    x0, y0, x1, y1 = pair.box
+    tables = []
+    for alpha in alphas:
+        reach = alpha * pair.box_side
+        shares = []
+        for candidates in (raster, raster * (x1 - x0, y1 - y0) + (x0, y0)):
+            apart = np.linalg.norm((candidates[None] - pair.target_points[:, None]) * pair.size, axis=2)
+            shares.append((apart <= reach).mean(axis=1))
+        table = {"chance": shares[0], "chance_box": shares[1], "position": _distances(pair, pair.source_points) <= reach}
+        tables.append(pd.DataFrame(table).assign(alpha=alpha, pair=number, group=pair.group, category=pair.category))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _scores(points: pd.DataFrame, per: str, seed: int) -> dict[str, Any]:
+    columns = ["right", "chance", "chance_box", "position"]
+    rows = points[[*columns, "group"]].astype(dict.fromkeys(columns, float))
+    if per == "image":
+        rows = rows.assign(pair=points["pair"]).groupby("pair").agg({**dict.fromkeys(columns, "mean"), "group": "first"})
+    means = rows[columns].mean()
+    low, high = _interval(rows["right"], rows["group"], seed)
+    position_low, position_high = _interval(rows["position"], rows["group"], seed)
+    return {
+        "value": float(means["right"]),
+        "low": low,
+        "high": high,
+        "chance": float(means["chance"]),
+        "chance_box": float(means["chance_box"]),
+        "position": float(means["position"]),
+        "position_low": position_low,
+        "position_high": position_high,
+        "n": len(rows),
+        "n_groups": rows["group"].nunique(),
+        "seed": seed,
+    }
+
+
+def _interval(values: pd.Series, groups: pd.Series, seed: int) -> tuple[float, float]:
+    if values.nunique() == 1 and values.iloc[0] in (0, 1):
+        count = groups.nunique()
+        return wilson_interval(count * values.iloc[0], count)
+    return bootstrap_interval(values, groups.to_numpy(), seed=seed)
+
+
+def _maps(block: xr.DataArray, standardise: bool) -> Floats:
+    """(sample, channel, y, x) in memory."""
+    values = block.transpose("sample", "channel", *SPACE).to_numpy().astype(np.float64)
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).any(axis=(1, 2, 3)).sum())
+        raise ValueError(f"{bad} of {len(values)} samples are not finite; select the finished samples first.")
+    if not standardise:
+        return values
+    scale = values.std(axis=(0, 2, 3), keepdims=True)
+    return np.asarray((values - values.mean(axis=(0, 2, 3), keepdims=True)) / np.where(scale > 0, scale, 1))

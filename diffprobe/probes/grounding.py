@@ -1,0 +1,520 @@
+"""Which region the words of a text speak of, and whether a store's maps light up there.
+
+Two kinds of maps: cross-attention of a caption's words (claim A4 of the paper), and the difference |f_c - f_u| that a text
+makes in the features (claim A5).  Both become tables of `diffprobe.probes.localization`, one line per site, timestep, map
+and score.
+
+The invariant: a word is scored only where the dataset says which objects it means; what is left out is counted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from diffprobe.conditioning import NULL, prompt_for
+from diffprobe.data import load_dataset
+from diffprobe.data.images import fit_masks
+from diffprobe.data.samples import Caption, Dataset, Sample, Span, iterate
+from diffprobe.probes.localization import enlarge, localization_score, with_holm
+from diffprobe.store import StoreError, features, site_names
+
+Bools = NDArray[np.bool_]
+
+MOST_PIXELS = 128  # a side of the grid on which maps meet masks: attention has 64 at most, so more only costs time
+_BLOCK = 64  # samples read at once
+
+
+@dataclass(frozen=True)
+class Target:
+    """Words of one sample's text (all the places of one word together), and the region that they speak of.
+
+    `sample` is its row in the store; `label` the class for averages; `spans` are characters of the text.
+    """
+
+    sample: int
+    word: str
+    label: str
+    role: str
+    spans: tuple[tuple[int, int], ...]
+    objects: tuple[int, ...]
+    mask: Bools
+
+
+# --- cross-attention of words ---------------------------------------------------------------------------
+
+
+def attention_localization(
+    tree: xr.DataTree,
+    dataset: Dataset | str | None = None,
+    *,
+    conditioning: str = "caption",
+    sites: Sequence[str] | None = None,
+    timesteps: Sequence[int] | None = None,
+    roles: Sequence[str] = ("noun",),
+    by_head: bool = False,
+    merged: bool = True,
+    against_timestep: int | None = None,
+    grid: tuple[int, int] | None = None,
+    seed: int = 0,
+    n_resamples: int = 2000,
+) -> pd.DataFrame:
+    """Scores the cross-attention of a caption's words against the masks of what they speak of.
+
+    Sub-tokens are averaged.  Controls beside `localization_score`'s: "wrong word", the map of a word of the same text
+    that speaks of other objects, and "start token".
+
+    Args:
+        tree: From `open_store`, with cross-attention maps.
+        dataset: What was extracted, or its spec; the store's own by default.
+        conditioning: One whose text is a caption of the sample: "caption", "caption:STYLE" or "caption:N".
+        sites: Map sites; all by default.
+        timesteps: All by default.
+        roles: Of words: noun, colour, phrase, background.  Each is a table of its own, told apart by `role`.
+        by_head: Score each head beside the mean over heads.
+        merged: Add the site "all sites": head means enlarged to the finest grid and averaged over sites.
+        against_timestep: Add the control "timestep N", the word's own map at that timestep: `lead` is then what the
+            line's timestep gains over it, word by word.
+        grid: Where maps and masks meet, (height, width); the images' resolution, `MOST_PIXELS` a side at most.
+        seed: As in `localization_score`.
+        n_resamples: As in `localization_score`.
+
+    Returns:
+        As `localization_score`, with the columns role, conditioning, site, timestep and head ("mean", "0", ...) in
+        front.  What could not be scored at all is counted by reason in `attrs["left_out"]`.
+
+    Raises:
+        StoreError: no such maps, samples that the dataset lacks, or texts that are not its captions.
+        ValueError: no word of these roles has a mask.
+    """
+    there = [n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"]
+    if not there:
+        raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
+    names = [_known(name, there, "map site") for name in sites or there]
+    steps = _timesteps(tree, names[0], timesteps)
+    targets, left_out = _words(tree, dataset, conditioning, roles, grid or _grid(tree))
+    rows = _MapRows.of(tree, conditioning, targets)
+    left_out["word cut off the prompt"] += len(targets) - len(rows.targets)
+    if not rows.targets:
+        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "no caption says what its words speak of"
+        raise ValueError(
+            f"No word of the role {' or '.join(roles)} can be scored: {why}. Choose other roles, or data with masks."
+        )
+    extra = [] if against_timestep is None else _timesteps(tree, names[0], [against_timestep])
+    maps = {name: rows.read(name, list(dict.fromkeys([*steps, *extra])), by_head) for name in names}
+    if merged and len(maps) > 1:
+        maps["all sites"] = _average([m.sel(head=["mean"]) for m in maps.values()])
+    wrong = _wrong_words(rows.targets)
+    groups = _groups(tree)
+    frames = []
+    for role in roles:
+        mine = [k for k, target in enumerate(rows.targets) if target.role == role]
+        if not mine:
+            continue
+        chosen = [rows.targets[k] for k in mine]
+        order, place = _in_front(mine, len(rows.wanted))
+        controls: dict[str, Sequence[int]] = {
+            "wrong word": [place.get(wrong[k], -1) for k in mine],
+            "start token": [place.get(rows.starts.get(t.sample, -1), -1) for t in chosen],
+        }
+        if against_timestep is not None:
+            controls[f"timestep {against_timestep}"] = range(len(order), len(order) + len(mine))
+        for name, found in maps.items():
+            ordered = found.isel(row=order).sel(timestep=steps)
+            if against_timestep is not None:
+                again = found.isel(row=mine).sel(timestep=[against_timestep] * len(steps))
+                ordered = xr.concat([ordered, again.assign_coords(timestep=ordered["timestep"])], "row")
+            frame = localization_score(
+                ordered, np.stack([t.mask for t in chosen]), controls=controls, classes=[t.label for t in chosen],
+                groups=[groups[t.sample] for t in chosen], seed=seed, n_resamples=n_resamples,
+            )  # fmt: skip
+            frames.append(frame.assign(role=role, conditioning=conditioning, site=name))
+    return _tidy(frames, ["role", "conditioning", "site", "timestep", "head"], left_out)
+
+
+def word_targets(sample: Sample, caption: Caption, masks: Bools, role: str, row: int = 0) -> tuple[list[Target], Counter[str]]:
+    """The words of one role with their regions, and how many were left out for which reason.
+
+    A word that stands several times, or speaks of several objects, is one target whose region is the union.  It is
+    left out when it also stands where no span says what it means.  Background words get what no object covers.
+
+    Args:
+        masks: (object, y, x) on the grid of the scores.
+        row: Where the sample is in the store.
+    """
+    left_out: Counter[str] = Counter()
+    found: dict[str, list[Span]] = {}
+    for word, span in caption.words(role):
+        found.setdefault(word.lower(), []).append(span)
+    explained = [span for span in caption.spans if span.role != "phrase"] if role != "phrase" else list(caption.spans)
+    targets = []
+    for word, spans in found.items():
+        places = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", caption.text, re.IGNORECASE)]
+        objects = tuple(sorted({o for span in spans for o in span.objects}))
+        if any(not any(s.start <= start and end <= s.end for s in explained) for start, end in places):
+            left_out["word that also stands for something else"] += 1
+        elif role != "background" and not 0 <= max(objects, default=-1) < len(masks):
+            left_out["word without a mask"] += 1
+        else:
+            region = _union(masks, objects) if objects else ~_union(masks, range(len(masks)))
+            label = _label(sample, objects, word) if role == "noun" else word
+            targets.append(Target(row, word, label, role, tuple((s.start, s.end) for s in spans), objects, region))
+    return targets, left_out
+
+
+def _union(masks: Bools, objects: Sequence[int]) -> Bools:
+    """
+    >>> _union(np.eye(3, dtype=bool)[:, None], [0, 2]).tolist()
+    [[True, False, True]]
+    """
+    return np.asarray(masks[list(objects)].any(0), bool)
+
+
+def _label(sample: Sample, objects: Sequence[int], otherwise: str) -> str:
+    """The objects' category or shape where all share one, so that a plural is of its singular's class."""
+    for key in ("category", "shape"):
+        kinds = {str(sample.objects[o].get(key, "")) for o in objects if o < len(sample.objects)}
+        if len(kinds) == 1 and "" not in kinds:
+            return kinds.pop()
+    return otherwise
+
+
+def _words(
+    tree: xr.DataTree, dataset: Dataset | str | None, conditioning: str, roles: Sequence[str], grid: tuple[int, int]
+) -> tuple[list[Target], Counter[str]]:
+    """The targets of all samples, role by role within each."""
+    texts = _prompts(tree, conditioning)["text"].values
+    targets: list[Target] = []
+    left_out: Counter[str] = Counter()
+    for row, sample in _samples(tree, dataset):
+        caption = _caption(sample, conditioning)
+        _check_text(sample, conditioning, str(texts[row]))
+        masks = fit_masks(sample.masks(), grid, tree.attrs["request"]["fit"])
+        for role in roles:
+            found, missing = word_targets(sample, caption, masks, role, row)
+            targets += found
+            left_out += missing
+    return targets, left_out
+
+
+def _wrong_words(targets: Sequence[Target]) -> list[int]:
+    """For each target the next one of its sample that speaks of other objects, -1 where none does.
+
+    It has the target's role; a background word, which speaks of no object, gets any object's word.
+    """
+    by_sample: dict[int, list[int]] = {}
+    for k, target in enumerate(targets):
+        by_sample.setdefault(target.sample, []).append(k)
+    found = []
+    for k, mine in enumerate(targets):
+        others = [
+            o
+            for o in by_sample[mine.sample]
+            if targets[o].objects
+            and not set(targets[o].objects) & set(mine.objects)
+            and mine.role in ("background", targets[o].role)
+        ]
+        found.append(next((o for o in others if o > k), others[0] if others else -1))
+    return found
+
+
+@dataclass(frozen=True)
+class _MapRows:
+    """Which maps of a store are read: one row a target, then one a sample for its start token.
+
+    `wanted` holds each row's sample and token positions, `starts` the row of each sample's start token.
+    """
+
+    tree: xr.DataTree
+    conditioning: str
+    targets: list[Target]
+    wanted: list[tuple[int, list[int]]]
+    starts: dict[int, int]
+
+    @classmethod
+    def of(cls, tree: xr.DataTree, conditioning: str, targets: Sequence[Target]) -> _MapRows:
+        """Targets whose words were cut off the prompt are left out."""
+        prompts = _prompts(tree, conditioning)
+        starts, ends = prompts["token_start"].values, prompts["token_end"].values
+        kept, wanted = [], []
+        for target in targets:
+            spans = zip(starts[target.sample].tolist(), ends[target.sample].tolist(), strict=True)
+            places = [
+                k for k, (start, end) in enumerate(spans) if end > start and any(start < b and end > a for a, b in target.spans)
+            ]
+            if places:
+                kept.append(target)
+                wanted.append((target.sample, places))
+        # a tokenizer without a start token (T5) has a word in the first place
+        samples = [sample for sample in dict.fromkeys(t.sample for t in kept) if ends[sample, 0] == 0]
+        place = {sample: len(wanted) + k for k, sample in enumerate(samples)}
+        return cls(tree, conditioning, kept, [*wanted, *((sample, [0]) for sample in samples)], place)
+
+    def read(self, site: str, steps: Sequence[int], by_head: bool) -> xr.DataArray:
+        """(row, timestep, head, y, x) float32; heads are "mean" and, with `by_head`, "0", "1", ..."""
+        array: xr.DataArray = self.tree[site].to_dataset()["maps"]
+        array = array.isel(
+            conditioning=array["conditioning"].values.tolist().index(self.conditioning),
+            timestep=[array["timestep"].values.tolist().index(step) for step in steps],
+        ).transpose("sample", "timestep", "head", "token", "y", "x")
+        kept = array["token"].values.tolist() if "token" in array.coords else list(range(array.sizes["token"]))
+        if missing := {p for _, places in self.wanted for p in places} - set(kept):
+            raise StoreError(
+                f"Token positions {sorted(missing)} were not kept in this store's maps; record with --map-tokens all."
+            )
+        heads = array.sizes["head"] if by_head and array.sizes["head"] > 1 else 0
+        rows = np.empty((len(self.wanted), len(steps), 1 + heads, array.sizes["y"], array.sizes["x"]), np.float32)
+        for first in range(0, array.sizes["sample"], _BLOCK):
+            values = array.isel(sample=slice(first, first + _BLOCK)).to_numpy()
+            for row, (sample, places) in enumerate(self.wanted):
+                if first <= sample < first + len(values):
+                    one = values[sample - first][:, :, [kept.index(p) for p in places]].astype(np.float32).mean(2)
+                    rows[row, :, 0] = one.mean(1)
+                    rows[row, :, 1:] = one[:, :heads]
+        names = ["mean", *map(str, range(heads))]
+        return xr.DataArray(rows, dims=("row", "timestep", "head", "y", "x"), coords={"timestep": list(steps), "head": names})
+
+
+def _average(maps: Sequence[xr.DataArray]) -> xr.DataArray:
+    """The mean over sites, on the finest of their grids."""
+    finest = max((m.sizes["y"], m.sizes["x"]) for m in maps)
+    total = sum(enlarge(m.to_numpy(), finest) for m in maps)
+    return xr.DataArray(total / np.float32(len(maps)), dims=maps[0].dims, coords=maps[0].coords)
+
+
+# --- the difference that a text makes -------------------------------------------------------------------
+
+
+def difference_maps(tree: xr.DataTree, site: str, conditioning: str, timesteps: Sequence[int] | None = None) -> xr.DataArray:
+    """|f_c - f_u|: the norm over channels of what a text changes in the features, (sample, timestep, y, x) float32.
+
+    Raises:
+        StoreError: the store has no grid of features there, or lacks "null" or the conditioning.
+    """
+    return _norms(tree, site, (conditioning, NULL), timesteps)
+
+
+def difference_localization(
+    tree: xr.DataTree,
+    dataset: Dataset | str | None = None,
+    *,
+    conditionings: Sequence[str] | None = None,
+    sites: Sequence[str] | None = None,
+    timesteps: Sequence[int] | None = None,
+    merged: bool = True,
+    grid: tuple[int, int] | None = None,
+    seed: int = 0,
+    n_resamples: int = 2000,
+) -> pd.DataFrame:
+    """Scores |f_c - f_u| against the masks of the objects that the text speaks of.
+
+    All questions of a run are pooled into the conditioning "question", all captions into "caption".  Controls beside
+    `localization_score`'s: "other text", the difference that another text makes on the same image (a question about
+    other objects; the mismatched caption where it was recorded), and "null features", the norm of f_u alone, which
+    parts what the text adds from what stands out anyway.
+
+    Args:
+        tree: From `open_store`, with features under "null" and under the texts.
+        dataset: What was extracted, or its spec; the store's own by default.
+        conditionings: Captions and questions; all that the store has by default.
+        sites: Feature sites with a grid; all by default.
+        timesteps: All by default.
+        merged: Add the site "all sites": maps divided by their means, enlarged to the finest grid and averaged.
+        grid: As in `attention_localization`.
+        seed: As in `localization_score`.
+        n_resamples: As in `localization_score`.
+
+    Returns:
+        As `localization_score` (the own maps are called "difference"), with the columns conditioning, site and timestep
+        in front.  Texts that speak of nothing with a mask are counted in `attrs["left_out"]`.
+
+    Raises:
+        StoreError: no such features, or samples that the dataset lacks.
+        ValueError: no text speaks of an object with a mask.
+    """
+    there = [n for n in site_names(tree) if "features" in tree[n].data_vars and {"y", "x"} <= set(tree[n]["features"].dims)]
+    if not there:
+        raise StoreError("No site of this store has features on a grid; record some with --sites paper --reduce none.")
+    names = [_known(name, there, "feature site") for name in sites or there]
+    recorded = [str(c) for c in tree[names[0]].to_dataset()["conditioning"].values]
+    spoken = [c for c in recorded if c.partition(":")[0] in ("caption", "question") and "@" not in c]
+    texts = [_known(c, recorded, "conditioning") for c in conditionings or spoken]
+    steps = _timesteps(tree, names[0], timesteps)
+    targets, left_out = _texts(tree, dataset, texts, grid or _grid(tree))
+    if not targets:
+        raise ValueError(
+            f"None of the texts {', '.join(texts)} speaks of an object with a mask; choose others, or data with masks."
+        )
+    columns = [*texts, *(["mismatched"] if "mismatched" in recorded else [])]
+    count, groups = tree.sizes["sample"], _groups(tree)
+    row_of = lambda text, sample: columns.index(text) * count + sample if text else -1  # noqa: E731
+    frames = []
+    maps: dict[str, xr.DataArray] = {}
+    for name in names:
+        maps[name] = xr.concat(
+            [*(difference_maps(tree, name, c, steps) for c in columns), _norms(tree, name, (NULL,), steps)],
+            "sample", coords="minimal", compat="override", join="override",
+        ).rename(sample="row").reset_coords(drop=True).drop_vars("row", errors="ignore").assign_coords(timestep=steps)  # fmt: skip
+    if merged and len(maps) > 1:
+        # sites differ in scale by their number of channels and their training
+        maps["all sites"] = _average([m / m.mean(("y", "x")).where(lambda mean: mean > 0, 1) for m in maps.values()])
+    for name, stacked in maps.items():
+        for kind in dict.fromkeys(t.role for t in targets):
+            chosen = [t for t in targets if t.role == kind]
+            order, place = _in_front([row_of(t.word, t.sample) for t in chosen], stacked.sizes["row"])
+            controls = {
+                "other text": [place.get(row_of(_other_text(t, chosen, columns), t.sample), -1) for t in chosen],
+                "null features": [place[len(columns) * count + t.sample] for t in chosen],
+            }
+            frame = localization_score(
+                stacked.isel(row=order), np.stack([t.mask for t in chosen]), controls=controls,
+                classes=[t.label for t in chosen], groups=[groups[t.sample] for t in chosen], own="difference", seed=seed,
+                n_resamples=n_resamples,
+            )  # fmt: skip
+            frames.append(frame.assign(conditioning=kind, site=name))
+    return _tidy(frames, ["conditioning", "site", "timestep"], left_out)
+
+
+def _texts(
+    tree: xr.DataTree, dataset: Dataset | str | None, texts: Sequence[str], grid: tuple[int, int]
+) -> tuple[list[Target], Counter[str]]:
+    """One target per sample and text; its word is the conditioning's name, its role the kind of text."""
+    stored = {text: _prompts(tree, text)["text"].values for text in texts}
+    targets = []
+    left_out: Counter[str] = Counter()
+    for row, sample in _samples(tree, dataset):
+        masks = fit_masks(sample.masks(), grid, tree.attrs["request"]["fit"])
+        for text in texts:
+            _check_text(sample, text, str(stored[text][row]))
+            objects = _spoken_of(sample, text)
+            if not 0 <= max(objects, default=-1) < len(masks):
+                left_out["text about no object with a mask"] += 1
+                continue
+            label = _label(sample, objects, "several")
+            targets.append(Target(row, text, label, text.partition(":")[0], (), objects, _union(masks, objects)))
+    return targets, left_out
+
+
+def _spoken_of(sample: Sample, conditioning: str) -> tuple[int, ...]:
+    """The objects that a caption names or a question is about."""
+    kind, _, which = conditioning.partition(":")
+    if kind == "question":
+        return sample.questions[int(which or 0)].objects
+    return tuple(sorted({o for span in _caption(sample, conditioning).spans for o in span.objects}))
+
+
+def _other_text(target: Target, targets: Sequence[Target], columns: Sequence[str]) -> str | None:
+    """The name of another text on the same image that speaks of other objects."""
+    if target.role == "caption" and "mismatched" in columns:
+        return "mismatched"
+    others = (t.word for t in targets if t.sample == target.sample and not set(t.objects) & set(target.objects))
+    return next(others, None)
+
+
+def _norms(tree: xr.DataTree, site: str, conditionings: tuple[str, ...], timesteps: Sequence[int] | None) -> xr.DataArray:
+    """The norm over channels of one conditioning's features, or of the first's minus the second's; read in blocks."""
+    arrays = [
+        features(tree, site, conditioning=c, timestep=None if timesteps is None else list(timesteps)) for c in conditionings
+    ]
+    if missing := {"channel", "y", "x"} - set(arrays[0].dims):
+        raise StoreError(f"Site {site!r} has no {', '.join(sorted(missing))} in this store; record it with --reduce none.")
+    parts: list[xr.DataArray] = []
+    for first in range(0, arrays[0].sizes["sample"], _BLOCK):
+        blocks = [a.drop_vars("conditioning").isel(sample=slice(first, first + _BLOCK)).astype(np.float32) for a in arrays]
+        parts.append(((blocks[0] - blocks[1] if len(blocks) > 1 else blocks[0]) ** 2).sum("channel") ** 0.5)
+    found: xr.DataArray = xr.concat(parts, "sample").transpose("sample", "timestep", "y", "x")
+    return found
+
+
+# --- what both need of a store and its dataset ----------------------------------------------------------
+
+
+def _known(name: str, there: Sequence[str], what: str) -> str:
+    if name not in there:
+        near = difflib.get_close_matches(name, list(there), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise StoreError(f"There is no {what} {name!r} in this store.{hint} It has: {', '.join(there)}.")
+    return name
+
+
+def _timesteps(tree: xr.DataTree, site: str, timesteps: Sequence[int] | None) -> list[int]:
+    there = [int(t) for t in tree[site].to_dataset()["timestep"].values]
+    if missing := [t for t in timesteps or () if t not in there]:
+        raise StoreError(f"There is no timestep {missing[0]} in this store. It has: {', '.join(map(str, there))}.")
+    return list(timesteps or there)
+
+
+def _grid(tree: xr.DataTree) -> tuple[int, int]:
+    """The images' resolution, made smaller in proportion where a side has more than `MOST_PIXELS`."""
+    height, width = tree.attrs["request"]["resolution"]
+    scale = min(1.0, MOST_PIXELS / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _samples(tree: xr.DataTree, dataset: Dataset | str | None) -> list[tuple[int, Sample]]:
+    """The store's samples, each with its row, as the dataset knows them."""
+    chosen = dataset if dataset is not None else str(tree.attrs["data"])
+    known = load_dataset(chosen) if isinstance(chosen, str) else chosen
+    rows = {str(name): row for row, name in enumerate(tree.dataset["sample"].values.tolist())}
+    if not rows:
+        raise StoreError("This store has no complete sample yet; run its extract command again to go on.")
+    found = {rows[sample.id]: sample for sample in iterate(known) if sample.id in rows}
+    if missing := [name for name, row in rows.items() if row not in found]:
+        raise StoreError(f"The dataset {known.name!r} has no sample {missing[0]!r}; give the one that was extracted.")
+    return sorted(found.items())
+
+
+def _groups(tree: xr.DataTree) -> list[str]:
+    """What counts as one image: the label `image` where samples have it (several texts on one image), else the sample."""
+    return [str(v) for v in tree.dataset["image" if "image" in tree.dataset else "sample"].values.tolist()]
+
+
+def _caption(sample: Sample, conditioning: str) -> Caption:
+    """The caption, with its spans, that a conditioning gives a sample."""
+    kind, _, which = conditioning.partition(":")
+    if kind != "caption":
+        raise StoreError(f"The conditioning {conditioning!r} is no caption of the sample, so nothing says what its words mean.")
+    if which.isdigit() or not which:
+        return sample.captions[int(which or 0)]
+    return next(caption for caption in sample.captions if caption.style == which)
+
+
+def _check_text(sample: Sample, conditioning: str, stored: str) -> None:
+    """Refuses a dataset whose words are not those that were extracted: its spans and objects would be of others."""
+    if (said := prompt_for(conditioning, sample)) != stored:
+        raise StoreError(
+            f"Sample {sample.id!r} was extracted with the {conditioning} {stored!r}, but the dataset says {said!r}; "
+            "give the dataset that was extracted."
+        )
+
+
+def _prompts(tree: xr.DataTree, conditioning: str) -> xr.Dataset:
+    prompts = tree["prompts"].to_dataset()
+    there = [str(c) for c in prompts["conditioning"].values]
+    return prompts.isel(conditioning=there.index(_known(conditioning, there, "conditioning")))
+
+
+def _in_front(rows: Sequence[int], count: int) -> tuple[list[int], dict[int, int]]:
+    """All of `count` rows with the given ones first, and where each then is.
+
+    >>> _in_front([2, 0], 3)
+    ([2, 0, 1], {2: 0, 0: 1, 1: 2})
+    """
+    chosen = set(rows)
+    order = [*rows, *(row for row in range(count) if row not in chosen)]
+    return order, {row: place for place, row in enumerate(order)}
+
+
+def _tidy(frames: Sequence[pd.DataFrame], front: Sequence[str], left_out: Counter[str]) -> pd.DataFrame:
+    table = pd.concat(frames, ignore_index=True)
+    table = with_holm(table[[*front, *table.columns.drop(list(front))]])
+    table.attrs["left_out"] = {reason: n for reason, n in left_out.items() if n}
+    return table

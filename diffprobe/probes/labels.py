@@ -1,0 +1,84 @@
+"""Labels of patches: what the object that covers each place of a feature map is.
+
+Masks come from the dataset that the store names, brought to the model's size by the same geometry as its images were.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffprobe.data import fit_masks, load_dataset
+from diffprobe.data.samples import Dataset, Sample, iterate
+
+BACKGROUND = "background"
+PREFIX = "mask:"
+
+
+def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, dataset: Dataset | None = None) -> xr.DataArray:
+    """The features with the coordinate `label` (sample, y, x), for probes with ``pool="patches"``.
+
+    Args:
+        features: (sample, ..., channel, y, x) of a site of the store.
+        tree: The store.
+        label: ``mask:ATTRIBUTE``; ``mask:shape`` says of every patch which shape covers most of it, or background.
+        dataset: Instead of the one that the store names.
+
+    Raises:
+        ValueError: the features have no places, the dataset is another than the recorded one, or it has no masks with
+            that attribute.
+    """
+    if not {"y", "x"} <= set(features.dims):
+        raise ValueError(f"Label {label!r} belongs to places, and these features have none: {features.dims}.")
+    request = tree.attrs["request"]
+    dataset = dataset if dataset is not None else load_dataset(tree.attrs["data"])
+    if dataset.fingerprint() != request["fingerprint"]:
+        raise ValueError(f"{dataset.name} is not the dataset of this store ({request['dataset']}): its content differs.")
+    by_id = {sample.id: sample for sample in iterate(dataset)}
+    samples = [by_id[str(name)] for name in features["sample"].values]
+    grid = features.sizes["y"], features.sizes["x"]
+    labels = patch_labels(samples, label.removeprefix(PREFIX), grid, tuple(request["resolution"]), request["fit"])
+    return features.assign_coords({label: (("sample", "y", "x"), labels)})
+
+
+def patch_labels(
+    samples: Sequence[Sample], attribute: str, grid: tuple[int, int], size: tuple[int, int], fit: str = "crop"
+) -> NDArray[np.object_]:
+    """For each patch the attribute of the objects that cover the largest part of it, or background: (sample, y, x).
+
+    Args:
+        attribute: Of the samples' objects, such as "shape"; objects with one value count together.
+        grid: (y, x) patches.
+        size: (height, width) in pixels that the images were brought to, `fit` how.
+    """
+    labels = np.full((len(samples), *grid), BACKGROUND, object)
+    for index, sample in enumerate(samples):
+        masks = fit_masks(sample.masks(), size, fit)
+        if not len(masks) or len(masks) != len(sample.objects):
+            raise ValueError(
+                f"Sample {sample.id!r} has {len(masks)} masks and {len(sample.objects)} described objects; patches need both."
+            )
+        known = sample.objects[0]
+        if attribute not in known:
+            near = difflib.get_close_matches(attribute, [str(k) for k in known], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(map(str, known))}.{hint}")
+        values = [str(o[attribute]) for o in sample.objects]
+        names = sorted(set(values))
+        together = np.stack([np.any([m for m, v in zip(masks, values, strict=True) if v == n], axis=0) for n in names])
+        cover = np.stack([_shares(mask, grid) for mask in together])
+        # A patch is background unless one class covers more of it than nothing does.
+        empty = 1 - _shares(np.any(masks, axis=0), grid)
+        labels[index] = np.array([BACKGROUND, *names], object)[np.argmax(np.concatenate([empty[None], cover]), axis=0)]
+    return labels
+
+
+def _shares(mask: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """The share of each patch's area that a mask (y, x) covers."""
+    shrunk = Image.fromarray(mask.astype(np.float32)).resize((grid[1], grid[0]), Image.Resampling.BOX)
+    return np.asarray(shrunk)

@@ -1,0 +1,333 @@
+"""One self-contained page: figures, verdicts, provenance, and a picker of attention maps; opens from a file, offline.
+
+Everything that the page shows (captions, sample ids, file names, numbers) is text of others.  The invariant: it enters
+through the template, which escapes it, or through JSON in which ``<``, ``>``, ``&`` and line separators are escaped; and
+should that ever fail, the page's policy runs no script but the one whose hash it names, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffprobe.conditioning import NULL
+from diffprobe.experiment import collect_claims, read_sidecars
+from diffprobe.gallery import open_with_images
+from diffprobe.plotting import heat_colours, read_rows
+from diffprobe.store import StoreError, site_names, store_info
+
+FIRST_ROWS = 20
+LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
+_MARKS = {"held": "✓", "not held": "✗", "undecided": "?"}
+_ORIGIN = ("model", "data", "count", "seed")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page holds."""
+
+    figures: int
+    claims: int
+    stores: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One text that a sample was given: its tokens, and where they stand on the token axis of the maps."""
+
+    conditioning: str
+    text: str
+    tokens: list[str]
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """The samples of one store that the page shows, before their maps are read."""
+
+    name: str
+    tree: xr.DataTree
+    rows: list[int]
+    ids: list[str]
+    images: list[str]
+    prompts: list[list[_Prompt]]
+    sites: list[str]
+
+    @property
+    def bytes(self) -> int:
+        """What this store will take in the page: base64 writes three bytes as four letters."""
+        tokens = sum(len(prompt.tokens) for sample in self.prompts for prompt in sample)
+        cells = sum(_maps(self.tree, s).sizes["y"] * _maps(self.tree, s).sizes["x"] + 8 for s in self.sites)
+        steps = self.tree[self.sites[0]].sizes["timestep"]
+        return sum(map(len, self.images)) + tokens * cells * steps * 4 // 3
+
+
+def write_report(
+    run: str | Path,
+    out: str | Path,
+    stores: Sequence[str] = (),
+    *,
+    samples: int = 12,
+    data: str = "",
+    max_bytes: int = LARGEST,
+) -> Report:
+    """Write the page of a folder of figures, and of stores with cross-attention maps.
+
+    Args:
+        run: Folder of figures, as `diffprobe reproduce` and `diffprobe plot` write them.
+        out: The page.
+        stores: Stores to explore: sample, token, site and timestep are picked, and the map lies over the image.
+        samples: How many of each store's first samples.
+        data: The stores' dataset; the one that each names by default.
+        max_bytes: Bound on what the stores take together.
+
+    Raises:
+        ValueError: there is nothing to show, a store has no maps, or the maps would take more than `max_bytes`.
+    """
+    run, out = Path(run), Path(out)
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a folder of figures; 'diffprobe reproduce --out {run}' makes one.")
+    figures = _figures(run)
+    if not figures:
+        raise ValueError(f"{run} holds no figure (a .png with its .json); 'diffprobe reproduce --out {run}' draws them.")
+    shelves = [_shelf(store, samples, data) for store in stores]
+    total = sum(shelf.bytes for shelf in shelves)
+    if total > max_bytes:
+        shown = max(len(shelf.ids) for shelf in shelves)
+        fits = int(shown * max_bytes / total)
+        raise ValueError(
+            f"The maps of {shown} samples would take {total / 1e6:.2f} MB in the page and {max_bytes / 1e6:.2f} are allowed: "
+            + (f"about {fits} samples fit (--samples {fits}), or " if fits else "")
+            + f"allow more (--max-mb {-(-total // 10**6)})."
+        )
+    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    claims = collect_claims(run)
+    page = template.from_string(source).render(
+        name=run.resolve().name,
+        policy=_policy(source),
+        figures=figures,
+        claims=claims.to_dict("records"),
+        counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in _MARKS},
+        marks=_MARKS,
+        versions=_versions(figures),
+        explorer={"colours": _letters(heat_colours()), "stores": [_read_maps(shelf) for shelf in shelves]},
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return Report(sum(len(f["pictures"]) for f in figures), len(claims), len(shelves), out.stat().st_size)
+
+
+def explorable(work: Path) -> list[Path]:
+    """The stores below a folder that hold cross-attention maps."""
+    found = []
+    for path in sorted(work.rglob("*.zarr")):
+        with contextlib.suppress(StoreError):
+            if any("Cross-Map" in site for site in store_info(path)["request"].get("maps", [])):
+                found.append(path)
+    return found
+
+
+def _policy(source: str) -> str:
+    """A Content-Security-Policy under which only the template's own script and style work, and images inside the page."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+        assert text is not None
+        hashes[tag] = base64.b64encode(hashlib.sha256(text[1].encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+def _figures(run: Path) -> list[dict[str, Any]]:
+    """Every figure of a folder: its pictures, first rows and origin; those with verdicts come first."""
+    sidecars = read_sidecars(run)
+    named = {name: found.get("config", {}).get("figures", [name]) for name, found in sidecars.items() if "config" in found}
+    figures = []
+    for name, pictures in named.items():
+        config = sidecars[name]["config"]
+        origin = {key: config.get(key) for key in _ORIGIN}
+        told = {*_ORIGIN, "claims", "title", "figures", "command", "commit", "seconds", "measured_with"}
+        figures.append(
+            {
+                "name": name,
+                "title": config.get("title", name),
+                "pictures": [
+                    {"name": p, "alt": sidecars[p]["alt"], "url": _picture(run / f"{p}.png")} for p in pictures if p in sidecars
+                ],
+                "command": config.get("command", ""),
+                "runtime": _duration(config["seconds"]) if "seconds" in config else "",
+                "commit": (config.get("commit") or "")[:10],
+                "origin": {
+                    key: "" if value is None else value or ("its own" if key == "data" else value)
+                    for key, value in origin.items()
+                },
+                "settings": {key: _text(value) for key, value in config.items() if key not in told},
+                "versions": config.get("measured_with") or sidecars[name].get("versions", {}),
+                "claims": config.get("claims", []),
+                "table": _table(run / f"{name}.csv"),
+            }
+        )
+    return sorted(figures, key=lambda figure: not figure["claims"])
+
+
+def _picture(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    frame = read_rows(path)
+    rows = [[_text(value) for value in row] for row in frame.head(FIRST_ROWS).itertuples(index=False)]
+    return {"file": path.name, "columns": list(frame.columns), "rows": rows, "count": len(frame)}
+
+
+def _text(value: object) -> str:
+    """A cell as a person reads it: four digits, nothing for what is missing.
+
+    >>> _text(0.123456), _text(float("nan")), _text(["a", 1]), _text("a")
+    ('0.1235', '', '["a", 1]', 'a')
+    """
+    if isinstance(value, float | np.floating):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(42), _duration(400)
+    ('42 s', '7 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _versions(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The environments that the figures were measured in, each once, with the figures' names."""
+    found: dict[str, list[str]] = {}
+    for figure in figures:
+        line = ", ".join(f"{package} {version}" for package, version in sorted(figure["versions"].items()))
+        found.setdefault(line or "unknown", []).append(figure["name"])
+    return [{"packages": line, "figures": names} for line, names in found.items()]
+
+
+# --- the explorer ----------------------------------------------------------------------------------------
+
+
+def _shelf(store: str, samples: int, data: str) -> _Shelf:
+    """Open a store and find what of it the page will show.
+
+    Raises:
+        StoreError: it has no cross-attention maps, or the dataset lacks its samples.
+    """
+    tree, images, rows, ids = open_with_images(store, data, lambda found: list(range(min(samples, found.sizes["sample"]))))
+    sites = [name for name in site_names(tree) if tree[name].attrs.get("kind") == "cross_map"]
+    if not sites:
+        raise StoreError(f"{store} has no cross-attention maps to explore; record them with --maps cross.")
+    kept = _kept(tree, sites[0])
+    texts = [c for c in _conditionings(tree, sites[0]) if c != NULL] or [NULL]
+    prompts = [[_prompt(tree, row, text, kept) for text in texts] for row in rows]
+    name = Path(store.rstrip("/")).name
+    return _Shelf(name, tree, rows, ids, [_image(image) for image in images], prompts, sites)
+
+
+def _maps(tree: xr.DataTree, site: str) -> xr.DataArray:
+    """(sample, conditioning, timestep, head, token, y, x)."""
+    return tree[site].to_dataset()["maps"]
+
+
+def _conditionings(tree: xr.DataTree, site: str) -> list[str]:
+    return [str(name) for name in _maps(tree, site)["conditioning"].values]
+
+
+def _kept(tree: xr.DataTree, site: str) -> list[int]:
+    """The token positions on a map site's token axis."""
+    maps = _maps(tree, site)
+    return maps["token"].values.tolist() if "token" in maps.coords else list(range(maps.sizes["token"]))
+
+
+def _prompt(tree: xr.DataTree, row: int, conditioning: str, kept: Sequence[int]) -> _Prompt:
+    """A sample's text and those of its tokens whose maps were kept: up to the one that ends it, without the padding."""
+    prompts = tree["prompts"].to_dataset()
+    one = prompts.isel(sample=row, conditioning=prompts["conditioning"].values.tolist().index(conditioning))
+    text = str(one["text"].item())
+    spans = list(zip(one["token_start"].values.tolist(), one["token_end"].values.tolist(), strict=True))
+    words = [position for position, (start, end) in enumerate(spans) if end > start]
+    first, last = (words[0], words[-1]) if words else (1, 0)
+    positions = [position for position in kept if position <= last + 1]
+    tokens = [
+        text[slice(*spans[position])] if first <= position <= last else "(start)" if position < first else "(end)"
+        for position in positions
+    ]
+    return _Prompt(conditioning, text, tokens, positions)
+
+
+def _image(pixels: NDArray[np.uint8]) -> str:
+    """An image as a data URL: drawn scenes stay exact, photographs become small."""
+    small = max(pixels.shape[:2]) <= 256
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 88}))
+    return f"data:image/{'png' if small else 'jpeg'};base64,{_letters(buffer.getvalue())}"
+
+
+def _read_maps(shelf: _Shelf) -> dict[str, Any]:
+    """The maps of a store as the page's script reads them.
+
+    Of every sample, prompt and site: ``values``, bytes (timestep, token, y, x) from the map's own lowest to its own highest
+    value, and ``ends``, these two as float32 (timestep, token, 2).
+    """
+    stored = {s: _maps(shelf.tree, s).isel(sample=shelf.rows).astype(np.float32).mean("head") for s in shelf.sites}
+    kept = {site: _kept(shelf.tree, site) for site in shelf.sites}
+    samples = []
+    for number, (sample_id, image) in enumerate(zip(shelf.ids, shelf.images, strict=True)):
+        maps = []
+        for prompt in shelf.prompts[number]:
+            blocks = []
+            for site, array in stored.items():
+                one = array.isel(sample=number, conditioning=_conditionings(shelf.tree, site).index(prompt.conditioning))
+                chosen = one.isel(token=[kept[site].index(position) for position in prompt.positions])
+                blocks.append(_bytes(chosen.transpose("timestep", "token", "y", "x").to_numpy()))
+            maps.append(blocks)
+        prompts = [{"conditioning": p.conditioning, "text": p.text, "tokens": p.tokens} for p in shelf.prompts[number]]
+        samples.append({"id": sample_id, "image": image, "prompts": prompts, "maps": maps})
+    first, model = stored[shelf.sites[0]], Path(shelf.tree.attrs["request"]["model"])
+    return {
+        "name": shelf.name,
+        "model": model.name if model.is_absolute() else str(model),
+        "timesteps": first["timestep"].values.tolist(),
+        "sites": [{"name": site, "height": a.sizes["y"], "width": a.sizes["x"]} for site, a in stored.items()],
+        "samples": samples,
+    }
+
+
+def _bytes(maps: NDArray[np.float32]) -> dict[str, str]:
+    """Maps (timestep, token, y, x), each from its own lowest to its own highest value, in 256 steps."""
+    low, high = maps.min((2, 3)), maps.max((2, 3))
+    share = (maps - low[..., None, None]) / np.maximum(high - low, np.finfo(np.float32).tiny)[..., None, None]
+    ends = np.stack([low, high], -1).astype("<f4")
+    return {"values": _letters(np.rint(share * 255).astype(np.uint8)), "ends": _letters(ends)}
+
+
+def _letters(data: bytes | NDArray[Any]) -> str:
+    return base64.b64encode(data if isinstance(data, bytes) else data.tobytes()).decode()

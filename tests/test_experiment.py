@@ -1,0 +1,302 @@
+"""Running experiments: verdicts from rows, files that belong together, and `diffprobe reproduce` on a small folder of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from diffprobe.cli import main
+from diffprobe.experiment import (
+    Claim,
+    Experiment,
+    Options,
+    Result,
+    collect_claims,
+    find_experiments,
+    load_experiment,
+    reproduce,
+)
+
+GOOD = """
+from matplotlib.figure import Figure
+import numpy as np
+import pandas as pd
+from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
+
+def measure(options: Options) -> Result:
+    import torch  # as a real one: only to measure
+
+    values = torch.arange(options.count).double().numpy() + options.seed
+    return Result(pd.DataFrame({"value": values, "n": options.count}), {"grid": np.eye(3)}, {"store": "none"})
+
+def judge(rows: pd.DataFrame) -> list[Claim]:
+    low, high = rows["value"].min(), rows["value"].max()
+    return [Claim("A1", "Values are above one", verdict(low, high, 1), f"[{low:g}, {high:g}], n = {len(rows)}")]
+
+def draw(result: Result) -> dict[str, Figure]:
+    figures = {suffix: Figure(figsize=(2, 1)) for suffix in ("", "grid")}
+    figures[""].subplots().plot(result.rows["value"])
+    figures["grid"].subplots().imshow(result.pictures["grid"])
+    return figures
+
+EXPERIMENT = Experiment("fig1_good", "Numbers that rise", 6, 2, measure, judge, draw, {"": "A line", "grid": "A grid"})
+if __name__ == "__main__":
+    EXPERIMENT.main()
+"""
+BAD = GOOD.replace("fig1_good", "fig2_bad").replace(
+    "    import torch", '    raise RuntimeError("no [luck]\\nat all")\n    import torch'
+)
+BROKEN = "import a_module_that_is_not_there\n"
+TABLE = GOOD.replace("fig1_good", "tab_more").replace('Claim("A1", "Values', 'Claim("A0", "All values')
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is blocked")
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import torch
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four experiment files: two that work, one that fails while it measures, one that does not even load."""
+    found = tmp_path / "experiments"
+    found.mkdir()
+    for name, text in {"fig1_good": GOOD, "fig2_bad": BAD, "fig3_broken": BROKEN, "tab_more": TABLE, "helper": ""}.items():
+        (found / f"{name}.py").write_text(text)
+    return found
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """`diffprobe reproduce` in this process, in an empty folder: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffprobe", "reproduce", *arguments, "--experiments", str(folder)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output, errors = capsys.readouterr()
+        return code, output, errors
+
+    return call
+
+
+# --- one experiment -------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_what_redraws_it(folder: Path, tmp_path: Path) -> None:
+    experiment, out = load_experiment(folder / "fig1_good.py"), tmp_path / "figures"
+    claims = experiment.run(Options(seed=2, work=tmp_path / "work"), out)
+    assert claims == [Claim("A1", "Values are above one", "held", "[2, 7], n = 6")]
+    names = {"fig1_good.png", "fig1_good.pdf", "fig1_good.csv", "fig1_good.json", "fig1_good.npz", "claims.csv"}
+    names |= {"fig1_good_grid.png", "fig1_good_grid.pdf", "fig1_good_grid.json"}
+    assert {path.name for path in out.iterdir()} == names
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert experiment.redraw(out) == claims
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_origin_says_how_to_do_it_again(folder: Path, tmp_path: Path) -> None:
+    load_experiment(folder / "fig1_good.py").run(Options(smoke=True, work=tmp_path), tmp_path)
+    config = json.loads((tmp_path / "fig1_good.json").read_text())["config"]
+    assert config["command"] == "diffprobe reproduce fig1_good --smoke"
+    assert (config["count"], config["model"], config["store"], config["seconds"]) == (2, "shapes-sd", "none", 0)
+    assert config["figures"] == ["fig1_good", "fig1_good_grid"]
+    assert config["measured_with"]["numpy"] == np.__version__
+    assert str(tmp_path) not in json.dumps(config)
+    assert json.loads((tmp_path / "fig1_good_grid.json").read_text()) == {"alt": "A grid", "rows": "fig1_good.csv"}
+
+
+def test_verdicts_come_from_the_rows_alone(folder: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(folder / "fig1_good.py")
+    assert experiment.run(Options(), tmp_path)[0].verdict == "undecided"
+    rows = pd.read_csv(tmp_path / "fig1_good.csv")
+    rows.assign(value=rows["value"] - 10).to_csv(tmp_path / "fig1_good.csv", index=False)
+    assert experiment.redraw(tmp_path)[0].verdict == "not held"
+    assert collect_claims(tmp_path)["verdict"].tolist() == ["not held"]
+    assert pd.read_csv(tmp_path / "claims.csv")["evidence"].tolist() == ["[-10, -5], n = 6"]
+
+
+def test_every_choice_of_options_has_a_work_folder_of_its_own(folder: Path, tmp_path: Path) -> None:
+    seen: list[Path] = []
+    good = load_experiment(folder / "fig1_good.py")
+    measured, drawn = Result(pd.DataFrame({"value": [1.0]})), {"": Figure(figsize=(1, 1))}
+    spy = replace(good, measure=lambda options: [seen.append(options.work), measured][1], draw=lambda result: drawn)
+    for options in (
+        Options(),
+        Options(smoke=True),
+        Options(seed=1),
+        Options(model="a/b c"),
+        Options(data="shapes:9?x=1"),
+        Options(),
+    ):
+        spy.run(replace(options, work=tmp_path / "work"), tmp_path)
+    assert len(set(seen)) == 5
+    assert seen[0] == seen[-1] == tmp_path / "work" / "shapes-sd_n6_seed0"
+
+
+def test_pictures_of_an_earlier_run_do_not_stay(folder: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(folder / "fig1_good.py")
+    experiment.run(Options(), tmp_path)
+    bare = replace(
+        experiment,
+        measure=lambda options: Result(pd.DataFrame({"value": [1.0]})),
+        draw=lambda result: {"": Figure(figsize=(1, 1))},
+    )
+    bare.run(Options(), tmp_path)
+    assert not (tmp_path / "fig1_good.npz").exists()
+
+
+@pytest.mark.parametrize(("drawn", "alt"), [({"grid": Figure()}, {"grid": "A grid"}), ({"": Figure()}, {"grid": "A grid"})])
+def test_a_figure_without_alt_text_or_first_picture_is_refused(
+    folder: Path, tmp_path: Path, drawn: dict[str, Figure], alt: dict[str, str]
+) -> None:
+    experiment: Experiment = replace(load_experiment(folder / "fig1_good.py"), draw=lambda result: drawn, alt=alt)
+    with pytest.raises(ValueError, match="each needs an alt text"):
+        experiment.run(Options(), tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
+def test_an_experiment_file_by_itself(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment, out = load_experiment(folder / "fig1_good.py"), ["--out", str(tmp_path / "o"), "--work", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        experiment.main([*out, "--from-csv"])
+    assert stop.value.code == 2
+    assert "fig1_good.csv does not exist: run the experiment once without --from-csv" in capsys.readouterr().err
+    experiment.main([*out, "--count", "3", "--seed", "9"])
+    measured = capsys.readouterr().out
+    assert "A1 held: Values are above one\n      [9, 11], n = 3" in measured
+    experiment.main([*out, "--from-csv"])
+    assert capsys.readouterr().out == measured
+
+
+# --- several --------------------------------------------------------------------------------------
+
+
+def test_names_are_beginnings(folder: Path) -> None:
+    names = lambda *patterns: [path.stem for path in find_experiments(patterns, folder)]  # noqa: E731
+    assert names("tab", "fig1", "fig1_good") == ["tab_more", "fig1_good"]
+    assert names("all") == ["fig1_good", "fig2_bad", "fig3_broken", "tab_more"]
+    with pytest.raises(ValueError, match="'fig9'; there are fig1_good, fig2_bad, fig3_broken, tab_more, or all"):
+        names("fig9")
+    with pytest.raises(ValueError, match="holds no experiment"):
+        find_experiments(["all"], folder.parent)
+    with pytest.raises(ValueError, match="has no EXPERIMENT"):
+        load_experiment(folder / "helper.py")
+
+
+def test_one_that_fails_does_not_stop_the_others(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    outcomes = reproduce(
+        find_experiments(["all"], folder), Options(work=tmp_path / "work"), tmp_path / "figures", tell=lines.append
+    )
+    assert [outcome.error for outcome in outcomes] == [
+        "",
+        "RuntimeError: no [luck]",
+        "ModuleNotFoundError: No module named 'a_module_that_is_not_there'",
+        "",
+    ]
+    assert [len(outcome.claims) for outcome in outcomes] == [1, 0, 0, 1]
+    assert lines[0] == "1 of 4  fig1_good"
+    assert "failed after 0 s: RuntimeError: no [luck]" in "\n".join(lines)
+    assert "at all" in (tmp_path / "work/fig2_bad.error.txt").read_text()
+    kept = pd.read_csv(tmp_path / "figures/claims.csv")
+    assert kept.columns.tolist() == ["id", "statement", "verdict", "evidence", "figure"]
+    assert kept[["id", "figure"]].values.tolist() == [["A0", "tab_more"], ["A1", "fig1_good"]]
+
+
+def test_reproduce_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, output, errors = run("fig1", "tab", "--seed", "2")
+    assert (code, errors) == (0, "")
+    assert "2 of 2  tab_more" in output
+    assert "Numbers that rise" in output
+    assert "[2, 7], n = 6" in output
+    assert "  figures/fig1_good_grid.png\n" in output
+    assert "diffprobe report figures -o figures/report.html" in output
+    code, output, _ = run("all", "--smoke")
+    assert code == 1
+    assert "Failed: fig2_bad: RuntimeError: no [luck] (the traceback is in runs/reproduce/fig2_bad.error.txt)" in output
+    assert "diffprobe reproduce fig2_bad fig3_broken --smoke" in output
+    assert json.loads(Path("runs/smoke/fig1_good.json").read_text())["config"]["count"] == 2
+    assert json.loads(Path("figures/fig1_good.json").read_text())["config"]["count"] == 6
+
+
+def test_mistakes_are_one_sentence(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, output, errors = run("fig9")
+    assert (code, output) == (2, "")
+    assert (
+        errors == "diffprobe: No experiment begins with 'fig9'; there are fig1_good, fig2_bad, fig3_broken, tab_more, or all.\n"
+    )
+    code, _, errors = run("fig1", "--from-csv", "--seed", "1")
+    assert code == 2
+    assert "--from-csv draws what was measured" in errors
+
+
+def test_the_list_names_even_what_does_not_load(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, output, _ = run("--list")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == ["fig1_good", "fig2_bad", "fig3_broken", "tab_more"]
+    assert "fig1_good            Numbers that rise" in output
+    assert "ModuleNotFoundError" in output
+
+
+def test_from_csv_needs_no_torch(run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    assert run("fig1")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    command = [
+        sys.executable,
+        "-c",
+        f"{BLOCKED}from diffprobe.cli import main\nmain()",
+        "reproduce",
+        "fig1",
+        "--from-csv",
+        "--experiments",
+        str(folder),
+    ]
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.startswith("torch is blocked")
+    assert "[0, 5], n = 6" in again.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == before
+
+
+def test_the_committed_verdicts_follow_from_the_committed_rows() -> None:
+    """Of this checkout's own experiments, all of which must load and judge without torch."""
+    script = """
+from dataclasses import asdict
+from diffprobe.experiment import find_experiments, folder, load_experiment, read_sidecars
+from diffprobe.plotting import read_rows
+figures = folder().parent / "figures"
+sidecars = read_sidecars(figures)
+for path in find_experiments():
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem, path
+    if experiment.name in sidecars:
+        claims = [asdict(claim) for claim in experiment.judge(read_rows(figures / f"{experiment.name}.csv"))]
+        assert claims == sidecars[experiment.name]["config"]["claims"], path
+    print(path.stem)
+"""
+    done = subprocess.run([sys.executable, "-c", BLOCKED + script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["torch is blocked", *(path.stem for path in find_experiments())]
