@@ -36,7 +36,9 @@ zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models and the re
 app.add_typer(probe_app, name="probe")
 app.add_typer(plot_app, name="plot")
 app.add_typer(zoo_app, name="zoo")
-leakage_app = typer.Typer(no_args_is_help=True, help="Does a language model that is given features see the image, or read the prompt?")
+leakage_app = typer.Typer(
+    no_args_is_help=True, help="Does a language model that is given features see the image, or read the prompt?"
+)
 app.add_typer(leakage_app, name="leakage")
 
 _out = Console(highlight=False)
@@ -157,7 +159,10 @@ def extract(
         str, typer.Option("--data", "-d", help="A folder of images, or shapes:N (?split=, seed=, objects=).")
     ] = "shapes:256?split=test",
     sites: Annotated[
-        str, typer.Option(help="Names, paths, globs or presets (paper, blocks), parted by commas; Noised-Latent is the network's own input; empty for none.")
+        str,
+        typer.Option(
+            help="Names, paths, globs or presets (paper, blocks), parted by commas; Noised-Latent is the network's own input; empty for none."
+        ),
     ] = "paper",
     maps: Annotated[str, typer.Option(help="The same for attention maps (presets: cross, self).")] = "",
     heads: Annotated[Heads, typer.Option(help="Average a map's heads or keep them.")] = Heads.mean,
@@ -168,7 +173,10 @@ def extract(
         str, typer.Option("--timesteps", "-t", help="Training timesteps, parted by commas.")
     ] = "10,50,100,250,500",
     conditioning: Annotated[
-        str, typer.Option("--conditioning", "-c", help="null, caption[:N|:STYLE], question[:N], mismatched, hard, words, fixed:TEXT.")
+        str,
+        typer.Option(
+            "--conditioning", "-c", help="null, caption[:N|:STYLE], question[:N], mismatched, hard, words, fixed:TEXT."
+        ),
     ] = "null,caption",
     guidance: Annotated[str, typer.Option(help="Store f_u + s (f_c - f_u) for these s too, such as 1.5,4.")] = "",
     noise_draws: Annotated[int, typer.Option(help="Average over this many noise tensors.")] = 1,
@@ -194,7 +202,8 @@ def extract(
         bool, typer.Option(help="Load weights that are not safetensors. Pickle files can run code.")
     ] = False,
     random_weights: Annotated[
-        int | None, typer.Option(metavar="SEED", help="Draw the denoising network's weights anew from this seed, as a baseline.")
+        int | None,
+        typer.Option(metavar="SEED", help="Draw the denoising network's weights anew from this seed, as a baseline."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
     force: Annotated[bool, typer.Option(help="Go on although the forecast does not fit on the disk.")] = False,
@@ -326,7 +335,9 @@ class Metric(StrEnum):
 
 ProbeLabel = Annotated[
     str,
-    typer.Option(help="Labels to read, parted by commas; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."),
+    typer.Option(
+        help="Labels to read, parted by commas; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."
+    ),
 ]
 ProbeSites = Annotated[str, typer.Option(help="Sites by name, parted by commas; all features by default.")]
 ProbeConditioning = Annotated[str, typer.Option(help="Conditionings, parted by commas; all by default.")]
@@ -458,7 +469,8 @@ def probe_alignment(
     data: Annotated[
         str,
         typer.Option(
-            "--data", "-d",
+            "--data",
+            "-d",
             help="shapes-mmvp:N, shapes-winoground:N, or mmvp-vlm, winoground, sugarcrepe with :FOLDER_OR_ID "
             "(sugarcrepe:FOLDER?images=COCO_FOLDER).",
         ),
@@ -468,7 +480,9 @@ def probe_alignment(
     ] = "attention_lse_paper,attention_lse_discffusion,denoising_loss,denoising_loss_normalised",
     timesteps: Annotated[str, typer.Option(help="Noise levels, parted by commas.")] = "189,389,589,789,989",
     draws: Annotated[int, typer.Option(min=1, help="Noise tensors at each timestep.")] = 3,
-    clip: Annotated[str, typer.Option(help="Folder, hub id or embedded name of a CLIP model, for clip_cosine.")] = "shapes-clip",
+    clip: Annotated[
+        str, typer.Option(help="Folder, hub id or embedded name of a CLIP model, for clip_cosine.")
+    ] = "shapes-clip",
     site: Annotated[str, typer.Option(help="Site of pooled_cosine.")] = "U-L2-R1-B0-Cross-Q",
     train: Annotated[str, typer.Option(help="Captioned dataset that pooled_cosine learns from.")] = "shapes:600",
     baseline: Annotated[str, typer.Option(help="A score that the others are compared with, item by item.")] = "",
@@ -522,7 +536,8 @@ def probe_similarity(
     ] = "conditioning",
     other: Annotated[str, typer.Option(help="A second store of the same samples, of another model or encoder.")] = "",
     measures: Annotated[
-        str, typer.Option(help="cosine, cosine_standardised, cka, cka_biased, mutual_knn; cosines for pairs, CKA else by default.")
+        str,
+        typer.Option(help="cosine, cosine_standardised, cka, cka_biased, mutual_knn; cosines for pairs, CKA else by default."),
     ] = "",
     sites: ProbeSites = "",
     guidance: Annotated[str, typer.Option(help="Scales s to compare with f_u.")] = "1,1.5,4,7",
@@ -602,7 +617,9 @@ def probe_correspondence(
     frame = pd.concat(frames, ignore_index=True)
     target = out if out != Path() else Path(f"{store.rstrip('/')}.correspondence.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
-    save_table(frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options})
+    save_table(
+        frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options}
+    )
     table = Table("site", "timestep", "conditioning", "alpha", "PCK", "95% interval", "chance", "in the box", "same place", "n",
                   box=None, pad_edge=False)  # fmt: skip
     points = frame[(frame["per"] == "point") & (frame["category"] == "all")].sort_values("value", ascending=False)
@@ -618,7 +635,9 @@ def probe_correspondence(
 @probe_app.command("localization")
 def probe_localization(
     store: StorePath,
-    of: Annotated[str, typer.Option(help="attention (of a caption's words), or difference (|f_c - f_u| of a text).")] = "attention",
+    of: Annotated[
+        str, typer.Option(help="attention (of a caption's words), or difference (|f_c - f_u| of a text).")
+    ] = "attention",
     conditioning: Annotated[
         str, typer.Option(help="The caption whose words are scored; for differences captions and questions, all by default.")
     ] = "",
@@ -626,7 +645,9 @@ def probe_localization(
     sites: ProbeSites = "",
     timesteps: Annotated[str, typer.Option("--timesteps", "-t", help="All by default.")] = "",
     roles: Annotated[str, typer.Option(help="Of words: noun, colour, phrase, background.")] = "noun",
-    by_head: Annotated[bool, typer.Option("--by-head", help="Each head beside their mean (of a store with --heads all).")] = False,
+    by_head: Annotated[
+        bool, typer.Option("--by-head", help="Each head beside their mean (of a store with --heads all).")
+    ] = False,
     out: ProbeOut = Path(),
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
 ) -> None:
@@ -668,7 +689,11 @@ def _show_localization(frame: pd.DataFrame) -> None:
     for _, rows in mine.groupby([by, "score"], sort=False):
         best = rows.iloc[int(rows["value"].to_numpy().argmax())]
         lead = leads.loc[tuple(best[name] for name in cell)]
-        shown = f"{lead['lead']:+.3f} [{lead['lead_low']:+.3f}, {lead['lead_high']:+.3f}]" if lead.notna().all() else "none to compare"
+        shown = (
+            f"{lead['lead']:+.3f} [{lead['lead_low']:+.3f}, {lead['lead_high']:+.3f}]"
+            if lead.notna().all()
+            else "none to compare"
+        )
         table.add_row(
             str(best[by]), str(best["score"]), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
             f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", shown, str(best["n"]),
@@ -778,7 +803,9 @@ def plot_localization(
     frame = read_rows(table)
     for suffix, figure in localization_figures(frame, score).items():
         alt = f"Localization scores of maps against masks ({suffix.replace('_', ', ')}) with controls, intervals and chance."
-        _out.print(f"Drew {save_figure(figure, out, f'{name}_{suffix}', frame, {'table': table.name}, alt)['png']}", markup=False)
+        _out.print(
+            f"Drew {save_figure(figure, out, f'{name}_{suffix}', frame, {'table': table.name}, alt)['png']}", markup=False
+        )
 
 
 # --- the whole analysis ---------------------------------------------------------------------------
@@ -799,9 +826,7 @@ def reproduce(
     ] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the experiments and stop.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the figures.", show_default="figures")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the figures.", show_default="figures")] = None,
     work: Annotated[Path, typer.Option(help="Folder for stores; a run that was cut off goes on from them.")] = Path(
         "runs/reproduce"
     ),
@@ -879,8 +904,10 @@ def report(
         f"{out}: {made.figures} figures, {made.claims} claims, stores to explore: {made.stores}; {made.bytes / 1e6:.1f} MB.",
         markup=False,
     )
-    _next(*([] if store else [f"diffprobe report {shlex.quote(str(run))} --store STORE   # to explore attention maps in it"]),
-          f"open {out} in a browser; it needs no network")
+    _next(
+        *([] if store else [f"diffprobe report {shlex.quote(str(run))} --store STORE   # to explore attention maps in it"]),
+        f"open {out} in a browser; it needs no network",
+    )
 
 
 # --- leakage --------------------------------------------------------------------------------------
@@ -890,19 +917,44 @@ def report(
 def leakage_run(
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder. The same command goes on where it was cut off.")],
     store: Annotated[
-        list[str] | None, typer.Argument(help="Stores of the training images, whose features are used where they fit.", metavar="[STORE]...")
+        list[str] | None,
+        typer.Argument(help="Stores of the training images, whose features are used where they fit.", metavar="[STORE]..."),
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Diffusion model: hub id, folder or embedded name.", show_default="the store's, else shapes-sd")] = "",
-    data: Annotated[str, typer.Option("--data", "-d", help="Training images with captions.", show_default="the store's, else shapes:1500?split=train")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Diffusion model: hub id, folder or embedded name.",
+            show_default="the store's, else shapes-sd",
+        ),
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", "-d", help="Training images with captions.", show_default="the store's, else shapes:1500?split=train"
+        ),
+    ] = "",
     test: Annotated[str, typer.Option(help="Held-out images, with several captions each.")] = "shapes:100?split=test",
-    language_model: Annotated[str, typer.Option("--language-model", "-l", help="shapes-lm, smollm2, a folder or a hub id.")] = "shapes-lm",
-    arms: Annotated[str, typer.Option(help="BASE[+dropNN][/CURE], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; CURE: centred, gated, erased, or a knock-out.")] = "U,M,M+drop30",
+    language_model: Annotated[
+        str, typer.Option("--language-model", "-l", help="shapes-lm, smollm2, a folder or a hub id.")
+    ] = "shapes-lm",
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="BASE[+dropNN][/CURE], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; CURE: centred, gated, erased, or a knock-out."
+        ),
+    ] = "U,M,M+drop30",
     sites: Annotated[str, typer.Option(help="Names, paths or globs, parted by commas.")] = "U-L1-R1-B0-Cross-Q",
     timesteps: Annotated[str, typer.Option("--timesteps", "-t", help="Parted by commas.")] = "50",
     guidance: Annotated[str, typer.Option(help="s of f_u + s (f_c - f_u), parted by commas.")] = "1,1.5,4",
-    seeds: Annotated[int, typer.Option(min=1, help="Projectors of each kind; fewer than 3 say little of other projectors.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Projectors of each kind; fewer than 3 say little of other projectors.")
+    ] = 3,
     conditions: Annotated[str, typer.Option(help="Test conditions; all of them when empty.")] = "",
-    knockouts: Annotated[str, typer.Option(help="Routes cut at test time: start, ending, content, empty[@first:K|@GLOB].")] = "",
+    knockouts: Annotated[
+        str, typer.Option(help="Routes cut at test time: start, ending, content, empty[@first:K|@GLOB].")
+    ] = "",
     request: Annotated[str, typer.Option(help="What the language model is asked.")] = "Describe the image.",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a projector.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
@@ -939,7 +991,9 @@ def leakage_run(
 @leakage_app.command("report")
 def leakage_report(
     run: Annotated[Path, typer.Argument(help="A folder that 'diffprobe leakage run' filled.", metavar="RUN")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for tables and figures.", show_default="RUN/report")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for tables and figures.", show_default="RUN/report")
+    ] = None,
     n_examples: Annotated[int, typer.Option("--examples", min=1, help="Images whose texts are shown side by side.")] = 2,
 ) -> None:
     """The verdict in a sentence, scores, examples and figures, from the kept files; needs no torch."""
@@ -951,7 +1005,9 @@ def leakage_report(
     found = judge(run, n_examples=n_examples)
     for line in found.sentences:
         _out.print(line, markup=False, soft_wrap=True)
-    table = Table("", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False)
+    table = Table(
+        "", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False
+    )
     for row in found.summary().to_dict("records"):
         table.add_row(*(escape(str(cell)) for cell in row.values()))
     _out.print()

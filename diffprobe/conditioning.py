@@ -221,4 +221,9 @@ def content_tokens(tokens: Sequence[str], token_spans: Sequence[tuple[int, int]]
             words.append([])
         words[-1].append(place)
     spelled = ["".join(tokens[i].removesuffix("</w>").strip("▁Ġ") for i in word).casefold() for word in words]
-    return [i for word, text in zip(words, spelled, strict=True) if re.search(r"\w", text) and text not in FUNCTION_WORDS for i in word]
+    return [
+        i
+        for word, text in zip(words, spelled, strict=True)
+        if re.search(r"\w", text) and text not in FUNCTION_WORDS
+        for i in word
+    ]

@@ -204,5 +204,7 @@ def similarity_figure(table: Path, measure: str, out: Path, name: str) -> Path:
     else:
         label = {"guidance": "guidance s"}.get(x, "timestep (noise grows to the right)")
         figure = plotting.plot_site_curves(frame, x=x, x_label=label, y_label="similarity", share_y=True)
-    alt = f"Similarity of features ({', '.join(dict.fromkeys(frame['measure']))}) by site, {len(frame)} comparisons, with chance."
+    alt = (
+        f"Similarity of features ({', '.join(dict.fromkeys(frame['measure']))}) by site, {len(frame)} comparisons, with chance."
+    )
     return plotting.save_figure(figure, out, name, frame, {"table": table.name}, alt)["png"]

@@ -447,17 +447,22 @@ def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy", title: str =
         rows = frame[frame["label"] == label]
         for _, row in rows.iterrows():
             place = encoders.index(row["encoder"])
-            x = group - 0.4 + (place + 0.5) * step
+            shown = [e for e in encoders if e in set(rows["encoder"])]
+            x = group + (shown.index(row["encoder"]) - (len(shown) - 1) / 2) * step
             axis.bar(x, row["value"], 0.9 * step, color=OKABE_ITO[place % len(OKABE_ITO)])
             axis.plot([x, x], [row["low"], row["high"]], color="black", linewidth=0.9)
-            axis.plot(x, row["control_accuracy"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none")
+            axis.plot(
+                x, row["control_accuracy"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none"
+            )
             axis.text(x, row["high"] + 0.012 * top, _short(float(row["value"])), ha="center", va="bottom", fontsize=6)
         axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, color="0.3", linewidth=1, linestyle=(0, (3, 1.5)))
     for place, encoder in enumerate(encoders):
         axis.bar(0, 0, color=OKABE_ITO[place % len(OKABE_ITO)], label=encoder)
     axis.plot([], [], color="0.3", linewidth=1, linestyle=(0, (3, 1.5)), label="chance")
     if controlled:
-        axis.plot([], [], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none", label="control task")
+        axis.plot(
+            [], [], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none", label="control task"
+        )
     axis.set_xticks(range(len(labels)), [_wrap(str(label), (width - 0.6) / len(labels)) for label in labels])
     axis.tick_params(axis="x", length=0)
     axis.set_ylim(min(0.0, float(frame["low"].min())), top)
@@ -503,7 +508,9 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "", width: float
     for axis in list(axes.flat)[len(labels) :]:
         axis.set_axis_off()
     for kind, name in enumerate(kinds):
-        axes.flat[0].plot([], [], marker=MARKERS[kind % len(MARKERS)], markersize=3, color=OKABE_ITO[kind % len(OKABE_ITO)], label=name)
+        axes.flat[0].plot(
+            [], [], marker=MARKERS[kind % len(MARKERS)], markersize=3, color=OKABE_ITO[kind % len(OKABE_ITO)], label=name
+        )
     figure.legend(loc="outside lower center", ncols=len(kinds))
     if title:
         figure.suptitle(title)
@@ -629,8 +636,8 @@ def plot_scores(frame: pd.DataFrame, *, title: str = "", width: float = COLUMN) 
             place = steps.index(found["timestep"]) if steps and found["timestep"] in steps else None
             shift = 0.0 if place is None else 0.22 * (place - (len(steps) - 1) / 2)
             colour = "0.2" if place is None else OKABE_ITO[place % len(OKABE_ITO)]
-            axis.plot([found["low"], found["high"]], [line + shift] * 2, color=colour, linewidth=1)
-            axis.plot(found["value"], line + shift, marker="o", markersize=3, color=colour, linestyle="none")
+            axis.plot([found["low"], found["high"]], [line + shift] * 2, color=colour, linewidth=1, clip_on=False)
+            axis.plot(found["value"], line + shift, marker="o", markersize=3, color=colour, linestyle="none", clip_on=False)
         axis.plot([rows["chance"].mean()] * 2, [line - 0.4, line + 0.4], color="0.55", linewidth=1, linestyle=(0, (2, 1)))
     for place, step in enumerate(steps):
         axis.plot([], [], marker="o", markersize=3, color=OKABE_ITO[place % len(OKABE_ITO)], label=f"timestep {step:g}")
@@ -831,7 +838,9 @@ def plot_site_curves(
 
 
 @styled
-def plot_similarity_matrix(frame: pd.DataFrame, between: str, *, columns: int = 3, title: str = "", width: float = PAGE) -> Figure:
+def plot_similarity_matrix(
+    frame: pd.DataFrame, between: str, *, columns: int = 3, title: str = "", width: float = PAGE
+) -> Figure:
     """Every two timesteps, conditionings or sites against each other: a heat map for each panel, mirrored, numbers written in.
 
     Args:
@@ -1248,9 +1257,24 @@ def plot_leak_sight(frame: pd.DataFrame, *, unit: str = "content-word F1", title
         axis.plot([row["sight"]] * 2, [row["leak_low"], row["leak_high"]], color=colour, linewidth=0.8, alpha=0.7)
         axis.plot(row["sight"], row["leak"], "o", color=colour, markersize=7)
         axis.annotate(
-            str(place + 1), (row["sight"], row["leak"]), ha="center", va="center_baseline", color="white", fontsize=5, fontweight="bold"
+            str(place + 1),
+            (row["sight"], row["leak"]),
+            ha="center",
+            va="center_baseline",
+            color="white",
+            fontsize=5,
+            fontweight="bold",
         )
-        handles.append(Line2D([], [], linestyle="none", marker="o", color=colour, label=f"{place + 1}  " + f"{row['control']} {row['label']}".strip()))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                marker="o",
+                color=colour,
+                label=f"{place + 1}  " + f"{row['control']} {row['label']}".strip(),
+            )
+        )
     axis.axhline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)))
     axis.axvline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)), label="chance")
     axis.set_xlabel(f"sight: {unit}, image's captions")

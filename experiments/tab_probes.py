@@ -69,8 +69,12 @@ def measure(options: Options) -> Result:
             tree = _record(options, encoder, model, spec)
             cells += [_probe(tree, encoder, label, options) for label in labels if label in tree.coords]
             if encoder == options.model:
-                cells += [_probe_prompt(tree, encoder, label, options) for label in labels if label in ("colour", "shape")]
-            if "n_objects" in labels:
+                cells += [
+                    _probe_prompt(tree, encoder, label, options)
+                    for label in labels
+                    if label in ("colour", "shape") and label in tree.coords
+                ]
+            if "n_objects" in labels and "n_objects" in tree.coords:  # drawn scenes, whose masks are known
                 cells.append(_probe_patches(tree, encoder, options))
     table = pd.concat(cells, ignore_index=True)
     rows = pd.concat([table.drop(columns="rows"), _comparisons(table, options)], ignore_index=True)
@@ -278,11 +282,8 @@ def draw(result: Result) -> dict[str, Figure]:
 
 def _overlap(patches: pd.DataFrame) -> pd.DataFrame:
     """Mean IoU a site; who calls everything background gets the background's share in one class and nothing in the others."""
-    shown = {"value": "miou", "low": "miou_low", "high": "miou_high"}
-    chance = patches["chance"] / patches["n_classes"]
-    return patches.assign(
-        label=patches["site"], control_accuracy=np.nan, chance=chance, **{k: patches[v] for k, v in shown.items()}
-    )
+    shown = {"value": "miou", "low": "miou_low", "high": "miou_high", "chance": "miou_chance"}
+    return patches.assign(label=patches["site"], control_accuracy=np.nan, **{k: patches[v] for k, v in shown.items()})
 
 
 EXPERIMENT = Experiment(

@@ -31,6 +31,7 @@ SITES = ("D-L1-R1", "D-L2-R0", "D-L2-R1", "U-L1-R0", "U-L1-R1", "U-L1-R2", "U-L2
 GUIDANCE, STEPS, BATCH = 4.0, 25, 25
 SHOWN = 12  # pictures of one object, and as many of two, in the grid
 SMOKE_READER_STEPS = 8
+WIDTH = 5.5  # inches; the names are long
 PSNR = "autoencoder: PSNR (dB)"
 ONE, BOTH, HOLDS = (
     "generated: one object, colour and shape",
@@ -337,8 +338,10 @@ def _evidence(row: Mapping[str, Any] | pd.Series) -> str:
 
 def draw(result: Result) -> dict[str, Figure]:
     rows, figures = result.rows, {}
-    sd = rows[rows["part"].isin(["samples", "matching", "pointing"])]
-    figures[""] = plot_scores(sd if len(sd) else rows[rows["chance"].notna()])
+    points = rows[rows["part"] == "pointing"]
+    best = points[points["what"] == points.loc[points["value"].idxmax(), "what"]] if len(points) else points
+    sd = pd.concat([rows[rows["part"].isin(["samples", "matching"])], best])
+    figures[""] = plot_scores(sd if len(sd) else rows[rows["high"] <= 1], width=WIDTH)
     if "samples" in result.pictures:
         texts = [
             f"{prompt}\n(read: {read})"
@@ -348,12 +351,12 @@ def draw(result: Result) -> dict[str, Figure]:
     for part in ("clip", "lm"):
         found = rows[(rows["part"] == part) & (rows["high"] <= 1)]
         if len(found):
-            figures[part] = plot_scores(found)
+            figures[part] = plot_scores(found, width=WIDTH)
     return figures
 
 
 ALT = {
-    "": "Share of correct answers of shapes-sd by test, with 95% intervals and chance.",
+    "": "Share of correct answers of shapes-sd by test (pointing: its best site), with 95% intervals and chance.",
     "samples": "Pictures that shapes-sd generated from held-out prompts, each with its prompt and what the reader saw.",
     "clip": "shapes-clip: retrieval, cosines of pairs and choices between their images by pattern, with intervals and chance.",
     "lm": "shapes-lm: share of right answers by category of question, with 95% intervals and chance.",

@@ -23,7 +23,13 @@ import jaxtyping
 import pytest
 
 # On the torch side, where axes have no names, every shape in a signature is checked in every test.
-jaxtyping.install_import_hook([f"diffprobe.{name}" for name in ("knockout", "matching", "mllm.projector", "mllm.train", "models", "noise", "recorder", "sites")], "beartype.beartype")
+jaxtyping.install_import_hook(
+    [
+        f"diffprobe.{name}"
+        for name in ("knockout", "matching", "mllm.projector", "mllm.train", "models", "noise", "recorder", "sites")
+    ],
+    "beartype.beartype",
+)
 
 FAMILIES = ("sd1", "sd2", "sd2v", "sdxl", "pixart")
 CLIP_WORDS = ("a", "an", "red", "blue", "circle", "on", "the", "left", "of")

@@ -230,6 +230,8 @@ def test_patches_are_rows_of_their_sample():
     guess = plain.predict(x[folds == 0])
     assert row.value == pytest.approx(np.mean(guess == y[folds == 0]))
     assert row.miou == pytest.approx(jaccard_score(y[folds == 0], guess, average="macro"))
+    majority = np.full_like(guess, np.bincount(y[folds > 0]).argmax())
+    assert row.miou_chance == pytest.approx(jaccard_score(y[folds == 0], majority, average="macro"))
     # the interval over images, by drawing images and scoring each draw with scikit-learn
     images, rng = np.repeat(np.arange(6), 25), np.random.default_rng(0)
     drawn = [np.concatenate([np.flatnonzero(images == i) for i in rng.integers(6, size=6)]) for _ in range(300)]

@@ -171,7 +171,7 @@ def test_a_folder_without_figures_or_a_store_without_maps(figures: Path, tmp_pat
 
 
 def test_stores_that_can_be_explored_are_found(store: Path) -> None:
-    assert explorable(store.parent.parent) == [store]
+    assert explorable(store.parent) == [store]
 
 
 def test_a_page_without_stores_has_no_script(figures: Path, tmp_path: Path) -> None:

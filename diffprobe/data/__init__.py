@@ -55,7 +55,9 @@ ANNOTATED = {  # a path stands after the colon, where drawn datasets have a numb
 }
 OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}, **ANNOTATED}
 _FILES = ("coco:INSTANCES.json?images=FOLDER", "refcoco:REFS.json?images=FOLDER", "voc:FOLDER")
-FORMS = ", ".join(["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), *_FILES, "blank:SPEC", "or the path of a folder of images"])
+FORMS = ", ".join(
+    ["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), *_FILES, "blank:SPEC", "or the path of a folder of images"]
+)
 
 
 def load_dataset(spec: str) -> Dataset:

@@ -127,7 +127,7 @@ def fit_probe(
 
     Returns:
         One row per combination: its coordinates, then label, score ("accuracy" or "r2"), value, low, high,
-        balanced_accuracy, miou with miou_low and miou_high (patches only, over images), chance (the training majority's accuracy on test; 0 for r2),
+        balanced_accuracy, miou with miou_low, miou_high and miou_chance (patches only, over images), chance (the training majority's accuracy on test; 0 for r2),
         chance_uniform, control_accuracy and control_train_accuracy (in the unit of `score`), selectivity (value
         minus control), penalty, converged, iterations (of the refit), the row counts n_train, n_validation, n_test
         and n_dropped, n_classes, n_features, seed.

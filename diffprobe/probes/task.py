@@ -457,7 +457,7 @@ def _scores(
         centred = truth - truth.mean()  # about the test mean, so that the sums below lose no digits
         columns = np.stack([np.ones_like(truth), centred, centred**2, (truth - guess) ** 2], axis=1)
         low, high = bootstrap_sums(columns, _r2_of_sums, **resampling)
-        absent = dict.fromkeys(("balanced_accuracy", "miou", "miou_low", "miou_high"), np.nan)
+        absent = dict.fromkeys(("balanced_accuracy", "miou", "miou_low", "miou_high", "miou_chance"), np.nan)
         extra = {**absent, "chance": 0.0, "chance_uniform": np.nan}
         return {"score": "r2", "value": value, "low": low, "high": high, **extra}
     right = truth == guess
@@ -469,9 +469,11 @@ def _scores(
     counts = confusion_matrix(truth, guess, labels=np.arange(len(problem.classes)))
     hits, shown = np.diag(counts), counts.sum(axis=1)
     present = shown > 0
-    overlap = {"miou": np.nan, "miou_low": np.nan, "miou_high": np.nan}
-    if problem.patches:
+    overlap = dict.fromkeys(("miou", "miou_low", "miou_high", "miou_chance"), np.nan)
+    if problem.patches and clusters is not None:  # patches are always clustered by their image
         overlap = _overlap(truth, guess, np.unique(clusters, return_inverse=True)[1], present, settings)
+        # Always answering the majority overlaps fully with nothing else, and with its own class as often as it is right.
+        overlap["miou_chance"] = float(np.mean(truth == usual)) / int(present.sum())
     return {
         "score": "accuracy",
         "value": value,
@@ -490,9 +492,9 @@ def _overlap(
     """Mean intersection over union of the classes that are there, and its interval over images."""
     classes = len(present)
     table = np.zeros((int(images.max()) + 1, 3, classes))  # (image, hit / shown / said, class)
-    np.add.at(table, (images, 1, truth), 1)
-    np.add.at(table, (images, 2, guess), 1)
-    np.add.at(table, (images, 0, truth), truth == guess)
+    np.add.at(table[:, 0], (images, truth), truth == guess)
+    np.add.at(table[:, 1], (images, truth), 1)
+    np.add.at(table[:, 2], (images, guess), 1)
 
     def mean_iou(sums: Floats) -> Floats:
         hits, shown, said = sums.reshape(len(sums), 3, classes)[:, :, present].transpose(1, 0, 2)

@@ -114,7 +114,7 @@ class PatchNames(nn.Module):
         """Mean cross-entropy of (image, patch, width) tokens against (image, factor, patch) classes; empty patches count little."""
         losses = []
         for row, head in enumerate(self.heads):
-            weight = torch.ones(head.out_features)
+            weight = torch.ones(len(self.FACTORS[row][1]) + 1)  # class 0 is an empty patch
             weight[0] = 0.05
             losses.append(functional.cross_entropy(head(tokens).transpose(1, 2), target[:, row], weight=weight))
         return torch.stack(losses).mean()

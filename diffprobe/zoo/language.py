@@ -48,6 +48,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "web": ("Write a caption of the image.", "Describe the image."),
 }
 PARTS = 3  # of a batch, for each forward pass
+HARD = ("existence", "relation", "comparison", "mark")  # learnt last: asked twice of a scene
 REPEAT = "Repeat the description."
 TWIN_SEED = 2**20  # the twins trained on; benchmarks count their seeds from 0
 
@@ -137,7 +138,9 @@ def scene_and_questions(index: int, seed: int, rng: Rng, n_objects: int | None =
         side = int(rng.integers(2))
         return pair.scenes[side], list(pair.questions[side])
     scene = shapes.random_scene(seed, index, "train", n_objects) if n_objects else train_scene(index, seed)
-    return scene, list(questions(scene, seed))
+    first, second = (questions(scene, int(number)) for number in rng.integers(2**31, size=2))
+    more = [q for q in second if q.category in HARD and q not in first]
+    return scene, [*first, *more]
 
 
 def conversation(

@@ -29,7 +29,8 @@ SILENT = ("orientation", "quantity", "position", "text")
 
 def share(what: str, hits: Sequence[bool], chance: float, clusters: Sequence[int] | None = None, **more: Any) -> Row:
     """A share of hits with Wilson's interval, or the clustered bootstrap's where decisions belong together."""
-    low, high = wilson_interval(sum(hits), len(hits)) if clusters is None else bootstrap_interval(hits, clusters)
+    together = clusters is not None and len(set(clusters)) < len(hits)
+    low, high = bootstrap_interval(hits, clusters) if together else wilson_interval(sum(hits), len(hits))
     return {"what": what, "value": float(np.mean(hits)), "low": low, "high": high, "n": len(hits), "chance": chance, **more}
 
 

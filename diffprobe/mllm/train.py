@@ -1,0 +1,475 @@
+"""Teach a projector to speak to a frozen language model, and let the model speak.
+
+A picture is a run of soft tokens in the place of its description: first thing in the user's turn, before the request.  Rows of
+a batch are laid out as [padding, before, soft tokens, after | caption, end, padding]: prompts end, and captions begin, at one
+place.  Padding is told by the attention mask alone, never by token numbers (a padding token can be the end token).
+
+The invariant: what step n does depends on (config, data, n) only, so a run that was cut off ends in the same weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from diffprobe.mllm.projector import Projector
+from diffprobe.models import as_dtype, choose_device, quiet, resolve
+from diffprobe.store import request_differences
+from diffprobe.zoo import smollm2
+
+IMAGE = "<image>"  # where the soft tokens stand while a conversation is still text
+REQUEST = "Describe the image."
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+# --- the language model -----------------------------------------------------------------------------
+
+
+class LanguageModel:
+    """A frozen causal language model with its tokenizer.
+
+    Args:
+        model: any `AutoModelForCausalLM`; its parameters are frozen.
+        tokenizer: its own; without a chat template the request simply follows the soft tokens.
+        name: for provenance.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.embeddings: nn.Embedding = model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.weight.dtype
+
+    @property
+    def width(self) -> int:
+        return int(self.embeddings.weight.shape[1])
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the token embeddings."""
+        return float(self.embeddings.weight.float().square().mean().sqrt())
+
+    def prompt(self, request: str) -> tuple[list[int], list[int]]:
+        """Token numbers before and after the soft tokens, up to where the answer begins."""
+        text = f"{IMAGE}\n{request}"
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        before, found, after = text.partition(IMAGE)
+        if not found:
+            raise ValueError(f"The chat template of {self.name or 'this tokenizer'} drops the user's words.")
+        return self._ids(before), self._ids(after)
+
+    def answer(self, text: str, limit: int = 256) -> list[int]:
+        """Token numbers of an answer, cut at `limit`, with the end token after it."""
+        return [*self._ids(text)[:limit], self.tokenizer.eos_token_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def load_language_model(
+    id_or_dir: str | Path = "shapes-lm",
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a causal language model by hub id, folder or name: "shapes-lm" (embedded) or "smollm2" (`diffprobe zoo fetch`).
+
+    Args:
+        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+
+    Raises:
+        ValueError: nothing is there, or it is no causal language model with a tokenizer.
+    """
+    source = str(smollm2.fetched()) if str(id_or_dir) == smollm2.NAME else resolve(id_or_dir)
+    place = choose_device(device)
+    try:
+        with quiet(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=as_dtype(dtype, place), revision=revision, trust_remote_code=False, use_safetensors=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"No language model at {source!r}: neither a folder that transformers reads as a causal language model with its "
+            f"tokenizer, nor an id that the hub or its cache can give here ({reason})."
+        ) from error
+    return LanguageModel(model.to(place), tokenizer, str(id_or_dir))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch as the language model takes it, (row, position); the last `answer` positions are the captions'."""
+
+    embeddings: Tensor
+    mask: Tensor
+    labels: Tensor
+    answer: int
+
+    @property
+    def positions(self) -> Tensor:
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+
+def lay_out(
+    language: LanguageModel,
+    soft: Float[Tensor, "row token width"],
+    requests: Sequence[str],
+    answers: Sequence[Sequence[int]] = (),
+) -> Rows:
+    """Soft tokens within their conversations; answers, if any, behind them.
+
+    Args:
+        requests: one a row; prompts of different lengths are padded on the left.
+        answers: token numbers of each row's answer, padded on the right.
+    """
+    known = {request: language.prompt(request) for request in dict.fromkeys(requests)}
+    prompts = [known[request] for request in requests]
+    longest = max(len(before) + len(after) for before, after in prompts)
+    most = max((len(answer) for answer in answers), default=0)
+    rows, count = soft.shape[:2]
+    ids = torch.zeros(rows, longest + count + most, dtype=torch.long)
+    mask, is_soft, labels = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, IGNORED)
+    for row, (before, after) in enumerate(prompts):
+        start = longest - len(before) - len(after)
+        image, end = start + len(before), longest + count
+        ids[row, start:image] = torch.tensor(before, dtype=torch.long)
+        is_soft[row, image : image + count] = True
+        ids[row, image + count : end] = torch.tensor(after, dtype=torch.long)
+        mask[row, start:end] = 1
+        if answers:
+            said = torch.tensor(list(answers[row]), dtype=torch.long)
+            ids[row, end : end + len(said)] = labels[row, end : end + len(said)] = said
+            mask[row, end : end + len(said)] = 1
+    ids, mask, labels, is_soft = (x.to(language.device) for x in (ids, mask, labels, is_soft))
+    embeddings = language.embeddings(ids).masked_scatter(is_soft[..., None], soft.to(language.device, language.dtype))
+    return Rows(embeddings, mask, labels, most)
+
+
+def answer_losses(language: LanguageModel, rows: Rows) -> Float[Tensor, "row position"]:
+    """Minus the log probability of each answer token, in nats; zero at padding."""
+    output = language.model(
+        inputs_embeds=rows.embeddings, attention_mask=rows.mask, position_ids=rows.positions, logits_to_keep=rows.answer + 1,
+        use_cache=False,
+    )  # fmt: skip
+    wanted = rows.labels[:, -rows.answer :]
+    return nn.functional.cross_entropy(
+        output.logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything but the data that decides a projector's weights; defaults follow LLaVA-1.5's stage 1.
+
+    Attributes:
+        kind: of `Projector`.
+        steps: optimizer steps at most.
+        batch: samples of a step, over all processes.
+        accumulate: forward passes that share a step.
+        learning_rate: after a warm-up over 3% of the steps; it then falls to zero along a cosine.
+        dropout: share of samples that are shown their unconditional features instead, drawn anew in each step.
+        request: what the user asks for.
+        evaluate_every: steps between looks at the dev split.
+        patience: looks without a better dev loss after which training ends; 0 never ends it.
+        seed: of the weights, the order of the samples and the dropout.
+    """
+
+    kind: str = "mlp2x_gelu"
+    steps: int = 400
+    batch: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    dropout: float = 0.0
+    request: str = REQUEST
+    evaluate_every: int = 50
+    patience: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Features (sample, token, channel) with a caption each, and the unconditional features of the same samples for dropout."""
+
+    features: Float[Tensor, "sample token channel"]
+    captions: Sequence[str]
+    null: Float[Tensor, "sample token channel"] | None = None
+
+
+@dataclass
+class _State:
+    """How far a run has come; all that a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    best: float = math.inf
+    stale: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train_projector(
+    language: LanguageModel,
+    train: Captioned,
+    dev: Captioned,
+    folder: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Projector:
+    """Train a projector on captions, or go on where an earlier call was cut off; the best one on the dev split is kept.
+
+    Under ``accelerate launch`` or torchrun each process takes its share of every batch.
+
+    Args:
+        folder: gets ``projector.safetensors``, ``config.json``, ``loss.csv`` and, until the end, ``checkpoint.pt``.
+        tell: gets a line at each look at the dev split.
+
+    Raises:
+        ValueError: the data do not fit together, or the folder holds another run (the message lists the differences).
+    """
+    config, folder = config or TrainConfig(), Path(folder)
+    _check(train, dev, config)
+    kept = folder / "training.json"
+    request = {**asdict(config), "language_model": language.name, "samples": len(train.captions)}
+    if kept.exists() and (differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), request)):
+        raise ValueError(f"{folder} holds another training; give another folder. {'; '.join(differences)}.")
+    if (folder / "projector.safetensors").exists():
+        return Projector.load(folder).to(language.device)
+    accelerator = Accelerator(cpu=language.device.type == "cpu")
+    projector = Projector(train.features.shape[-1], language.width, config.kind, language.rms, config.seed)
+    projector.standardise(train.features)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    state, best = _resume(folder, projector, optimizer)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+    learner, optimizer = accelerator.prepare(projector, optimizer)
+    answers = [language.answer(text) for text in train.captions]
+    dev_answers = [language.answer(text) for text in dev.captions]
+    while state.step < config.steps and not (config.patience and state.stale >= config.patience):
+        rate = config.learning_rate * _share(state.step, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = _step(language, accelerator, learner, optimizer, train, answers, config, state.step)
+        state.step += 1
+        state.history.append({"step": state.step, "loss": loss, "dev_loss": math.nan, "learning_rate": rate})
+        if state.step % config.evaluate_every == 0 or state.step == config.steps:
+            found = _dev_loss(language, accelerator.unwrap_model(learner), dev.features, dev_answers, config)
+            state.history[-1]["dev_loss"] = found
+            state.stale = 0 if found < state.best else state.stale + 1
+            if found < state.best:
+                state.best = found
+                best = {name: value.detach().clone() for name, value in accelerator.unwrap_model(learner).state_dict().items()}
+            if accelerator.is_main_process:
+                _save(folder, accelerator.unwrap_model(learner), optimizer, state, best)
+                recent = np.mean([row["loss"] for row in state.history[-config.evaluate_every :]])
+                tell(f"step {state.step} of {config.steps}: loss {recent:.3f}, dev {found:.3f} (best {state.best:.3f})")
+    finished: Projector = accelerator.unwrap_model(learner)
+    finished.load_state_dict(best)
+    if accelerator.is_main_process:
+        finished.save(folder)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return finished.eval()
+
+
+def _check(train: Captioned, dev: Captioned, config: TrainConfig) -> None:
+    for name, part in (("training", train), ("dev", dev)):
+        if len(part.features) != len(part.captions) or not len(part.captions):
+            raise ValueError(f"The {name} split has {len(part.features)} features and {len(part.captions)} captions.")
+        if not torch.isfinite(part.features).all():
+            raise ValueError(f"The {name} split's features hold values that are not finite.")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"Caption dropout is a share from 0 to below 1; got {config.dropout}.")
+    if config.dropout and (train.null is None or train.null.shape != train.features.shape):
+        raise ValueError("Caption dropout needs the unconditional features of the training samples.")
+    if config.batch % config.accumulate or config.batch > len(train.captions):
+        raise ValueError(
+            f"A batch of {config.batch} must be divisible by accumulate={config.accumulate} and not exceed the "
+            f"{len(train.captions)} training samples."
+        )
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the learning rate, 0 to 1: a warm-up over 3% of the steps, then a cosine."""
+    warm = max(1, round(0.03 * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def batch_of(step: int, samples: int, config: TrainConfig) -> tuple[Int[np.ndarray, " row"], np.ndarray]:
+    """The samples of a step, each once an epoch, and which of them are shown their unconditional features."""
+    steps_an_epoch = samples // config.batch
+    epoch, place = divmod(step, steps_an_epoch)
+    order = np.random.default_rng([config.seed, epoch]).permutation(samples)
+    dropped = np.random.default_rng([config.seed, step, 1]).random(config.batch) < config.dropout
+    return order[place * config.batch : (place + 1) * config.batch], dropped
+
+
+def _step(
+    language: LanguageModel, accelerator: Accelerator, learner: nn.Module, optimizer: Any, train: Captioned,
+    answers: Sequence[Sequence[int]], config: TrainConfig, step: int,
+) -> float:  # fmt: skip
+    """One optimizer step; the mean loss a token over the whole batch, whatever its parts and processes."""
+    chosen, dropped = batch_of(step, len(answers), config)
+    tokens = sum(len(answers[i]) for i in chosen)
+    total = torch.zeros((), device=language.device)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    for part in np.array_split(np.arange(config.batch)[mine], config.accumulate):
+        features = train.features[chosen[part]]
+        if dropped[part].any():
+            assert train.null is not None
+            features = torch.where(torch.from_numpy(dropped[part])[:, None, None], train.null[chosen[part]], features)
+        rows = lay_out(
+            language, learner(features.to(language.device)), [config.request] * len(part), [answers[i] for i in chosen[part]]
+        )
+        loss = answer_losses(language, rows).sum() / tokens
+        accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(accelerator.reduce(total, "sum"))
+
+
+@torch.no_grad()
+def _dev_loss(
+    language: LanguageModel, projector: Projector, features: Tensor, answers: Sequence[Sequence[int]], config: TrainConfig
+) -> float:
+    total, size = 0.0, 2 * config.batch
+    for start in range(0, len(answers), size):
+        part = slice(start, start + size)
+        soft = projector(features[part].to(language.device))
+        total += float(answer_losses(language, lay_out(language, soft, [config.request] * len(soft), answers[part])).sum())
+    return total / sum(len(answer) for answer in answers)
+
+
+def _save(folder: Path, projector: Projector, optimizer: Any, state: _State, best: dict[str, Tensor]) -> None:
+    """A checkpoint that appears whole or not at all, and the loss curve."""
+    held = {"projector": projector.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "state": asdict(state)}
+    torch.save(held, folder / "checkpoint.tmp")
+    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
+    with (folder / "loss.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["step", "loss", "dev_loss", "learning_rate"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "dev_loss": "" if math.isnan(row["dev_loss"]) else row["dev_loss"]} for row in state.history)
+
+
+def _resume(folder: Path, projector: Projector, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
+    if not (folder / "checkpoint.pt").exists():
+        return _State(), dict(projector.state_dict())
+    held = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    projector.load_state_dict(held["projector"])
+    optimizer.load_state_dict(held["optimizer"])
+    return _State(**held["state"]), held["best"]
+
+
+# --- speaking ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    language: LanguageModel,
+    projector: Projector,
+    features: Float[Tensor, "sample token channel"],
+    requests: str | Sequence[str] = REQUEST,
+    *,
+    max_new_tokens: int = 48,
+    batch: int = 64,
+) -> list[str]:
+    """The most likely words one after the other (greedy), for each sample.
+
+    Args:
+        requests: one for all samples, or one for each.
+    """
+    asked = [requests] * len(features) if isinstance(requests, str) else list(requests)
+    tokenizer = language.tokenizer
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )  # fmt: skip
+    texts: list[str] = []
+    for start in range(0, len(asked), batch):
+        soft = projector(features[start : start + batch].to(language.device))
+        rows = lay_out(language, soft, asked[start : start + batch])
+        said = language.model.generate(inputs_embeds=rows.embeddings, attention_mask=rows.mask, generation_config=settings)
+        texts += [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+    return texts
+
+
+@torch.no_grad()
+def log_likelihood(
+    language: LanguageModel,
+    projector: Projector,
+    features: Float[Tensor, "sample token channel"],
+    candidates: Sequence[Sequence[str]],
+    request: str = REQUEST,
+    *,
+    batch: int = 128,
+) -> tuple[Float[np.ndarray, "sample candidate"], Int[np.ndarray, "sample candidate"]]:
+    """log P(caption and its end | features) of each sample's candidates, in nats, and their numbers of tokens.
+
+    A sample's soft tokens are read once, its candidates share what was read.
+
+    Args:
+        candidates: as many for each sample.
+    """
+    sizes = {len(texts) for texts in candidates}
+    if len(sizes) != 1 or len(candidates) != len(features):
+        raise ValueError(
+            f"Each of {len(features)} samples needs equally many candidates; got {len(candidates)} lists of {sorted(sizes)}."
+        )
+    known = {text: language.answer(text) for text in dict.fromkeys(text for texts in candidates for text in texts)}
+    lengths = np.array([[len(known[text]) for text in texts] for texts in candidates])
+    found = np.zeros(lengths.shape)
+    for sample, texts in enumerate(candidates):
+        rows = lay_out(language, projector(features[sample : sample + 1].to(language.device)), [request])
+        for start in range(0, len(texts), batch):
+            part = [known[text] for text in texts[start : start + batch]]
+            found[sample, start : start + batch] = _continued(language, rows, part)
+    return found, lengths
+
+
+def _continued(language: LanguageModel, rows: Rows, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """log P of answers to one conversation, which is read once."""
+    read = language.model(
+        inputs_embeds=rows.embeddings, attention_mask=rows.mask, position_ids=rows.positions, logits_to_keep=1, use_cache=True
+    )
+    longest, width = max(len(answer) for answer in answers), rows.mask.shape[1]
+    ids = torch.zeros(len(answers), longest, dtype=torch.long)
+    said = torch.zeros_like(ids)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = torch.tensor(list(answer))
+        said[row, : len(answer)] = 1
+    ids, said = ids.to(language.device), said.to(language.device)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(len(answers))
+    mask = torch.cat([rows.mask.expand(len(answers), -1), said], 1)
+    positions = torch.arange(width, width + longest, device=ids.device).expand_as(ids)
+    logits = language.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    ).logits
+    logits = torch.cat([read.logits.expand(len(answers), -1, -1), logits[:, :-1]], 1).float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    return -(losses * said).sum(1).double().cpu().numpy()

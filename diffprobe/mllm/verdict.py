@@ -1,0 +1,584 @@
+"""Does the language model see the image, or read the prompt?  From generated texts to a verdict.
+
+Leak is how much closer an output is to the text that conditioned its features than to the texts fed to other images;
+sight is how much closer it is to its image's references than to other images' references.  Both are 0 by chance.
+They are measured under mismatched prompts, where the fed text says nothing of the image: there, who only sees has
+leak 0 and who only reads has sight 0.  Under an image's own caption the two cannot be told apart.
+
+The invariants: "no leak" is said only after an equivalence test, never because nothing was found; and there is no
+verdict where the negative control (a site that no text has reached) leaks, or where the positive control (the prompt's
+own embeddings) is not read.
+
+Projector seeds are a random factor, crossed with images: a score is the mean over both, and its variance is that of a
+two-way table without repeats, (MS_image + MS_seed - MS_rest) / (images x seeds), with Satterthwaite's (1946) degrees of
+freedom rounded down.  So an interval speaks of other images and of other projectors.  With one seed it speaks of other
+images only, and the table says so by n_seeds.
+
+Sources: the set-up is that of arXiv 2507.07106; permutation p values as in Phipson & Smyth 2010, Holm 1979, two one-sided
+tests as in Schuirmann 1987; usable information as in Xu et al. 2020 and Hewitt et al. 2021.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+from scipy.stats import t as student
+
+from diffprobe.mllm.captions import Similarity, content_f1, words
+from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, holm, paired_permutation_test, wilson_interval
+
+KEYS = ["control", "arm", "site", "timestep", "guidance"]
+COLUMNS = ("arm", "site", "timestep", "guidance", "seed", "condition", "sample", "fed", "references", "output")
+CONDITIONS = ("own", "mismatched", "mismatched_hard", "none", "blank_caption", "blank_none", "random_words", "paraphrase")
+JUDGED = ("mismatched", "random_words")  # where the fed text says nothing of the image, and there is one
+NEGATIVE, POSITIVE = "K-", "K+"
+VERDICTS = ("sees", "leaks", "both", "neither", "inconclusive", "no verdict")
+LEAST_IMAGES = 10  # with fewer, a t interval of bounded scores is no ground for saying that something is absent
+POWER = 0.8
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What `judge_leakage` found.
+
+    Attributes:
+        table: One row per control, arm, site, timestep, guidance, condition and score ("leak" or "sight"): text (mean
+            similarity), chance (the same with texts permuted over images), value (their difference), low, high, n
+            (images), n_seeds, p (one-sided permutation test), p_holm (over the sites, timesteps and guidances of one
+            arm, condition and score; controls are tested alone), p_equivalence (that the value lies outside +-margin),
+            detectable (smallest true value that is found with 80% power at Holm's strictest level), margin, found, seed.
+        verdicts: One row per arm, site, timestep and guidance: leak and sight with their intervals and smallest
+            detectable values, index with its interval, n, n_seeds, verdict, why.
+    """
+
+    table: pd.DataFrame
+    verdicts: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One place and condition: by score, values (seed, image) and what is known of their mean."""
+
+    key: Mapping[str, Any]
+    values: Mapping[str, pd.DataFrame]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def judge_leakage(
+    generated: pd.DataFrame,
+    similarity: Similarity = content_f1,
+    *,
+    condition: str = "mismatched",
+    margin: float = 0.05,
+    alpha: float = 0.05,
+    level: float = 0.95,
+    n_permutations: int = 9999,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Leakage:
+    """Scores and verdicts from a table of generated texts.
+
+    Columns of `generated`, one row per text:
+
+    - arm: how the projector was trained ("U", "M s=4", "X", ...).
+    - site, timestep, guidance: where the features come from; guidance is the test's.
+    - seed: the projector's.
+    - condition: what the features were conditioned on, of `CONDITIONS`.
+    - sample: the image's id; every seed of a cell has the same samples, each once.
+    - fed: the text that conditioned the features; "" for none.  Rows without have no leak score.
+    - references: JSON list (or a list) of texts that describe the image, never the fed text itself; rows with an empty
+      list have no sight score.
+    - output: what the language model wrote.
+    - control (optional): "" for what is asked about, "K-" for the negative and "K+" for the positive control.  A
+      control's own arm, timestep and guidance say which cells it serves; a missing one (NaN, None or "") serves all.
+    - source (optional): the sample that the fed text describes, "" for none.  Pairs of that image and that text are then
+      left out where texts are permuted; without this column who sees has a leak of about -1/n instead of 0.
+
+    A score is found ("yes") where it is at least the margin and its permutation test, after Holm, is below `alpha`; absent
+    ("no") where two one-sided tests show it within +-margin; else it is "unclear".  Verdicts: leak yes and sight yes is
+    "both"; leak yes otherwise is "leaks"; leak no is "sees" or "neither", as sight is found or shown absent; the rest is
+    "inconclusive".
+
+    Args:
+        generated: The texts.
+        similarity: How alike outputs and texts are; content-word F1 by default, else `cider_similarity(...)`.
+        condition: The verdict's, of `JUDGED`; the table has all conditions.
+        margin: What is too small to matter, in units of the similarity (F1: 0.05; CIDEr-D: about 0.5).
+        alpha: Of every test; family-wise over the cells of an arm.
+        level: Coverage of the intervals.
+        n_permutations: Of texts over images; the smallest p is 1 / (n_permutations + 1).
+        n_resamples: Of images and seeds, for the index.
+        seed: Of both.
+
+    Raises:
+        ValueError: a column is missing, a value unknown, a cell incomplete, or a reference is the fed text.
+    """
+    if condition not in JUDGED:
+        raise ValueError(
+            f"A verdict needs an image and a text that says nothing of it, condition {' or '.join(JUDGED)}; got {condition!r}."
+        )
+    if not margin > 0 or not 0 < alpha < 0.5:
+        raise ValueError(f"`margin` must be positive and `alpha` between 0 and 0.5; got {margin} and {alpha}.")
+    texts = _checked(generated)
+    cells = [
+        _measure(dict(zip([*KEYS, "condition"], key, strict=True)), group, similarity, n_permutations, level, seed)
+        for key, group in texts.groupby([*KEYS, "condition"], dropna=False, sort=False)
+    ]
+    table = pd.DataFrame([row for cell in cells for row in cell.rows])
+    if condition not in set(table["condition"]):
+        raise ValueError(
+            f"There are no texts of condition {condition!r}; found {', '.join(dict.fromkeys(table['condition']))}."
+        )
+    table = _tested(table, margin, alpha)
+    asked = [cell for cell in cells if cell.key["condition"] == condition and set(cell.values) == {"leak", "sight"}]
+    records = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+    rows = {_name(row): row for row in records}
+    verdicts = [_verdict(cell, asked, rows, level, n_resamples, seed) for cell in asked if cell.key["control"] == ""]
+    if not verdicts:
+        raise ValueError(f"No cell of condition {condition!r} has both fed texts and references: there is nothing to judge.")
+    return Leakage(table, pd.DataFrame(verdicts))
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def _checked(generated: pd.DataFrame) -> pd.DataFrame:
+    missing = [name for name in COLUMNS if name not in generated]
+    if missing:
+        raise ValueError(f"Generated texts need the columns {', '.join(COLUMNS)}; {', '.join(missing)} missing.")
+    if generated.empty:
+        raise ValueError("There are no generated texts: the table is empty.")
+    texts = generated.reset_index(drop=True).copy()
+    for name, allowed in (("control", ("", NEGATIVE, POSITIVE)), ("condition", CONDITIONS)):
+        texts[name] = texts[name].fillna("") if name in texts else ""
+        if unknown := set(texts[name]) - set(allowed):
+            raise ValueError(f"Column {name!r} has {sorted(unknown)[0]!r}; it takes {', '.join(map(repr, allowed))}.")
+    for name in ("arm", "fed", "output", "source"):  # an empty text comes back from a CSV file as NaN
+        texts[name] = texts[name].fillna("").astype(str) if name in texts else ""
+    texts["references"] = [json.loads(r) if isinstance(r, str) else list(r) for r in texts["references"]]
+    for row in texts.to_dict("records"):
+        if row["fed"] and any(words(row["fed"]) == words(text) for text in row["references"]):
+            raise ValueError(
+                f"Sample {row['sample']!r}, {row['condition']}: the fed text {row['fed']!r} is among its references; leave it out."
+            )
+    return texts
+
+
+def _measure(
+    key: Mapping[str, Any], group: pd.DataFrame, similarity: Similarity, n_permutations: int, level: float, seed: int
+) -> _Cell:
+    """Leak and sight of one cell, where its texts allow them."""
+    samples = _crossed(key, group)
+    by_seed = [part.set_index("sample").loc[samples] for _, part in group.groupby("seed", sort=True)]
+    cell = _Cell(key, {})
+    values: dict[str, pd.DataFrame] = {}
+    for score in ("leak", "sight"):
+        kept = np.all([part["fed"].map(bool) if score == "leak" else part["references"].map(bool) for part in by_seed], axis=0)
+        if kept.sum() < 2:
+            continue
+        parts = [part[kept] for part in by_seed]
+        names = np.asarray(parts[0].index, dtype=str)
+        matrices, centred = [], []
+        for part in parts:
+            candidates = [[fed] for fed in part["fed"]] if score == "leak" else list(part["references"])
+            matrix = similarity(list(part["output"]), candidates)
+            sources = part["source"].to_numpy(dtype=str)
+            excluded = names[:, None] == sources[None, :] if score == "leak" else sources[:, None] == names[None, :]
+            matrices.append(matrix)
+            centred.append(centre(matrix, excluded))
+        own = np.stack([np.diag(matrix) for matrix in centred])
+        values[score] = pd.DataFrame(own, columns=names)
+        mean = crossed_mean(own, level)
+        whole = np.mean(matrices, axis=0)
+        text, p = float(np.diag(whole).mean()), permutation_p(whole, n_permutations, seed)
+        about = {"score": score, "text": text, "chance": text - mean["value"], **mean, "p": p}
+        cell.rows.append({**key, **about, "n": own.shape[1], "n_seeds": own.shape[0], "seed": seed})
+    if not values:
+        raise ValueError(f"{_place(key)}: fewer than two samples with a fed text, and fewer than two with references.")
+    return _Cell(key, values, cell.rows)
+
+
+def _crossed(key: Mapping[str, Any], group: pd.DataFrame) -> list[Any]:
+    """The samples of a cell, which every seed must have once."""
+    if group.duplicated(["seed", "sample"]).any():
+        twice = group[group.duplicated(["seed", "sample"])].iloc[0]
+        raise ValueError(f"{_place(key)}: sample {twice['sample']!r} of seed {twice['seed']} stands twice.")
+    seeds, samples = sorted(set(group["seed"])), list(dict.fromkeys(group["sample"]))
+    if len(group) != len(seeds) * len(samples):
+        counts = group.groupby("seed").size().to_dict()
+        raise ValueError(
+            f"{_place(key)}: every seed needs the same samples; rows by seed are {counts} of {len(samples)} samples."
+        )
+    return samples
+
+
+def _place(key: Mapping[str, Any]) -> str:
+    parts = [str(key["control"]), str(key["arm"]), str(key["site"])]
+    return " ".join([*filter(None, parts), f"t={key['timestep']} s={key['guidance']} {key.get('condition', '')}"]).strip()
+
+
+def centre(matrix: Floats, excluded: Bools | None = None) -> Floats:
+    """Similarities (output, text) less each output's mean over the texts of other images; excluded pairs become 0.
+
+    >>> centre(np.array([[1.0, 0.5, 0.1], [0.2, 0.2, 0.2], [0.0, 0.0, 0.9]])).round(2).tolist()[0]
+    [0.7, 0.2, -0.2]
+    """
+    excluded = np.zeros(matrix.shape, bool) if excluded is None else excluded & ~np.eye(len(matrix), dtype=bool)
+    others = ~np.eye(len(matrix), dtype=bool) & ~excluded
+    means = (matrix * others).sum(1) / np.maximum(others.sum(1), 1)
+    return np.asarray(np.where(excluded, 0, matrix - means[:, None]))
+
+
+def permutation_p(similarity: Floats, n_permutations: int = 9999, seed: int = 0) -> float:
+    """One-sided p of the mean of the diagonal of (output, text), when texts are permuted over outputs.
+
+    Exact where outputs do not depend on the texts.  Several projectors enter as the mean of their matrices, so that one
+    permutation serves all: under the hypothesis it holds for every projector, however much they differ.  Pairs that
+    `centre` leaves out stay in: they can only make p larger.
+
+    >>> permutation_p(np.eye(8), 999)
+    0.001
+    """
+    n, rng = len(similarity), np.random.default_rng(seed)
+    observed = np.trace(similarity) - 1e-12 * n  # rounding must not hide a tie
+    reached, step = 0, max(1, 2**20 // n)
+    for start in range(0, n_permutations, step):
+        drawn = rng.permuted(np.tile(np.arange(n), (min(step, n_permutations - start), 1)), axis=1)
+        reached += int((similarity[np.arange(n), drawn].sum(1) >= observed).sum())
+    return (reached + 1) / (n_permutations + 1)
+
+
+def crossed_mean(values: Floats, level: float = 0.95) -> dict[str, float]:
+    """Mean of (seed, image) values with the interval of a two-way random layout: value, low, high, se, df.
+
+    >>> found = crossed_mean(np.array([[0.0, 1.0, 2.0, 3.0]]))
+    >>> found["value"], round(found["se"], 3), found["df"]
+    (1.5, 0.645, 3)
+    """
+    seeds, images = values.shape
+    mean = float(values.mean())
+    by_image = seeds * values.mean(0).var(ddof=1)
+    variance, df = by_image, images - 1
+    if seeds > 1:
+        by_seed = images * values.mean(1).var(ddof=1)
+        rest = values - values.mean(0) - values.mean(1, keepdims=True) + mean
+        left = float((rest**2).sum()) / ((images - 1) * (seeds - 1))
+        variance = by_image + max(0.0, by_seed - left)
+        spread = by_image**2 / (images - 1) + by_seed**2 / (seeds - 1) + left**2 / ((images - 1) * (seeds - 1))
+        df = max(seeds - 1, int(variance**2 / spread)) if spread > 0 else df
+    se = float(np.sqrt(variance / values.size))
+    half = float(student.ppf((1 + level) / 2, df)) * se
+    return {"value": mean, "low": mean - half, "high": mean + half, "se": se, "df": df}
+
+
+def equivalence_p(value: float, se: float, df: float, margin: float) -> float:
+    """p of two one-sided tests: small where the value is shown to lie within +-margin.
+
+    >>> equivalence_p(0.0, 0.01, 50, 0.05) < 0.001, equivalence_p(0.0, 0.1, 50, 0.05) > 0.05, equivalence_p(0.06, 0.01, 50, 0.05) > 0.5
+    (True, True, True)
+    """
+    if se == 0:
+        return float(abs(value) >= margin)
+    return float(max(student.sf((margin - value) / se, df), student.sf((margin + value) / se, df)))
+
+
+def _tested(table: pd.DataFrame, margin: float, alpha: float) -> pd.DataFrame:
+    """Adds Holm's p values, the equivalence test, the smallest detectable value and what was found."""
+    table = table.copy()
+    asked = table["control"] == ""
+    table["p_holm"] = table["p"]
+    family = table[asked].groupby(["arm", "condition", "score"], sort=False)["p"]
+    table.loc[asked, "p_holm"] = family.transform(lambda p: holm(p.to_numpy()))
+    size = family.transform("size").reindex(table.index).fillna(1)
+    table["p_equivalence"] = [equivalence_p(row["value"], row["se"], row["df"], margin) for row in table.to_dict("records")]
+    least = np.maximum(margin, table["se"] * student.isf(alpha / size, table["df"]))
+    table["detectable"] = least + table["se"] * student.ppf(POWER, table["df"])
+    present = (table["p_holm"] < alpha) & (table["value"] >= margin)
+    absent = (table["p_equivalence"] < alpha) & (table["n"] >= LEAST_IMAGES)
+    table["found"] = np.select([present, absent], ["yes", "no"], "unclear")
+    table["margin"] = margin
+    first = [*KEYS, "condition", "score", "text", "chance", "value", "low", "high", "n", "n_seeds"]
+    return table[[*first, "p", "p_holm", "p_equivalence", "detectable", "margin", "found", "seed"]]
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def _verdict(
+    cell: _Cell, cells: Sequence[_Cell], rows: Mapping[str, dict[str, Any]], level: float, n_resamples: int, seed: int
+) -> dict[str, Any]:
+    leak, sight = (rows[_name({**cell.key, "score": score})] for score in ("leak", "sight"))
+    negative, positive = (_control(cell, cells, name) for name in (NEGATIVE, POSITIVE))
+    index = {"index": np.nan, "index_low": np.nan, "index_high": np.nan}
+    if negative and positive:
+        three = [c.values["leak"] for c in (cell, negative, positive)]
+        index = normalised_index(three[0], three[1], three[2], level, n_resamples, seed)
+    found = [rows[_name({**c.key, "score": "leak"})] if c else None for c in (negative, positive)]
+    why = _objection(dict(zip((NEGATIVE, POSITIVE), found, strict=True)))
+    row = {name: cell.key[name] for name in [*KEYS[1:], "condition"]}
+    for score, mine in (("leak", leak), ("sight", sight)):
+        row |= {score: mine["value"], f"{score}_low": mine["low"], f"{score}_high": mine["high"]}
+        row |= {f"{score}_p_holm": mine["p_holm"], f"{score}_detectable": mine["detectable"]}
+    row |= {**index, "n": min(leak["n"], sight["n"]), "n_seeds": leak["n_seeds"], "margin": leak["margin"], "seed": seed}
+    if why:
+        return {**row, "verdict": "no verdict", "why": why}
+    return {
+        **row,
+        "verdict": _word(leak["found"], sight["found"]),
+        "why": f"{_finding('leak', leak)}; {_finding('sight', sight)}",
+    }
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """A cell's name; NaN is equal to NaN in text only."""
+    return repr([str(row[name]) for name in [*KEYS, "condition", "score"]])
+
+
+def _control(cell: _Cell, cells: Sequence[_Cell], name: str) -> _Cell | None:
+    """The control that serves a cell: the one that names most of its arm, timestep and guidance, and no other."""
+    serving: list[tuple[int, _Cell]] = []
+    for other in cells:
+        named = {k: other.key[k] for k in ("arm", "timestep", "guidance") if not (pd.isna(other.key[k]) or other.key[k] == "")}
+        if other.key["control"] == name and all(cell.key[k] == value for k, value in named.items()):
+            serving.append((len(named), other))
+    return max(serving, key=lambda item: item[0])[1] if serving else None
+
+
+def _objection(controls: Mapping[str, dict[str, Any] | None]) -> str:
+    """Why nothing may be said; empty where the controls are in order."""
+    for name, row in controls.items():
+        if row is None:
+            return f"{name} was not run for this arm, timestep and guidance"
+        text = f"leak {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], p = {row['p']:.2g}, n = {row['n']}"
+        if name == NEGATIVE and row["found"] == "yes":
+            return f"K- leaks ({text}): a site that no text has reached cannot, so something else carries the prompt"
+        if name == POSITIVE and row["found"] != "yes":
+            return f"K+ fails ({text}): even the prompt's own embeddings are not read, so a leak could not be found"
+    return ""
+
+
+def _word(leak: str, sight: str) -> str:
+    """The verdict from what was found of leak and sight; a clean bill needs the leak shown absent.
+
+    >>> [_word("yes", "no"), _word("yes", "unclear"), _word("no", "yes"), _word("unclear", "yes")]
+    ['leaks', 'leaks', 'sees', 'inconclusive']
+    """
+    if leak == "yes":
+        return "both" if sight == "yes" else "leaks"
+    if leak == "no" and sight != "unclear":
+        return "sees" if sight == "yes" else "neither"
+    return "inconclusive"
+
+
+def _finding(score: str, row: Mapping[str, Any]) -> str:
+    text = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    if row["found"] == "yes":
+        return f"{score} {text}, p = {row['p_holm']:.2g}"
+    if row["found"] == "no":
+        return f"no {score} beyond {row['margin']:g}: {text}"
+    return f"{score} unclear: {text}; {row['detectable']:.3f} could have been found"
+
+
+def sentence(verdict: Mapping[str, Any]) -> str:
+    """A row of verdicts in one sentence."""
+    where = f"{verdict['arm']} at {verdict['site']}, t = {verdict['timestep']:g}, s = {verdict['guidance']:g}"
+    return f"{where}: {verdict['verdict']} ({verdict['why']}; {verdict['n']} images, {verdict['n_seeds']} projectors)."
+
+
+def normalised_index(
+    leak: pd.DataFrame,
+    negative: pd.DataFrame,
+    positive: pd.DataFrame,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Where a leak lies between the controls, (L - L_K-) / (L_K+ - L_K-): index, index_low, index_high.
+
+    Each frame is (seed, image) with images as columns; images that all three have are resampled jointly.  Seeds are
+    resampled apart, their deviations stretched by sqrt(R / (R - 1)), since a bootstrap of R values has only (R - 1) / R of
+    their variance; with three it still knows little of other projectors.  NaN where fewer than two images are shared,
+    or where K+ does not exceed K-; resamples where it does not are left out.
+    """
+    shared = [name for name in leak.columns if name in negative.columns and name in positive.columns]
+    unknown = {"index": np.nan, "index_low": np.nan, "index_high": np.nan}
+    if len(shared) < 2:
+        return unknown
+    blocks = [frame[shared].to_numpy() for frame in (leak, negative, positive)]
+    ends = np.cumsum([len(block) for block in blocks])[:-1]
+    rng = np.random.default_rng(seed)
+
+    def ratio(sums: Floats, resample: bool = True) -> Floats:
+        low, zero, one = (_seed_mean(part, rng if resample else None) for part in np.split(sums, ends, axis=1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.where(one > zero, (low - zero) / (one - zero), np.nan))
+
+    columns = np.concatenate(blocks).T
+    value = float(ratio(columns.sum(0, keepdims=True), resample=False)[0])
+    if np.isnan(value):
+        return unknown
+    low, high = bootstrap_sums(columns, ratio, None, level, n_resamples, seed)
+    return {"index": value, "index_low": low, "index_high": high}
+
+
+def _seed_mean(sums: Floats, rng: np.random.Generator | None) -> Floats:
+    """(resample, seed) -> (resample,): mean over seeds, drawn anew with each resample when there are several."""
+    mean, seeds = sums.mean(1), sums.shape[1]
+    if rng is None or seeds == 1:
+        return np.asarray(mean)
+    drawn = np.take_along_axis(sums, rng.integers(seeds, size=sums.shape), axis=1).mean(1)
+    return np.asarray(mean + np.sqrt(seeds / (seeds - 1)) * (drawn - mean))
+
+
+# --- without decoding -----------------------------------------------------------------------------
+
+
+def matched_candidates(texts: Sequence[str], n: int = 100, lengths: ArrayLike | None = None, seed: int = 0) -> NDArray[np.intp]:
+    """For each text, `n` texts of nearly its length, itself first: indices (text, candidate).
+
+    Args:
+        texts: Fed texts; the same words are never two candidates of one row.
+        n: Candidates, with the text itself.
+        lengths: One length per text, in the language model's tokens; words by default.
+        seed: Of the order among equally long texts.
+
+    Raises:
+        ValueError: a text has fewer than n - 1 others.
+
+    >>> matched_candidates(["a", "a b c d", "b c", "e"], n=2).tolist()[0]
+    [0, 3]
+    """
+    tokens = [tuple(words(text)) for text in texts]
+    sizes = np.asarray([len(t) for t in tokens] if lengths is None else lengths, np.float64)
+    groups = {t: k for k, t in enumerate(dict.fromkeys(tokens))}
+    kind = np.array([groups[t] for t in tokens])
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(len(texts)):
+        order = rng.permutation(len(texts))
+        order = order[np.argsort(np.abs(sizes[order] - sizes[index]), kind="stable")]
+        _, first = np.unique(kind[order], return_index=True)
+        others = [int(j) for j in order[np.sort(first)] if kind[j] != kind[index]]
+        if len(others) < n - 1:
+            raise ValueError(f"Text {index} has {len(others)} different others; {n} candidates need {n - 1}.")
+        rows.append([index, *others[: n - 1]])
+    return np.array(rows, dtype=np.intp)
+
+
+def rank_fed(
+    conditional: ArrayLike,
+    blank: ArrayLike,
+    fed: ArrayLike = 0,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Is the fed text the likeliest of its candidates, given the features?
+
+    Candidates are ranked by log P(text | features) - log P(text | blank), which takes away how likely a text is anyhow.
+    top1 is the share ranked first (a tie is a miss); mrr the mean of 1 / rank (of equal candidates, the middle rank); bits
+    is log2 of the softmax of the differences at the fed text, relative to 1 / candidates: what the features tell of
+    which text was fed, a lower bound of their information, negative where they mislead.
+
+    Args:
+        conditional: (item, candidate) natural log-likelihoods of whole texts.
+        blank: The same without features: (item, candidate) or (candidate,).
+        fed: Each item's fed candidate; 0, where `matched_candidates` puts it.
+        clusters: One id per item, for example its image where several projectors score it.
+        level: Coverage of the intervals.
+        n_resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        Rows top1, mrr, bits; columns score, value, low, high, chance, n, n_candidates, seed.
+
+    Raises:
+        ValueError: shapes do not fit, or a value is not finite.
+
+    >>> rank_fed([[-1.0, -9.0], [-2.0, -2.0]], [-5.0, -5.0]).value.round(2).tolist()
+    [0.5, 0.83, 0.5]
+    """
+    given, empty = np.asarray(conditional, np.float64), np.asarray(blank, np.float64)
+    if given.ndim != 2 or given.shape[1] < 2 or empty.shape not in (given.shape, given.shape[1:]):
+        raise ValueError(
+            f"Log-likelihoods are (item, candidate) with two candidates or more, blank ones the same or (candidate,); "
+            f"got {given.shape} and {empty.shape}."
+        )
+    gain = given - empty
+    if not np.isfinite(gain).all():
+        raise ValueError(f"{int((~np.isfinite(gain)).sum())} of {gain.size} log-likelihoods are not finite.")
+    items, n = gain.shape
+    own = gain[np.arange(items), np.broadcast_to(fed, items)][:, None]
+    above, equal = (gain > own).sum(1), (gain == own).sum(1) - 1
+    bits = np.log2(n) - logsumexp(gain - own, axis=1) / np.log(2)
+    scores = {
+        "top1": ((above + equal == 0).astype(float), 1 / n),
+        "mrr": (1 / (1 + above + equal / 2), float(np.sum(1 / np.arange(1, n + 1)) / n)),
+        "bits": (bits, 0.0),
+    }
+    rows = []
+    for score, (values, chance) in scores.items():
+        if score == "top1" and clusters is None:
+            low, high = wilson_interval(values.sum(), items, level)
+        else:
+            low, high = bootstrap_interval(values, clusters, level, n_resamples, seed)
+        rows.append({"score": score, "value": values.mean(), "low": low, "high": high, "chance": chance, "n": items})
+    return pd.DataFrame(rows).assign(n_candidates=n, seed=seed)
+
+
+def usable_information(
+    conditional: ArrayLike,
+    unconditional: ArrayLike,
+    n_tokens: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What conditional features tell of the prompt beyond unconditional features of the same image, in bits per token.
+
+    Conditional V-information (Xu et al. 2020; conditional probing, Hewitt et al. 2021): the drop in the prompt's
+    cross-entropy from a reader of the unconditional features to a reader of both.  Both readers are trained alike and
+    scored on held-out images; a reader that uses less than it is given makes the value too small, even negative.
+
+    Args:
+        conditional: (text,) natural log-likelihood of each fed text, all its tokens, under the reader of both.
+        unconditional: The same under the reader of unconditional features.
+        n_tokens: Tokens of each text.
+        clusters: One id per text (its image), where several projectors read it.
+        level: Coverage.
+        n_resamples: Bootstrap resamples.
+        seed: Of bootstrap and sign flips.
+
+    Returns:
+        One row: score, value, low, high, chance (0), p (sign flips of the texts' differences), n, n_tokens, seed.
+
+    Raises:
+        ValueError: shapes differ, or a text has no token.
+
+    >>> usable_information([-2.0, -4.0], [-4.0, -8.0], [3, 3]).value.round(3).tolist()
+    [1.443]
+    """
+    gain = (np.asarray(conditional, np.float64) - np.asarray(unconditional, np.float64)) / np.log(2)
+    tokens = np.asarray(n_tokens, np.float64)
+    if gain.shape != tokens.shape or gain.ndim != 1 or not (tokens > 0).all():
+        raise ValueError(
+            f"Each text needs two log-likelihoods and at least one token; got shapes {gain.shape} and {tokens.shape}."
+        )
+    columns = np.stack([gain, tokens], axis=1)
+    low, high = bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], clusters, level, n_resamples, seed)
+    _, p = paired_permutation_test(gain, np.zeros_like(gain), seed, clusters=clusters)
+    row = {"score": "bits per token", "value": gain.sum() / tokens.sum(), "low": low, "high": high, "chance": 0.0, "p": p}
+    return pd.DataFrame([{**row, "n": len(gain), "n_tokens": int(tokens.sum()), "seed": seed}])

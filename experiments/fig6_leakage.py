@@ -1,0 +1,225 @@
+"""Figure 6: does the language model read the prompt? CIDEr-D against guidance s (claims L1-L4).
+
+    python experiments/fig6_leakage.py [--count 1200] [--smoke] [--from-csv]
+
+Projectors are trained on captions with features that were conditioned on those captions, at guidance s; with and without
+30% caption dropout; and without any prompt (the stated cure).  Held-out images are then described from features that were given
+no text, the image's own caption, or a mismatched one.  Output is scored against the image's other captions, and under mismatched
+captions against the text that was fed in.  CIDEr-D times 100, document frequencies from the training captions; the paper's is CIDEr on
+COCO, of another language model: levels cannot be compared, directions can.
+
+Expected headline: with own captions CIDEr rises with s; the mismatched caption comes back, the more so the larger s.
+About 15 minutes on two cores; the three leakage experiments share projectors, all together about 40.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict
+from diffprobe.mllm.leakage import (
+    MAIN_SITE,
+    Run,
+    Test,
+    examples,
+    experiment_run,
+    frequencies,
+    item_scores,
+    leak_against_sight,
+    plan,
+    read_texts,
+    score_texts,
+)
+from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
+from diffprobe.plotting import plot_leak_examples, plot_leak_sight, plot_site_curves
+
+TIMESTEP, SCALES, DROPPED = 50, (1.0, 1.5, 4.0), (1.5, 4.0)
+FED = ("none", "own", "mismatched")
+ARMS = {"M": "prompt: its caption", "M+drop30": "caption dropout 30%", "U": "no prompt"}
+PAPER = {"no_dropout": "M", "caption_dropout": "M+drop30"}
+
+
+def pieces(run: Run, seeds: int, smoke: bool) -> list[Test]:
+    scales, dropped = ((4.0,), (4.0,)) if smoke else (SCALES, DROPPED)
+    tests = plan(["U", "M"], [MAIN_SITE], [TIMESTEP], scales, seeds, FED)
+    tests += plan(["M+drop30"], [MAIN_SITE], [TIMESTEP], dropped, seeds, FED, controls=False)
+    if smoke:
+        return list(dict.fromkeys(tests))
+    # every condition once, where a leak is strongest
+    return list(dict.fromkeys([*tests, *plan(["M"], [MAIN_SITE], [TIMESTEP], [4.0], seeds, CONDITIONS, controls=False)]))
+
+
+def measure(options: Options) -> Result:
+    seeds = 1 if options.smoke else 3
+    run = experiment_run(options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device)
+    tests = pieces(run, seeds, options.smoke)
+    run.complete(tests)
+    texts = read_texts(run.folder, tests)
+    scores = score_texts(texts, frequencies(run.folder), options.seed)
+    scaled = scores.assign(**{c: 100 * scores[c] for c in ("value", "low", "high", "chance")}, kind="CIDEr-D x 100")
+    judged = judge_leakage(texts, seed=options.seed)
+    rows = pd.concat([scaled, judged.table.assign(kind="content-word F1"), changes(texts)], ignore_index=True)
+    shown = examples(texts[texts["arm"].isin(["M", "U"]) & (texts["guidance"] == 4.0) | (texts["control"] == "K+")], 3)
+    config = {
+        "settings": json.loads((run.folder / "request.json").read_text(encoding="utf-8")),
+        "verdicts": [sentence(row) for row in judged.verdicts.to_dict("records")],
+        "examples": shown.astype(object).where(shown.notna(), "").to_dict("list"),
+    }
+    return Result(rows, config=config)
+
+
+def changes(texts: pd.DataFrame) -> pd.DataFrame:
+    """Paired changes of leak and sight that the claims speak of, by image and projector seed."""
+    from diffprobe.mllm.verdict import crossed_mean
+
+    rows = []
+    for condition in ("own", "mismatched"):
+        items = item_scores(texts[texts["control"] == ""], condition)
+        scales = sorted(items["guidance"].unique())
+        cells = dict(iter(items.groupby(["arm", "guidance"])))
+        pairs = [("M", scales[-1], "M", scales[0], "s")] if len(scales) > 1 else []
+        pairs += [(arm, scales[-1], "M", scales[-1], arm) for arm in ("M+drop30", "U")]
+        for arm, scale, base, base_scale, name in pairs:
+            for score in ("leak", "sight"):
+                a, b = (
+                    cells[key].pivot(index="seed", columns="sample", values=score) for key in ((arm, scale), (base, base_scale))
+                )
+                mean = crossed_mean((a - b[a.columns]).to_numpy())
+                rows.append({"kind": "change", "arm": arm, "condition": condition, "score": score, "site": MAIN_SITE, "timestep": TIMESTEP,
+                             "guidance": scale, "against": f"{base} s={base_scale:g}", "name": name, "chance": 0.0,
+                             **{k: mean[k] for k in ("value", "low", "high")}, "n": a.shape[1], "n_seeds": a.shape[0]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def judge(rows: pd.DataFrame) -> list[Claim]:
+    paper = reference("fig6_leakage").set_index(["training", "inference", "metric"])
+    change = rows[rows["kind"] == "change"].set_index(["name", "condition", "score"])
+    leaks = rows[(rows["kind"] == "content-word F1") & (rows["condition"] == "mismatched") & (rows["control"].fillna("") == "")]
+    claims = []
+
+    def say(number: str, statement: str, name: tuple[str, str, str], sign: int, published: str) -> None:
+        if name not in change.index:
+            return
+        row = change.loc[name]
+        low, high = sorted((sign * row["low"], sign * row["high"]))
+        evidence = (
+            f"content-word F1 {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] of {row['arm']} s={row['guidance']:g} against "
+            f"{row['against']}, n = {row['n']:.0f} images x {row['n_seeds']:.0f} projectors; {published}"
+        )
+        claims.append(Claim(number, statement, verdict(low, high), evidence))
+
+    own, mismatched = (paper.loc[("no_dropout", kind, "cider")] for kind in ("own_caption", "mismatched_caption"))
+    say(
+        "L1",
+        "With own captions recovery of the captions rises with s",
+        ("s", "own", "sight"),
+        1,
+        f"paper: CIDEr {own['s1']} to {own['s4']}",
+    )
+    for scale, row in leaks[leaks["arm"] == "M"].set_index(["guidance", "score"]).iterrows():
+        if scale[1] == "leak":
+            claims.append(
+                Claim(
+                    "L2", f"The mismatched caption is recovered at s = {scale[0]:g}", verdict(row["low"], row["high"]),
+                    f"leak {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] content-word F1 above chance ({row['chance']:.3f}), n = {row['n']:.0f} images "
+                    f"x {row['n_seeds']:.0f} projectors; paper: CIDEr {mismatched[f's{scale[0]:g}']}",
+                )
+            )  # fmt: skip
+    say(
+        "L2",
+        "... the more so the larger s",
+        ("s", "mismatched", "leak"),
+        1,
+        f"paper: CIDEr {mismatched['s1']} to {mismatched['s4']}",
+    )
+    less = paper.loc[("caption_dropout", "mismatched_caption", "cider")]["s4"]
+    say(
+        "L3",
+        "Caption dropout lowers the leak",
+        ("M+drop30", "mismatched", "leak"),
+        -1,
+        f"paper: CIDEr {mismatched['s4']} to {less}",
+    )
+    say(
+        "L3",
+        "... and lifts sight under mismatched captions (ours)",
+        ("M+drop30", "mismatched", "sight"),
+        1,
+        "paper: without a caption CIDEr 24.2 to 31.4",
+    )
+    say("L4", "Training without a prompt lowers the leak", ("U", "mismatched", "leak"), -1, "paper: stated, not measured")
+    say(
+        "L4",
+        "... and lifts sight under mismatched captions (ours)",
+        ("U", "mismatched", "sight"),
+        1,
+        "paper: stated, not measured",
+    )
+    return claims
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ours and the paper's as panels: what is fed; curves: how the projector was trained."""
+    ours = rows[
+        (rows["kind"] == "CIDEr-D x 100")
+        & (rows["control"].fillna("") == "")
+        & rows["arm"].isin(list(ARMS))
+        & rows["condition"].isin(FED)
+    ]
+    ours = ours[np.where(ours["condition"] == "mismatched", ours["score"] == "fed", ours["score"] == "references")]
+    titles = {"none": "fed: nothing", "own": "fed: its own caption", "mismatched": "fed: mismatched, scored against it"}
+    ours = ours.assign(panel=ours["condition"].map(titles), site=ours["arm"].map(ARMS))
+    # without a text s changes nothing for arm U, and one test serves all s; drawn once a scale all the same
+    published = []
+    table = reference("fig6_leakage")
+    for row in table[(table["metric"] == "cider") & table["training"].isin(list(PAPER))].to_dict("records"):
+        condition = row["inference"].removesuffix("_caption")
+        for name in ("s1", "s1.5", "s4"):
+            if not np.isnan(row[name]):
+                published.append({"panel": f"paper, {titles[condition]}", "site": ARMS[PAPER[row["training"]]], "guidance": float(name[1:]),
+                                  "value": row[name], "low": np.nan, "high": np.nan, "chance": np.nan})  # fmt: skip
+    order = {title: k for k, title in enumerate([titles[c] for c in FED] + [f"paper, {titles[c]}" for c in FED])}
+    both = pd.concat([ours, pd.DataFrame(published)], ignore_index=True)
+    return both.sort_values("panel", key=lambda names: names.map(order), kind="stable")
+
+
+def draw(result: Result) -> Mapping[str, Figure]:
+    rows = result.rows
+    table = rows[rows["kind"] == "content-word F1"].fillna({"control": "", "arm": ""})
+    from diffprobe.mllm.verdict import Leakage
+
+    plane = leak_against_sight(Leakage(table, pd.DataFrame()))
+    shown = pd.DataFrame(result.config["examples"])
+    return {
+        "": plot_site_curves(
+            curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100", chance_name="chance: another image's text",
+            title="What comes back, by what was fed in and how the projector was trained",
+        ),
+        "plane": plot_leak_sight(plane, title="Mismatched prompts: read or seen?"),
+        "texts": plot_leak_examples(shown, title="What projectors wrote (first seed)"),
+    }  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    name="fig6_leakage",
+    title="Does the language model see the image or read the prompt: recovery against guidance",
+    count=1200,
+    smoke_count=36,
+    measure=measure,
+    judge=judge,
+    draw=draw,
+    alt={
+        "": "Six panels of CIDEr against guidance: ours above, the paper's below; fed nothing, the own caption, a mismatched one; curves by training.",
+        "plane": "Leak against sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
+        "texts": "Texts side by side: what was fed in, what the image shows, and what projectors wrote.",
+    },
+    reference="fig6_leakage",
+)
+
+if __name__ == "__main__":
+    EXPERIMENT.main()
