@@ -29,6 +29,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from diffprobe.data.samples import Dataset
 from diffprobe.plotting import package_versions, read_rows, save_figure
 from diffprobe.store import code_commit
 
@@ -55,6 +56,15 @@ def verdict(low: float, high: float, threshold: float = 0.0) -> Verdict:
     ('held', 'not held', 'undecided', 'held')
     """
     return "held" if low > threshold else "not held" if high < threshold else "undecided"
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """A claim about all holds when each part does, and fails when one does; without parts nothing is decided.
+
+    >>> worst(["held", "undecided"]), worst(["held", "not held", "undecided"]), worst(["held"]), worst([])
+    ('undecided', 'not held', 'held', 'undecided')
+    """
+    return "not held" if "not held" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "held"
 
 
 @dataclass(frozen=True)
@@ -203,6 +213,27 @@ def describe(experiment: Experiment, claims: Sequence[Claim], out: Path) -> str:
     lines = [f"{experiment.name}: {experiment.title}"]
     lines += [f"  {claim.id} {claim.verdict}: {claim.statement}\n      {claim.evidence}" for claim in claims]
     return "\n".join([*lines, f"  {out / experiment.name}.png"])
+
+
+def record_words(options: Options, timesteps: Sequence[int]) -> tuple[str, Dataset, str, Path]:
+    """Cross-attention of captions on scenes of two, every head, in one store that experiments with equal options share.
+
+    Captions of the "web" style where the data has them: they name a background, and only what captions on the web name.
+
+    Returns:
+        The weights' hash, the dataset, the conditioning, and the store.
+    """
+    from diffprobe import extract, load_dataset, load_model
+
+    model = load_model(options.model, options.device)
+    data = load_dataset(options.data or f"shapes:{options.count}?split=test&objects=2&seed={options.seed}")
+    conditioning = "caption:web" if any(c.style == "web" for c in data[0].captions) else "caption"
+    out = options.work / f"words_{data.name}_{len(data)}_{options.seed}.zarr"
+    extract(
+        model, data, out, sites=(), maps="cross", heads="all", timesteps=timesteps, conditionings=(conditioning,),
+        seed=options.seed,
+    )  # fmt: skip
+    return model.weights_hash(), data, conditioning, out
 
 
 def reference(name: str) -> pd.DataFrame:

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, Verdict, reference, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict, worst
 from diffprobe.plotting import plot_pca_grid, plot_site_curves
 from diffprobe.probes.linear import GramRidge
 from diffprobe.probes.pca import outlier_tokens, pca_rgb
@@ -382,11 +382,6 @@ def judge_bands(rows: pd.DataFrame) -> Claim:
     return Claim(
         "A3", statement, worst([verdict(more.loc[s, "low"], more.loc[s, "high"]) for s in shown if s != LATENT]), evidence
     )
-
-
-def worst(verdicts: list[Verdict]) -> Verdict:
-    """A claim about all holds when each part does, and fails when one does; without parts nothing is decided."""
-    return "not held" if "not held" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "held"
 
 
 def draw(result: Result) -> dict[str, Figure]:

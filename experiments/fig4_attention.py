@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
 from diffprobe.plotting import plot_attention_strips, plot_localization_curves
 
 TIMESTEPS = (10, 50, 100, 250, 500)
@@ -30,25 +30,18 @@ MERGED = "all sites"
 
 
 def measure(options: Options) -> Result:
-    from diffprobe import extract, load_dataset, load_model, open_store
+    from diffprobe import open_store
     from diffprobe.probes.grounding import attention_localization
 
-    model = load_model(options.model, options.device)
-    data = load_dataset(options.data or f"shapes:{options.count}?split=test&objects=2&seed={options.seed}")
-    conditioning = "caption:web" if any(c.style == "web" for c in data[0].captions) else "caption"
+    weights, data, conditioning, out = record_words(options, TIMESTEPS)
     roles = [r for r in ("noun", "colour", "background") if any(s.role == r for c in data[0].captions for s in c.spans)]
-    out = options.work / f"words_{data.name}_{len(data)}_{options.seed}.zarr"
-    extract(
-        model, data, out, sites=(), maps="cross", heads="all", timesteps=TIMESTEPS, conditionings=(conditioning,),
-        seed=options.seed,
-    )  # fmt: skip
     tree = open_store(out)
     sites = [s for s in tree.attrs["request"]["maps"] if s.startswith(PAPER_SITES)] or None
     rows = attention_localization(
         tree, data, conditioning=conditioning, roles=roles, sites=sites, against_timestep=HIGH, seed=options.seed
     )
     config = {
-        "store": out.name, "dataset": data.spec, "weights": model.weights_hash(), "conditioning": conditioning,
+        "store": out.name, "dataset": data.spec, "weights": weights, "conditioning": conditioning,
         "sites": sites, "left_out": rows.attrs["left_out"],
     }  # fmt: skip
     return Result(rows, pictures(tree, data, conditioning, sites), config)

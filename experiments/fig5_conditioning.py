@@ -26,7 +26,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, Verdict, reference, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict, worst
 from diffprobe.plotting import heat_colours, plot_pca_grid, plot_site_curves
 from diffprobe.probes.pca import pca_rgb
 from diffprobe.probes.similarity import cka, jackknife_interval, similarity
@@ -183,11 +183,6 @@ def judge_guidance(rows: pd.DataFrame) -> list[Claim]:
 
 def numbers(row: Any) -> str:
     return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
-
-
-def worst(verdicts: list[Verdict]) -> Verdict:
-    """A claim about all holds when each part does, and fails when one does; without parts nothing is decided."""
-    return "not held" if "not held" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "held"
 
 
 def draw(result: Result) -> dict[str, Figure]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
 from diffprobe.plotting import plot_localization_controls, plot_localization_grid, plot_localization_heads
 
 TIMESTEPS = (10, 50, 100, 250, 500)
@@ -26,18 +26,10 @@ JUDGED = ("all sites", 50, "auc")  # fixed beforehand: the mean over all maps, a
 
 
 def measure(options: Options) -> Result:
-    from diffprobe import extract, load_dataset, load_model, open_store
+    from diffprobe import open_store
     from diffprobe.probes.grounding import attention_localization
 
-    model = load_model(options.model, options.device)
-    data = load_dataset(options.data or f"shapes:{options.count}?split=test&objects=2&seed={options.seed}")
-    # captions that name a background and only what captions on the web name, where the data has such
-    conditioning = "caption:web" if any(c.style == "web" for c in data[0].captions) else "caption"
-    out = options.work / f"words_{data.name}_{len(data)}_{options.seed}.zarr"
-    extract(
-        model, data, out, sites=(), maps="cross", heads="all", timesteps=TIMESTEPS, conditionings=(conditioning,),
-        seed=options.seed,
-    )  # fmt: skip
+    weights, data, conditioning, out = record_words(options, TIMESTEPS)
     tree = open_store(out)
     table = attention_localization(tree, data, conditioning=conditioning, seed=options.seed)
     heads = attention_localization(
@@ -45,7 +37,7 @@ def measure(options: Options) -> Result:
     )
     rows = pd.concat([table.assign(part="sites"), heads.assign(part="heads")], ignore_index=True)
     config = {
-        "store": out.name, "dataset": data.spec, "weights": model.weights_hash(), "conditioning": conditioning,
+        "store": out.name, "dataset": data.spec, "weights": weights, "conditioning": conditioning,
         "timesteps": list(TIMESTEPS), "left_out": table.attrs["left_out"],
     }  # fmt: skip
     return Result(rows, config=config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,7 @@ def _export(target: Path, model: Any, *parts: Any) -> None:
     """Float16 safetensors and configs, without the folder that they came from."""
     for part in (model.half(), *parts):
         part.save_pretrained(target)
-    for path in target.rglob("*.json"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("_name_or_path", found.pop("name_or_path", None)) is not None:
-            path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    recipe.forget_origin(target)
     model.float()
 
 

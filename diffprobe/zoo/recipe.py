@@ -480,10 +480,15 @@ def export(folder: Path, target: Path, denoiser: Denoiser | None = None) -> None
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
-    for path in target.rglob("config.json"):  # where it was trained is nobody's business
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    forget_origin(target)
+
+
+def forget_origin(target: Path) -> None:
+    """Take the folder that it was trained in out of every JSON file of a model: where that was is nobody's business."""
+    for path in target.rglob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("_name_or_path", found.pop("name_or_path", None)) is not None:
+            path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 STAGES: dict[str, Callable[[Config, Path], object]] = {"vae": train_vae, "text": train_text, "unet": train_unet}
