@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +22,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
 from diffprobe.plotting import plot_samples, plot_scores
 
 TIMESTEPS = (100, 250, 400, 550, 700)
-SITES = ("D-L1-R1", "D-L2-R0", "D-L2-R1", "U-L1-R0", "U-L1-R1", "U-L1-R2", "U-L2-R0", "U-L2-R1", "U-L2-R2")
 GUIDANCE, STEPS, BATCH = 4.0, 25, 25
 SHOWN = 12  # pictures of one object, and as many of two, in the grid
 SMOKE_READER_STEPS = 8
@@ -203,37 +201,18 @@ def matching(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
 
 
 def pointing(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
-    """Pointing game of the first object's noun: does the map's highest place lie in the object's mask?"""
-    from diffprobe import attention_maps, extract, open_store
-    from diffprobe.data import ShapesDataset
-    from diffprobe.data.images import fit_masks
-    from diffprobe.zoo.measure import share
+    """Pointing game of nouns in "web" captions on scenes of two: does the map's highest pixel lie in the object's mask?
 
-    dataset = ShapesDataset(options.count, "test", options.seed, n_objects=2)
-    hits: dict[tuple[str, int], list[bool]] = {}
-    areas = []
-    with tempfile.TemporaryDirectory() as folder:
-        maps = [f"{site}-B0-Cross-Map" for site in SITES]
-        out = f"{folder}/maps.zarr"
-        extract(model, dataset, out, sites=(), maps=maps, timesteps=(50, 250, 500), conditionings=("caption",))
-        tree = open_store(out)
-        for index in range(options.count):
-            sample = dataset[index]
-            if len({o["shape"] for o in sample.objects}) < 2:
-                continue  # "a red star left of a blue star": which star a map means is not ours to say
-            side = model.resolution
-            mask = fit_masks(sample.masks(), (side, side))[0]
-            areas.append(mask.mean())
-            one = tree.isel(sample=[index])
-            one.attrs = tree.attrs
-            for name in maps:
-                for heat in attention_maps(one, str(sample.objects[0]["shape"]), site=name).isel(sample=0):
-                    y, x = np.unravel_index(int(heat.values.argmax()), heat.shape)
-                    scale = side / heat.shape[0]
-                    hit = bool(mask[int((y + 0.5) * scale), int((x + 0.5) * scale)])
-                    hits.setdefault((name.removesuffix("-B0-Cross-Map"), int(heat["timestep"])), []).append(hit)
-    for (site, timestep), found in hits.items():
-        yield share(f"pointing, {site}", found, float(np.mean(areas)), timestep=timestep)
+    By `probes.localization`, as in tab_localization; each cross-attention site, and the mean over all of them.
+    """
+    from diffprobe import open_store
+    from diffprobe.probes.grounding import attention_localization
+
+    _, data, conditioning, out = record_words(options, (50, 250, 500))
+    table = attention_localization(open_store(out), data, conditioning=conditioning, seed=options.seed)
+    for row in table[(table["map"] == "word") & (table["score"] == "pointing")].to_dict("records"):
+        kept = {name: row[name] for name in ("value", "low", "high", "n", "chance", "timestep")}
+        yield {"what": f"pointing, {row['site'].removesuffix('-B0-Cross-Map')}", **kept}
 
 
 # --- shapes-clip, shapes-lm -----------------------------------------------------------------------

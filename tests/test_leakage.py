@@ -32,8 +32,11 @@ MAIN, FIRST = leakage.MAIN_SITE, leakage.NO_TEXT_SITE
 # --- planted ----------------------------------------------------------------------------------------
 
 
+Train = Callable[..., pd.DataFrame]
+
+
 @pytest.fixture(scope="module")
-def planted(language: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
+def trained(language: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Texts of projectors trained on features that hold the fed word, the image's word, both, or neither.
 
     A language model of random weights says the word that its soft tokens ask for, once a projector has learnt to ask.
@@ -41,48 +44,67 @@ def planted(language: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     from diffprobe.mllm.train import Captioned, TrainConfig, generate, train_projector
 
     model = language(WORDS, 64)
-    rng = np.random.default_rng(0)
 
-    def features(*words: np.ndarray) -> torch.Tensor:
-        """Two tokens; one block of channels a planted word, over noise."""
-        blocks = [np.eye(8)[w] if w.size else np.zeros((160, 8)) for w in words]
-        values = np.repeat(np.concatenate(blocks, 1)[:, None], 2, 1)
-        return torch.from_numpy((values + rng.normal(0, 0.05, values.shape)).astype(np.float32))
-
-    seen, fed, nothing = rng.integers(8, size=160), rng.integers(8, size=160), np.array([])
-    held = slice(120, 160)
-    found = {}
-    for kind, own, test in (
+    def texts(kind: str, seed: int, projectors: int) -> pd.DataFrame:
+        rng = np.random.default_rng(seed)
+        seen, fed, nothing = rng.integers(8, size=160), rng.integers(8, size=160), np.array([])
+        other = (rng.integers(8, size=160),) * 2
         # own: under own captions text and image agree; test: under mismatched prompts they do not
-        ("leaks", (nothing, seen), (nothing, fed)),
-        ("sees", (seen, nothing), (seen, nothing)),
-        ("neither", (rng.integers(8, size=160),) * 2, (rng.integers(8, size=160),) * 2),
-    ):
-        trained, tested, rows = features(*own), features(*test), []
-        for seed in range(2):
-            config = TrainConfig(steps=40, batch=24, learning_rate=0.02, patience=0, evaluate_every=40, seed=seed)
-            captions = [WORDS[w] for w in seen]
+        own, test = {
+            "leaks": ((nothing, seen), (nothing, fed)), "sees": ((seen, nothing), (seen, nothing)), "neither": (other, other),
+        }[kind]  # fmt: skip
+
+        def features(*words: np.ndarray) -> torch.Tensor:
+            """Two tokens; one block of channels a planted word, over noise."""
+            blocks = [np.eye(8)[w] if w.size else np.zeros((160, 8)) for w in words]
+            values = np.repeat(np.concatenate(blocks, 1)[:, None], 2, 1)
+            return torch.from_numpy((values + rng.normal(0, 0.05, values.shape)).astype(np.float32))
+
+        shown, tested, rows = features(*own), features(*test), []
+        captions, held = [WORDS[w] for w in seen], slice(120, 160)
+        for projector_seed in range(projectors):
+            config = TrainConfig(
+                steps=40, batch=24, learning_rate=0.02, patience=0, evaluate_every=40, seed=100 * seed + projector_seed
+            )
             projector = train_projector(
-                model, Captioned(trained[:100], captions[:100]), Captioned(trained[100:120], captions[100:120]),
+                model, Captioned(shown[:100], captions[:100]), Captioned(shown[100:120], captions[100:120]),
                 tmp_path_factory.mktemp("planted") / "p", config,
             )  # fmt: skip
             said = generate(model, projector, tested[held], max_new_tokens=3)
             rows += [
-                {"arm": "M", "site": kind, "timestep": 50, "guidance": 4.0, "seed": seed, "condition": "mismatched", "sample": f"image-{k}",
+                {"arm": "M", "site": kind, "timestep": 50, "guidance": 4.0, "seed": projector_seed, "condition": "mismatched", "sample": f"image-{k}",
                  "fed": f"{WORDS[fed[k]]} thing", "references": json.dumps([f"something {WORDS[seen[k]]}"]), "output": text}
                 for k, text in zip(range(120, 160), said, strict=True)
             ]  # fmt: skip
-        found[kind] = pd.DataFrame(rows)
-    return found
+        return pd.DataFrame(rows)
+
+    return texts
+
+
+@pytest.fixture(scope="module")
+def planted(trained: Train) -> dict[str, pd.DataFrame]:
+    return {kind: trained(kind, seed=0, projectors=2) for kind in ("leaks", "sees", "neither")}
+
+
+def verdict_of(texts: pd.DataFrame, planted: dict[str, pd.DataFrame]) -> pd.Series:
+    controls = [planted["leaks"].assign(control="K+", arm=""), planted["sees"].assign(control="K-", arm="")]
+    texts = pd.concat([texts.assign(control=""), *controls], ignore_index=True)
+    texts = texts.assign(guidance=[np.nan if c else s for c, s in zip(texts["control"], texts["guidance"], strict=True)])
+    return judge_leakage(texts, margin=0.15, n_permutations=999, n_resamples=200).verdicts.iloc[0]
 
 
 @pytest.mark.parametrize("kind", ["leaks", "sees", "neither"])
 def test_what_was_planted_is_found(planted: dict[str, pd.DataFrame], kind: str) -> None:
-    controls = [planted["leaks"].assign(control="K+", arm=""), planted["sees"].assign(control="K-", arm="")]
-    texts = pd.concat([planted[kind].assign(control=""), *controls], ignore_index=True)
-    texts = texts.assign(guidance=[np.nan if c else s for c, s in zip(texts["control"], texts["guidance"], strict=True)])
-    row = judge_leakage(texts, margin=0.15, n_permutations=999, n_resamples=200).verdicts.iloc[0]
+    row = verdict_of(planted[kind], planted)
     assert row["verdict"] == kind, row["why"]
+
+
+@pytest.mark.slow
+def test_what_no_prompt_has_reached_sees_and_never_leaks(trained: Train, planted: dict[str, pd.DataFrame]) -> None:
+    """Twenty worlds from features to verdict: other images, other texts, other projectors."""
+    verdicts = [verdict_of(trained("sees", seed=seed, projectors=1), planted)["verdict"] for seed in range(1, 21)]
+    assert not {"leaks", "both"} & set(verdicts), verdicts
+    assert verdicts.count("sees") >= 15, verdicts  # a clean bill has to be shown, which forty images do not always do
 
 
 def test_item_scores_average_to_the_verdict_s_scores(planted: dict[str, pd.DataFrame]) -> None:

@@ -72,6 +72,7 @@ FED = {  # a test condition's split and conditioning
     "own": ("test", "caption"), "mismatched": ("test", "mismatched"), "mismatched_hard": ("test", "hard"), "none": ("test", NULL),
     "blank_caption": ("blank", "caption"), "blank_none": ("blank", NULL), "random_words": ("test", "words"), "paraphrase": ("test", "caption:1"),
 }  # fmt: skip
+BASELINES = {"blank": "blank", "no prompt": "null", "none": ""}  # of rankings, and the arrays that hold them
 _ARM = re.compile(r"(?P<base>[UMXQ])(\+drop(?P<dropout>\d\d))?(/(?P<cure>.+))?")
 
 
@@ -330,6 +331,10 @@ class Run:
         """What the same projector is shown of no image and no text."""
         return self.asked(test.recipe, "blank", NULL, test.guidance, test.knockout)
 
+    def unprompted(self, test: Test) -> Asked:
+        """The same image without a text."""
+        return self.asked(test.recipe, "test", NULL, test.guidance, test.knockout)
+
     def train_config(self, recipe: Recipe) -> TrainConfig:
         from diffprobe.mllm.train import TrainConfig
 
@@ -391,7 +396,10 @@ class Run:
         return self.folder / "likelihood" / f"{test.slug}.npz"
 
     def rank(self, test: Test, projector: Projector, candidates: int, samples: int) -> None:
-        """log P of length-matched candidates given the features, and given blank ones; arrays (sample, candidate)."""
+        """log P of length-matched candidates given the features, a blank image's, and the same image's without a prompt.
+
+        Arrays (sample, candidate) for `rank_texts`.
+        """
         from diffprobe.mllm.train import log_likelihood
 
         ids = self.features.ids("test")[:samples]
@@ -406,9 +414,12 @@ class Run:
         used, place = np.unique(chosen, return_inverse=True)
         blank_image = self.features.tokens(self.blank(test), ids[:1])
         alone, _ = log_likelihood(self.language, projector, blank_image, [[pool[k] for k in used]], request)
+        unprompted = self.features.tokens(self.unprompted(test), ids)
+        null, _ = log_likelihood(self.language, projector, unprompted, asked, request)
         arrays = {
             "conditional": given,
             "blank": alone[0][place].reshape(chosen.shape),
+            "null": null,
             "tokens": tokens,
             "samples": np.array(ids),
         }
@@ -479,7 +490,7 @@ class Run:
 
     def _all_features(self, tests: Sequence[Test], ranked: Sequence[Test]) -> list[Asked]:
         found = [asked for recipe in dict.fromkeys(t.recipe for t in tests) for asked in self.training(recipe)]
-        return [*found, *map(self.testing, tests), *map(self.blank, ranked)]
+        return [*found, *map(self.testing, tests), *map(self.blank, ranked), *map(self.unprompted, ranked)]
 
     def complete(
         self, tests: Sequence[Test], ranked: Sequence[Test] = (), candidates: int = 100, samples: int = 64
@@ -749,7 +760,12 @@ def compare(items: pd.DataFrame, label: str, baseline: str) -> pd.DataFrame:
 
 
 def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
-    """`rank_fed` and `usable_information` of every cell that was ranked; seeds pooled, images as clusters."""
+    """`rank_fed` and `usable_information` of every cell that was ranked; seeds pooled, images as clusters.
+
+    The column `baseline` says what a candidate's log-likelihood is compared with: "blank" (a blank image without a prompt),
+    "no prompt" (the same image without one), or "none".  A projector has never seen a blank image, and what it makes of one
+    differs between texts for reasons of its own; the same image without a prompt lies nearer to what it knows.
+    """
     held: dict[tuple[Any, ...], list[Any]] = {}
     keys = ["control", "arm", "site", "timestep", "guidance", "condition"]
     named = {path.stem: path for path in sorted((Path(folder) / "texts").glob("*.csv"))}
@@ -762,12 +778,17 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
         key = {k: parts[0][0][k] for k in keys}
         arrays = [array for _, array in parts]
         clusters = np.concatenate([a["samples"] for a in arrays])
-        given, blank = (np.concatenate([a[name] for a in arrays]) for name in ("conditional", "blank"))
-        found = rank_fed(given, blank, clusters=clusters, seed=seed)
+        given = np.concatenate([a["conditional"] for a in arrays])
+        parts_ = []
+        for baseline, name in BASELINES.items():
+            less = np.concatenate([a[name] for a in arrays]) if name else np.zeros_like(given)
+            parts_.append(rank_fed(given, less, clusters=clusters, seed=seed).assign(baseline=baseline))
+        found = pd.concat(parts_)
         if all("unconditional" in a for a in arrays):
             alone = np.concatenate([a["unconditional"] for a in arrays])
             tokens = np.concatenate([a["tokens"][:, 0] for a in arrays])
-            found = pd.concat([found, usable_information(given[:, 0], alone, tokens, clusters=clusters, seed=seed)])
+            told = usable_information(given[:, 0], alone, tokens, clusters=clusters, seed=seed)
+            found = pd.concat([found, told.assign(baseline="no prompt")])
         rows.append(found.assign(**key, n_seeds=len(arrays)))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 

@@ -476,7 +476,7 @@ def matched_candidates(texts: Sequence[str], n: int = 100, lengths: ArrayLike | 
 
 def rank_fed(
     conditional: ArrayLike,
-    blank: ArrayLike,
+    baseline: ArrayLike,
     fed: ArrayLike = 0,
     *,
     clusters: ArrayLike | None = None,
@@ -486,14 +486,14 @@ def rank_fed(
 ) -> pd.DataFrame:
     """Is the fed text the likeliest of its candidates, given the features?
 
-    Candidates are ranked by log P(text | features) - log P(text | blank), which takes away how likely a text is anyhow.
+    Candidates are ranked by log P(text | features) - log P(text | baseline), which takes away how likely a text is anyhow.
     top1 is the share ranked first (a tie is a miss); mrr the mean of 1 / rank (of equal candidates, the middle rank); bits
     is log2 of the softmax of the differences at the fed text, relative to 1 / candidates: what the features tell of
     which text was fed, a lower bound of their information, negative where they mislead.
 
     Args:
         conditional: (item, candidate) natural log-likelihoods of whole texts.
-        blank: The same without features: (item, candidate) or (candidate,).
+        baseline: The same without what is asked about, a blank image or no prompt: (item, candidate) or (candidate,).
         fed: Each item's fed candidate; 0, where `matched_candidates` puts it.
         clusters: One id per item, for example its image where several projectors score it.
         level: Coverage of the intervals.
@@ -509,10 +509,10 @@ def rank_fed(
     >>> rank_fed([[-1.0, -9.0], [-2.0, -2.0]], [-5.0, -5.0]).value.round(2).tolist()
     [0.5, 0.83, 0.5]
     """
-    given, empty = np.asarray(conditional, np.float64), np.asarray(blank, np.float64)
+    given, empty = np.asarray(conditional, np.float64), np.asarray(baseline, np.float64)
     if given.ndim != 2 or given.shape[1] < 2 or empty.shape not in (given.shape, given.shape[1:]):
         raise ValueError(
-            f"Log-likelihoods are (item, candidate) with two candidates or more, blank ones the same or (candidate,); "
+            f"Log-likelihoods are (item, candidate) with two candidates or more, the baseline the same or (candidate,); "
             f"got {given.shape} and {empty.shape}."
         )
     gain = given - empty

@@ -48,14 +48,15 @@ class Config:
 
     seed: int = 0
     start: Path | None = None  # a pipeline's folder: its weights are trained further, instead of random ones
-    scenes: int = 10_000
+    scenes: int = 30_000
     vae_steps: int = 2300
     vae_batch: int = 8
     text_steps: int = 1200
     text_batch: int = 64
     text_relation_steps: int = 250
-    unet_steps: int = 2450
+    unet_steps: int = 5450
     unet_batch: int = 32
+    unet_precision: str = "bf16"  # as accelerate names it; weights and their averages stay float32
     unet_lr: float = 8e-4
     text_lr: float = 2e-4
     decay_share: float = 0.25
@@ -405,7 +406,8 @@ def train_unet(config: Config, folder: Path) -> None:
     The loss is the noise's squared error over alpha-bar, at most five times: for a given step that is the error of
     the velocity, which makes the steps count where the prompt decides what appears.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # without cpu=True, processes on CPUs do not find each other
+    # without cpu=True, processes on CPUs do not find each other
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.unet_precision)
     torch.manual_seed(config.seed + 2)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
