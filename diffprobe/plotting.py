@@ -618,34 +618,50 @@ def _pieces(name: str) -> Iterator[str]:
 
 
 @styled
-def plot_scores(frame: pd.DataFrame, *, title: str = "", width: float = COLUMN) -> Figure:
+def plot_scores(
+    frame: pd.DataFrame,
+    *,
+    by: str = "timestep",
+    x_label: str = "share correct, 95% interval",
+    title: str = "",
+    width: float = COLUMN,
+) -> Figure:
     """Scores as dots with their intervals, one line each, a tick at each one's chance.
 
     Args:
-        frame: Rows with what, value, low, high, chance; rows of the same `what` share a line, coloured by `timestep`.
+        frame: Rows with what, value, low, high, chance; rows of the same `what` share a line, coloured by the column `by`.
+        by: Numbers or texts; rows may lack it.
+        x_label: What a share is of.
         title: Above the figure.
         width: In inches.
     """
     names = list(dict.fromkeys(frame["what"]))
-    steps = sorted(frame["timestep"].dropna().unique()) if "timestep" in frame else []
+    steps = sorted(frame[by].dropna().unique()) if by in frame else []
     figure, axes = _grid(1, 1, width, 0.24 * len(names) + 0.55 + 0.25 * bool(steps) + 0.2 * bool(title))
     axis = axes[0, 0]
     for line, name in enumerate(names):
         rows = frame[frame["what"] == name]
         for _, found in rows.iterrows():
-            place = steps.index(found["timestep"]) if steps and found["timestep"] in steps else None
+            place = steps.index(found[by]) if steps and found[by] in steps else None
             shift = 0.0 if place is None else 0.22 * (place - (len(steps) - 1) / 2)
             colour = "0.2" if place is None else OKABE_ITO[place % len(OKABE_ITO)]
             axis.plot([found["low"], found["high"]], [line + shift] * 2, color=colour, linewidth=1, clip_on=False)
             axis.plot(found["value"], line + shift, marker="o", markersize=3, color=colour, linestyle="none", clip_on=False)
         axis.plot([rows["chance"].mean()] * 2, [line - 0.4, line + 0.4], color="0.55", linewidth=1, linestyle=(0, (2, 1)))
     for place, step in enumerate(steps):
-        axis.plot([], [], marker="o", markersize=3, color=OKABE_ITO[place % len(OKABE_ITO)], label=f"timestep {step:g}")
+        axis.plot(
+            [],
+            [],
+            marker="o",
+            markersize=3,
+            color=OKABE_ITO[place % len(OKABE_ITO)],
+            label=f"{by}: {step}" if isinstance(step, str) else f"{by} {step:g}",
+        )
     axis.plot([], [], color="0.55", linewidth=1, linestyle=(0, (2, 1)), label="chance")
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlim(0, 1)
-    axis.set_xlabel("share correct, 95% interval")
+    axis.set_xlabel(x_label)
     axis.grid(axis="x", color="0.9", linewidth=0.5)
     axis.set_axisbelow(True)
     axis.tick_params(axis="y", length=0)

@@ -8,6 +8,9 @@ no text, the image's own caption, or a mismatched one.  Output is scored against
 captions against the text that was fed in.  CIDEr-D times 100, document frequencies from the training captions; the paper's is CIDEr on
 COCO, of another language model: levels cannot be compared, directions can.
 
+Without decoding: the fed-in caption of 40 images is ranked among 100 of its length by its likelihood, less that of a blank image, or
+of the same image without a prompt, or of nothing.
+
 Expected headline: with own captions CIDEr rises with s; the mismatched caption comes back, the more so the larger s.
 About 15 minutes on two cores; the three leakage experiments share projectors, all together about 40.
 """
@@ -32,11 +35,12 @@ from diffprobe.mllm.leakage import (
     item_scores,
     leak_against_sight,
     plan,
+    rank_texts,
     read_texts,
     score_texts,
 )
 from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
-from diffprobe.plotting import plot_leak_examples, plot_leak_sight, plot_site_curves
+from diffprobe.plotting import plot_leak_examples, plot_leak_sight, plot_scores, plot_site_curves
 
 TIMESTEP, SCALES, DROPPED = 50, (1.0, 1.5, 4.0), (1.5, 4.0)
 FED = ("none", "own", "mismatched")
@@ -54,16 +58,25 @@ def pieces(run: Run, seeds: int, smoke: bool) -> list[Test]:
     return list(dict.fromkeys([*tests, *plan(["M"], [MAIN_SITE], [TIMESTEP], [4.0], seeds, CONDITIONS, controls=False)]))
 
 
+def ranked(tests: list[Test]) -> list[Test]:
+    """Mismatched prompts at the least and the largest s, and both controls."""
+    mine = [t for t in tests if t.condition == "mismatched"]
+    scales = {min(t.guidance for t in mine), max(t.guidance for t in mine)}
+    return [t for t in mine if t.recipe.control or t.guidance in scales]
+
+
 def measure(options: Options) -> Result:
     seeds = 1 if options.smoke else 3
     run = experiment_run(options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device)
     tests = pieces(run, seeds, options.smoke)
-    run.complete(tests)
+    run.complete(tests, ranked(tests), candidates=8 if options.smoke else 100, samples=8 if options.smoke else 40)
     texts = read_texts(run.folder, tests)
+    ranks = rank_texts(run.folder, options.seed)
     scores = score_texts(texts, frequencies(run.folder), options.seed)
     scaled = scores.assign(**{c: 100 * scores[c] for c in ("value", "low", "high", "chance")}, kind="CIDEr-D x 100")
     judged = judge_leakage(texts, seed=options.seed)
-    rows = pd.concat([scaled, judged.table.assign(kind="content-word F1"), changes(texts)], ignore_index=True)
+    parts = [scaled, judged.table.assign(kind="content-word F1"), changes(texts), ranks.assign(kind="ranking")]
+    rows = pd.concat(parts, ignore_index=True)
     shown = examples(texts[texts["arm"].isin(["M", "U"]) & (texts["guidance"] == 4.0) | (texts["control"] == "K+")], 3)
     config = {
         "settings": json.loads((run.folder / "request.json").read_text(encoding="utf-8")),
@@ -137,6 +150,16 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         1,
         f"paper: CIDEr {mismatched['s1']} to {mismatched['s4']}",
     )
+    ranks = ranking(rows)
+    ranks = ranks[(ranks["arm"] == "M") & (ranks["control"] == "") & (ranks["baseline"] == "no prompt")]
+    for row in ranks.to_dict("records"):
+        claims.append(
+            Claim(
+                "L2", f"... and without decoding at s = {row['guidance']:g}: it is the likeliest of a hundred captions (ours)",
+                verdict(row["low"], row["high"], row["chance"]),
+                f"first in {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}], chance {row['chance']:.2f}, n = {row['n']:.0f} texts of {row['n_seeds']:.0f} projectors",
+            )
+        )  # fmt: skip
     less = paper.loc[("caption_dropout", "mismatched_caption", "cider")]["s4"]
     say(
         "L3",
@@ -188,6 +211,16 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     return both.sort_values("panel", key=lambda names: names.map(order), kind="stable")
 
 
+def ranking(rows: pd.DataFrame) -> pd.DataFrame:
+    """Lines of `plot_scores`: the share of fed-in captions that are the likeliest of their candidates."""
+    found = rows[(rows["kind"] == "ranking") & (rows["score"] == "top1")].fillna({"control": "", "arm": ""})
+    names = [
+        {"K-": "K-: site before any text", "K+": "K+: the prompt's embeddings"}.get(row["control"], f"{row['arm']}, s = {row['guidance']:g}")
+        for row in found.to_dict("records")
+    ]  # fmt: skip
+    return found.assign(what=names).sort_values(["control", "arm"], kind="stable")
+
+
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
     table = rows[rows["kind"] == "content-word F1"].fillna({"control": "", "arm": ""})
@@ -199,6 +232,10 @@ def draw(result: Result) -> Mapping[str, Figure]:
         "": plot_site_curves(
             curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100", chance_name="chance: another image's text",
             title="What comes back, by what was fed in and how the projector was trained",
+        ),
+        "ranks": plot_scores(
+            ranking(rows), by="baseline", width=4.6, x_label=f"share of fed-in captions ranked first of {rows['n_candidates'].max():.0f}, 95% interval",
+            title="Which caption was fed in, without decoding (mismatched prompts)",
         ),
         "plane": plot_leak_sight(plane, title="Mismatched prompts: read or seen?"),
         "texts": plot_leak_examples(shown, title="What projectors wrote (first seed)"),
@@ -215,6 +252,7 @@ EXPERIMENT = Experiment(
     draw=draw,
     alt={
         "": "Six panels of CIDEr against guidance: ours above, the paper's below; fed nothing, the own caption, a mismatched one; curves by training.",
+        "ranks": "Share of fed-in captions that are the likeliest of a hundred, by training and baseline, with intervals and chance.",
         "plane": "Leak against sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
         "texts": "Texts side by side: what was fed in, what the image shows, and what projectors wrote.",
     },

@@ -779,11 +779,11 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
         arrays = [array for _, array in parts]
         clusters = np.concatenate([a["samples"] for a in arrays])
         given = np.concatenate([a["conditional"] for a in arrays])
-        parts_ = []
-        for baseline, name in BASELINES.items():
-            less = np.concatenate([a[name] for a in arrays]) if name else np.zeros_like(given)
-            parts_.append(rank_fed(given, less, clusters=clusters, seed=seed).assign(baseline=baseline))
-        found = pd.concat(parts_)
+        zero = np.zeros_like(given)
+        less = {name: np.concatenate([a[key_] for a in arrays]) if key_ else zero for name, key_ in BASELINES.items()}
+        found = pd.concat(
+            rank_fed(given, values, clusters=clusters, seed=seed).assign(baseline=name) for name, values in less.items()
+        )
         if all("unconditional" in a for a in arrays):
             alone = np.concatenate([a["unconditional"] for a in arrays])
             tokens = np.concatenate([a["tokens"][:, 0] for a in arrays])
