@@ -26,7 +26,10 @@ import pytest
 jaxtyping.install_import_hook(
     [
         f"diffprobe.{name}"
-        for name in ("knockout", "matching", "mllm.projector", "mllm.train", "models", "noise", "recorder", "sites")
+        for name in (
+            "knockout", "matching", "mllm.fusion", "mllm.model", "mllm.projector", "mllm.stages", "mllm.streams", "mllm.train",
+            "models", "noise", "recorder", "sites",
+        )  # fmt: skip
     ],
     "beartype.beartype",
 )
@@ -270,3 +273,9 @@ def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
 def language() -> Callable[..., Any]:
     """`language(words, width)`: one shared frozen language model for each choice."""
     return cache(build_language)
+
+
+@pytest.fixture(scope="session")
+def fresh_language() -> Callable[..., Any]:
+    """`fresh_language(words, width)`: a language model that a test may train."""
+    return build_language

@@ -169,13 +169,10 @@ class Learner(nn.Module):
     ) -> tuple[Tensor, int]:  # fmt: skip
         """Sum of the losses of answer tokens, and how many positions were read."""
         (language,) = self._speaker
-        if streams:
-            soft = self.fusion(streams)
-        else:  # talk without images: the fusion's gradient is zero, not absent, or processes would wait for each other
-            soft = torch.zeros(0, 0, language.width, device=language.device)
+        soft = self.fusion(streams) if streams else torch.zeros(0, 0, language.width, device=language.device)
         rows = lay_out(language, soft, questions, answers, images=images, labels=labels)
         loss = answer_losses(language, rows).sum()
-        if not streams:
+        if not streams:  # talk without images: the fusion's gradient is zero, not absent, or processes would wait for each other
             loss = loss + 0.0 * sum(parameter.sum() for parameter in self.fusion.parameters())
         return loss, rows.mask.numel()
 
