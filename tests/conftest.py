@@ -23,15 +23,10 @@ import jaxtyping
 import pytest
 
 # On the torch side, where axes have no names, every shape in a signature is checked in every test.
+CHECKED = ("knockout", "matching", "models", "noise", "recorder", "sites")
+CHECKED_MLLM = ("fusion", "model", "projector", "stages", "streams", "train")
 jaxtyping.install_import_hook(
-    [
-        f"diffprobe.{name}"
-        for name in (
-            "knockout", "matching", "mllm.fusion", "mllm.model", "mllm.projector", "mllm.stages", "mllm.streams", "mllm.train",
-            "models", "noise", "recorder", "sites",
-        )  # fmt: skip
-    ],
-    "beartype.beartype",
+    [f"diffprobe.{name}" for name in CHECKED] + [f"diffprobe.mllm.{name}" for name in CHECKED_MLLM], "beartype.beartype"
 )
 
 FAMILIES = ("sd1", "sd2", "sd2v", "sdxl", "pixart")

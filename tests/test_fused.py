@@ -131,7 +131,11 @@ def test_several_images_stand_one_after_the_other(language: Make) -> None:
     soft = torch.randn(3, 2, model.width)
     rows = lay_out(model, soft, ["?", "?", "?"], images=[2, 0, 1])
     before, after = model.prompt("?")
-    assert rows.mask.sum(1).tolist() == [len(before) + len(after) + 4, len(model.prompt("?", False)[1]), len(before) + len(after) + 2]
+    assert rows.mask.sum(1).tolist() == [
+        len(before) + len(after) + 4,
+        len(model.prompt("?", False)[1]),
+        len(before) + len(after) + 2,
+    ]
     start = len(before)
     assert torch.equal(rows.embeddings[0, start : start + 4], soft[:2].flatten(0, 1))
     start = rows.mask.shape[1] - len(after) - 2
@@ -142,14 +146,18 @@ def test_answers_of_a_conversation_are_the_templates_own(language: Make) -> None
     model = language()
     turns = [("What?", "a star"), ("And now?", ""), ("Well", "no")]
     ids, labels = model.answers(turns)
-    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [
+        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
     whole = model.tokenizer.apply_chat_template(messages, tokenize=False)
     written = model.tokenizer.decode(ids)
     assert whole.replace("<|assistant|>", "", 1).removeprefix("<|user|>What?<|end|>").startswith(written[:6])
     assert f"<|user|>What?<|end|><|assistant|>{written}" == whole
     spoken = model.tokenizer.decode([label for label in labels if label != IGNORED])
     assert spoken == "a star<|end|><|end|>no<|end|>" and len(ids) == len(labels)
-    assert [i for i, label in zip(ids, labels, strict=True) if label != IGNORED] == [label for label in labels if label != IGNORED]
+    assert [i for i, label in zip(ids, labels, strict=True) if label != IGNORED] == [
+        label for label in labels if label != IGNORED
+    ]
     assert [len(part) for part in model.answers(turns, 5)] == [5, 5]
 
 
@@ -175,7 +183,9 @@ def test_other_weights_than_in_training_are_refused(parts: dict[str, str], tmp_p
     from diffprobe.models import load_model
 
     other = load_model(parts["diffusion"], "cpu", random_weights=5)
-    with pytest.raises(ValueError, match=r"trained with other weights or settings of .*tiny-shapes-sd' than are there now \(diffusion\)"):
+    with pytest.raises(
+        ValueError, match=r"trained with other weights or settings of .*tiny-shapes-sd' than are there now \(diffusion\)"
+    ):
         FusedMLLM.from_pretrained(tmp_path, "cpu", diffusion=other)
     with pytest.raises(ValueError, match="holds no fused model"):
         FusedMLLM.from_pretrained(tmp_path / "absent")
@@ -189,7 +199,9 @@ def test_other_weights_than_in_training_are_refused(parts: dict[str, str], tmp_p
 def share(model: FusedMLLM, condition: str = "own") -> float:
     truth = [index % 2 == 0 for index in range(20)]
     items = [
-        QuestionItem(f"{k}", (lambda k=k, bright=bright: shade(bright, 100 + k),), "is it bright?", {"answer": ("no", "yes")[bright]})  # type: ignore[misc]
+        QuestionItem(
+            f"{k}", (lambda k=k, bright=bright: shade(bright, 100 + k),), "is it bright?", {"answer": ("no", "yes")[bright]}
+        )  # type: ignore[misc]
         for k, bright in enumerate(truth)
     ]
     records = answer_items(model, items, condition, max_new_tokens=3)
@@ -304,7 +316,9 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     found = []
     for count in (1, 2):
         script = tmp_path / f"{count}.py"
-        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}")), encoding="utf-8")
+        script.write_text(
+            SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}")), encoding="utf-8"
+        )
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
                    "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, timeout=500)
