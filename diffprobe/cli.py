@@ -1119,7 +1119,7 @@ def mllm_eval(
             help="shapes-vqa:N, shapes-mmvp:N, KIND:SOURCE, ...; may be repeated.",
             show_default="the four drawn ones",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     conditions: Annotated[
         str,
         typer.Option(help="own, and without looking blank, text; unprompted and irrelevant test what the prompt does."),
