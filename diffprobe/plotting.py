@@ -488,7 +488,7 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "", width: float
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
     figure, axes = _grid(rows, columns, width, rows * (0.2 * len(sites) + 0.5) + 0.3 + 0.2 * bool(title))
-    reach = 1.05 * float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max())
+    reach = 1.05 * max(1e-3, float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max()))
     for place, (axis, label) in enumerate(zip(axes.flat, labels, strict=False)):
         for _, row in frame[frame["label"] == label].iterrows():
             kind = kinds.index(row["what"])
@@ -1377,3 +1377,72 @@ def plot_leak_examples(frame: pd.DataFrame, *, title: str = "", width: float = P
     if title:
         figure.suptitle(title)
     return figure
+
+
+@styled
+def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
+    """A table of scores: ours with its interval in each cell, what was published below it in grey; the best of a column bold.
+
+    Args:
+        frame: Rows of label, score, value, low, high (shares), published (in percent, NaN for none); one a label and score.
+            A column `chance` gives the last line.
+        title: Above the figure.
+        width: In inches.
+
+    Raises:
+        ValueError: there are no rows, or a label has several for one score.
+    """
+    if frame.empty or frame.duplicated(["label", "score"]).any():
+        raise ValueError("plot_score_table takes one row a label and score, at least one.")
+    labels, scores = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["score"]))
+    first = 0.24  # of the width, for the labels
+    places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
+    figure, axes = _grid(1, 1, width, 0.27 * (len(labels) + 2) + 0.2 * bool(title))
+    axis, rows = axes[0, 0], frame.set_index(["label", "score"])
+    best = frame.groupby("score")["value"].max()
+    for x, score in zip(places, scores, strict=True):
+        axis.text(x, 0.5, _wrap(str(score), width * (1 - first) / len(scores)), ha="center", va="center", fontweight="bold")
+        axis.text(
+            x,
+            len(labels) + 1.4,
+            _percent(frame[frame["score"] == score]["chance"].mean()),
+            ha="center",
+            va="center",
+            color="0.45",
+        )
+    axis.text(0, len(labels) + 1.4, "chance", va="center", color="0.45")
+    for line, label in enumerate(labels, start=1):
+        axis.text(0, line + 0.4, str(label), va="center", fontsize=7)
+        axis.axhline(line, color="0.85", linewidth=0.5)
+        for x, score in zip(places, scores, strict=True):
+            if (label, score) not in rows.index:
+                continue
+            row = rows.loc[(label, score)]
+            value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
+            bold = "bold" if value == best[score] else "normal"
+            axis.text(
+                x,
+                line + 0.28,
+                f"{_percent(value)} [{_percent(low)}, {_percent(high)}]",
+                ha="center",
+                va="center",
+                fontsize=6,
+                fontweight=bold,
+            )
+            if not np.isnan(published):
+                axis.text(x, line + 0.74, f"{published:g}", ha="center", va="center", fontsize=6, color="0.45")
+    axis.axhline(len(labels) + 1, color="0.5", linewidth=0.7)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(len(labels) + 1.9, 0)
+    _bare(axis)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _percent(share: float) -> str:
+    """
+    >>> _percent(0.1234), _percent(float("nan"))
+    ('12.3', '')
+    """
+    return "" if np.isnan(share) else f"{100 * share:.1f}"

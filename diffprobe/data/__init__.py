@@ -8,7 +8,9 @@ twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and Natura
 folder.py     a folder of photographs, with or without captions
 blank.py      any of them with its pictures taken away
 annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
+several.py    questions about several drawn images at once, in the manner of BLINK
 benchmarks.py published benchmarks of images and texts, from the hub or a folder
+question_benchmarks.py  those that ask questions, published and drawn
 images.py     reading photographs safely, and fitting images and masks to a size
 """
 
@@ -96,9 +98,9 @@ def load_dataset(spec: str) -> Dataset:
         )
     number, _, query = rest.partition("?")
     if kind in ANNOTATED:
-        return _annotated(spec, kind, number, _options(spec, kind, query))
+        return _annotated(spec, kind, number, _options(spec, kind, query, OPTIONS[kind]))
     count = _whole(spec, "the number after ':'", number, at_least=1)
-    options = _options(spec, kind, query)
+    options = _options(spec, kind, query, OPTIONS[kind])
     seed = _whole(spec, "seed", options.get("seed", "0"))
     if kind != "shapes":
         return TwinsDataset(kind.removeprefix("shapes-"), count, seed)
@@ -127,14 +129,13 @@ def _closest(name: str, valid: tuple[str, ...] | dict[str, tuple[str, ...]]) -> 
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _options(spec: str, kind: str, query: str) -> dict[str, str]:
+def _options(spec: str, kind: str, query: str, known: tuple[str, ...]) -> dict[str, str]:
     """The ``name=value&name=value`` after a question mark."""
     options: dict[str, str] = {}
     for part in query.split("&") if query else []:
         name, equals, value = part.partition("=")
-        if name not in OPTIONS[kind]:
-            valid = ", ".join(OPTIONS[kind])
-            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {valid}.{_closest(name, OPTIONS[kind])}")
+        if name not in known:
+            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {', '.join(known)}.{_closest(name, known)}")
         if not equals or name in options:
             raise ValueError(f"{spec!r}: write option {name!r} once, as {name}=VALUE.")
         options[name] = value

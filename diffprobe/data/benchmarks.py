@@ -2,7 +2,7 @@
 
 A spec names a kind and a source, ``mmvp-vlm:MMVP/MMVP_VLM`` or ``winoground:copies/winoground``; a source is a folder or
 a dataset id of the hub, which is downloaded or found in the hub's cache.  Ids are never built in.  Images are read
-only when asked for.
+only when asked for.  Benchmarks that ask questions are in `question_benchmarks.py`.
 
 The invariant: what stands in an annotation file is a name inside the benchmark's folder, or it is refused.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -117,12 +118,16 @@ def load_benchmark(spec: str) -> Benchmark:
             raise ValueError(f"{spec!r}: {query!r} is no option of {kind}; sugarcrepe takes images=FOLDER, the others none.")
         images = Path(value).expanduser()
     items = tuple(READERS[kind](benchmark_folder(source), images))
-    _check_items(spec, items)
+    _check_ids(spec, [item.id for item in items])
     return Benchmark(kind, kind, spec, items)
 
 
-def benchmark_folder(source: str) -> Path:
+def benchmark_folder(source: str, patterns: list[str] | None = None) -> Path:
     """A local copy's folder, or the folder of a hub dataset, downloaded or from the hub's cache.
+
+    Args:
+        source: A folder or a hub id.
+        patterns: Which files are downloaded ("data/validation-*"); all of them by default.
 
     Raises:
         ValueError: there is neither.
@@ -134,7 +139,7 @@ def benchmark_folder(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, repo_type="dataset"))
+        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"No benchmark at {source!r}: neither a folder, nor a dataset that the hub or its cache can give here "
@@ -142,14 +147,12 @@ def benchmark_folder(source: str) -> Path:
         ) from error
 
 
-def _check_items(spec: str, items: Sequence[Item]) -> None:
-    if not items:
+def _check_ids(spec: str, ids: Sequence[str]) -> None:
+    if not ids:
         raise ValueError(f"{spec!r} has no items: its annotation files are empty.")
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise ValueError(f"{spec!r}: id {item.id!r} stands twice; noise belongs to ids, so each must be unique.")
-        seen.add(item.id)
+    for name, times in Counter(ids).items():
+        if times > 1:
+            raise ValueError(f"{spec!r}: id {name!r} stands twice; noise belongs to ids, so each must be unique.")
 
 
 # --- drawn twins ----------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Iterator[Item]:
 def read_winoground(folder: Path, images: Path | None = None) -> Iterator[Item]:
     """The quadruples of Winoground, grouped by collapsed_tag (Object, Relation, Both)."""
     tables = sorted(folder.rglob("*.parquet"))
-    rows = _parquet_rows(tables, folder, WINOGROUND_COLUMNS) if tables else _winoground_lines(folder)
+    rows = _parquet_rows(tables, folder, WINOGROUND_COLUMNS, ("image_0", "image_1")) if tables else _winoground_lines(folder)
     for row in rows:
         yield Item(
             f"winoground-{row['id']}",
@@ -233,12 +236,7 @@ def _winoground_lines(folder: Path) -> Iterator[dict[str, Any]]:
             f"'{folder}' has neither Parquet files nor an examples.jsonl; it should be a copy of facebook/winoground."
         )
     pictures = _Pictures(found[0].parent)
-    for number, line in enumerate(found[0].read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"'{found[0]}', line {number}"
-        row = _json(line, where)
-        _check_columns(where, row, WINOGROUND_COLUMNS)
+    for where, row in _json_lines(found[0], WINOGROUND_COLUMNS):
         for name in ("image_0", "image_1"):
             row[name] = pictures.loader(where, str(row[name]))
         yield row
@@ -278,13 +276,8 @@ def read_sugarcrepe(folder: Path, images: Path | None = None) -> Iterator[Item]:
     root = folder if (folder / f"{SUGARCREPE_SUBSETS[0]}.json").is_file() else folder / "data"
     if absent := [name for name in SUGARCREPE_SUBSETS if not (root / f"{name}.json").is_file()]:
         raise ValueError(f"'{folder}' has no {', '.join(f'{name}.json' for name in absent)}; SugarCrepe has seven such files.")
-    beside = [path for base in (folder, root) for path in (base / "val2017", base / "images") if path.is_dir()]
-    pictures = images if images is not None else next(iter(beside), None)
-    if pictures is None or not pictures.is_dir():
-        tried = f"'{images}' is no folder" if images is not None else f"there is no val2017 in '{folder}'"
-        raise ValueError(
-            f"SugarCrepe needs the images of COCO val2017, and {tried}; name them: sugarcrepe:{folder}?images=FOLDER."
-        )
+    beside = [base / name for base in (folder, root) for name in ("val2017", "images")]
+    pictures = _image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
     for subset in SUGARCREPE_SUBSETS:
         source = root / f"{subset}.json"
         for key, row in _json(source.read_text(encoding="utf-8"), f"'{source}'").items():
@@ -295,8 +288,6 @@ def read_sugarcrepe(folder: Path, images: Path | None = None) -> Iterator[Item]:
             yield Item(f"{subset}-{key}", (partial(read_image, path),), texts, subset)
 
 
-# --- questions about images: their readers go here ------------------------------------------------
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -304,6 +295,15 @@ def _existing(path: Path, source: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"'{path}', which '{source}' names, does not exist; copy the benchmark again.")
     return path
+
+
+def _image_folder(kind: str, folder: Path, images: Path | None, what: str, beside: Sequence[Path]) -> Path:
+    """The folder of images that the user names, or the first of some beside the annotations that there is."""
+    found = images if images is not None else next((path for path in beside if path.is_dir()), None)
+    if found is None or not found.is_dir():
+        tried = f"'{images}' is no folder" if images is not None else f"there is no {beside[0].name} in '{folder}'"
+        raise ValueError(f"{kind} needs the images of {what}, and {tried}; name them: {kind}:{folder}?images=FOLDER.")
+    return found
 
 
 def _csv_rows(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -329,6 +329,16 @@ def _json(text: str, where: str) -> dict[str, Any]:
     return found
 
 
+def _json_lines(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each object of a JSON-lines file stands, and the object; empty lines are passed over."""
+    for number, line in enumerate(source.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            where = f"'{source}', line {number}"
+            row = _json(line, where)
+            _check_columns(where, row, columns)
+            yield where, row
+
+
 def _check_columns(where: str, found: Any, wanted: Sequence[str]) -> None:
     """Refuse a row or table that lacks a column, naming it and those that there are."""
     names = list(found) if not isinstance(found, str) else []
@@ -336,13 +346,24 @@ def _check_columns(where: str, found: Any, wanted: Sequence[str]) -> None:
         raise ValueError(f"{where} has no {', '.join(missing)}; it has {', '.join(map(str, names)) or 'nothing'}.")
 
 
-def _parquet_rows(tables: Sequence[Path], folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of Parquet files; a cell of an image column becomes what loads the image, so that pictures stay on the disk."""
+def _parquet_rows(
+    tables: Sequence[Path], folder: Path, columns: Sequence[str], pictures: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Rows of Parquet files; a cell of an image column becomes what loads the image, so that pictures stay on the disk.
+
+    Args:
+        tables: The files.
+        folder: Where images lie that the table only names.
+        columns: Those that are wanted, pictures among them.
+        pictures: Which of them hold images.
+        optional: Which of these may be empty; the cell is None then.
+    """
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ValueError(f"'{tables[0]}' is a Parquet file; reading it takes: pip install 'diffprobe[hub]'") from error
-    pictures = [name for name in columns if name.startswith("image")]
+    # of an image that may be missing the name alone is read, which is missing with it
+    wanted = [name for name in columns if name not in pictures] + [f"{name}.path" for name in optional]
     for path in tables:
         try:
             table = parquet.ParquetFile(path)
@@ -351,9 +372,10 @@ def _parquet_rows(tables: Sequence[Path], folder: Path, columns: Sequence[str]) 
         with table:
             _check_columns(f"'{path}'", table.schema_arrow.names, columns)
             for group in range(table.num_row_groups):
-                plain = [name for name in columns if name not in pictures]
-                for row, cells in enumerate(table.read_row_group(group, plain).to_pylist()):
-                    yield cells | {name: partial(_parquet_image, path, group, row, name, folder) for name in pictures}
+                for row, cells in enumerate(table.read_row_group(group, wanted).to_pylist()):
+                    absent = [name for name in optional if cells.get(name) is None]  # a column without any image is no struct
+                    load = {name: partial(_parquet_image, path, group, row, name, folder) for name in pictures}
+                    yield cells | load | dict.fromkeys(absent)
 
 
 @lru_cache(maxsize=4)

@@ -62,10 +62,14 @@ class Projector(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.inf))
 
-    def forward(self, features: Float[Tensor, "sample token channel"]) -> Float[Tensor, "sample token width"]:
+    def standardised(self, features: Float[Tensor, "sample token channel"]) -> Float[Tensor, "sample token channel"]:
+        """Features less their means, over their deviations."""
         if features.shape[-1] != self.channels:
             raise ValueError(f"This projector takes {self.channels} channels; the features have {features.shape[-1]}.")
-        projected: Tensor = self.layers((features.float() - self.mean) / self.std)
+        return (features.float() - self.mean) / self.std
+
+    def forward(self, features: Float[Tensor, "sample token channel"]) -> Float[Tensor, "sample token width"]:
+        projected: Tensor = self.layers(self.standardised(features))
         return projected
 
     def save(self, folder: str | Path) -> None:

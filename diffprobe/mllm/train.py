@@ -1,4 +1,4 @@
-"""Teach a projector to speak to a frozen language model, and let the model speak.
+"""Teach a projector to speak to a language model, and let the model speak.
 
 A picture is a run of soft tokens in the place of its description: first thing in the user's turn, before the request.  Rows of
 a batch are laid out as [padding, before, soft tokens, after | caption, end, padding]: prompts end, and captions begin, at one
@@ -12,7 +12,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diffprobe.mllm.projector import Projector
@@ -65,18 +74,61 @@ class LanguageModel:
     @property
     def rms(self) -> float:
         """Root mean square of the token embeddings."""
-        return float(self.embeddings.weight.float().square().mean().sqrt())
+        return float(self.embeddings.weight.detach().float().square().mean().sqrt())
 
-    def prompt(self, request: str) -> tuple[list[int], list[int]]:
-        """Token numbers before and after the soft tokens, up to where the answer begins."""
-        text = f"{IMAGE}\n{request}"
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    def prompt(self, request: str, image: bool = True) -> tuple[list[int], list[int]]:
+        """Token numbers before and after the soft tokens, up to where the answer begins; all are "after" without an image."""
+        before, after = self._parted(self._written([(request, "")], image)[0], image)
+        return self._ids(before), self._ids(after)
+
+    def answers(self, turns: Sequence[tuple[str, str]], limit: int = 2048) -> tuple[list[int], list[int]]:
+        """What follows the prompt of a conversation's first question: answers, and the questions between them.
+
+        Returns:
+            Token numbers, and the same as labels, `IGNORED` where the user speaks; both cut at `limit`.
+
+        Raises:
+            ValueError: the chat template writes the beginning of a conversation otherwise once it goes on.
+        """
+        written = self._written(turns, True)
+        ids: list[int] = []
+        labels: list[int] = []
+        end = self.tokenizer.eos_token_id
+        for number, (_, answer) in enumerate(turns):
+            said = [*self._ids(answer), end]
+            ids, labels = ids + said, labels + said
+            if number + 1 < len(turns):
+                head = written[number] + answer
+                if not written[number + 1].startswith(head):
+                    raise ValueError(f"The chat template of {self.name or 'this tokenizer'} rewrites turns that are over.")
+                between = self._ids(written[number + 1][len(head) :])
+                between = between[1:] if between[:1] == [end] else between  # templates write the end token, or leave it out
+                ids, labels = ids + between, labels + [IGNORED] * len(between)
+        return ids[:limit], labels[:limit]
+
+    def _written(self, turns: Sequence[tuple[str, str]], image: bool) -> list[str]:
+        """The conversation as text, up to where each answer begins."""
+        texts, messages, plain = [], [], ""
+        for number, (question, answer) in enumerate(turns):
+            content = f"{IMAGE}\n{question}" if image and number == 0 else question
+            messages.append({"role": "user", "content": content})
+            plain += content
+            texts.append(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                if self.tokenizer.chat_template
+                else plain
+            )
+            messages.append({"role": "assistant", "content": answer})
+            plain += f"{answer}\n"
+        return texts
+
+    def _parted(self, text: str, image: bool) -> tuple[str, str]:
+        if not image:
+            return "", text
         before, found, after = text.partition(IMAGE)
         if not found:
             raise ValueError(f"The chat template of {self.name or 'this tokenizer'} drops the user's words.")
-        return self._ids(before), self._ids(after)
+        return before, after
 
     def answer(self, text: str, limit: int = 256) -> list[int]:
         """Token numbers of an answer, cut at `limit`, with the end token after it."""
@@ -133,37 +185,45 @@ class Rows:
 
 def lay_out(
     language: LanguageModel,
-    soft: Float[Tensor, "row token width"],
+    soft: Float[Tensor, "image token width"],
     requests: Sequence[str],
     answers: Sequence[Sequence[int]] = (),
+    *,
+    images: Sequence[int] | None = None,
+    labels: Sequence[Sequence[int]] | None = None,
 ) -> Rows:
     """Soft tokens within their conversations; answers, if any, behind them.
 
     Args:
+        soft: images in the order of their rows.
         requests: one a row; prompts of different lengths are padded on the left.
         answers: token numbers of each row's answer, padded on the right.
+        images: how many images each row has, their tokens one after the other; one by default.
+        labels: the answers, with `IGNORED` for tokens that are not to be learnt; the answers themselves by default.
     """
-    known = {request: language.prompt(request) for request in dict.fromkeys(requests)}
-    prompts = [known[request] for request in requests]
-    longest = max(len(before) + len(after) for before, after in prompts)
+    counts = [1] * len(requests) if images is None else list(images)
+    known = {key: language.prompt(key[0], key[1] > 0) for key in dict.fromkeys(zip(requests, counts, strict=True))}
+    prompts = [known[key] for key in zip(requests, counts, strict=True)]
+    held = [count * soft.shape[1] for count in counts]
+    longest = max(len(before) + len(after) + count for (before, after), count in zip(prompts, held, strict=True))
     most = max((len(answer) for answer in answers), default=0)
-    rows, count = soft.shape[:2]
-    ids = torch.zeros(rows, longest + count + most, dtype=torch.long)
-    mask, is_soft, labels = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, IGNORED)
-    for row, (before, after) in enumerate(prompts):
-        start = longest - len(before) - len(after)
-        image, end = start + len(before), longest + count
+    ids = torch.zeros(len(requests), longest + most, dtype=torch.long)
+    mask, is_soft, wanted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, IGNORED)
+    for row, ((before, after), count) in enumerate(zip(prompts, held, strict=True)):
+        start = longest - len(before) - len(after) - count
+        image = start + len(before)
         ids[row, start:image] = torch.tensor(before, dtype=torch.long)
         is_soft[row, image : image + count] = True
-        ids[row, image + count : end] = torch.tensor(after, dtype=torch.long)
-        mask[row, start:end] = 1
+        ids[row, image + count : longest] = torch.tensor(after, dtype=torch.long)
+        mask[row, start:longest] = 1
         if answers:
-            said = torch.tensor(list(answers[row]), dtype=torch.long)
-            ids[row, end : end + len(said)] = labels[row, end : end + len(said)] = said
-            mask[row, end : end + len(said)] = 1
-    ids, mask, labels, is_soft = (x.to(language.device) for x in (ids, mask, labels, is_soft))
+            end = longest + len(answers[row])
+            ids[row, longest:end] = torch.tensor(list(answers[row]), dtype=torch.long)
+            wanted[row, longest:end] = torch.tensor(list((labels or answers)[row]), dtype=torch.long)
+            mask[row, longest:end] = 1
+    ids, mask, wanted, is_soft = (x.to(language.device) for x in (ids, mask, wanted, is_soft))
     embeddings = language.embeddings(ids).masked_scatter(is_soft[..., None], soft.to(language.device, language.dtype))
-    return Rows(embeddings, mask, labels, most)
+    return Rows(embeddings, mask, wanted, most)
 
 
 def answer_losses(language: LanguageModel, rows: Rows) -> Float[Tensor, "row position"]:
@@ -182,32 +242,41 @@ def answer_losses(language: LanguageModel, rows: Rows) -> Float[Tensor, "row pos
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything but the data that decides a projector's weights; defaults follow LLaVA-1.5's stage 1.
+class Schedule:
+    """What decides the steps of a training.
 
     Attributes:
-        kind: of `Projector`.
         steps: optimizer steps at most.
         batch: samples of a step, over all processes.
         accumulate: forward passes that share a step.
         learning_rate: after a warm-up over 3% of the steps; it then falls to zero along a cosine.
         dropout: share of samples that are shown their unconditional features instead, drawn anew in each step.
-        request: what the user asks for.
-        evaluate_every: steps between looks at the dev split.
+        evaluate_every: steps between checkpoints, and looks at the dev split where there is one.
         patience: looks without a better dev loss after which training ends; 0 never ends it.
         seed: of the weights, the order of the samples and the dropout.
     """
 
-    kind: str = "mlp2x_gelu"
     steps: int = 400
     batch: int = 32
     accumulate: int = 1
     learning_rate: float = 1e-3
     dropout: float = 0.0
-    request: str = REQUEST
     evaluate_every: int = 50
     patience: int = 3
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig(Schedule):
+    """Everything but the data that decides a projector's weights; defaults follow LLaVA-1.5's stage 1.
+
+    Attributes:
+        kind: of `Projector`.
+        request: what the user asks for.
+    """
+
+    kind: str = "mlp2x_gelu"
+    request: str = REQUEST
 
 
 @dataclass(frozen=True)
@@ -227,6 +296,74 @@ class _State:
     best: float = math.inf
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+Losses = Callable[[nn.Module, int, Int[np.ndarray, " row"], np.ndarray], tuple[Tensor, int]]
+
+
+def fit(
+    learner: nn.Module,
+    losses: Losses,
+    sizes: Sequence[int],
+    folder: str | Path,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    *,
+    dev_loss: Callable[[nn.Module], float] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train what is not frozen, or go on where an earlier call was cut off.
+
+    Args:
+        learner: trained in place; under several processes through accelerate's wrapper (DDP or FSDP by its configuration).
+        losses: of (learner, epoch, samples, which of them drop their prompt): the sum over answer tokens, and how many
+            positions the language model read.
+        sizes: answer tokens of each training sample.
+        folder: gets ``checkpoint.pt`` and ``loss.csv``.
+        dev_loss: where given, the weights that are best by it are kept, else the last.
+        tell: gets a line at each checkpoint: step, loss, tokens a second, minutes to go.
+
+    Returns:
+        The trained weights (and buffers), which the learner holds too, gathered from all processes where it is sharded; the
+        caller keeps them and removes the checkpoint.
+    """
+    folder = Path(folder)
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
+    wrapped, stepper = accelerator.prepare(learner, optimizer)
+    state, best = _resume(folder, wrapped, optimizer)
+    started, read, first = time.perf_counter(), 0, state.step
+    while state.step < schedule.steps and not (schedule.patience and state.stale >= schedule.patience):
+        rate = schedule.learning_rate * _share(state.step, schedule.steps)
+        for group in stepper.param_groups:
+            group["lr"] = rate
+        loss, positions = _step(accelerator, wrapped, stepper, losses, sizes, schedule, state.step)
+        state.step += 1
+        read += positions
+        state.history.append({"step": state.step, "loss": loss, "dev_loss": math.nan, "learning_rate": rate})
+        if state.step % schedule.evaluate_every and state.step != schedule.steps:
+            continue
+        said = ""
+        if dev_loss is not None:
+            found = dev_loss(accelerator.unwrap_model(wrapped))
+            state.history[-1]["dev_loss"] = found
+            state.stale = 0 if found < state.best else state.stale + 1
+            said = f", dev {found:.3f} (best {min(found, state.best):.3f})"
+            if found < state.best:
+                state.best, best = found, _weights(wrapped)
+        _save(folder, wrapped, optimizer, state, best, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            recent = np.mean([row["loss"] for row in state.history[-schedule.evaluate_every :]])
+            seconds = time.perf_counter() - started
+            left = seconds / (state.step - first) * (schedule.steps - state.step) / 60
+            speed = read * accelerator.num_processes / seconds
+            tell(
+                f"step {state.step} of {schedule.steps}: loss {recent:.3f}{said}, {speed:,.0f} tokens/s"
+                + (f", at most {left:.0f} min to go" if left >= 1 else "")
+            )
+    if best:
+        set_model_state_dict(wrapped, best, options=StateDictOptions(full_state_dict=True, strict=False))
+    return _weights(wrapped)
 
 
 def train_projector(
@@ -251,48 +388,51 @@ def train_projector(
     """
     config, folder = config or TrainConfig(), Path(folder)
     _check(train, dev, config)
-    kept = folder / "training.json"
     request = {**asdict(config), "language_model": language.name, "samples": len(train.captions)}
-    if kept.exists() and (differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), request)):
-        raise ValueError(f"{folder} holds another training; give another folder. {'; '.join(differences)}.")
+    settle(folder, request)
     if (folder / "projector.safetensors").exists():
         return Projector.load(folder).to(language.device)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
     projector = Projector(train.features.shape[-1], language.width, config.kind, language.rms, config.seed)
     projector.standardise(train.features)
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    state, best = _resume(folder, projector, optimizer)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
-    learner, optimizer = accelerator.prepare(projector, optimizer)
     answers = [language.answer(text) for text in train.captions]
     dev_answers = [language.answer(text) for text in dev.captions]
-    while state.step < config.steps and not (config.patience and state.stale >= config.patience):
-        rate = config.learning_rate * _share(state.step, config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _step(language, accelerator, learner, optimizer, train, answers, config, state.step)
-        state.step += 1
-        state.history.append({"step": state.step, "loss": loss, "dev_loss": math.nan, "learning_rate": rate})
-        if state.step % config.evaluate_every == 0 or state.step == config.steps:
-            found = _dev_loss(language, accelerator.unwrap_model(learner), dev.features, dev_answers, config)
-            state.history[-1]["dev_loss"] = found
-            state.stale = 0 if found < state.best else state.stale + 1
-            if found < state.best:
-                state.best = found
-                best = {name: value.detach().clone() for name, value in accelerator.unwrap_model(learner).state_dict().items()}
-            if accelerator.is_main_process:
-                _save(folder, accelerator.unwrap_model(learner), optimizer, state, best)
-                recent = np.mean([row["loss"] for row in state.history[-config.evaluate_every :]])
-                tell(f"step {state.step} of {config.steps}: loss {recent:.3f}, dev {found:.3f} (best {state.best:.3f})")
-    finished: Projector = accelerator.unwrap_model(learner)
-    finished.load_state_dict(best)
+
+    def losses(learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: np.ndarray) -> tuple[Tensor, int]:
+        features = train.features[chosen]
+        if dropped.any():
+            assert train.null is not None
+            features = torch.where(torch.from_numpy(dropped)[:, None, None], train.null[chosen], features)
+        soft = learner(features.to(language.device))
+        rows = lay_out(language, soft, [config.request] * len(chosen), [answers[i] for i in chosen])
+        return answer_losses(language, rows).sum(), rows.mask.numel()
+
+    fit(
+        projector, losses, [len(answer) for answer in answers], folder, config, accelerator,
+        dev_loss=lambda learner: _dev_loss(language, learner, dev.features, dev_answers, config), tell=tell,
+    )  # fmt: skip
     if accelerator.is_main_process:
-        finished.save(folder)
+        projector.save(folder)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    return finished.eval()
+    return projector.eval()
+
+
+def settle(folder: str | Path, request: Mapping[str, Any]) -> None:
+    """Write down what a training is, once; refuse a folder that holds another.
+
+    Raises:
+        ValueError: the folder's ``training.json`` says otherwise; the message lists the differences.
+    """
+    kept, asked = Path(folder) / "training.json", json.loads(json.dumps(dict(request)))
+    if kept.exists():
+        if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
+            raise ValueError(f"{folder} holds another training; give another folder. {'; '.join(differences)}.")
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    beside = kept.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(asked, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(kept)
 
 
 def _check(train: Captioned, dev: Captioned, config: TrainConfig) -> None:
@@ -301,14 +441,19 @@ def _check(train: Captioned, dev: Captioned, config: TrainConfig) -> None:
             raise ValueError(f"The {name} split has {len(part.features)} features and {len(part.captions)} captions.")
         if not torch.isfinite(part.features).all():
             raise ValueError(f"The {name} split's features hold values that are not finite.")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"Caption dropout is a share from 0 to below 1; got {config.dropout}.")
+    check_schedule(config, len(train.captions))
     if config.dropout and (train.null is None or train.null.shape != train.features.shape):
         raise ValueError("Caption dropout needs the unconditional features of the training samples.")
-    if config.batch % config.accumulate or config.batch > len(train.captions):
+
+
+def check_schedule(config: Schedule, samples: int) -> None:
+    """Raise ValueError where a batch or a share of dropout cannot be."""
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"Caption dropout is a share from 0 to below 1; got {config.dropout}.")
+    if config.batch % config.accumulate or config.batch > samples:
         raise ValueError(
             f"A batch of {config.batch} must be divisible by accumulate={config.accumulate} and not exceed the "
-            f"{len(train.captions)} training samples."
+            f"{samples} training samples."
         )
 
 
@@ -318,7 +463,7 @@ def _share(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def batch_of(step: int, samples: int, config: TrainConfig) -> tuple[Int[np.ndarray, " row"], np.ndarray]:
+def batch_of(step: int, samples: int, config: Schedule) -> tuple[Int[np.ndarray, " row"], np.ndarray]:
     """The samples of a step, each once an epoch, and which of them are shown their unconditional features."""
     steps_an_epoch = samples // config.batch
     epoch, place = divmod(step, steps_an_epoch)
@@ -328,34 +473,30 @@ def batch_of(step: int, samples: int, config: TrainConfig) -> tuple[Int[np.ndarr
 
 
 def _step(
-    language: LanguageModel, accelerator: Accelerator, learner: nn.Module, optimizer: Any, train: Captioned,
-    answers: Sequence[Sequence[int]], config: TrainConfig, step: int,
-) -> float:  # fmt: skip
-    """One optimizer step; the mean loss a token over the whole batch, whatever its parts and processes."""
-    chosen, dropped = batch_of(step, len(answers), config)
-    tokens = sum(len(answers[i]) for i in chosen)
-    total = torch.zeros((), device=language.device)
+    accelerator: Accelerator, learner: nn.Module, optimizer: Any, losses: Losses, sizes: Sequence[int], schedule: Schedule,
+    step: int,
+) -> tuple[float, int]:  # fmt: skip
+    """One optimizer step; the mean loss a token over the whole batch, whatever its parts and processes, and positions read."""
+    chosen, dropped = batch_of(step, len(sizes), schedule)
+    epoch, tokens, positions = step // (len(sizes) // schedule.batch), sum(sizes[i] for i in chosen), 0
+    total = torch.zeros((), device=accelerator.device)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    for part in np.array_split(np.arange(config.batch)[mine], config.accumulate):
-        features = train.features[chosen[part]]
-        if dropped[part].any():
-            assert train.null is not None
-            features = torch.where(torch.from_numpy(dropped[part])[:, None, None], train.null[chosen[part]], features)
-        rows = lay_out(
-            language, learner(features.to(language.device)), [config.request] * len(part), [answers[i] for i in chosen[part]]
-        )
-        loss = answer_losses(language, rows).sum() / tokens
+    for part in np.array_split(np.arange(schedule.batch)[mine], schedule.accumulate):
+        with accelerator.autocast():
+            loss, read = losses(learner, epoch, chosen[part], dropped[part])
+        loss = loss / tokens
         accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         total += loss.detach()
-    nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        positions += read
+    accelerator.clip_grad_norm_(learner.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return float(accelerator.reduce(total, "sum"))
+    return float(accelerator.reduce(total, "sum")), positions
 
 
 @torch.no_grad()
 def _dev_loss(
-    language: LanguageModel, projector: Projector, features: Tensor, answers: Sequence[Sequence[int]], config: TrainConfig
+    language: LanguageModel, projector: nn.Module, features: Tensor, answers: Sequence[Sequence[int]], config: TrainConfig
 ) -> float:
     total, size = 0.0, 2 * config.batch
     for start in range(0, len(answers), size):
@@ -365,9 +506,26 @@ def _dev_loss(
     return total / sum(len(answer) for answer in answers)
 
 
-def _save(folder: Path, projector: Projector, optimizer: Any, state: _State, best: dict[str, Tensor]) -> None:
+def _weights(learner: nn.Module) -> dict[str, Any]:
+    """Weights that are trained, and buffers, gathered from all processes onto the CPU."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state: dict[str, Any] = get_model_state_dict(learner, options=options)
+    return {name: value.detach().clone() for name, value in state.items()}  # on a CPU they would go on changing
+
+
+def _save(
+    folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, state: _State, best: dict[str, Any], main: bool
+) -> None:
     """A checkpoint that appears whole or not at all, and the loss curve."""
-    held = {"projector": projector.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "state": asdict(state)}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    held = {
+        "learner": _weights(learner),
+        "optimizer": get_optimizer_state_dict(learner, optimizer, options=options),
+        "best": best,
+        "state": asdict(state),
+    }
+    if not main:
+        return
     torch.save(held, folder / "checkpoint.tmp")
     (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
     with (folder / "loss.csv").open("w", newline="", encoding="utf-8") as file:
@@ -376,12 +534,13 @@ def _save(folder: Path, projector: Projector, optimizer: Any, state: _State, bes
         writer.writerows({**row, "dev_loss": "" if math.isnan(row["dev_loss"]) else row["dev_loss"]} for row in state.history)
 
 
-def _resume(folder: Path, projector: Projector, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
+def _resume(folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Any]]:
     if not (folder / "checkpoint.pt").exists():
-        return _State(), dict(projector.state_dict())
-    held = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    projector.load_state_dict(held["projector"])
-    optimizer.load_state_dict(held["optimizer"])
+        return _State(), {}
+    held: dict[str, Any] = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(learner, held["learner"], options=options)
+    set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=options)
     return _State(**held["state"]), held["best"]
 
 
@@ -404,18 +563,23 @@ def generate(
         requests: one for all samples, or one for each.
     """
     asked = [requests] * len(features) if isinstance(requests, str) else list(requests)
+    texts: list[str] = []
+    for start in range(0, len(asked), batch):
+        soft = projector(features[start : start + batch].to(language.device))
+        texts += speak(language, lay_out(language, soft, asked[start : start + batch]), max_new_tokens)
+    return texts
+
+
+@torch.no_grad()
+def speak(language: LanguageModel, rows: Rows, max_new_tokens: int) -> list[str]:
+    """The most likely words one after the other (greedy) behind each row's prompt."""
     tokenizer = language.tokenizer
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )  # fmt: skip
-    texts: list[str] = []
-    for start in range(0, len(asked), batch):
-        soft = projector(features[start : start + batch].to(language.device))
-        rows = lay_out(language, soft, asked[start : start + batch])
-        said = language.model.generate(inputs_embeds=rows.embeddings, attention_mask=rows.mask, generation_config=settings)
-        texts += [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
-    return texts
+    said = language.model.generate(inputs_embeds=rows.embeddings, attention_mask=rows.mask, generation_config=settings)
+    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
 
 
 @torch.no_grad()

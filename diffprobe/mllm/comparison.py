@@ -1,0 +1,381 @@
+"""One recipe, many ways of seeing: what an encoder, a site, a timestep, a guidance or a fusion is worth to a language model.
+
+Every arm is trained from the same language model on the same data, in the same order, once for each seed, and answers the same
+questions, so arms are compared item by item and seed by seed.  Stage 1 tells the diffusion model nothing, so arms that differ
+in guidance alone share it; frozen encoders look at each picture once for all arms.
+
+A run lives in a folder and does each piece once: ``request.json`` (what its pieces share), ``features/``, ``stage1/``,
+``stage2/`` (one model for each arm and seed), ``answers/`` (one file for each arm, seed and condition).
+`score_rows` and `change_rows` read the answers alone and need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from diffprobe.data.twins import PATTERNS
+from diffprobe.mllm.verdict import crossed_mean
+from diffprobe.store import request_differences
+
+if TYPE_CHECKING:
+    from diffprobe.data.question_benchmarks import QuestionBenchmark
+    from diffprobe.mllm.stages import StageConfig
+
+MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
+BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of seeing; CLIP alone has no site, timestep or guidance (empty and 0)."""
+
+    fusion: str
+    site: str = MAIN_SITE
+    timestep: int = MAIN_TIMESTEP
+    guidance: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """
+        >>> Arm("clip").label, Arm("diffusion").label, Arm("cross_attention", guidance=4).label
+        ('CLIP', 'U-L1-R1-B0-Cross-Q t=50', 'cross_attention s=4')
+        """
+        if self.fusion == "clip":
+            return "CLIP"
+        if self.fusion == "diffusion" and self.guidance == 0:
+            return f"{self.site} t={self.timestep}"
+        return f"{self.fusion} s={self.guidance:g}"
+
+    @property
+    def slug(self) -> str:
+        if self.fusion == "clip":
+            return "clip"
+        return re.sub(r"[^\w.+-]+", "-", f"{self.fusion}_{self.site}_t{self.timestep}_s{self.guidance:g}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all pieces of a run share.
+
+    Attributes:
+        language_model, encoder, diffusion: as in `FusedConfig`.
+        captions, instructions: of the two stages, as `load_conversations` takes them.
+        benchmarks: as `load_questions` takes them.
+        steps, batch, rates: of the two stages.
+        grid, merge: of the streams.
+        max_new_tokens: of an answer.
+        noise_seed: of the diffusion model's noise.
+    """
+
+    language_model: str = "shapes-lm"
+    encoder: str = "shapes-clip"
+    diffusion: str = "shapes-sd"
+    captions: str = "shapes-captions:1500"
+    instructions: str = "shapes-instruct:3000"
+    benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
+    steps: tuple[int, int] = (150, 300)
+    batch: int = 24
+    rates: tuple[float, float] = (2e-3, 1e-3)
+    grid: int = 6
+    merge: str = "stack"
+    max_new_tokens: int = 6
+    noise_seed: int = 0
+
+
+class Comparison:
+    """A folder and what it takes to fill it.
+
+    Args:
+        folder: the run's.
+        settings: shared by all of its pieces.
+        device: as for `load_model`.
+        tell: gets progress lines.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or weights.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: Settings, device: str | None = None, tell: Callable[[str], None] = print
+    ) -> None:
+        from diffprobe.data.conversations import load_conversations
+        from diffprobe.encoders import load_encoder
+        from diffprobe.mllm.streams import FeatureCache
+        from diffprobe.models import load_model
+
+        self.folder, self.settings, self.device, self.tell = Path(folder), settings, device, tell
+        self.encoder, self.diffusion = load_encoder(settings.encoder, device), load_model(settings.diffusion, device)
+        self.captions, self.instructions = load_conversations(settings.captions), load_conversations(settings.instructions)
+        self.cache = FeatureCache(self.folder / "features")
+        self._settle()
+
+    def _settle(self) -> None:
+        weights = {"encoder_weights": self.encoder.weights_hash(), "diffusion_weights": self.diffusion.weights_hash()}
+        data = {"captions_data": self.captions.fingerprint(), "instructions_data": self.instructions.fingerprint()}
+        asked = json.loads(json.dumps({**asdict(self.settings), **weights, **data}))
+        kept = self.folder / "request.json"
+        if kept.exists():
+            if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
+                raise ValueError(f"{self.folder} holds another run; give another folder. {'; '.join(differences)}.")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def benchmarks(self) -> list[QuestionBenchmark]:
+        """The questions, their images drawn once and held."""
+        from diffprobe.data.question_benchmarks import load_questions
+
+        found = []
+        for spec in self.settings.benchmarks:
+            benchmark = load_questions(spec)
+            items = [replace(item, images=tuple(_held(load()) for load in item.images)) for item in benchmark.items]
+            found.append(replace(benchmark, items=tuple(items)))
+        return found
+
+    def model(self, arm: Arm, seed: int) -> Any:
+        """A fresh model of an arm, with a language model of its own."""
+        from diffprobe.mllm.model import FusedConfig, FusedMLLM
+
+        s = self.settings
+        config = FusedConfig(
+            language_model=s.language_model, encoder=s.encoder, diffusion=s.diffusion, fusion=arm.fusion, sites=(arm.site,),
+            timestep=arm.timestep, guidance=arm.guidance, grid=s.grid, merge=s.merge, noise_seed=s.noise_seed, seed=seed,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return FusedMLLM.build(config, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
+
+    def stages(self, seed: int) -> tuple[StageConfig, StageConfig]:
+        from diffprobe.mllm.stages import StageConfig
+
+        s = self.settings
+        first, second = (
+            StageConfig(steps=steps, batch=s.batch, learning_rate=rate, evaluate_every=steps, seed=seed)
+            for steps, rate in zip(s.steps, s.rates, strict=True)
+        )
+        return first, replace(second, tune="full", prompted=True)
+
+    def trained(self, arm: Arm, seed: int) -> Any:
+        """The arm's model after both stages; what is done is loaded."""
+        from safetensors.torch import load_file
+
+        from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM
+        from diffprobe.mllm.stages import train_stage
+
+        first, second = self.stages(seed)
+        untold = replace(arm, guidance=0.0)
+        before, folder = (self.folder / stage / f"{a.slug}_seed{seed}" for stage, a in (("stage1", untold), ("stage2", arm)))
+        if not (folder / CONFIG).exists():
+            if not (before / CONFIG).exists():
+                train_stage(self.model(untold, seed), self.captions, before, first, tell=lambda line: self.tell(f"  1 {line}"))
+            model = self.model(arm, seed)
+            model.fusion.load_state_dict(load_file(before / WEIGHTS))
+            train_stage(model, self.instructions, folder, second, start=before.name, tell=lambda line: self.tell(f"  2 {line}"))
+            return model
+        return FusedMLLM.from_pretrained(folder, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
+
+    def path(self, arm: Arm, seed: int, condition: str) -> Path:
+        return self.folder / "answers" / f"{arm.slug}_seed{seed}_{condition}.csv"
+
+    def look(self, arms: Sequence[Arm]) -> None:
+        """Every site that is looked at untold, in one pass a picture and timestep."""
+        from diffprobe.mllm.stages import Samples
+        from diffprobe.mllm.streams import DiffusionEye, Picture, Streams
+
+        arms = [arm for arm in arms if arm.fusion != "clip"]
+        if not arms:
+            return
+        stages = self.stages(0)
+        samples = [
+            Samples(self.model(arms[0], 0), d, s) for d, s in zip((self.captions, self.instructions), stages, strict=True)
+        ]
+        pictures = [p for sample in samples for found in sample.pictures(range(len(sample.turns))) for p in found]
+        shown = [load() for benchmark in self.benchmarks for item in benchmark.items for load in item.images]
+        pictures += [Picture.of(image) for image in shown]
+        for timestep in sorted({arm.timestep for arm in arms}):
+            sites = sorted({arm.site for arm in arms if arm.timestep == timestep})
+            eye = DiffusionEye(self.diffusion, sites, timestep, self.settings.noise_seed)
+            streams = Streams({"diffusion": eye}, self.settings.grid, guidance=0.0, cache=self.cache)
+            streams.prepare(pictures, [None] * len(pictures), partial(self._looked, timestep))
+
+    def _looked(self, timestep: int, done: int, total: int) -> None:
+        if done == total or done % 640 == 0:
+            self.tell(f"t={timestep}: {done} of {total} pictures looked at")
+
+    def complete(self, pieces: Mapping[Arm, Sequence[str]], seeds: int) -> pd.DataFrame:
+        """Train and question what is left of these pieces; gives all their answers.
+
+        Args:
+            pieces: for each arm the conditions that it answers under.
+            seeds: trainings of each arm.
+
+        Returns:
+            One row an answer: arm (its label), seed, condition, benchmark, item, chance, output, hit.
+        """
+        from diffprobe.mllm.judging import answer_items, hit
+
+        wanted = [(arm, seed) for seed in range(seeds) for arm in pieces]
+        todo = [(a, s) for a, s in wanted if not all(self.path(a, s, c).exists() for c in pieces[a])]
+        if todo:
+            self.look(list(dict.fromkeys(arm for arm, _ in todo)))
+        for number, (arm, seed) in enumerate(todo, start=1):
+            self.tell(f"{number} of {len(todo)}  {arm.label}, seed {seed}")
+            model = self.trained(arm, seed)
+            for condition in pieces[arm]:
+                if (path := self.path(arm, seed, condition)).exists():
+                    continue
+                rows = []
+                for benchmark in self.benchmarks:
+                    said = answer_items(
+                        model, benchmark.items, condition, batch=64, max_new_tokens=self.settings.max_new_tokens
+                    )
+                    kind = benchmark.spec.partition(":")[0]
+                    rows += [
+                        {"benchmark": kind, "item": k, "chance": 1 / len(record.get("options", (0, 1))), "output": record["output"],
+                         "hit": hit(record)}
+                        for k, record in enumerate(said)
+                    ]  # fmt: skip
+                path.parent.mkdir(parents=True, exist_ok=True)
+                beside = path.with_suffix(".tmp")
+                pd.DataFrame(rows).to_csv(beside, index=False, lineterminator="\n")
+                beside.replace(path)
+        found = [
+            pd.read_csv(self.path(arm, seed, condition), keep_default_na=False, na_values={"hit": [""]}).assign(
+                arm=arm.label, seed=seed, condition=condition
+            )
+            for arm, seed in wanted
+            for condition in pieces[arm]
+        ]
+        return pd.concat(found, ignore_index=True)
+
+
+def experiment_comparison(
+    work: Path, count: int, seed: int, smoke: bool, diffusion: str = "shapes-sd", data: str = "", device: str | None = None
+) -> Comparison:
+    """The run that both tables share: what one has trained the other does not train again.
+
+    Args:
+        work: the run's folder is made in it.
+        count: MMVP-like pairs to test on; as many questions of scenes, half as many NaturalBench-like groups.
+        data: captions and instructions to train on, parted by a comma; drawn ones by default.
+
+    Raises:
+        ValueError: `data` names one of the two alone.
+    """
+    drawn = "shapes-captions:1500,shapes-instruct:3000" if not smoke else "shapes-captions:24,shapes-instruct:40"
+    captions, comma, instructions = (data or drawn).partition(",")
+    if not comma:
+        raise ValueError(f"The tables need two sets of conversations, CAPTIONS,INSTRUCTIONS; got {data!r}.")
+    tests = {"vqa": count, "mmvp": count, "naturalbench": max(9, count // 2), "blink": max(5, count // 5)}
+    settings = Settings(
+        diffusion=diffusion, captions=captions, instructions=instructions, noise_seed=seed,
+        benchmarks=tuple(f"shapes-{kind}:{number}?seed={seed}" for kind, number in tests.items()),
+    )  # fmt: skip
+    if smoke:
+        settings = replace(settings, steps=(2, 2), batch=4)
+    return Comparison(work / f"fused{'_smoke' * smoke}", settings, device)
+
+
+def _held(image: Any) -> Callable[[], Any]:
+    return lambda: image
+
+
+# --- from answers to rows -----------------------------------------------------------------------------
+
+Floats = NDArray[np.float64]
+SCORES: dict[str, tuple[str, Callable[[Floats], Floats]]] = {
+    # each: its benchmark, and (item,) hits to (unit,) scores; a unit is what is counted: a pair, a group, a question
+    "VQA": ("shapes-vqa", lambda hits: hits),
+    "MMVP": ("shapes-mmvp", lambda hits: hits.reshape(-1, 2).prod(1)),
+    "NB question": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 2, 2).prod(2).mean(1)),
+    "NB image": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 2, 2).prod(1).mean(1)),
+    "NB group": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 4).prod(1)),
+    "BLINK": ("shapes-blink", lambda hits: hits),
+}
+ACCURACY = "accuracy"  # over all questions; a pair or group counts as one, with the share of its questions
+SHARES: dict[str, tuple[str, Callable[[Floats], Floats]]] = {
+    "VQA": SCORES["VQA"],
+    "MMVP items": ("shapes-mmvp", lambda hits: hits.reshape(-1, 2).mean(1)),
+    "NB items": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 4).mean(1)),
+    "BLINK": SCORES["BLINK"],
+}
+PAIRED = {"MMVP": 2, "NB question": 4, "NB image": 4, "NB group": 4}  # items of a unit; patterns take turns over units
+
+
+def _units(answers: pd.DataFrame, score: str, patterns: Sequence[str] = ()) -> tuple[Floats, Floats]:
+    """(seed, unit) scores of one arm under one condition, and the (unit,) scores of guessing."""
+    if score == ACCURACY:
+        there = [name for name in SHARES if (answers["benchmark"] == SHARES[name][0]).any()]
+        parts = [_units(answers, name) for name in there]
+        return np.concatenate([hits for hits, _ in parts], 1), np.concatenate([chances for _, chances in parts])
+    benchmark, combine = (SCORES | SHARES)[score]
+    part = answers[answers["benchmark"] == benchmark].sort_values(["seed", "item"])
+    rows = [(combine(g["hit"].to_numpy(float)), combine(g["chance"].to_numpy(float))) for _, g in part.groupby("seed")]
+    hits, chances = np.stack([row for row, _ in rows]), rows[0][1]
+    if patterns:
+        kept = np.isin(np.array(PATTERNS)[np.arange(hits.shape[1]) % len(PATTERNS)], list(patterns))
+        hits, chances = hits[:, kept], chances[kept]
+    return hits, chances
+
+
+def score_rows(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Every score of every arm and condition: arm, condition, score, group, value, low, high, n, n_seeds, chance, seed.
+
+    The interval is of a two-way layout, over questions and trainings (`crossed_mean`), cut to 0..1.  Groups: "all", and for
+    paired scores "blind" (`BLIND_SPOTS`) and "other" patterns; MMVP has each pattern too.
+    """
+    rows = []
+    for (arm, condition), part in answers.groupby(["arm", "condition"], sort=False):
+        for score, group, patterns in _groups(part):
+            hits, chances = _units(part, score, patterns)
+            mean = crossed_mean(hits)
+            rows.append(
+                {"kind": "score", "arm": arm, "condition": condition, "score": score, "group": group, "value": mean["value"],
+                 "low": max(0.0, mean["low"]), "high": min(1.0, mean["high"]), "n": hits.shape[1], "n_seeds": hits.shape[0],
+                 "chance": chances.mean(), "seed": seed}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def change_rows(answers: pd.DataFrame, pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]], seed: int = 0) -> pd.DataFrame:
+    """Paired differences, question by question and seed by seed; as `score_rows`, with a column `against`.
+
+    Args:
+        pairs: of ((arm, condition), (arm, condition)): the first less the second.
+    """
+    by = dict(iter(answers.groupby(["arm", "condition"], sort=False)))
+    rows = []
+    for one, other in pairs:
+        if one not in by or other not in by:
+            continue
+        for score, group, patterns in _groups(by[one]):
+            difference = _units(by[one], score, patterns)[0] - _units(by[other], score, patterns)[0]
+            mean = crossed_mean(difference)
+            rows.append(
+                {"kind": "change", "arm": one[0], "condition": one[1], "against": f"{other[0]}, {other[1]}", "score": score,
+                 "group": group, **{k: mean[k] for k in ("value", "low", "high")}, "n": difference.shape[1],
+                 "n_seeds": difference.shape[0], "chance": 0.0, "seed": seed}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _groups(answers: pd.DataFrame) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(score, group, patterns) for the benchmarks that these answers are of."""
+    others = tuple(pattern for pattern in PATTERNS if pattern not in BLIND_SPOTS)
+    there: set[str] = set(answers["benchmark"])
+    found: list[tuple[str, str, tuple[str, ...]]] = [(ACCURACY, "all", ())]
+    for score, (benchmark, _) in SCORES.items():
+        if benchmark in there:
+            found.append((score, "all", ()))
+            found += [(score, "blind", BLIND_SPOTS), (score, "other", others)] if score in PAIRED else []
+            found += [(score, pattern, (pattern,)) for pattern in PATTERNS] if score == "MMVP" else []
+    return found

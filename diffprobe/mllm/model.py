@@ -1,0 +1,271 @@
+"""A multimodal language model that sees through frozen encoders: CLIP, and a diffusion model that is told the question.
+
+Image and question go through the encoders (`streams`), are fused and projected into soft tokens (`fusion`), and stand in
+the language model's input where the image was named (`train.lay_out`).  Several images stand one after the other.
+
+A saved model holds what was trained: the fusion, and the language model or its adapter where that was tuned.  All else is kept
+as a name with a hash of its weights, and loading refuses an encoder whose weights are others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffprobe.encoders import VisionEncoder, load_encoder
+from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion, Merge
+from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
+from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
+from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
+
+Tuned = Literal["", "full", "lora"]
+CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """What a model is made of.
+
+    Attributes:
+        language_model: hub id, folder or name, as for `load_language_model`.
+        encoder: a vision encoder's; not loaded where the fusion has no use for it.
+        diffusion: a diffusion model's; likewise.
+        fusion: of `FUSIONS`.
+        layer: of the encoder; its second-to-last by default.
+        sites: of the diffusion model; the channels of several stand side by side.
+        timestep: of the diffusion model's noise.
+        guidance: s in f_u + s (f_c - f_u); 0 never reads the question.
+        grid: tokens on a side that every stream is brought to.
+        merge: "mean" averages the places of a token, "stack" puts them side by side.
+        projector: of `Projector`.
+        heads: of cross-attention.
+        fit: how images that are not square reach the encoders: pad (as LLaVA-1.5), crop or squash.
+        noise_seed: of the diffusion model's noise.
+        seed: of the fusion's first weights.
+    """
+
+    language_model: str = "shapes-lm"
+    encoder: str = "shapes-clip"
+    diffusion: str = "shapes-sd"
+    fusion: str = "cross_attention"
+    layer: str = ""
+    sites: tuple[str, ...] = ("U-L1-R1-B0-Cross-Q",)
+    timestep: int = 50
+    guidance: float = 4.0
+    grid: int = 6
+    merge: Merge = "stack"
+    projector: str = "mlp2x_gelu"
+    heads: int = 4
+    fit: str = "pad"
+    noise_seed: int = 0
+    seed: int = 0
+
+
+class FusedMLLM:
+    """Frozen encoders, a fusion, a language model.
+
+    Args:
+        config: what it is made of.
+        streams: its encoders; `build` loads those that the config names.
+        fusion: trained or fresh.
+        language: its language model.
+        tuned: how the language model differs from the one that the config names.
+        origins: what decides each stream's features, by stream and site, as it was in training.
+
+    >>> model = FusedMLLM.from_pretrained("runs/fused")  # doctest: +SKIP
+    >>> model.answer([[image]], ["Which way does the red arrow point?"])  # doctest: +SKIP
+    ['left']
+    """
+
+    def __init__(
+        self, config: FusedConfig, streams: Streams, fusion: Fusion, language: LanguageModel, tuned: Tuned = ""
+    ) -> None:
+        self.config, self.streams, self.language, self.tuned = config, streams, language, tuned
+        self.fusion = fusion.to(language.device)
+
+    @classmethod
+    def build(
+        cls, config: FusedConfig | None = None, device: str | None = None, *, language: LanguageModel | None = None,
+        encoder: VisionEncoder | None = None, diffusion: DiffusionModel | None = None, cache: FeatureCache | None = None,
+    ) -> FusedMLLM:  # fmt: skip
+        """A model with a fresh fusion.
+
+        Args:
+            language, encoder, diffusion: loaded ones instead of those that the config names.
+            cache: keeps what the encoders saw.
+
+        Raises:
+            ValueError: a part is not there, or the fusion lacks one.
+        """
+        config = config or FusedConfig()
+        streams = _streams(config, device, encoder, diffusion, cache)
+        language = language or load_language_model(config.language_model, device)
+        fusion = Fusion(
+            config.fusion, streams.channels(), language.width, projector=config.projector, rms=language.rms, heads=config.heads,
+            seed=config.seed,
+        )  # fmt: skip
+        return cls(config, streams, fusion, language)
+
+    # --- seeing -----------------------------------------------------------------------------------
+
+    def see(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> Float[Tensor, "picture token width"]:
+        """Soft tokens of pictures, each under its prompt."""
+        if not pictures:
+            return torch.zeros(0, 0, self.language.width, device=self.language.device)
+        seen = self.streams(pictures, prompts)
+        soft: Tensor = self.fusion({name: tokens.to(self.language.device) for name, tokens in seen.items()})
+        return soft
+
+    # --- answering --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answer(
+        self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str], *, max_new_tokens: int = 32, batch: int = 32,
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Greedy answers to questions about images.
+
+        Args:
+            images: of each question, one or more; none asks the language model alone.
+            questions: one for each list of images.
+            max_new_tokens: of an answer.
+            batch: questions answered together; the answers do not depend on it.
+            prompts: what the diffusion model is told instead of the question; None tells it nothing.
+
+        Raises:
+            ValueError: the numbers of images, questions and prompts differ.
+        """
+        told = list(questions) if prompts is None else list(prompts)
+        if not len(images) == len(questions) == len(told):
+            raise ValueError(f"{len(images)} lists of images, {len(questions)} questions and {len(told)} prompts do not match.")
+        self.fusion.eval()
+        self.language.model.eval()
+        answers = [""] * len(questions)
+        # rows of a batch have as many images, and questions of about one length, so little of it is padding
+        order = sorted(range(len(questions)), key=lambda k: (len(images[k]), len(questions[k])))
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            pictures = [Picture.of(image) for k in part for image in images[k]]
+            soft = self.see(pictures, [told[k] for k in part for _ in images[k]])
+            rows = lay_out(self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part])
+            for k, text in zip(part, speak(self.language, rows, max_new_tokens), strict=True):
+                answers[k] = text
+        return answers
+
+    @property
+    def cut_prompts(self) -> int:
+        """How many different prompts were longer than the diffusion model's text encoder takes, and were cut."""
+        eye = self.streams.eyes.get(DIFFUSION)
+        return len(eye.cut) if isinstance(eye, DiffusionEye) else 0
+
+    # --- keeping ----------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` where the language model was tuned.
+
+        Args:
+            folder: is made where it is not there.
+            weights: state dicts of "fusion" and "language" instead of the model's own, which may be spread over processes.
+        """
+        folder, weights = Path(folder), weights or {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tuned:
+            part = folder / {"full": "language", "lora": "adapter"}[self.tuned]
+            with quiet(str(folder)):
+                self.language.model.save_pretrained(part, state_dict=weights.get("language"))
+            if self.tuned == "full":
+                self.language.tokenizer.save_pretrained(part)
+        fusion = weights.get("fusion") or self.fusion.state_dict()
+        save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
+        kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins()}
+        (folder / CONFIG).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | None = None, *, encoder: VisionEncoder | None = None,
+        diffusion: DiffusionModel | None = None, cache: FeatureCache | None = None,
+    ) -> FusedMLLM:  # fmt: skip
+        """A saved model, its encoders loaded by name.
+
+        Raises:
+            ValueError: there is none, a part of it is not there, or an encoder's weights are not those it was trained with.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+            raise ValueError(f"{folder} holds no fused model: {CONFIG} and {WEIGHTS} are needed.")
+        kept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config, tuned = read_config(kept["config"], folder / CONFIG), kept["tuned"]
+        language = load_language_model(folder / "language" if tuned == "full" else config.language_model, device)
+        if tuned == "lora":
+            from peft import PeftModel
+
+            language = LanguageModel(
+                PeftModel.from_pretrained(language.model, str(folder / "adapter"), torch_device=str(language.device)),
+                language.tokenizer,
+                language.name,
+            )
+        model = cls.build(config, device, language=language, encoder=encoder, diffusion=diffusion, cache=cache)
+        model.fusion.load_state_dict(load_file(folder / WEIGHTS))
+        model.fusion.eval()
+        model.tuned = tuned
+        if differing := [name for name, origin in model.origins().items() if origin != kept["origins"].get(name)]:
+            name = {CLIP: config.encoder, DIFFUSION: config.diffusion}.get(differing[0], config.language_model)
+            raise ValueError(
+                f"{folder} was trained with other weights or settings of {name!r} than are there now ({differing[0]}); "
+                "give it the ones it was trained with, or train it again."
+            )
+        return model
+
+    def origins(self) -> dict[str, Any]:
+        """What decides the features of each stream, and the untuned language model's hash."""
+        found: dict[str, Any] = {
+            name: [json.loads(json.dumps(eye.origin(site))) for site in eye.sites] for name, eye in self.streams.eyes.items()
+        }
+        return found if self.tuned else {**found, "language_model": weights_hash(self.language.model)}
+
+
+def _streams(
+    config: FusedConfig, device: str | None, encoder: VisionEncoder | None, diffusion: DiffusionModel | None,
+    cache: FeatureCache | None,
+) -> Streams:  # fmt: skip
+    if config.fusion not in FUSIONS:
+        raise ValueError(f"Fusion {config.fusion!r} is not one of {', '.join(FUSIONS)}.")
+    eyes: dict[str, Eye] = {}
+    if CLIP in FUSIONS[config.fusion]:
+        eyes[CLIP] = EncoderEye(encoder or load_encoder(config.encoder, device), config.layer, config.fit)
+    if DIFFUSION in FUSIONS[config.fusion]:
+        model = diffusion or load_model(config.diffusion, device)
+        eyes[DIFFUSION] = DiffusionEye(model, config.sites, config.timestep, config.noise_seed, config.fit)
+    return Streams(eyes, config.grid, config.merge, config.guidance, cache)
+
+
+def _absolute(config: FusedConfig) -> FusedConfig:
+    """Folders by their whole path: a saved model is loaded from elsewhere too."""
+    parts = {name: getattr(config, name) for name in ("language_model", "encoder", "diffusion")}
+    found: dict[str, Any] = {k: str(Path(v).resolve()) for k, v in parts.items() if Path(v).is_dir()}
+    return replace(config, **found)
+
+
+def read_config(given: Mapping[str, Any], source: str | Path) -> FusedConfig:
+    """A config from its plain form.
+
+    Raises:
+        ValueError: it has a field that no config has.
+
+    >>> read_config({"fusion": "clip", "sites": ["U-L2-R1-B0-Cross-Q"]}, "here").sites
+    ('U-L2-R1-B0-Cross-Q',)
+    """
+    known = [field.name for field in fields(FusedConfig)]
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{source}: {unknown[0]!r} is no setting of a fused model; settings are {', '.join(known)}.")
+    plain: dict[str, Any] = {name: tuple(value) if name == "sites" else value for name, value in given.items()}
+    return FusedConfig(**plain)
