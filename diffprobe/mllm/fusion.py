@@ -103,8 +103,8 @@ class CrossAttention(nn.Module):
 def squared_distances(tokens: int, others: int) -> Float[Tensor, "token other"]:
     """Between the places of two square grids over one image, in image sides.
 
-    >>> squared_distances(4, 1).tolist()
-    [[0.125], [0.125], [0.125], [0.125]]
+    >>> squared_distances(4, 1).flatten().round(decimals=3).tolist()
+    [0.125, 0.125, 0.125, 0.125]
 
     Raises:
         ValueError: the tokens of one are no square grid.

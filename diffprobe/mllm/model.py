@@ -169,16 +169,22 @@ class FusedMLLM:
 
     # --- keeping ----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` where the language model was tuned."""
-        folder = Path(folder)
+    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` where the language model was tuned.
+
+        Args:
+            folder: is made where it is not there.
+            weights: state dicts of "fusion" and "language" instead of the model's own, which may be spread over processes.
+        """
+        folder, weights = Path(folder), weights or {}
         folder.mkdir(parents=True, exist_ok=True)
-        if self.tuned == "full":
-            self.language.model.save_pretrained(folder / "language", safe_serialization=True)
-            self.language.tokenizer.save_pretrained(folder / "language")
-        elif self.tuned == "lora":
-            self.language.model.save_pretrained(folder / "adapter", safe_serialization=True)
-        save_file({name: value.contiguous() for name, value in self.fusion.state_dict().items()}, folder / WEIGHTS)
+        if self.tuned:
+            part = folder / {"full": "language", "lora": "adapter"}[self.tuned]
+            self.language.model.save_pretrained(part, state_dict=weights.get("language"))
+            if self.tuned == "full":
+                self.language.tokenizer.save_pretrained(part)
+        fusion = weights.get("fusion") or self.fusion.state_dict()
+        save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
         kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins()}
         (folder / CONFIG).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

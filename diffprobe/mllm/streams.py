@@ -188,6 +188,7 @@ class FeatureCache:
         self.folder = Path(folder)
         self._known: dict[str, dict[str, tuple[Path, int]]] = {}
         self._open: dict[Path, Any] = {}
+        self.ids: dict[str, dict[int, list[str]]] = {}  # of images by dataset and sample, found once
 
     def lacking(self, eye: Eye, keys: Iterable[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
         """Those of the (picture id, prompt) that a site of the eye was not seen under."""

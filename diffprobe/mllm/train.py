@@ -298,7 +298,7 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-Losses = Callable[[nn.Module, Int[np.ndarray, " row"], np.ndarray], tuple[Tensor, int]]
+Losses = Callable[[nn.Module, int, Int[np.ndarray, " row"], np.ndarray], tuple[Tensor, int]]
 
 
 def fit(
@@ -311,20 +311,21 @@ def fit(
     *,
     dev_loss: Callable[[nn.Module], float] | None = None,
     tell: Callable[[str], None] = lambda line: None,
-) -> nn.Module:
+) -> dict[str, Any]:
     """Train what is not frozen, or go on where an earlier call was cut off.
 
     Args:
         learner: trained in place; under several processes through accelerate's wrapper (DDP or FSDP by its configuration).
-        losses: of (learner, samples, which of them drop their prompt): the sum over answer tokens, and how many positions the
-            language model read.
+        losses: of (learner, epoch, samples, which of them drop their prompt): the sum over answer tokens, and how many
+            positions the language model read.
         sizes: answer tokens of each training sample.
         folder: gets ``checkpoint.pt`` and ``loss.csv``.
         dev_loss: where given, the weights that are best by it are kept, else the last.
         tell: gets a line at each checkpoint: step, loss, tokens a second, minutes to go.
 
     Returns:
-        The learner with its final weights; the caller keeps them and removes the checkpoint.
+        The trained weights (and buffers), which the learner holds too, gathered from all processes where it is sharded; the
+        caller keeps them and removes the checkpoint.
     """
     folder = Path(folder)
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
@@ -362,8 +363,7 @@ def fit(
             )
     if best:
         set_model_state_dict(wrapped, best, options=StateDictOptions(full_state_dict=True, strict=False))
-    finished: nn.Module = accelerator.unwrap_model(wrapped)
-    return finished
+    return _weights(wrapped)
 
 
 def train_projector(
@@ -398,7 +398,7 @@ def train_projector(
     answers = [language.answer(text) for text in train.captions]
     dev_answers = [language.answer(text) for text in dev.captions]
 
-    def losses(learner: nn.Module, chosen: Int[np.ndarray, " row"], dropped: np.ndarray) -> tuple[Tensor, int]:
+    def losses(learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: np.ndarray) -> tuple[Tensor, int]:
         features = train.features[chosen]
         if dropped.any():
             assert train.null is not None
@@ -407,16 +407,15 @@ def train_projector(
         rows = lay_out(language, soft, [config.request] * len(chosen), [answers[i] for i in chosen])
         return answer_losses(language, rows).sum(), rows.mask.numel()
 
-    finished = fit(
+    fit(
         projector, losses, [len(answer) for answer in answers], folder, config, accelerator,
         dev_loss=lambda learner: _dev_loss(language, learner, dev.features, dev_answers, config), tell=tell,
     )  # fmt: skip
-    assert isinstance(finished, Projector)
     if accelerator.is_main_process:
-        finished.save(folder)
+        projector.save(folder)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    return finished.eval()
+    return projector.eval()
 
 
 def settle(folder: str | Path, request: Mapping[str, Any]) -> None:
@@ -479,12 +478,12 @@ def _step(
 ) -> tuple[float, int]:  # fmt: skip
     """One optimizer step; the mean loss a token over the whole batch, whatever its parts and processes, and positions read."""
     chosen, dropped = batch_of(step, len(sizes), schedule)
-    tokens, positions = sum(sizes[i] for i in chosen), 0
+    epoch, tokens, positions = step // (len(sizes) // schedule.batch), sum(sizes[i] for i in chosen), 0
     total = torch.zeros((), device=accelerator.device)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     for part in np.array_split(np.arange(schedule.batch)[mine], schedule.accumulate):
         with accelerator.autocast():
-            loss, read = losses(learner, chosen[part], dropped[part])
+            loss, read = losses(learner, epoch, chosen[part], dropped[part])
         loss = loss / tokens
         accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         total += loss.detach()
@@ -507,15 +506,15 @@ def _dev_loss(
     return total / sum(len(answer) for answer in answers)
 
 
-def _weights(learner: nn.Module) -> dict[str, Tensor]:
+def _weights(learner: nn.Module) -> dict[str, Any]:
     """Weights that are trained, and buffers, gathered from all processes onto the CPU."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state: dict[str, Any] = get_model_state_dict(learner, options=options)
-    return {name: value.detach().clone() for name, value in state.items()}
+    return {name: value.detach().clone() for name, value in state.items()}  # on a CPU they would go on changing
 
 
 def _save(
-    folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, state: _State, best: dict[str, Tensor], main: bool
+    folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, state: _State, best: dict[str, Any], main: bool
 ) -> None:
     """A checkpoint that appears whole or not at all, and the loss curve."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -535,7 +534,7 @@ def _save(
         writer.writerows({**row, "dev_loss": "" if math.isnan(row["dev_loss"]) else row["dev_loss"]} for row in state.history)
 
 
-def _resume(folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
+def _resume(folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Any]]:
     if not (folder / "checkpoint.pt").exists():
         return _State(), {}
     held: dict[str, Any] = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)

@@ -1,0 +1,264 @@
+"""What a multimodal language model is taught with: images, and conversations about them.
+
+``llava:FILE.json?images=FOLDER`` reads the layout of LLaVA (a list of {"id", "image", "conversations": [{"from", "value"}]},
+"image" one name or a list of names); ``shapes-captions:N`` and ``shapes-instruct:N`` are drawn.  Drawn instructions are about
+training scenes, twins and several images, of seeds that no benchmark counts to; answers never follow from the text.
+Images are read only when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from diffprobe.data.drawn import ShapesDataset
+from diffprobe.data.folder import _inside
+from diffprobe.data.images import read_image
+from diffprobe.data.questions import pick
+from diffprobe.data.several import several_images
+from diffprobe.data.shapes import Scene, render
+from diffprobe.data.twins import KINDS, PATTERNS
+
+MARK = "<image>"  # where LLaVA's texts name an image
+TRAIN_SEED = 2**20  # of twins that are learnt from; benchmarks count theirs from 0
+REQUESTS = {
+    # what a drawn caption of each style is asked for with
+    "full": "Describe the image in detail.",
+    "place": "Say what is where.",
+    "relation": "Say how the objects stand to each other.",
+    "count": "Count the objects and name them.",
+}
+TURNS = 3  # at most, of a drawn conversation about one scene
+FORMS = ("scene",) * 4 + ("mmvp",) * 3 + ("naturalbench",) * 2 + ("several",)  # of drawn instructions, by turns
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Images by their loaders (none for talk alone), and turns of (question, answer)."""
+
+    id: str
+    images: tuple[Callable[[], Image.Image], ...]
+    turns: tuple[tuple[str, str], ...]
+
+
+class Conversations(Protocol):
+    """An indexable collection of conversations with an identity."""
+
+    @property
+    def name(self) -> str:
+        """A short name for provenance."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    def fingerprint(self) -> str:
+        """A short hash that changes when a conversation does."""
+        ...
+
+
+def loader(scene: Scene) -> Callable[[], Image.Image]:
+    """Draws a scene when called."""
+    return lambda: Image.fromarray(render(scene)[0])
+
+
+# --- drawn ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DrawnCaptions:
+    """One caption of each of `count` training scenes, in styles that take turns.
+
+    >>> DrawnCaptions(4)[1].turns[0][0]
+    'Say what is where.'
+    """
+
+    count: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"shapes-captions-{self.seed}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        sample = ShapesDataset(self.count, "train", self.seed)[index]
+        style = list(REQUESTS)[index % len(REQUESTS)]
+        text = next(caption.text for caption in sample.captions if caption.style == style)
+        return Conversation(sample.id, (sample.load,), ((REQUESTS[style], text),))
+
+    def fingerprint(self) -> str:
+        return _digest(self, ShapesDataset(self.count, "train", self.seed).fingerprint())
+
+
+@dataclass(frozen=True)
+class DrawnInstructions:
+    """Questions about scenes (some turns each), of MMVP-like and NaturalBench-like images, and of several images.
+
+    >>> [len(conversation.turns) for conversation in map(DrawnInstructions(10).__getitem__, range(10))]
+    [3, 3, 3, 3, 1, 1, 1, 1, 1, 1]
+    """
+
+    count: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"shapes-instruct-{self.seed}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < self.count:
+            raise IndexError(f"Conversation {index} of {self.count}.")
+        form, rng = FORMS[index % len(FORMS)], np.random.default_rng([self.seed, index, 11])
+        name = f"{self.name}-{index:06d}"
+        if form == "scene":
+            sample = ShapesDataset(self.count, "train", self.seed)[index]
+            asked = [sample.questions[k] for k in rng.permutation(len(sample.questions))[:TURNS]]
+            return Conversation(name, (sample.load,), tuple((q.text, q.answer) for q in asked))
+        if form == "several":
+            item = several_images(TRAIN_SEED + self.seed, index // len(FORMS))
+            return Conversation(name, item.images, ((item.text, item.answer),))
+        pair = KINDS[form](TRAIN_SEED + self.seed, index)
+        side = int(rng.integers(2))
+        question = pick(rng, pair.questions[side])
+        return Conversation(name, (loader(pair.scenes[side]),), ((question.text, question.answer),))
+
+    def fingerprint(self) -> str:
+        parts = [ShapesDataset(self.count, "train", self.seed).fingerprint()]
+        parts += [
+            repr(KINDS[kind](TRAIN_SEED + self.seed, k)) for kind in ("mmvp", "naturalbench") for k in range(len(PATTERNS))
+        ]
+        parts += [repr(self[index].turns) for index in range(min(len(FORMS), self.count))]
+        return _digest(self, *parts)
+
+
+def _digest(data: Any, *parts: str) -> str:
+    return hashlib.sha256("|".join([repr(data), *parts]).encode()).hexdigest()[:16]
+
+
+# --- LLaVA's layout ---------------------------------------------------------------------------------
+
+
+class LlavaConversations:
+    """A JSON file in LLaVA's layout with its folder of images.
+
+    Args:
+        path: the JSON file.
+        images: the folder that image names are relative to; names that leave it are refused.
+        limit: conversations at most, the first ones.
+
+    Raises:
+        ValueError: the file is not of this layout; the message names the entry.
+    """
+
+    def __init__(self, path: str | Path, images: str | Path, limit: int | None = None) -> None:
+        self.path, self.folder = Path(path), Path(images)
+        if not self.path.is_file():
+            raise ValueError(f"'{self.path}' does not exist; give a JSON file in LLaVA's layout.")
+        if not self.folder.is_dir():
+            raise ValueError(f"'{self.folder}' is no folder; give the folder that the image names are relative to.")
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8-sig"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"'{self.path}' is not JSON ({error}).") from error
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"'{self.path}' must hold a list of conversations, at least one.")
+        self._entries = [self._read(number, entry) for number, entry in enumerate(entries[:limit])]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Conversation:
+        name, images, turns = self._entries[index]
+        return Conversation(name, tuple(self._loader(image) for image in images), turns)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self._entries, ensure_ascii=False).encode()).hexdigest()[:16]
+
+    def _loader(self, name: str) -> Callable[[], Image.Image]:
+        def load() -> Image.Image:
+            path = (self.folder / name).resolve()
+            if not path.is_relative_to(self.folder.resolve()):
+                raise ValueError(f"'{self.folder / name}' is a link that leaves the folder of images.")
+            return read_image(path)
+
+        return load
+
+    def _read(self, number: int, entry: Any) -> tuple[str, list[str], tuple[tuple[str, str], ...]]:
+        where = f"'{self.path}', entry {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
+            raise ValueError(f'{where} has no list "conversations".')
+        where = f"{where} (id {entry.get('id', number)!r})"
+        given = entry.get("image", [])
+        names = [given] if isinstance(given, str) else given
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f'{where}: "image" must be a name or a list of names; found {given!r}.')
+        said = entry["conversations"]
+        speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in said]
+        if not said or len(said) % 2 or speakers != ["human", "gpt"] * (len(said) // 2):
+            raise ValueError(f"{where}: turns must be of human and gpt, in turn, and end with gpt; found {speakers}.")
+        texts = [turn.get("value") for turn in said]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{where}: each turn needs a text "value".')
+        marks = sum(text.count(MARK) for text in texts)
+        if marks not in (0, len(names)):
+            raise ValueError(f"{where} names {len(names)} images and speaks of {marks} ({MARK}).")
+        # LLaVA moves every image to the front of the conversation, whatever the place of its mark
+        clean = [text.replace(MARK, "").strip() for text in texts]
+        turns = tuple(zip(clean[::2], clean[1::2], strict=True))
+        return str(entry.get("id", number)), [_inside(where, name) for name in names], turns
+
+
+# --- by name ----------------------------------------------------------------------------------------
+
+SPECS = "shapes-captions:N, shapes-instruct:N (with seed), or llava:FILE.json?images=FOLDER (with limit)"
+
+
+def load_conversations(spec: str) -> Conversations:
+    """The conversations that a short text names: one of `SPECS`.
+
+    Raises:
+        ValueError: the text names none; the message lists what does.
+
+    >>> load_conversations("shapes-instruct:100?seed=1").name
+    'shapes-instruct-1'
+    """
+    kind, colon, rest = spec.partition(":")
+    target, _, query = rest.partition("?")
+    options = dict(part.partition("=")[::2] for part in query.split("&") if part)
+    known = {"llava": ("images", "limit"), "shapes-captions": ("seed",), "shapes-instruct": ("seed",)}
+    if kind not in known or not colon or not target:
+        raise ValueError(f"{spec!r} names no conversations; valid are {SPECS}.")
+    if unknown := [name for name in options if name not in known[kind]]:
+        raise ValueError(f"{spec!r}: unknown option {unknown[0]!r}; {kind} takes {', '.join(known[kind])}.")
+    for name, text in [("the number after ':'", target if kind != "llava" else "1"), *options.items()]:
+        if name != "images" and not (text.isascii() and text.isdigit() and (int(text) > 0 or name == "seed")):
+            raise ValueError(f"{spec!r}: {name} is {text!r}; it must be a whole number above 0.")
+    if kind == "llava":
+        if "images" not in options:
+            raise ValueError(f"{spec!r} does not say where the images are; add ?images=FOLDER.")
+        return LlavaConversations(target, options["images"], int(options["limit"]) if "limit" in options else None)
+    drawn = DrawnCaptions if kind == "shapes-captions" else DrawnInstructions
+    return drawn(int(target), int(options.get("seed", "0")))

@@ -1,0 +1,358 @@
+"""The two stages of LLaVA's recipe for a `FusedMLLM`.
+
+Stage 1 teaches the fusion alone, on captions, with nothing told to the diffusion model: a caption that is prompt and target
+at once would be read and not seen (`leakage`).  Stage 2 teaches fusion and language model (all of it, an adapter, or none)
+on instructions, with one question of the conversation as the prompt, drawn anew in each epoch.
+
+The invariant is that of `train.fit`: what a step does depends on (config, data, step) only, so a run that was cut off ends in
+the same weights.  Features that a cache holds are not computed again; without a cache encoders run in every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from diffprobe.data.conversations import Conversations
+from diffprobe.mllm.fusion import DIFFUSION, Fusion
+from diffprobe.mllm.model import CONFIG, FusedMLLM, Tuned
+from diffprobe.mllm.streams import Picture, image_id
+from diffprobe.mllm.train import LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle
+
+MOMENT_PICTURES = 512  # that a fusion's moments are taken from
+_READERS = 4  # threads that load images: decoders let go of the interpreter
+
+
+@dataclass(frozen=True)
+class StageConfig(Schedule):
+    """One stage; `STAGE1` and `STAGE2` have LLaVA-1.5's values.
+
+    Attributes:
+        steps: 0 is `epochs` times through the data.
+        epochs: where `steps` is 0.
+        tune: of the language model: "" leaves it frozen, "full" or "lora".
+        prompted: whether the diffusion model is told a question.
+        max_length: tokens of a conversation behind its first question; longer ones are cut.
+        lora_rank, lora_alpha: of the adapter.
+        checkpointing: compute the language model's activations again in the backward pass, to save memory.
+    """
+
+    steps: int = 0
+    epochs: int = 1
+    patience: int = 0
+    tune: Tuned = ""
+    prompted: bool = False
+    max_length: int = 2048
+    lora_rank: int = 128
+    lora_alpha: int = 256
+    checkpointing: bool = False
+
+
+STAGE1 = StageConfig(batch=256, learning_rate=1e-3)
+STAGE2 = StageConfig(batch=128, learning_rate=2e-5, tune="full", prompted=True)
+
+
+def train_stage(
+    model: FusedMLLM,
+    data: Conversations,
+    folder: str | Path,
+    stage: StageConfig = STAGE1,
+    *,
+    start: str = "",
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train one stage in place and save the model, or go on where an earlier call was cut off.
+
+    Under ``accelerate launch`` or torchrun each process takes its share of every batch.
+
+    Args:
+        model: with a fresh fusion, or that of an earlier stage.
+        data: captions or instructions.
+        folder: gets the model as `FusedMLLM.save_pretrained` writes it, ``training.json``, ``loss.csv`` and, until the end,
+            ``checkpoint.pt``.  A folder that is finished is left as it is, and its weights are not loaded into `model`.
+        stage: what to do.
+        start: where the model comes from, for the record.
+        tell: gets progress lines.
+
+    Raises:
+        ValueError: the folder holds another training, or a batch is larger than the data.
+    """
+    folder = Path(folder)
+    steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
+    stage = replace(stage, steps=steps)
+    check_schedule(stage, len(data))
+    request = {"stage": asdict(stage), "model": asdict(model.config), "origins": model.origins(), "data": data.fingerprint()}
+    settle(folder, {**request, "samples": len(data), "start": start})
+    if (folder / CONFIG).exists():
+        return
+    accelerator = accelerated(model.language)
+    _tune(model, stage)
+    samples = Samples(model, data, stage)
+    samples.prepare(accelerator, tell)
+    if fresh(model.fusion):
+        samples.standardise()
+    learner = Learner(model.fusion, model.language)
+    learner.train()
+    weights = fit(
+        learner, samples.losses, samples.sizes, folder, stage, accelerator,
+        tell=tell,
+    )  # fmt: skip
+    learner.eval()
+    if accelerator.is_main_process:
+        parts = {
+            name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            for name in ("fusion", "language")
+        }
+        model.save_pretrained(folder, parts if stage.tune else {"fusion": parts["fusion"]})
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        if model.cut_prompts:
+            tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
+    accelerator.wait_for_everyone()
+
+
+def accelerated(language: LanguageModel) -> Accelerator:
+    """Accelerate's own configuration; bfloat16 on a GPU, where nothing else is configured."""
+    cpu = language.device.type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision=None if cpu else "bf16")
+
+
+def fresh(fusion: Fusion) -> bool:
+    """Whether no moments were fixed yet."""
+    return all(bool((p.mean == 0).all() and (p.std == 1).all()) for p in fusion.projectors.values())  # type: ignore[union-attr]
+
+
+def _tune(model: FusedMLLM, stage: StageConfig) -> None:
+    """Make ready what of the language model is trained; its trained weights are float32, whatever it was loaded in."""
+    language = model.language
+    if stage.tune and model.tuned not in ("", stage.tune):
+        raise ValueError(f"This model's language model was tuned as {model.tuned!r}; it cannot be tuned as {stage.tune!r} now.")
+    if stage.tune == "full":
+        language.model.float().requires_grad_(True)
+    elif stage.tune == "lora" and model.tuned != "lora":
+        from peft import LoraConfig, get_peft_model
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stage.seed)
+            options = LoraConfig(
+                r=stage.lora_rank, lora_alpha=stage.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            language.model = get_peft_model(language.model, options)
+    elif stage.tune == "lora":
+        for name, parameter in language.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    model.tuned = stage.tune or model.tuned
+    if stage.checkpointing:
+        language.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class Learner(nn.Module):
+    """Fusion and language model as one module, so that accelerate wraps what is trained; its forward pass is the loss."""
+
+    def __init__(self, fusion: Fusion, language: LanguageModel) -> None:
+        super().__init__()
+        self.fusion, self.language = fusion, language.model
+        self._speaker = [language]  # no module: kept out of the state
+
+    def forward(
+        self, streams: Mapping[str, Tensor], questions: Sequence[str], images: Sequence[int],
+        answers: Sequence[Sequence[int]], labels: Sequence[Sequence[int]],
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """Sum of the losses of answer tokens, and how many positions were read."""
+        (language,) = self._speaker
+        if streams:
+            soft = self.fusion(streams)
+        else:  # talk without images: the fusion's gradient is zero, not absent, or processes would wait for each other
+            soft = torch.zeros(0, 0, language.width, device=language.device)
+        rows = lay_out(language, soft, questions, answers, images=images, labels=labels)
+        loss = answer_losses(language, rows).sum()
+        if not streams:
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.fusion.parameters())
+        return loss, rows.mask.numel()
+
+
+class Samples:
+    """Conversations as a stage reads them."""
+
+    def __init__(self, model: FusedMLLM, data: Conversations, stage: StageConfig) -> None:
+        self.model, self.data, self.stage = model, data, stage
+        given = [data[index] for index in range(len(data))]
+        self.turns, self.images = [one.turns for one in given], [one.images for one in given]
+        told = [model.language.answers(turns, stage.max_length) for turns in self.turns]
+        self.answers, self.labels = [ids for ids, _ in told], [labels for _, labels in told]
+        self.sizes = [sum(label >= 0 for label in labels) for labels in self.labels]
+
+    def prompt(self, index: int, epoch: int) -> str | None:
+        """What the diffusion model is told of a conversation, whatever the training's seed."""
+        if not self.stage.prompted:
+            return None
+        return self.turns[index][int(np.random.default_rng([epoch, index]).integers(len(self.turns[index])))][0]
+
+    def pictures(self, indices: Sequence[int]) -> list[list[Picture]]:
+        """The pictures of conversations; with a cache each image's id is found once."""
+        cache = self.model.streams.cache
+        known = {} if cache is None else cache.ids.setdefault(self.data.fingerprint(), {})
+
+        def look(index: int) -> list[Picture]:
+            loaders = self.images[index]
+            if cache is None:
+                return [Picture.of(load()) for load in loaders]
+            if index not in known:
+                known[index] = [image_id(load()) for load in loaders]
+            return [Picture(name, load) for name, load in zip(known[index], loaders, strict=True)]
+
+        unknown = [index for index in indices if index not in known]
+        with ThreadPoolExecutor(_READERS) as readers:
+            found = dict(zip(unknown, readers.map(look, unknown), strict=True))
+        return [found[index] if index in found else look(index) for index in indices]
+
+    def prepare(self, accelerator: Accelerator, tell: Callable[[str], None]) -> None:
+        """Fill the cache, each process with its share of the conversations."""
+        cache, stage = self.model.streams.cache, self.stage
+        if cache is None:
+            return
+        epochs = -(-stage.steps * stage.batch // (len(self.data) // stage.batch * stage.batch))
+        prompted = DIFFUSION in self.model.streams.eyes and self.model.streams.guidance != 0 and stage.prompted
+        mine = range(accelerator.process_index, len(self.data), accelerator.num_processes)
+        pictures, prompts = [], []
+        for index, found in zip(mine, self.pictures(mine), strict=True):
+            for epoch in range(epochs if prompted else 1):
+                pictures += found
+                prompts += [self.prompt(index, epoch)] * len(found)
+        started, said = time.perf_counter(), 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal said
+            now = time.perf_counter()
+            if now - said > 20 or done == total:
+                said, seconds = now, now - started
+                tell(f"features: {done} of {total} passes, about {seconds / done * (total - done):.0f} s to go")
+
+        self.model.streams.prepare(pictures, prompts, report)
+        accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1:
+            cache.refresh()
+
+    def standardise(self) -> None:
+        """Fix the fusion's moments on the first pictures as this stage sees them; alike in every process."""
+        chosen = [index for index, images in enumerate(self.images) if images][:MOMENT_PICTURES]
+        if not chosen:
+            raise ValueError("No conversation of this data has an image, so there is nothing that a fusion could learn from.")
+        device, parts = self.model.language.device, []
+        for start in range(0, len(chosen), 32):
+            pictures, prompts = self._told(chosen[start : start + 32], 0, np.zeros(32, bool))
+            parts.append(self.model.streams(pictures, prompts))
+        self.model.fusion.standardise({name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]})
+
+    def losses(
+        self, learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: np.ndarray
+    ) -> tuple[Tensor, int]:
+        indices = [int(index) for index in chosen]
+        pictures, prompts = self._told(indices, epoch, dropped)
+        streams = self.model.streams(pictures, prompts) if pictures else {}
+        device = self.model.language.device
+        found: tuple[Tensor, int] = learner(
+            {name: tokens.to(device) for name, tokens in streams.items()},
+            [self.turns[index][0][0] for index in indices],
+            [len(self.images[index]) for index in indices],
+            [self.answers[index] for index in indices],
+            [self.labels[index] for index in indices],
+        )
+        return found
+
+    def _told(self, indices: Sequence[int], epoch: int, dropped: np.ndarray) -> tuple[list[Picture], list[str | None]]:
+        """Pictures of a batch one after the other, and each one's prompt."""
+        pictures: list[Picture] = []
+        prompts: list[str | None] = []
+        for index, found, drop in zip(indices, self.pictures(indices), dropped, strict=False):
+            pictures += found
+            prompts += [None if drop else self.prompt(index, epoch)] * len(found)
+        return pictures, prompts
+
+
+# --- forecast ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage will take on this machine."""
+
+    steps: int
+    step_seconds: float
+    passes: int
+    pass_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.step_seconds + self.passes * self.pass_seconds
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        total = f"about {minutes:.0f} min" if minutes >= 2 else f"about {self.seconds:.0f} s"
+        return (
+            f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
+            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}"
+        )
+
+
+def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) -> StageForecast:
+    """Time the encoders on one batch and a few steps of the language model, without a cache and without learning anything."""
+    steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
+    count = min(8, len(data))
+    part = replace(stage, batch=count, steps=1)
+    samples, cache = Samples(model, _First(data, count), part), model.streams.cache
+    model.streams.cache = None
+    try:
+        chosen = list(range(count))
+        pictures, prompts = samples._told(chosen, 0, np.zeros(count, bool))
+        taken = []
+        for _ in range(2):  # the first pays for what is made once
+            started = time.perf_counter()
+            streams = model.streams(pictures, prompts)
+            taken.append(time.perf_counter() - started)
+        learner = Learner(model.fusion, model.language)
+        spent = []
+        for _ in range(2):
+            started = time.perf_counter()
+            loss, _ = learner(
+                {name: tokens.to(model.language.device) for name, tokens in streams.items()},
+                [samples.turns[k][0][0] for k in chosen], [len(images) for images in samples.images], samples.answers, samples.labels,
+            )  # fmt: skip
+            loss.backward()
+            spent.append(time.perf_counter() - started)
+        model.fusion.zero_grad(set_to_none=True)
+    finally:
+        model.streams.cache = cache
+    each = min(taken) / max(1, len(pictures))
+    total = len(pictures) / count * (len(data) if cache is not None else steps * stage.batch)
+    return StageForecast(steps, min(spent) / count * stage.batch, round(total), each)
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first conversations of another collection."""
+
+    source: Conversations
+    count: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index]
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()}-first{self.count}"
