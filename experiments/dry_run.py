@@ -1,13 +1,17 @@
 """The real configuration without its weights: SD 2.1, CLIP-L/336 and a 7B Llama (Vicuna-1.5) in one fused model.
 
-    python experiments/dry_run.py [--fusion concat] [--utilisation 0.3] [--checkpointing/--no-checkpointing] ...
+    python experiments/dry_run.py [--fusion concat] [--utilisation 0.3] [--no-checkpointing] ...
+    torchrun --nproc-per-node 2 experiments/dry_run.py --rehearse runs/rehearsal
 
 Every part is built on the meta device from its published shape, so nothing is downloaded and no memory is needed.  Printed:
 parameters of each part and which are trained in which stage; tokens of an image; FLOPs of a sample; hours of both stages of
 LLaVA-1.5's recipe (558,128 captions, then 665,298 instructions) and memory of a GPU under DDP and FSDP, on 1, 8 and 64 GPUs.
 FLOPs of the convolutional parts are counted by torch on the meta device, up to the site that is read; those of transformers
 by `diffprobe.mllm.plan`.  Assumed, and options: how many text tokens a sample has, the share of the peak that is reached, and
-the peak itself (an A100's in bfloat16).  A minute on one core.
+the peak itself (an A100's in bfloat16).  Ten seconds on one core.
+
+``--rehearse`` builds the same architectures with tiny random weights and trains two steps of both stages on drawn data, with the
+code that trains the real ones.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -70,8 +75,26 @@ class Config:
 # --- the parts, by their published shapes ---------------------------------------------------------
 
 
-def build_parts() -> dict[str, Any]:
-    """The five published networks, on the meta device."""
+@dataclass(frozen=True)
+class Shapes:
+    """What the five networks are built from; the defaults are published."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    heads: tuple[int, ...] = (5, 10, 20, 20)
+    vae: tuple[int, ...] = (128, 256, 512, 512)
+    text: tuple[int, int, int, int] = (1024, 4096, 23, 16)  # width, inner width, layers, heads
+    vision: tuple[int, int, int, int] = (1024, 4096, 24, 16)
+    pixels: int = 336
+    language: tuple[int, int, int, int] = (4096, 11008, 32, 32)
+    words: tuple[int, int] = (49408, 32000)  # that the text encoder and the language model know
+
+
+PUBLISHED = Shapes()
+TINY = Shapes((32,) * 4, (1, 2, 2, 2), (32,) * 4, (32, 64, 2, 2), (32, 64, 3, 2), 56, (32, 64, 2, 2))
+
+
+def build_parts(shapes: Shapes = PUBLISHED, device: str = "meta") -> dict[str, Any]:
+    """The five networks with random weights, or on the meta device with none."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import (
         CLIPTextConfig,
@@ -82,27 +105,27 @@ def build_parts() -> dict[str, Any]:
         LlamaForCausalLM,
     )
 
-    with torch.device("meta"):
+    def sizes(given: tuple[int, int, int, int]) -> dict[str, int]:
+        return dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), given, strict=True))
+
+    with torch.device(device):
         return {
             "VAE (SD 2.1)": AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+                block_out_channels=shapes.vae, down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
             ),
             "UNet (SD 2.1)": UNet2DConditionModel(
-                sample_size=96, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024,
-                attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
+                sample_size=96, block_out_channels=shapes.channels, cross_attention_dim=shapes.text[0],
+                attention_head_dim=shapes.heads, use_linear_projection=True,
             ),
             "text encoder (SD 2.1)": CLIPTextModel(CLIPTextConfig(
-                hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu",
-                projection_dim=512,
+                **sizes(shapes.text), hidden_act="gelu", projection_dim=512, vocab_size=shapes.words[0],
             )),
             "CLIP-L/336": CLIPVisionModel(CLIPVisionConfig(
-                hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-                patch_size=14, projection_dim=768,
+                **sizes(shapes.vision), image_size=shapes.pixels, patch_size=14, projection_dim=768,
             )),
             "Llama 7B (Vicuna-1.5)": LlamaForCausalLM(LlamaConfig(
-                vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                max_position_embeddings=4096,
+                **sizes(shapes.language), vocab_size=shapes.words[1], max_position_embeddings=4096,
             )),
         }  # fmt: skip
 
@@ -239,6 +262,46 @@ def _mode(trained: bool) -> str:
     return "trained" if trained else "frozen"
 
 
+# --- the same parts, small, in training -----------------------------------------------------------
+
+
+def rehearse(folder: Path, steps: int = 2) -> dict[str, list[float]]:
+    """Train both stages for a few steps on tiny random weights of the same architectures; under torchrun, in all its processes.
+
+    Returns:
+        The losses of the steps, by stage.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from diffprobe.data.conversations import DrawnCaptions, DrawnInstructions
+    from diffprobe.encoders import VisionEncoder
+    from diffprobe.mllm.model import FusedConfig, FusedMLLM
+    from diffprobe.mllm.stages import STAGE1, STAGE2, train_stage
+    from diffprobe.mllm.train import LanguageModel, load_language_model
+    from diffprobe.models import DiffusionModel
+    from diffprobe.zoo import recipe
+
+    words, speech = recipe.build_tokenizer(recipe.Config()), load_language_model("shapes-lm", "cpu").tokenizer
+    torch.manual_seed(0)  # all processes begin with the same weights
+    shapes = replace(TINY, words=(len(words), len(speech)))
+    vae, unet, text, clip, language = (part.eval().requires_grad_(False) for part in build_parts(shapes, "cpu").values())
+    unet.register_to_config(sample_size=16)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=words, unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1),
+        requires_safety_checker=False,
+    )  # fmt: skip
+    side = {"height": shapes.pixels, "width": shapes.pixels}
+    model = FusedMLLM.build(
+        FusedConfig(language_model="tiny", encoder="tiny", diffusion="tiny", grid=4),
+        language=LanguageModel(language, speech, "tiny"), diffusion=DiffusionModel(pipeline, "tiny"),
+        encoder=VisionEncoder(clip, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_size": side}, "tiny"),
+    )  # fmt: skip
+    train_stage(model, DrawnCaptions(8), folder / "stage1", replace(STAGE1, batch=4, steps=steps))
+    train_stage(model, DrawnInstructions(8), folder / "stage2", replace(STAGE2, batch=4, steps=steps), start="stage1")
+    return {name: pd.read_csv(folder / name / "loss.csv").loss.tolist() for name in ("stage1", "stage2")}
+
+
 # --- saying it ------------------------------------------------------------------------------------
 
 
@@ -267,8 +330,8 @@ def lines(found: Plan, config: Config) -> Iterator[str]:
     yield table.assign(fits=table.fits.map({True: "yes", False: "NO"})).to_string(index=False)
 
 
-def read_arguments(arguments: Sequence[str]) -> Config:
-    """The command line's options over the defaults."""
+def read_arguments(arguments: Sequence[str]) -> tuple[Config, Path | None]:
+    """The command line's options over the defaults, and where to rehearse, if at all."""
     default = Config()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fusion", choices=sorted(FUSIONS), default=default.fusion)
@@ -282,14 +345,18 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         parser.add_argument(f"--{name}", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), default=given)
     parser.add_argument("--gpus", type=int, nargs="+", default=default.gpus)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=default.checkpointing)
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()
-    }
-    return Config(**given)
+    parser.add_argument("--rehearse", type=Path, metavar="FOLDER", help="train two steps of both stages on tiny random weights")
+    given = vars(parser.parse_args(arguments))
+    folder = given.pop("rehearse")
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}), folder
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = read_arguments(arguments)
+    config, folder = read_arguments(arguments)
+    if folder is not None:
+        for stage, losses in rehearse(folder).items():
+            print(f"{stage}: losses {', '.join(f'{loss:.4f}' for loss in losses)}")
+        return
     try:
         for line in lines(plan(config), config):
             print(line)

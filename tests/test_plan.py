@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -157,9 +159,9 @@ def test_the_real_configuration(dry_run: ModuleType) -> None:
 def test_options_of_the_dry_run(
     dry_run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = dry_run.read_arguments(["--fusion", "concat", "--samples", "5", "6", "--gpus", "2", "--no-checkpointing"])
+    given, folder = dry_run.read_arguments(["--fusion", "concat", "--samples", "5", "6", "--gpus", "2", "--no-checkpointing"])
     assert (given.fusion, given.samples, given.gpus, given.checkpointing) == ("concat", (5, 6), (2,), False)
-    assert dry_run.read_arguments([]) == dry_run.Config()
+    assert folder is None and dry_run.read_arguments(["--rehearse", "x"]) == (dry_run.Config(), Path("x"))
 
     def refuse(config: Any) -> None:
         raise ValueError("no such site")
@@ -168,3 +170,19 @@ def test_options_of_the_dry_run(
     with pytest.raises(SystemExit) as stopped:
         dry_run.main([])
     assert stopped.value.code == 2 and capsys.readouterr().err == "dry_run: no such site\n"
+
+
+@pytest.mark.slow
+def test_the_same_architectures_train_on_two_processes(tmp_path: Path, dry_run: ModuleType) -> None:
+    """Two steps of both stages on tiny random weights: two gloo ranks take the steps that one process takes."""
+    script = str(Path(__file__).parent.parent / "experiments" / "dry_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "--rehearse",
+               str(tmp_path / "two")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = dry_run.rehearse(tmp_path / "one")
+    for stage in ("stage1", "stage2"):
+        losses = pd.read_csv(tmp_path / "two" / stage / "loss.csv").loss.tolist()
+        assert losses == pytest.approx(alone[stage], rel=1e-4) and len(losses) == 2
+        assert (tmp_path / "two" / stage / "fused_mllm.json").is_file()
+    assert (tmp_path / "two" / "stage2" / "language").is_dir() and not (tmp_path / "two" / "stage1" / "language").exists()
