@@ -40,6 +40,10 @@ leakage_app = typer.Typer(
     no_args_is_help=True, help="Does a language model that is given features see the image, or read the prompt?"
 )
 app.add_typer(leakage_app, name="leakage")
+mllm_app = typer.Typer(
+    no_args_is_help=True, help="A language model that sees through CLIP and a diffusion model told the question."
+)
+app.add_typer(mllm_app, name="mllm")
 
 _out = Console(highlight=False)
 _debug = False
@@ -1020,6 +1024,165 @@ def leakage_report(
     _out.print("\nTables and pictures:")
     for path in paths:
         _out.print(f"  {path}", markup=False, soft_wrap=True)
+
+
+# --- the fused model ------------------------------------------------------------------------------
+
+
+@mllm_app.command("train")
+def mllm_train(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the model. The same command goes on where it was cut off.")
+    ],
+    captions: Annotated[
+        str, typer.Option(help="Stage 1: shapes-captions:N, or llava:FILE.json?images=FOLDER.")
+    ] = "shapes-captions:3000",
+    instructions: Annotated[
+        str, typer.Option(help="Stage 2: shapes-instruct:N, or llava:FILE.json?images=FOLDER.")
+    ] = "shapes-instruct:6000",
+    language_model: Annotated[
+        str, typer.Option("--language-model", "-l", help="shapes-lm, smollm2, a folder or a hub id.")
+    ] = "shapes-lm",
+    encoder: Annotated[str, typer.Option(help="CLIP: hub id, folder or embedded name.")] = "shapes-clip",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Diffusion model: hub id, folder or embedded name.")
+    ] = "shapes-sd",
+    fusion: Annotated[
+        str, typer.Option(help="clip, diffusion, concat, sequence, interleave or cross_attention.")
+    ] = "cross_attention",
+    sites: Annotated[
+        str, typer.Option(help="Of the diffusion model: names, paths or globs, parted by commas.")
+    ] = "U-L1-R1-B0-Cross-Q",
+    timestep: Annotated[int, typer.Option("--timestep", "-t", min=0)] = 50,
+    guidance: Annotated[float, typer.Option(help="s of f_u + s (f_c - f_u); 0 never reads the question.")] = 4.0,
+    grid: Annotated[int, typer.Option(min=1, help="Tokens on a side of an image.")] = 6,
+    merge: Annotated[str, typer.Option(help="Places of a token: mean, or stack (side by side).")] = "stack",
+    tune: Annotated[str, typer.Option(help="Of the language model in stage 2: full, lora or none.")] = "full",
+    recipe: Annotated[
+        str, typer.Option(help="llava, or small for the embedded models.", show_default="small for shapes-lm, else llava")
+    ] = "",
+    steps: Annotated[str, typer.Option(help="Of stages 1 and 2, such as 300,600; the recipe's when empty.")] = "",
+    batch: Annotated[str, typer.Option(help="Of stages 1 and 2, likewise.")] = "",
+    learning_rate: Annotated[str, typer.Option(help="Of stages 1 and 2, likewise.")] = "",
+    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes that share a step.")] = 1,
+    checkpointing: Annotated[bool, typer.Option(help="Save memory: activations are computed twice.")] = False,
+    cache: Annotated[bool, typer.Option(help="Keep what the encoders saw in OUT/features.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the first weights and the order.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
+) -> None:
+    """Two stages: the fusion on captions, with no prompt; then the language model too, on questions that are the prompt."""
+    from dataclasses import replace
+
+    from diffprobe.data.conversations import load_conversations
+    from diffprobe.mllm.model import FusedConfig, FusedMLLM
+    from diffprobe.mllm.stages import RECIPES, train_fused
+    from diffprobe.mllm.streams import FeatureCache
+
+    recipe = recipe or ("small" if language_model == "shapes-lm" else "llava")
+    if recipe not in RECIPES or tune not in ("full", "lora", "none"):
+        raise ValueError(f"--recipe is {' or '.join(RECIPES)} and --tune full, lora or none; got {recipe!r} and {tune!r}.")
+    given = {"steps": (steps, int), "batch": (batch, int), "learning_rate": (learning_rate, float)}
+    changes: list[dict[str, Any]] = [{"seed": seed, "accumulate": accumulate, "checkpointing": checkpointing} for _ in range(2)]
+    for name, (text, kind) in given.items():
+        values = _numbers(text, kind, f"--{name.replace('_', '-')}")  # type: ignore[arg-type]
+        if len(values) not in (0, 2):
+            raise ValueError(f"--{name.replace('_', '-')} takes one number for each of the two stages; got {text!r}.")
+        for change, value in zip(changes, values, strict=False):
+            change[name] = value
+    changes[1]["tune"] = "" if tune == "none" else tune
+    first, second = (replace(stage, **change) for stage, change in zip(RECIPES[recipe], changes, strict=True))
+    config = FusedConfig(
+        language_model=language_model, encoder=encoder, diffusion=model, fusion=fusion, sites=tuple(_list(sites)),
+        timestep=timestep, guidance=guidance, grid=grid, merge=merge, seed=seed,  # type: ignore[arg-type]
+    )  # fmt: skip
+    data = load_conversations(captions), load_conversations(instructions)
+    fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)
+    main = os.environ.get("RANK", "0") == "0"
+    tell = lambda line: _out.print(line, markup=False, soft_wrap=True) if main else None  # noqa: E731
+    train_fused(fused, *data, out, (first, second), dry_run=dry_run, tell=tell)
+    if main and not dry_run:
+        _next(
+            f"diffprobe mllm eval {shlex.quote(str(out))}",
+            f"diffprobe mllm chat {shlex.quote(str(out))} IMAGE 'Is there a red star?' --attention runs/attention.png",
+        )
+
+
+@mllm_app.command("eval")
+def mllm_eval(
+    run: Annotated[Path, typer.Argument(help="A folder that 'diffprobe mllm train' filled.", metavar="RUN")],
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark",
+            "-b",
+            help="shapes-vqa:N, shapes-mmvp:N, KIND:SOURCE, ...; may be repeated.",
+            show_default="the four drawn ones",
+        ),
+    ] = None,
+    conditions: Annotated[
+        str,
+        typer.Option(help="own, and without looking blank, text; unprompted and irrelevant test what the prompt does."),
+    ] = "own,blank,text",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the tables.", show_default="RUN/eval")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+) -> None:
+    """Answer benchmarks; scores with intervals, beside chance and two blind baselines."""
+    from diffprobe.data.question_benchmarks import load_questions
+    from diffprobe.mllm.judging import DRAWN, judge_all
+    from diffprobe.mllm.model import FusedMLLM
+
+    benchmarks = [load_questions(spec) for spec in benchmark or DRAWN]
+    model = FusedMLLM.from_pretrained(run, device)
+    tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    folder = out or run / "eval"
+    scores = judge_all(model, benchmarks, folder, _list(conditions), batch=batch, max_new_tokens=max_new_tokens, tell=tell)
+    _show_scores(scores)
+    if model.cut_prompts:
+        tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
+    tell(f"\nScores and answers: {folder / 'scores.csv'}, {folder / 'answers.csv'}")
+
+
+def _show_scores(scores: pd.DataFrame) -> None:
+    from rich.markup import escape
+
+    table = Table(
+        "benchmark", "score", "group", "shown", "value", "95% interval", "chance", "n", "unread", box=None, pad_edge=False
+    )
+    for row in scores.to_dict("records"):
+        cells = [row["benchmark"], row["score"], row["group"], row["condition"], f"{row['value']:.3f}",
+                 f"[{row['low']:.3f}, {row['high']:.3f}]", f"{row['chance']:.3f}", row["n"], row["unparsed"]]  # fmt: skip
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+@mllm_app.command("chat")
+def mllm_chat(
+    run: Annotated[Path, typer.Argument(help="A folder that 'diffprobe mllm train' filled.", metavar="RUN")],
+    image: Annotated[Path, typer.Argument(help="A photograph or drawing.", metavar="IMAGE")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.", metavar="QUESTION")],
+    more: Annotated[list[Path] | None, typer.Option("--image", help="More images, after the first. May be repeated.")] = None,
+    attention: Annotated[
+        Path | None, typer.Option(help="Draw where the question's words attend over the first image: NAME.png.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 64,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+) -> None:
+    """Answer a question about an image, and show where the attention went."""
+    from diffprobe.data.images import read_image
+    from diffprobe.mllm.chat import save_attention
+    from diffprobe.mllm.model import FusedMLLM
+
+    images = [read_image(path) for path in (image, *(more or []))]
+    model = FusedMLLM.from_pretrained(run, device)
+    (answer,) = model.answer([images], [question], max_new_tokens=max_new_tokens)
+    _out.print(answer, markup=False, soft_wrap=True)
+    if model.cut_prompts:
+        _out.print("The diffusion model's text encoder could not take the whole question; it was cut.")
+    if attention:
+        _out.print(f"Drew {save_attention(model, images[0], question, answer, attention)}", markup=False, soft_wrap=True)
 
 
 # --- the zoo --------------------------------------------------------------------------------------

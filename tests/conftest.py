@@ -23,12 +23,10 @@ import jaxtyping
 import pytest
 
 # On the torch side, where axes have no names, every shape in a signature is checked in every test.
+CHECKED = ("knockout", "matching", "models", "noise", "recorder", "sites")
+CHECKED_MLLM = ("fusion", "model", "projector", "stages", "streams", "train")
 jaxtyping.install_import_hook(
-    [
-        f"diffprobe.{name}"
-        for name in ("knockout", "matching", "mllm.projector", "mllm.train", "models", "noise", "recorder", "sites")
-    ],
-    "beartype.beartype",
+    [f"diffprobe.{name}" for name in CHECKED] + [f"diffprobe.mllm.{name}" for name in CHECKED_MLLM], "beartype.beartype"
 )
 
 FAMILIES = ("sd1", "sd2", "sd2v", "sdxl", "pixart")
@@ -270,3 +268,9 @@ def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
 def language() -> Callable[..., Any]:
     """`language(words, width)`: one shared frozen language model for each choice."""
     return cache(build_language)
+
+
+@pytest.fixture(scope="session")
+def fresh_language() -> Callable[..., Any]:
+    """`fresh_language(words, width)`: a language model that a test may train."""
+    return build_language

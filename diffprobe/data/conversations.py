@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -49,6 +49,7 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
+@runtime_checkable
 class Conversations(Protocol):
     """An indexable collection of conversations with an identity."""
 

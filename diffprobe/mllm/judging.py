@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from diffprobe.mllm.model import FusedMLLM
 
 CONDITIONS = ("own", "unprompted", "irrelevant", "blank", "text")
 BLIND = ("blank", "text")
+DRAWN = ("shapes-vqa:270", "shapes-mmvp:135", "shapes-naturalbench:90", "shapes-blink:100")
 _AT_ONCE = 256  # items whose images are held in memory
 
 
@@ -115,6 +117,28 @@ def judge(
             for item, record in zip(benchmark.items, records, strict=True)
         ]  # fmt: skip
     return pd.concat(scores, ignore_index=True).assign(benchmark=benchmark.name), pd.DataFrame(answers)
+
+
+def judge_all(
+    model: FusedMLLM,
+    benchmarks: Sequence[QuestionBenchmark],
+    folder: str | Path,
+    conditions: Sequence[str] = ("own", *BLIND),
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> pd.DataFrame:
+    """`judge` several benchmarks; writes ``scores.csv`` and ``answers.csv`` into a folder and gives the scores."""
+    folder, scores, answers = Path(folder), [], []
+    for benchmark in benchmarks:
+        tell(f"{benchmark.name}: {len(benchmark)} questions, shown {', '.join(conditions)}")
+        found, said = judge(model, benchmark, conditions, tell=tell, **options)
+        scores.append(found)
+        answers.append(said.assign(benchmark=benchmark.name))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tables in (("scores", scores), ("answers", answers)):
+        pd.concat(tables, ignore_index=True).to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    return pd.concat(scores, ignore_index=True)
 
 
 def hit(record: Mapping[str, Any]) -> float:

@@ -25,7 +25,7 @@ from diffprobe.encoders import VisionEncoder, load_encoder
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion, Merge
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
-from diffprobe.models import DiffusionModel, load_model, weights_hash
+from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
 
 Tuned = Literal["", "full", "lora"]
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
@@ -180,7 +180,8 @@ class FusedMLLM:
         folder.mkdir(parents=True, exist_ok=True)
         if self.tuned:
             part = folder / {"full": "language", "lora": "adapter"}[self.tuned]
-            self.language.model.save_pretrained(part, state_dict=weights.get("language"))
+            with quiet(str(folder)):
+                self.language.model.save_pretrained(part, state_dict=weights.get("language"))
             if self.tuned == "full":
                 self.language.tokenizer.save_pretrained(part)
         fusion = weights.get("fusion") or self.fusion.state_dict()

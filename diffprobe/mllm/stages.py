@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffprobe.data.conversations import Conversations
 from diffprobe.mllm.fusion import DIFFUSION, Fusion
-from diffprobe.mllm.model import CONFIG, FusedMLLM, Tuned
+from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM, Tuned
 from diffprobe.mllm.streams import Picture, image_id
 from diffprobe.mllm.train import LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle
 
@@ -60,6 +61,48 @@ class StageConfig(Schedule):
 
 STAGE1 = StageConfig(batch=256, learning_rate=1e-3)
 STAGE2 = StageConfig(batch=128, learning_rate=2e-5, tune="full", prompted=True)
+SMALL1 = StageConfig(steps=300, batch=24, learning_rate=2e-3)
+SMALL2 = StageConfig(steps=600, batch=24, learning_rate=1e-3, tune="full", prompted=True)
+RECIPES = {"llava": (STAGE1, STAGE2), "small": (SMALL1, SMALL2)}  # "small" is made for the embedded models
+
+
+def train_fused(
+    model: FusedMLLM,
+    captions: Conversations,
+    instructions: Conversations,
+    folder: str | Path,
+    stages: tuple[StageConfig, StageConfig] = (STAGE1, STAGE2),
+    *,
+    dry_run: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Both stages of a fresh model, or what is left of them: stage 1 into ``folder/stage1``, the finished model into `folder`.
+
+    Args:
+        model: with a fresh fusion; holds the finished weights afterwards.
+        captions: for stage 1.
+        instructions: for stage 2.
+        folder: the same again goes on where it was cut off.
+        stages: what to do in each.
+        dry_run: say what each stage will take, and stop.
+        tell: gets progress lines.
+
+    Raises:
+        ValueError: the folder holds another training, stage 1 is told prompts, or a batch is larger than the data.
+    """
+    first, second = stages
+    if first.prompted or first.tune:
+        raise ValueError(
+            "Stage 1 teaches the fusion alone and tells the diffusion model nothing: a prompt would be read, not seen."
+        )
+    for number, (data, stage) in enumerate(((captions, first), (instructions, second)), start=1):
+        tell(f"stage {number}, {data.name}: {forecast_stage(model, data, stage)}")
+    if dry_run:
+        return
+    before = Path(folder) / "stage1"
+    train_stage(model, captions, before, first, tell=lambda line: tell(f"stage 1  {line}"))
+    model.fusion.load_state_dict(load_file(before / WEIGHTS))
+    train_stage(model, instructions, folder, second, start="stage1", tell=lambda line: tell(f"stage 2  {line}"))
 
 
 def train_stage(
@@ -91,8 +134,7 @@ def train_stage(
     steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
     stage = replace(stage, steps=steps)
     check_schedule(stage, len(data))
-    request = {"stage": asdict(stage), "model": asdict(model.config), "origins": model.origins(), "data": data.fingerprint()}
-    settle(folder, {**request, "samples": len(data), "start": start})
+    settle(folder, {**asdict(stage), **_of(model), "data": data.fingerprint(), "samples": len(data), "start": start})
     if (folder / CONFIG).exists():
         return
     accelerator = accelerated(model.language)
@@ -118,6 +160,12 @@ def train_stage(
         if model.cut_prompts:
             tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
     accelerator.wait_for_everyone()
+
+
+def _of(model: FusedMLLM) -> dict[str, Any]:
+    """What a training is of, in parts that a message can name one by one."""
+    found = {f"model.{name}": value for name, value in asdict(model.config).items()}
+    return {**found, **{f"origin.{name}": value for name, value in model.origins().items()}}
 
 
 def accelerated(language: LanguageModel) -> Accelerator:
@@ -169,13 +217,12 @@ class Learner(nn.Module):
     ) -> tuple[Tensor, int]:  # fmt: skip
         """Sum of the losses of answer tokens, and how many positions were read."""
         (language,) = self._speaker
-        if streams:
-            soft = self.fusion(streams)
-        else:  # talk without images: the fusion's gradient is zero, not absent, or processes would wait for each other
-            soft = torch.zeros(0, 0, language.width, device=language.device)
+        soft = self.fusion(streams) if streams else torch.zeros(0, 0, language.width, device=language.device)
         rows = lay_out(language, soft, questions, answers, images=images, labels=labels)
         loss = answer_losses(language, rows).sum()
-        if not streams:
+        if (
+            not streams
+        ):  # talk without images: the fusion's gradient is zero, not absent, or processes would wait for each other
             loss = loss + 0.0 * sum(parameter.sum() for parameter in self.fusion.parameters())
         return loss, rows.mask.numel()
 

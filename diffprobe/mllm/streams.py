@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ def to_pixels(images: Sequence[Image.Image], size: tuple[int, int], fit: str) ->
 # --- eyes -------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Eye(Protocol):
     """A frozen encoder with its settings."""
 

@@ -1,0 +1,350 @@
+"""The fused model and its two stages: batched as alone, saved as loaded, resumed bit for bit; a planted signal is learnt."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffprobe.data.conversations import Conversation, DrawnInstructions
+from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, load_questions
+from diffprobe.mllm.fusion import Fusion
+from diffprobe.mllm.judging import answer_items, judge
+from diffprobe.mllm.model import FusedConfig, FusedMLLM
+from diffprobe.mllm.stages import STAGE1, STAGE2, StageConfig, forecast_stage, train_stage
+from diffprobe.mllm.streams import FeatureCache, Picture, Streams
+from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
+
+Make = Callable[..., LanguageModel]
+QUESTIONS = ["is it bright?", "what is the shade of this even picture?", "?"]
+
+
+@dataclass
+class Planted:
+    """An eye that sees the shade of an even image, or noise of the picture's own; it remembers what it was told."""
+
+    sees: bool
+    name: str = "planted"
+    sites: tuple[str, ...] = ("shade",)
+    told: list[str | None] = field(default_factory=list)
+
+    def origin(self, site: str) -> dict[str, Any]:
+        return {"weights": self.name, "sees": self.sees}
+
+    def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
+        self.told += list(prompts)
+        rows = []
+        for picture in pictures:
+            noise = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(int(picture.id[:8], 16)))
+            rows.append(noise + 3 * self.sees * (float(np.asarray(picture.load()).mean()) / 127.5 - 1))
+        return {"shade": torch.stack(rows)}
+
+
+def shade(bright: bool, number: int) -> Image.Image:
+    value = 180 + number % 60 if bright else 20 + number % 60
+    return Image.new("RGB", (4, 4 + number // 60), (value,) * 3)
+
+
+@dataclass(frozen=True)
+class Shades:
+    """Bright and dark images; the second question's answer is the same for all."""
+
+    count: int = 48
+    first: int = 0
+    name: str = "shades"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        image = shade(index % 2 == 0, self.first + index)
+        turns = (("is it bright?", ("yes", "no")[index % 2]), ("?", "a"))
+        return Conversation(f"{index}", (lambda: image,), turns)
+
+    def fingerprint(self) -> str:
+        return f"shades-{self.count}-{self.first}"
+
+
+def build(language: LanguageModel, kind: str = "cross_attention", cache: FeatureCache | None = None) -> FusedMLLM:
+    eyes = {"clip": Planted(False, "blind"), "diffusion": Planted(True)}
+    fusion = Fusion(kind, {"clip": 6, "diffusion": 6}, language.width, rms=language.rms, heads=2)
+    needed = {name: eye for name, eye in eyes.items() if name in fusion.streams}
+    streams = Streams(needed, 2, guidance=4.0, cache=cache)
+    return FusedMLLM(FusedConfig(fusion=kind, language_model="tiny"), streams, fusion, language)
+
+
+@pytest.fixture
+def own_language(fresh_language: Make) -> LanguageModel:
+    return fresh_language(("yes", "no"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, language: Make) -> dict[str, str]:
+    """Folders of a tiny CLIP, diffusion model and language model."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("parts")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text, vision = {**small, "vocab_size": 50_000}, {**small, "image_size": 28, "patch_size": 7}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
+    side = {"height": 28, "width": 28}
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder / "clip")
+    model = language()
+    model.model.save_pretrained(folder / "lm")
+    model.tokenizer.save_pretrained(folder / "lm")
+    return {"encoder": str(folder / "clip"), "diffusion": str(tiny_folder), "language_model": str(folder / "lm")}
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def asked() -> tuple[list[list[Image.Image]], list[str]]:
+    images = [item.images[0]() for item in load_questions("shapes-mmvp:3").items]
+    given = [[images[0]], [images[1], images[2]], [], [images[3]], [images[4], images[5]]]
+    return given, ["Is it?", "What is in the second picture, and what in the first?", "?", "Say it all at once.", "Which?"]
+
+
+@pytest.mark.parametrize("kind", ["clip", "cross_attention", "interleave"])
+def test_batched_answers_are_those_of_single_questions(parts: dict[str, str], kind: str) -> None:
+    model = FusedMLLM.build(FusedConfig(**parts, fusion=kind, grid=2, heads=2), "cpu")
+    images, questions = asked()
+    together = model.answer(images, questions, max_new_tokens=6, batch=5)
+    assert together == [model.answer([i], [q], max_new_tokens=6)[0] for i, q in zip(images, questions, strict=True)]
+    assert len(set(together)) > 2
+    with pytest.raises(ValueError, match="5 lists of images, 1 questions and 1 prompts do not match"):
+        model.answer(images, questions[:1])
+
+
+def test_several_images_stand_one_after_the_other(language: Make) -> None:
+    model = language()
+    soft = torch.randn(3, 2, model.width)
+    rows = lay_out(model, soft, ["?", "?", "?"], images=[2, 0, 1])
+    before, after = model.prompt("?")
+    assert rows.mask.sum(1).tolist() == [
+        len(before) + len(after) + 4,
+        len(model.prompt("?", False)[1]),
+        len(before) + len(after) + 2,
+    ]
+    start = len(before)
+    assert torch.equal(rows.embeddings[0, start : start + 4], soft[:2].flatten(0, 1))
+    start = rows.mask.shape[1] - len(after) - 2
+    assert torch.equal(rows.embeddings[2, start : start + 2], soft[2])
+
+
+def test_answers_of_a_conversation_are_the_templates_own(language: Make) -> None:
+    model = language()
+    turns = [("What?", "a star"), ("And now?", ""), ("Well", "no")]
+    ids, labels = model.answers(turns)
+    messages = [
+        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    whole = model.tokenizer.apply_chat_template(messages, tokenize=False)
+    written = model.tokenizer.decode(ids)
+    assert whole.replace("<|assistant|>", "", 1).removeprefix("<|user|>What?<|end|>").startswith(written[:6])
+    assert f"<|user|>What?<|end|><|assistant|>{written}" == whole
+    spoken = model.tokenizer.decode([label for label in labels if label != IGNORED])
+    assert spoken == "a star<|end|><|end|>no<|end|>" and len(ids) == len(labels)
+    assert [i for i, label in zip(ids, labels, strict=True) if label != IGNORED] == [
+        label for label in labels if label != IGNORED
+    ]
+    assert [len(part) for part in model.answers(turns, 5)] == [5, 5]
+
+
+def test_saved_and_loaded(parts: dict[str, str], tmp_path: Path) -> None:
+    config = FusedConfig(**parts, grid=2, heads=2)
+    images, questions = asked()
+    data = DrawnInstructions(8)
+    for tune in ("", "full", "lora"):
+        model = FusedMLLM.build(config, "cpu")
+        stage = StageConfig(steps=1, batch=4, learning_rate=0.05, tune=tune, lora_rank=2, prompted=True)  # type: ignore[arg-type]
+        train_stage(model, data, tmp_path / f"tuned{tune}", stage)
+        loaded = FusedMLLM.from_pretrained(tmp_path / f"tuned{tune}", "cpu")
+        assert loaded.tuned == tune and loaded.config == model.config
+        assert loaded.answer(images, questions, max_new_tokens=5) == model.answer(images, questions, max_new_tokens=5)
+        names = {path.name for path in (tmp_path / f"tuned{tune}").rglob("*") if path.is_file()}
+        assert not {name for name in names if name.endswith((".pt", ".bin", ".pkl"))}
+        assert ("adapter_model.safetensors" in names) == (tune == "lora") and ("model.safetensors" in names) == (tune == "full")
+
+
+def test_other_weights_than_in_training_are_refused(parts: dict[str, str], tmp_path: Path) -> None:
+    config = FusedConfig(**parts, fusion="diffusion", grid=2)
+    FusedMLLM.build(config, "cpu").save_pretrained(tmp_path)
+    from diffprobe.models import load_model
+
+    other = load_model(parts["diffusion"], "cpu", random_weights=5)
+    with pytest.raises(
+        ValueError, match=r"trained with other weights or settings of .*tiny-shapes-sd' than are there now \(diffusion\)"
+    ):
+        FusedMLLM.from_pretrained(tmp_path, "cpu", diffusion=other)
+    with pytest.raises(ValueError, match="holds no fused model"):
+        FusedMLLM.from_pretrained(tmp_path / "absent")
+    with pytest.raises(ValueError, match="'sum' is not one of clip"):
+        FusedMLLM.build(replace(config, fusion="sum"))
+
+
+# --- the stages -----------------------------------------------------------------------------------
+
+
+def share(model: FusedMLLM, condition: str = "own") -> float:
+    truth = [index % 2 == 0 for index in range(20)]
+    items = [
+        QuestionItem(
+            f"{k}", (lambda k=k, bright=bright: shade(bright, 100 + k),), "is it bright?", {"answer": ("no", "yes")[bright]}
+        )  # type: ignore[misc]
+        for k, bright in enumerate(truth)
+    ]
+    records = answer_items(model, items, condition, max_new_tokens=3)
+    return float(np.mean([record["output"] == record["answer"] for record in records]))
+
+
+@pytest.mark.parametrize(("kind", "learns"), [("clip", False), ("cross_attention", True), ("concat", True), ("sequence", True)])
+def test_what_only_the_diffusion_stream_sees_is_learnt_by_fusions_alone(
+    own_language: LanguageModel, tmp_path: Path, kind: str, learns: bool
+) -> None:
+    model = build(own_language, kind)
+    train_stage(model, Shades(), tmp_path, StageConfig(steps=80, batch=16, learning_rate=0.01, tune="full", prompted=True))
+    assert share(model) > 0.9 if learns else 0.2 < share(model) < 0.8
+    if kind == "cross_attention":
+        assert share(model, "irrelevant") > 0.9  # this eye does not read, so nothing it says is read
+        assert share(model, "blank") == share(model, "text") == 0.5  # one answer for all
+
+
+def test_stage_1_tells_nothing_and_stage_2_a_question_of_the_conversation(own_language: LanguageModel, tmp_path: Path) -> None:
+    model = build(own_language)
+    before = {name: value.clone() for name, value in own_language.model.state_dict().items()}
+    eye = model.streams.eyes["diffusion"]
+    assert isinstance(eye, Planted)
+    train_stage(model, Shades(), tmp_path / "1", replace(STAGE1, steps=2, batch=8))
+    assert set(eye.told) == {None}
+    assert all(torch.equal(value, before[name]) for name, value in own_language.model.state_dict().items())
+    eye.told.clear()
+    train_stage(model, Shades(8), tmp_path / "2", replace(STAGE2, steps=8, batch=8), start="1")
+    assert set(eye.told) == {None, "is it bright?", "?"}  # nothing only as the other half of guidance
+    assert not all(torch.equal(value, before[name]) for name, value in own_language.model.state_dict().items())
+    eye.told.clear()
+    model.answer([[shade(True, 0)]], ["? now"])
+    assert set(eye.told) == {None, "? now"}
+
+
+def test_defaults_are_those_of_llava() -> None:
+    assert (STAGE1.batch, STAGE1.learning_rate, STAGE1.tune, STAGE1.prompted) == (256, 1e-3, "", False)
+    assert (STAGE2.batch, STAGE2.learning_rate, STAGE2.tune, STAGE2.prompted) == (128, 2e-5, "full", True)
+    assert STAGE1.epochs == STAGE2.epochs == 1 and STAGE2.max_length == 2048
+
+
+def losses(folder: Path) -> list[str]:
+    with (folder / "loss.csv").open(encoding="utf-8") as file:
+        return [row["loss"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_interrupted_stages_end_in_the_same_weights(fresh_language: Make, tmp_path: Path, tune: str) -> None:
+    stage = StageConfig(
+        steps=6, batch=8, accumulate=2, learning_rate=0.01, tune=tune, lora_rank=2, prompted=True, evaluate_every=2, dropout=0.3,  # type: ignore[arg-type]
+        checkpointing=tune == "full",
+    )  # fmt: skip
+
+    class Stop(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        assert "tokens/s" in line
+        if line.startswith("step 4"):
+            raise Stop
+
+    train_stage(build(fresh_language()), Shades(), tmp_path / "whole", stage)
+    with pytest.raises(Stop):
+        train_stage(build(fresh_language()), Shades(), tmp_path / "cut", stage, tell=stop)
+    assert (tmp_path / "cut" / "checkpoint.pt").exists()
+    train_stage(build(fresh_language()), Shades(), tmp_path / "cut", stage)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 6
+    for path in (tmp_path / "whole").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes()
+    with pytest.raises(ValueError, match="holds another training"):
+        train_stage(build(fresh_language()), Shades(), tmp_path / "cut", replace(stage, seed=1))
+
+
+def test_a_cache_changes_what_is_computed_and_not_what_is_learnt(fresh_language: Make, tmp_path: Path) -> None:
+    stage = StageConfig(steps=4, batch=8, learning_rate=0.01, tune="full", prompted=True)
+    live = build(fresh_language())
+    train_stage(live, Shades(8), tmp_path / "live", stage)
+    cached = build(fresh_language(), cache=FeatureCache(tmp_path / "cache"))
+    train_stage(cached, Shades(8), tmp_path / "kept", stage)
+    eye = cached.streams.eyes["diffusion"]
+    assert isinstance(eye, Planted)
+    # each image with nothing, and with the question or two of four epochs
+    assert 8 + 8 < len(eye.told) <= 8 + 16
+    assert np.allclose([float(x) for x in losses(tmp_path / "live")], [float(x) for x in losses(tmp_path / "kept")], rtol=0.02)
+
+
+def test_forecast_learns_nothing(own_language: LanguageModel, tmp_path: Path) -> None:
+    model = build(own_language, cache=FeatureCache(tmp_path))
+    before = {name: value.clone() for name, value in model.fusion.state_dict().items()}
+    found = forecast_stage(model, Shades(48), replace(STAGE2, batch=16, epochs=2))
+    assert found.steps == 6 and found.passes == 48 and found.seconds > 0 and "6 steps of" in str(found)
+    assert all(torch.equal(value, before[name]) for name, value in model.fusion.state_dict().items())
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from conftest import build_language
+from test_fused import Shades, build
+from diffprobe.mllm.stages import StageConfig, train_stage
+model = build(build_language())
+train_stage(model, Shades(), Path({folder!r}), StageConfig(steps=3, batch=8, learning_rate=0.01, tune="full", prompted=True))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        script = tmp_path / f"{count}.py"
+        script.write_text(
+            SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}")), encoding="utf-8"
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
+                   "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=500)
+        found.append([float(x) for x in losses(tmp_path / f"run{count}")])
+    assert np.allclose(*found, rtol=1e-4)
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def test_judged_beside_its_blind_baselines(language: Make) -> None:
+    model = build(language())
+    bench = load_questions("shapes-mmvp:9")
+    small = QuestionBenchmark(bench.name, bench.scorer, bench.spec, bench.items)
+    scores, answers = judge(model, small, max_new_tokens=2)
+    assert scores.groupby("condition").size().to_dict() == {"own": 2, "blank": 2, "text": 2}
+    pair = scores[scores["score"] == "pair"]
+    assert (pair["chance"] == 0.25).all() and (pair["n"] == 9).all() and (pair["low"] <= pair["value"]).all()
+    assert len(answers) == 3 * 18 and set(answers["hit"]) <= {0.0, 1.0}
+    eye = model.streams.eyes["diffusion"]
+    assert isinstance(eye, Planted)
+    eye.told.clear()
+    answer_items(model, bench.items[:2], "irrelevant", max_new_tokens=1)
+    assert bench.items[0].question == bench.items[1].question  # a pair: nothing else to tell
+    eye.told.clear()
+    answer_items(model, bench.items, "irrelevant", max_new_tokens=1)
+    assert len(set(eye.told)) == 10 and len(eye.told) == 36
+    with pytest.raises(ValueError, match="'other' is not one of own, unprompted"):
+        answer_items(model, bench.items, "other")
