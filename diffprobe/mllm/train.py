@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,7 @@ def train_projector(
     if kept.exists() and (differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), request)):
         raise ValueError(f"{folder} holds another training; give another folder. {'; '.join(differences)}.")
     if (folder / "projector.safetensors").exists():
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # where a process was killed between the two
         return Projector.load(folder).to(language.device)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
     projector = Projector(train.features.shape[-1], language.width, config.kind, language.rms, config.seed)
@@ -264,7 +266,8 @@ def train_projector(
     state, best = _resume(folder, projector, optimizer)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+        (folder / "training.tmp").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+        (folder / "training.tmp").replace(kept)
     learner, optimizer = accelerator.prepare(projector, optimizer)
     answers = [language.answer(text) for text in train.captions]
     dev_answers = [language.answer(text) for text in dev.captions]
@@ -366,20 +369,24 @@ def _dev_loss(
 
 
 def _save(folder: Path, projector: Projector, optimizer: Any, state: _State, best: dict[str, Tensor]) -> None:
-    """A checkpoint that appears whole or not at all, and the loss curve."""
-    held = {"projector": projector.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "state": asdict(state)}
-    torch.save(held, folder / "checkpoint.tmp")
-    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
-    with (folder / "loss.csv").open("w", newline="", encoding="utf-8") as file:
+    """The loss curve and a checkpoint, each whole or not at all; the checkpoint last, for it says what is done."""
+    with (folder / "loss.tmp").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["step", "loss", "dev_loss", "learning_rate"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "dev_loss": "" if math.isnan(row["dev_loss"]) else row["dev_loss"]} for row in state.history)
+    (folder / "loss.tmp").replace(folder / "loss.csv")
+    held = {"projector": projector.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "state": asdict(state)}
+    torch.save(held, folder / "checkpoint.tmp")
+    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
 
 
 def _resume(folder: Path, projector: Projector, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
     if not (folder / "checkpoint.pt").exists():
         return _State(), dict(projector.state_dict())
-    held = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    try:
+        held = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{folder / 'checkpoint.pt'} is no checkpoint of a training, or is damaged; remove it.") from error
     projector.load_state_dict(held["projector"])
     optimizer.load_state_dict(held["optimizer"])
     return _State(**held["state"]), held["best"]
