@@ -6,8 +6,12 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +30,19 @@ if TYPE_CHECKING:
 
     from diffprobe.experiment import Claim
 
+
+class _Group(TyperGroup):
+    """Hands an interruption on to `main`, where typer would end without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Stopped(143 if stop.args else 130) from None
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Record, probe and reuse what text-to-image diffusion models know. Start with: diffprobe extract --out runs/first.zarr",
@@ -1250,18 +1267,61 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message="Consolidated metadata is currently")
+    signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name can hold bytes that are no text
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("Stopped. What was complete is kept; the same command goes on from there.", 130)
-    except (ValueError, OSError) as error:
+    except _Stopped as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks again does not wait for the write that goes on
+        _fail("Stopped. What was complete is kept; the same command goes on from there.", stopped.code)
+    except (ValueError, OSError, ImportError) as error:  # an import: of a package that a URL or an option asks for
         if _debug:
             raise
-        _fail(str(error), 2)
-    except RuntimeError as error:
-        if _debug or type(error).__name__ != "NotFiniteError":
+        _fail(_sentence(error), 2)
+    except (RuntimeError, MemoryError) as error:
+        known = _known_failure(error)
+        if _debug or known is None:
             raise
-        _fail(str(error), 1)
+        _fail(known, 1)
+
+
+class _Stopped(Exception):
+    """Ctrl-C, or a request to terminate, with the exit code that shells expect."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _sentence(error: Exception) -> str:
+    """One line; an error of the system without its number, with the file that it is about."""
+    if isinstance(error, OSError) and error.strerror:
+        about = f"{error.filename}: " if error.filename else ""
+        kept = " What was complete is kept; the same command goes on from there." if error.errno == errno.ENOSPC else ""
+        return f"{about}{error.strerror}.{kept}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _known_failure(error: RuntimeError | MemoryError) -> str | None:
+    """What to say of a failure that is neither the user's mistake nor ours; None for what should show its traceback."""
+    models = sys.modules.get("diffprobe.models")  # absent: nothing of torch has run
+    if type(error).__name__ == "NotFiniteError":
+        return _sentence(error)
+    if isinstance(error, MemoryError) or (models is not None and models.out_of_memory(error)):
+        return (
+            "Memory ran out, and what was asked cannot be cut smaller. Choose a smaller --resolution, fewer sites, "
+            "--dtype bfloat16 or another --device; what was complete is kept."
+        )
+    if re.search(r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE):
+        return (
+            "Another process of this run ended early; what it said stands above. "
+            "What was complete is kept; the same command goes on from there."
+        )
+    return None
 
 
 def _fail(message: str, code: int) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import importlib.metadata
+import math
 import os
 import time
 from collections import Counter
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,12 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from diffprobe import store
-from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
+from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, check_unicode, guided_name
 from diffprobe.data import load_dataset
 from diffprobe.data.images import ImageError, fit_image
 from diffprobe.data.samples import Dataset, Sample, iterate
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
-from diffprobe.models import DiffusionModel, EncodedText, LatentRule
+from diffprobe.models import DiffusionModel, EncodedText, LatentRule, out_of_memory
 from diffprobe.noise import noise_seed, sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
@@ -213,6 +215,7 @@ class _Index:
 
         def noted() -> Iterator[Sample]:
             for sample in iterate(dataset):
+                _check_texts(sample)
                 index.ids.append(sample.id)
                 index.labels.append(sample.labels)
                 yield sample
@@ -224,6 +227,14 @@ class _Index:
                 f"Sample id {twice!r} stands twice in {dataset.name}; noise and labels belong to ids, so each must be unique."
             )
         return index
+
+
+def _check_texts(sample: Sample) -> None:
+    """Raise ValueError where a text is no Unicode (half of a surrogate pair), which neither tokenizer nor store takes."""
+    texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
+    texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
+    for what, text in texts.items():
+        check_unicode(f"The {what} of sample {sample.id!r}", text)
 
 
 @dataclass
@@ -255,6 +266,7 @@ class _Run:
         self.latent_size = model.latent_size(height, width)
         self.store_dtype = STORE_DTYPES[request.store_dtype]
         self.skipped: dict[str, str] = {}
+        self._encoder_rows = 0  # images of one encoder pass, once more did not fit
         self._texts: dict[str | None, EncodedText] = {}
 
     def recorder(self, reduce: bool = True) -> Listener:
@@ -293,13 +305,20 @@ class _Run:
         return loaded
 
     def encode_images(self, images: Sequence[Pixels], ids: Sequence[str]) -> Tensor:
-        rows = []
-        step = max(1, self.batch_rows // 4)  # an encoder's activations are larger than the network's
-        for start in range(0, len(images), step):
+        rows: list[Tensor] = []
+        step = self._encoder_rows or max(1, self.batch_rows // 4)  # an encoder's activations are larger than the network's
+        while sum(map(len, rows)) < len(images):
+            start = sum(map(len, rows))
             part = slice(start, start + step)
             generators = [torch.Generator("cpu").manual_seed(noise_seed(self.request.seed, name, -1)) for name in ids[part]]
             pixels = torch.from_numpy(np.stack(images[part]))
-            rows.append(self.model.encode_image(pixels, self.request.latent_rule, generators))  # type: ignore[arg-type]
+            try:
+                rows.append(self.model.encode_image(pixels, self.request.latent_rule, generators))  # type: ignore[arg-type]
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or step == 1:
+                    raise
+                self._encoder_rows = step = step // 2
+                self.tell(f"Encoding {len(images[part])} images at once did not fit into memory; going on with {step}.")
         return torch.cat(rows)
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> dict[str | None, EncodedText]:
@@ -320,8 +339,8 @@ class _Run:
         try:
             self.model.denoise(noised, timesteps, text)
             return recorder.last
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or len(noised) == 1:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or len(noised) == 1:
                 raise
         half = len(noised) // 2
         self.batch_rows = min(self.batch_rows, half)
@@ -493,8 +512,8 @@ class _Run:
             try:
                 with self.recorder():
                     seconds = min(self._time_batch(rows), self._time_batch(rows)) / rows  # the first pass pays for caches
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
                     raise
                 break
             if seconds < best / 1.1:
@@ -515,10 +534,6 @@ class _Run:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _rows_not_finite(tensors: dict[str, Tensor]) -> NDArray[np.bool_]:
@@ -623,7 +638,7 @@ def extract(
     specs = run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    with _sole_writer(out, rank, dry_run):
+    with _sole_writer(out, rank, ranks, dry_run):
         resuming = store.exists(out)
         if rank == 0 and not resuming and not store.is_remote(out) and Path(out).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
@@ -661,6 +676,8 @@ def extract(
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)
         if rank == 0 and not resuming:
             _lay_out(run, out, unit_samples or run.unit_samples(), compress, ranks)
+        elif rank == 0:
+            store.clear_cut_writes(out)
         if state:
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
@@ -693,6 +710,10 @@ def _check_arguments(
         check_conditioning(name)
     if guidance and (NULL not in conditionings or len(conditionings) < 2):
         raise ValueError(f"Guidance needs the conditioning 'null' and another one; got {', '.join(conditionings)}.")
+    if not all(math.isfinite(scale) for scale in guidance):
+        raise ValueError(f"Guidance scales must be finite numbers; got {', '.join(map(str, guidance))}.")
+    for name in conditionings:
+        check_unicode("A conditioning", name)
     if noise_draws < 1:
         raise ValueError(f"noise_draws must be at least 1; got {noise_draws}.")
     for name, given, valid in (
@@ -754,14 +775,22 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
     )
 
 
+_TAKEN = {
+    "sample", "status", "done", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
+}  # fmt: skip
+
+
 def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
     """One array a label: numbers with NaN, texts with "" where a sample has none."""
     arrays: dict[str, NDArray[Any]] = {}
     for name in dict.fromkeys(key for row in labels for key in row):
         values = [row.get(name) for row in labels]
-        if name in ("sample", "status", "done"):
-            raise ValueError(f"A label cannot be called {name!r}: the store uses that name.")
-        if all(isinstance(v, int) for v in values):
+        if name in _TAKEN or name.startswith((".", "__")) or not name.strip() or "/" in name:
+            why = (
+                "the store uses that name" if name in _TAKEN else "a name in a store has letters, and no slash or dot in front"
+            )
+            raise ValueError(f"A label cannot be called {name!r}: {why}. Rename it in the captions file.")
+        if all(isinstance(v, int) and abs(v) < 2**63 for v in values):
             arrays[name] = np.array(values, np.int64)
         elif all(v is None or isinstance(v, int | float) for v in values):
             arrays[name] = np.array([np.nan if v is None else v for v in values], np.float64)
@@ -796,7 +825,8 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             if number + 1 < len(units):
                 images.append(reading.submit(run.load_images, *bounds[number + 1]))
             arrays, status = run.compute(recorder, first, loaded)
-            speed = (bar.tasks[task].completed + last - first) / (time.perf_counter() - start)
+            passed = max(time.perf_counter() - start, 1e-9)  # a clock may stand still
+            speed = (bar.tasks[task].completed + last - first) / passed
             bar.update(task, advance=last - first, rate=f"{speed:.1f} samples/s")
             if written is not None:
                 written.result()  # at most two units are in memory: the one that was computed, the one being written
@@ -806,32 +836,48 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
 
 
 @contextlib.contextmanager
-def _sole_writer(out: str | Path, rank: int, dry_run: bool) -> Iterator[None]:
-    """Hold a lock beside the store for as long as this process writes; the kernel lets go of it if we die."""
+def _sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
+    """Hold a lock beside the store for as long as this process writes; the kernel lets go of it if we die.
+
+    Each rank has its own; the first one also looks for ranks of a larger run that it would not meet.
+    """
     if store.is_remote(out) or dry_run:
         yield
         return
     path = Path(f"{out}.lock-{rank}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise ValueError(f"{path.parent} cannot be written to: {error.strerror}.") from error
-    with file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"Another process ({file.read().strip() or 'unknown'}) is writing {out}; wait for it, or stop it."
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}")
-        file.flush()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(_locked(path, out))
+            for other in path.parent.glob(f"{glob.escape(path.stem)}.lock-[0-9]*") if rank == 0 else ():
+                if int(other.suffix.removeprefix(".lock-")) >= ranks:
+                    with _locked(other, out):
+                        other.unlink()
+            file.truncate(0)
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+        except OSError as error:
+            raise ValueError(f"{path.parent} cannot be written to: {error.strerror}.") from error
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, out: str | Path) -> IO[str]:
+    """The lock file, held until it is closed; ValueError that names the process which holds it now."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+        file.close()  # who held it removed it between our two calls: what we locked is no longer there
 
 
 def _free_bytes(out: str | Path) -> int | None:
@@ -886,10 +932,11 @@ def repair(
     progress: bool = True,
 ) -> tuple[list[store.Fault], Summary | None]:
     """Find the units of a store that cannot be trusted and compute only those again, from the store's own request."""
-    faults = store.verify_store(path)
     writer = store.StoreWriter(path)
-    for unit in {fault.unit for fault in faults}:
-        writer.forget_unit(unit)
+    with _sole_writer(path):
+        faults = store.verify_store(path)
+        for unit in {fault.unit for fault in faults}:
+            writer.forget_unit(unit)
     if not writer.pending:
         return faults, None
     request = writer.attributes["request"]

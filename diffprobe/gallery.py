@@ -57,7 +57,7 @@ def _save(figure: Any, out: Path, name: str, frame: pd.DataFrame, tree: xr.DataT
         "model": request["model"],
         "data": request["dataset"],
         "seed": request["seed"],
-        "commit": tree.attrs["commit"],
+        "commit": tree.attrs.get("commit"),
     }
     return plotting.save_figure(figure, out, name, frame, config, alt)["png"]
 

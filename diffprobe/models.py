@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -433,8 +434,22 @@ def load_model(
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else CUDA where there is one (each process of a launch takes its own), else the CPU."""
-    return torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, else CUDA where there is one (each process of a launch takes its own), else the CPU.
+
+    Raises:
+        ValueError: this torch, or this machine, has no such device.
+    """
+    if device is None:
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.ones(1, device=chosen).item()  # "meta" makes tensors, but they hold nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"Device {str(device)!r} cannot be used here; torch {torch.__version__} sees {', '.join(there)}."
+        ) from error
+    return chosen
 
 
 def fresh_weights(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -442,6 +457,13 @@ def fresh_weights(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, where torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
+        re.search(r"not enough memory|can't allocate memory", str(error))
+    )
 
 
 @contextlib.contextmanager

@@ -13,12 +13,15 @@ was never there.  Absence is recorded in `status`, never guessed from fill value
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import glob
 import json
+import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,14 +32,17 @@ import zarr
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 
 from diffprobe.conditioning import NULL, guided_name, word_tokens
 
 FORMAT_VERSION = 1
+_SLACK, _SWELL = 2**28, 100
 PENDING, COMPLETE, UNREADABLE, NOT_FINITE = 0, 1, 2, 3
 STATUS_WORDS = {PENDING: "pending", COMPLETE: "complete", UNREADABLE: "image unreadable", NOT_FINITE: "not finite"}
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
+UNREADABLE_BYTES = (ValueError, OSError, RuntimeError, KeyError, TypeError)  # what zarr and its codecs raise on damage
 _LEADING = ("sample", "conditioning", "timestep")
 
 
@@ -114,51 +120,70 @@ def create_store(
         tokens: the key positions that maps keep.
         compress: zstd instead of none; every inner chunk has a Crc32c either way.
     """
-    final, building = str(path), str(path)
-    if not is_remote(path):
-        building = f"{final}.init-{os.getpid()}"
+    with _whole(path) as place:
+        root = zarr.open_group(place, mode="w", zarr_format=3)
+        count = len(sample_ids)
+        units = -(-count // unit_samples)
+        keep: Any = {"write_empty_chunks": True}
+        flags: Any = {"dtype": "uint8", "compressors": [Crc32cCodec()], "fill_value": 0, "config": keep}
+        _put(root, "sample", np.array(list(sample_ids), dtype=np.dtypes.StringDType()), ("sample",))
+        root.create_array("status", shape=(count,), chunks=(unit_samples,), dimension_names=("sample",), **flags)
+        root.create_array("done", shape=(units,), chunks=(1,), dimension_names=("unit",), **flags)
+        for name, values in labels.items():
+            _put(root, name, values, ("sample",))
+        group = root.create_group("prompts")
+        _put(group, "conditioning", _strings(conditionings), ("conditioning",))
+        for name, values in prompts.items():
+            _put(group, name, values, ("sample", "conditioning", "token")[: values.ndim])
+        for spec in specs:
+            group = root.create_group(spec.site)
+            group.attrs.update({"path": spec.path, "kind": spec.kind, "reduce": spec.reduce})
+            _put(group, "conditioning", _strings(spec.conditionings), ("conditioning",))
+            _put(group, "timestep", np.asarray(timesteps, np.int64), ("timestep",))
+            if "token" in spec.dims and spec.variable == "maps" and spec.kind == "cross_map":
+                _put(group, "token", np.asarray(tokens, np.int64), ("token",))
+            full = (unit_samples, len(spec.conditionings), len(timesteps), *spec.shape)
+            one_timestep = int(np.prod(full[1:], dtype=np.int64)) // len(timesteps) * np.dtype(dtype).itemsize
+            inner = next(
+                n for n in range(min(unit_samples, max(1, CHUNK_BYTES // max(1, one_timestep))), 0, -1) if unit_samples % n == 0
+            )
+            group.create_array(
+                spec.variable,
+                shape=(count, *full[1:]),
+                dtype=dtype,
+                shards=full,
+                chunks=(inner, full[1], 1, *spec.shape),
+                compressors=[ZstdCodec(level=1), Crc32cCodec()] if compress else [Crc32cCodec()],
+                fill_value=np.nan,
+                dimension_names=(*_LEADING, *spec.dims),
+                config=keep,
+            )
+        root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
+
+
+@contextlib.contextmanager
+def _whole(path: str | Path) -> Iterator[str]:
+    """Where to build what shall appear at `path` all at once: beside it, on a local disk."""
+    if is_remote(path):
+        yield str(path)
+        return
+    final = Path(path)
+    for left in final.parent.glob(f"{glob.escape(final.name)}.init-*"):  # by a process that was killed in this place
+        shutil.rmtree(left)
+    building = final.with_name(f"{final.name}.init-{os.getpid()}")
+    try:
+        yield str(building)
+        building.rename(final)
+    except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-    root = zarr.open_group(building, mode="w", zarr_format=3)
-    count = len(sample_ids)
-    units = -(-count // unit_samples)
-    keep: Any = {"write_empty_chunks": True}
-    _put(root, "sample", np.array(list(sample_ids), dtype=np.dtypes.StringDType()), ("sample",))
-    root.create_array(
-        "status", shape=(count,), dtype="uint8", chunks=(unit_samples,), fill_value=0, dimension_names=("sample",), config=keep
-    )
-    root.create_array("done", shape=(units,), dtype="uint8", chunks=(1,), fill_value=0, dimension_names=("unit",), config=keep)
-    for name, values in labels.items():
-        _put(root, name, values, ("sample",))
-    group = root.create_group("prompts")
-    _put(group, "conditioning", _strings(conditionings), ("conditioning",))
-    for name, values in prompts.items():
-        _put(group, name, values, ("sample", "conditioning", "token")[: values.ndim])
-    for spec in specs:
-        group = root.create_group(spec.site)
-        group.attrs.update({"path": spec.path, "kind": spec.kind, "reduce": spec.reduce})
-        _put(group, "conditioning", _strings(spec.conditionings), ("conditioning",))
-        _put(group, "timestep", np.asarray(timesteps, np.int64), ("timestep",))
-        if "token" in spec.dims and spec.variable == "maps" and spec.kind == "cross_map":
-            _put(group, "token", np.asarray(tokens, np.int64), ("token",))
-        full = (unit_samples, len(spec.conditionings), len(timesteps), *spec.shape)
-        one_timestep = int(np.prod(full[1:], dtype=np.int64)) // len(timesteps) * np.dtype(dtype).itemsize
-        inner = next(
-            n for n in range(min(unit_samples, max(1, CHUNK_BYTES // max(1, one_timestep))), 0, -1) if unit_samples % n == 0
-        )
-        group.create_array(
-            spec.variable,
-            shape=(count, *full[1:]),
-            dtype=dtype,
-            shards=full,
-            chunks=(inner, full[1], 1, *spec.shape),
-            compressors=[ZstdCodec(level=1), Crc32cCodec()] if compress else [Crc32cCodec()],
-            fill_value=np.nan,
-            dimension_names=(*_LEADING, *spec.dims),
-            config=keep,
-        )
-    root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
-    if building != final:
-        Path(building).rename(final)
+        raise
+
+
+def clear_cut_writes(path: str | Path) -> None:
+    """Remove the shards that a killed process was about to put in their place; no process may be writing."""
+    if not is_remote(path):
+        for left in Path(path).rglob("*.partial"):
+            left.unlink()
 
 
 def _strings(values: Sequence[str]) -> NDArray[Any]:
@@ -173,6 +198,7 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ..
         shape=shape,
         dtype=str if values.dtype.kind == "T" else values.dtype,
         chunks=tuple(max(1, n) for n in shape),
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
         dimension_names=dims,
     )
     array[...] = values
@@ -221,6 +247,7 @@ class StoreWriter:
             target = _site_array(self.root, site)
             if values.shape != (last - first, *target.shape[1:]):
                 raise AssertionError(f"Unit {unit} of {site}: shape {values.shape} for {(last - first, *target.shape[1:])}.")
+            _remove_shard(target, unit)  # zarr reads what it replaces, and a damaged shard cannot be read
             target[first:last] = values
         _array(self.root, "status")[first:last] = status
         _array(self.root, "done")[unit] = 1
@@ -257,23 +284,49 @@ def _open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
     if not is_remote(path):
         _refuse_links(Path(path))
     try:
-        return zarr.open_group(str(path), mode=mode)
+        root = zarr.open_group(str(path), mode=mode)
     except PermissionError as error:
         raise StoreError(f"{path} cannot be opened: {error}.") from error
-    except (FileNotFoundError, ValueError, KeyError, NotADirectoryError) as error:
+    except ImportError:  # of what a URL needs
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(
             f"{path} is not a diffprobe store: no Zarr group is there. 'diffprobe extract --out {path}' makes one."
         ) from error
+    except Exception as error:  # metadata that someone edited can make zarr raise anything
+        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({_first_line(error)}).") from error
+    if not is_remote(path):
+        _check_budget(root, path)
+    return root
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    found = group[name]
-    assert isinstance(found, zarr.Array)
+    try:
+        found = group[name]
+    except Exception as error:
+        raise StoreError(f"The store's {name} is missing or its zarr.json is damaged ({_first_line(error)}).") from error
+    if not isinstance(found, zarr.Array):
+        raise StoreError(f"The store's {name} is a group where an array should be.")
     return found
 
 
-def _read(group: zarr.Group, name: str) -> NDArray[Any]:
-    return np.asarray(_array(group, name)[:])
+def _read(group: zarr.Group, name: str, part: slice = slice(None)) -> NDArray[Any]:
+    """A small array that belongs to the whole store, or a part of it.
+
+    Raises:
+        StoreError: its bytes are damaged or missing.
+    """
+    try:
+        return np.asarray(_array(group, name)[part])
+    except UNREADABLE_BYTES as error:
+        raise StoreError(
+            f"The store's {name} cannot be read ({_first_line(error)}). 'diffprobe repair' mends what belongs to a unit; "
+            "otherwise extract it again under another name."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _stored_sites(root: zarr.Group) -> list[str]:
@@ -283,9 +336,16 @@ def _stored_sites(root: zarr.Group) -> list[str]:
 
 
 def _site_array(root: zarr.Group, site: str) -> zarr.Array[Any]:
-    group = root[site]
-    assert isinstance(group, zarr.Group)
-    return _array(group, "maps" if "maps" in group else "features")
+    try:
+        return _array(root, f"{site}/maps")
+    except StoreError:
+        return _array(root, f"{site}/features")
+
+
+def _remove_shard(array: zarr.Array[Any], unit: int) -> None:
+    """Delete a unit's shard, where there is one."""
+    key = array.metadata.encode_chunk_key((unit, *[0] * (array.ndim - 1)))
+    sync((array.store_path / key).delete())
 
 
 def _refuse_links(path: Path) -> None:
@@ -300,8 +360,34 @@ def _refuse_links(path: Path) -> None:
                 )
 
 
+def _check_budget(root: zarr.Group, path: str | Path) -> None:
+    """Refuse a store from elsewhere whose few bytes ask for gigabytes of memory: by a large shape, or by chunks that swell.
+
+    An array may take `_SWELL` times the store's size on disk, and `_SLACK` besides; of the sites' arrays what is done counts.
+
+    Raises:
+        StoreError: it asks for more.
+    """
+    on_disk = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    allowed = _SLACK + _SWELL * on_disk
+    try:
+        arrays = {name: found for name, found in root.members(max_depth=None) if isinstance(found, zarr.Array)}
+    except Exception as error:  # as in _open_group
+        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({_first_line(error)}).") from error
+    done = sum(1 for _ in (Path(path) / "done" / "c").glob("*"))
+    for name, array in arrays.items():
+        itemsize = max(1, getattr(array.dtype, "itemsize", 16))
+        shape = (min(array.shape[0], done * array.shards[0]), *array.shape[1:]) if array.shards else array.shape
+        asked = max(math.prod(shape), math.prod(array.chunks) if math.prod(shape) else 0) * itemsize
+        if asked > allowed:
+            raise StoreError(
+                f"{path}: the array {name} asks for {asked / 1e9:.3g} GB, and the store has {on_disk / 1e6:.3g} MB on disk. "
+                "No store that diffprobe wrote does; it is damaged, or meant to fill the memory."
+            )
+
+
 def _attributes(root: zarr.Group, path: str | Path) -> dict[str, Any]:
-    found = root.attrs.get("diffprobe")
+    found: Any = root.attrs.get("diffprobe")
     if not isinstance(found, dict):
         raise StoreError(f"{path} is not a diffprobe store: it is a Zarr group whose attribute 'diffprobe' is missing.")
     version = found.get("format_version")
@@ -310,7 +396,46 @@ def _attributes(root: zarr.Group, path: str | Path) -> dict[str, Any]:
             f"{path} has store format {version!r}; this diffprobe reads {FORMAT_VERSION}. "
             "Open it with the diffprobe version in its attributes, or extract it again."
         )
-    return dict(found)
+    for name, kind in _NEEDED.items():
+        if not isinstance(found.get(name), kind) or (kind is int and found[name] < 1):
+            raise StoreError(
+                f"{path}: the attribute {name!r} is {found.get(name)!r}; a store made by diffprobe has {_KINDS[kind]}."
+            )
+    request = found["request"]
+    for name, value in request.items():
+        kind = _REQUEST.get(name, object)
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str | int | float) for v in value)):
+            raise StoreError(f"{path}: {name!r} of the request is {value!r}; a store made by diffprobe has {_KINDS[kind]}.")
+    samples, units = (_array(root, name).shape for name in ("status", "done"))
+    if samples != _array(root, "sample").shape or units != (-(-samples[0] // found["unit_samples"]),):
+        raise StoreError(
+            f"{path}: {samples} samples in units of {found['unit_samples']} do not fit {units} units. Was it edited?"
+        )
+    return _Attributes(found, path) | {"request": _Attributes(request, path)}
+
+
+class _Attributes(dict[str, Any]):
+    """What a store says of itself; asking for what it does not say is an error in words."""
+
+    def __init__(self, values: Mapping[str, Any], path: str | Path) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __or__(self, other: Mapping[str, Any]) -> _Attributes:  # type: ignore[override]
+        return _Attributes({**self, **other}, self._path)
+
+    def __missing__(self, name: str) -> Any:
+        raise StoreError(f"{self._path}: the attribute {name!r} is missing; a store made by diffprobe has it. Was it edited?")
+
+
+_NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
+_REQUEST: dict[str, Any] = {
+    **dict.fromkeys(("model", "weights", "dataset", "fingerprint", "heads", "fit", "latent_rule", "compute_dtype", "store_dtype"), str),
+    **dict.fromkeys(("sites", "maps", "map_tokens", "timesteps", "conditionings", "guidance", "resolution"), list),
+    **dict.fromkeys(("samples", "noise_draws", "seed"), int),
+    "reduce": dict,
+}  # fmt: skip
+_KINDS = {int: "a number there", str: "a text there", list: "a list there", dict: "a mapping there"}
 
 
 def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto"] | None = None) -> xr.DataTree:
@@ -330,10 +455,10 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     attributes = _attributes(_open_group(path, "r"), path)
     try:
         tree = xr.open_datatree(str(path), engine="zarr", chunks=None, consolidated=False)
-    except (KeyError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as a store: {error}") from error
-    labels = [str(n) for n, v in tree.ds.data_vars.items() if v.dims == ("sample",) and n != "status"]
-    tree.dataset = tree.to_dataset().set_coords([*labels, "status"])
+        labels = [str(n) for n, v in tree.ds.data_vars.items() if v.dims == ("sample",) and n != "status"]
+        tree.dataset = tree.to_dataset().set_coords([*labels, "status"])
+    except Exception as error:  # as above
+        raise StoreError(f"{path} cannot be read as a store ({_first_line(error)}).") from error
     if chunks is not None:
         for site in site_names(tree):
             name = "maps" if "maps" in tree[site].data_vars else "features"
@@ -546,15 +671,15 @@ def store_info(path: str | Path) -> dict[str, Any]:
     for name in _stored_sites(root):
         array = _site_array(root, name)
         dims = array.metadata.dimension_names  # type: ignore[union-attr]
-        sites[name] = {"kind": root[name].attrs["kind"], "dims": dims, "shape": array.shape, "bytes": array.nbytes}
+        sites[name] = {"kind": root[name].attrs.get("kind"), "dims": dims, "shape": array.shape, "bytes": array.nbytes}
     on_disk = 0 if is_remote(path) else sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
-    return {
+    own = {
         "samples": len(status),
         "status": {word: int((status == code).sum()) for code, word in STATUS_WORDS.items() if (status == code).any()},
         "sites": sites,
         "bytes_on_disk": on_disk,
-        **attributes,
     }
+    return _Attributes({**own, **attributes}, path)
 
 
 @dataclass(frozen=True)
@@ -567,23 +692,42 @@ class Fault:
 
 
 def verify_store(path: str | Path) -> list[Fault]:
-    """Read every complete unit: checksums agree, shards are whole, complete samples are finite."""
+    """Read every complete unit: checksums agree, shards are whole, complete samples are finite.
+
+    Raises:
+        StoreError: what belongs to no unit (ids, labels, prompts) is damaged, which no repair mends.
+    """
     root = _open_group(path, "r")
     attributes = _attributes(root, path)
     step = int(attributes["unit_samples"])
-    done, status = _read(root, "done"), _read(root, "status")
     faults = []
-    for unit in np.flatnonzero(done):
-        first, last = int(unit) * step, min((int(unit) + 1) * step, len(status))
-        for name in _stored_sites(root):
+    for name in _shared_arrays(root):
+        _read(root, name)
+    samples, units, sites = _array(root, "status").shape[0], _array(root, "done").shape[0], _stored_sites(root)
+    for unit in range(units):
+        first, last = unit * step, min((unit + 1) * step, samples)
+        try:
+            if not _read(root, "done", slice(unit, unit + 1))[0]:
+                continue
+            status = _read(root, "status", slice(first, last))
+        except StoreError as error:
+            faults.append(Fault(unit, "status", f"unreadable: {_first_line(error)}"))
+            continue
+        for name in sites:
             try:
                 values = np.asarray(_site_array(root, name)[first:last])
-            except (ValueError, OSError, RuntimeError) as error:
-                faults.append(Fault(int(unit), name, f"unreadable: {str(error).splitlines()[0]}"))
+            except UNREADABLE_BYTES as error:
+                faults.append(Fault(unit, name, f"unreadable: {_first_line(error)}"))
                 continue
-            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1) & (status[first:last] == COMPLETE)
+            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1) & (status == COMPLETE)
             if bad.any():
                 faults.append(
-                    Fault(int(unit), name, f"{int(bad.sum())} complete samples hold values that are missing or not finite")
+                    Fault(unit, name, f"{int(bad.sum())} complete samples hold values that are missing or not finite")
                 )
     return faults
+
+
+def _shared_arrays(root: zarr.Group) -> list[str]:
+    """Paths of the arrays that belong to no unit: ids, labels, prompts, coordinates."""
+    of_units = {"done", "status", *(f"{site}/{name}" for site in _stored_sites(root) for name in ("features", "maps"))}
+    return [path for path, found in root.members(max_depth=None) if isinstance(found, zarr.Array) and path not in of_units]

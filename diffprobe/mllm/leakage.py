@@ -772,7 +772,7 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
     for path in sorted((Path(folder) / "likelihood").glob("*.npz")):
         if path.stem in named:
             row = _read(named[path.stem]).iloc[0]
-            held.setdefault(tuple(str(row[k]) for k in keys), []).append((row, np.load(path)))
+            held.setdefault(tuple(str(row[k]) for k in keys), []).append((row, np.load(path, allow_pickle=False)))
     rows = []
     for parts in held.values():
         key = {k: parts[0][0][k] for k in keys}

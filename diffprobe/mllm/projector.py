@@ -79,7 +79,8 @@ class Projector(nn.Module):
         (folder / "config.json").write_text(
             json.dumps({"channels": self.channels, "width": self.width, "kind": self.kind}, indent=2) + "\n", encoding="utf-8"
         )
-        save_file(self.state_dict(), folder / "projector.safetensors")
+        save_file(self.state_dict(), folder / "projector.tmp")
+        (folder / "projector.tmp").replace(folder / "projector.safetensors")  # whole or not at all: it means "finished"
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -391,6 +392,7 @@ def train_projector(
     request = {**asdict(config), "language_model": language.name, "samples": len(train.captions)}
     settle(folder, request)
     if (folder / "projector.safetensors").exists():
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # where a process was killed between the two
         return Projector.load(folder).to(language.device)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
     projector = Projector(train.features.shape[-1], language.width, config.kind, language.rms, config.seed)
@@ -516,7 +518,7 @@ def _weights(learner: nn.Module) -> dict[str, Any]:
 def _save(
     folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, state: _State, best: dict[str, Any], main: bool
 ) -> None:
-    """A checkpoint that appears whole or not at all, and the loss curve."""
+    """The loss curve and a checkpoint, each whole or not at all."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     held = {
         "learner": _weights(learner),
@@ -526,18 +528,23 @@ def _save(
     }
     if not main:
         return
-    torch.save(held, folder / "checkpoint.tmp")
-    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
-    with (folder / "loss.csv").open("w", newline="", encoding="utf-8") as file:
+    # the checkpoint last, for it says what is done
+    with (folder / "loss.tmp").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["step", "loss", "dev_loss", "learning_rate"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "dev_loss": "" if math.isnan(row["dev_loss"]) else row["dev_loss"]} for row in state.history)
+    (folder / "loss.tmp").replace(folder / "loss.csv")
+    torch.save(held, folder / "checkpoint.tmp")
+    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
 
 
 def _resume(folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Any]]:
     if not (folder / "checkpoint.pt").exists():
         return _State(), {}
-    held: dict[str, Any] = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    try:
+        held: dict[str, Any] = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{folder / 'checkpoint.pt'} is no checkpoint of a training, or is damaged; remove it.") from error
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(learner, held["learner"], options=options)
     set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=options)
