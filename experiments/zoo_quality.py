@@ -14,6 +14,8 @@ reader takes ten once (it is kept in the work folder).
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -254,19 +256,37 @@ PARTS: dict[str, Callable[[Any, Options, dict[str, Any]], Rows]] = {
 
 
 def measure(options: Options, parts: Sequence[str]) -> Result:
+    """Each part is kept in the work folder under its model's weights, so a run that was cut off goes on."""
     from diffprobe import load_model
 
     model = load_model(options.model, options.device)
+    weights = {name: _weights(model, name) for name in ("shapes-sd", "shapes-clip", "shapes-lm")}
     pictures: dict[str, Any] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for part in parts:
-        for row in PARTS[part](model, options, pictures):
-            rows.append({"part": part, **row, "seed": options.seed})
-            print(
-                f"{part:9} {row['what']:58} {row['value']:7.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}", flush=True
-            )
-    config = {"parts": list(parts), "weights": model.weights_hash(), "guidance": GUIDANCE, "steps": STEPS}
+        own = weights[{"clip": "shapes-clip", "lm": "shapes-lm"}.get(part, "shapes-sd")]
+        kept = options.work / f"zoo_{part}_{own}{'_smoke' * options.smoke}"
+        if not kept.with_suffix(".json").exists():
+            seen: dict[str, Any] = {}
+            found = [{"part": part, **row, "seed": options.seed} for row in PARTS[part](model, options, seen)]
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(kept.with_suffix(".npz"), **seen)
+            kept.with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        pictures |= dict(np.load(kept.with_suffix(".npz"), allow_pickle=False))
+        rows += json.loads(kept.with_suffix(".json").read_text(encoding="utf-8"))
+    for row in rows:
+        print(f"{row['part']:9} {row['what']:58} {row['value']:7.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}")
+    config = {"parts": list(parts), "weights": weights, "guidance": GUIDANCE, "steps": STEPS}
     return Result(pd.DataFrame(rows), pictures, config)
+
+
+def _weights(model: Any, name: str) -> str:
+    """Which weights a part measured: the diffusion model's own hash, of the others their file's."""
+    from diffprobe.zoo import locate
+
+    if name == "shapes-sd":
+        return str(model.weights_hash())
+    return hashlib.sha256((locate(name) / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def judge(rows: pd.DataFrame) -> list[Claim]:
