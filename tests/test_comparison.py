@@ -86,7 +86,11 @@ def test_table_2_finds_the_gain_it_is_given(blind: float, expected: str) -> None
         [planted("CLIP", 0.5, 0.9), *(planted(arm, blind, 0.9, c) for c in ("own", "irrelevant")), planted(arm, 0.5, 0.5, "blank"),
          planted("cross_attention s=0", 0.5, 0.9)]
     )  # fmt: skip
-    pairs = [((arm, "own"), ("CLIP", "own")), ((arm, "irrelevant"), ("CLIP", "own")), ((arm, "own"), ("cross_attention s=0", "own"))]
+    pairs = [
+        ((arm, "own"), ("CLIP", "own")),
+        ((arm, "irrelevant"), ("CLIP", "own")),
+        ((arm, "own"), ("cross_attention s=0", "own")),
+    ]
     rows = pd.concat([score_rows(answers), change_rows(answers, pairs)], ignore_index=True)
     claims = {claim.statement: claim for claim in module.judge(rows)}
     key = "Cross-attention at s = 4 beats CLIP alone on pairs of patterns that CLIP is blind to"
@@ -101,7 +105,9 @@ def test_table_1_takes_the_worst_of_its_parts() -> None:
     main, names = Arm("diffusion").label, [Arm("diffusion", site).label for site in ("U-L1-R1-B0-Out", "U-L2-R1-B0-Cross-Q")]
     late = Arm("diffusion", timestep=500).label
     for best, expected in ((0.5, "held"), (0.97, "not held")):
-        answers = pd.concat([planted(main, 0.8, 0.8), planted(names[0], 0.5, 0.5), planted(names[1], best, best), planted(late, 0.5, 0.5)])
+        answers = pd.concat(
+            [planted(main, 0.8, 0.8), planted(names[0], 0.5, 0.5), planted(names[1], best, best), planted(late, 0.5, 0.5)]
+        )
         changes = change_rows(answers, [((main, "own"), (name, "own")) for name in (*names, late)])
         claims = module.judge(pd.concat([score_rows(answers), changes], ignore_index=True))
         assert [claim.verdict for claim in claims] == [expected, "held"] and claims[1].statement.endswith("t = 500 collapses")
@@ -121,10 +127,12 @@ def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
     answers = run.complete(pieces, 1)
     assert answers.groupby(["arm", "condition"]).size().tolist() == [22, 22, 22]
     assert set(answers["hit"]) <= {0.0, 1.0} and len(load_questions("shapes-mmvp:9")) == 18
-    assert len(list((tmp_path / "stage1").iterdir())) == 1 and len(list((tmp_path / "stage2").iterdir())) == 2  # shared: not told
+    assert (
+        len(list((tmp_path / "stage1").iterdir())) == 1 and len(list((tmp_path / "stage2").iterdir())) == 2
+    )  # shared: not told
     assert FusedMLLM.from_pretrained(run.folder / "stage2" / f"{Arm('diffusion').slug}_seed0", "cpu").tuned == "full"
     told.clear()
     again = Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, 1)
     assert told == [] and again.equals(answers)
-    with pytest.raises(ValueError, match="holds another run; give another folder. batch: the store has 4, you ask for 8"):
+    with pytest.raises(ValueError, match=r"holds another run.*batch: the store has 4, you ask for 8"):
         Comparison(tmp_path, Settings(**{**settings.__dict__, "batch": 8}), "cpu")
