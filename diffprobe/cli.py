@@ -1102,7 +1102,7 @@ def mllm_train(
     given = {"steps": (steps, int), "batch": (batch, int), "learning_rate": (learning_rate, float)}
     changes: list[dict[str, Any]] = [{"seed": seed, "accumulate": accumulate, "checkpointing": checkpointing} for _ in range(2)]
     for name, (text, kind) in given.items():
-        values = _numbers(text, kind, f"--{name.replace('_', '-')}")  # type: ignore[arg-type]
+        values = _numbers(text, kind, f"--{name.replace('_', '-')}")
         if len(values) not in (0, 2):
             raise ValueError(f"--{name.replace('_', '-')} takes one number for each of the two stages; got {text!r}.")
         for change, value in zip(changes, values, strict=False):

@@ -1395,45 +1395,44 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAG
     if frame.empty or frame.duplicated(["label", "score"]).any():
         raise ValueError("plot_score_table takes one row a label and score, at least one.")
     labels, scores = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["score"]))
-    first = 0.24  # of the width, for the labels
+    first, lines = 0.24, 3 if frame["published"].notna().any() else 2  # the labels' share of the width; lines of a cell
     places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
-    figure, axes = _grid(1, 1, width, 0.27 * (len(labels) + 2) + 0.2 * bool(title))
+    tall = 0.115 * lines + 0.06
+    figure, axes = _grid(1, 1, width, tall * len(labels) + 0.6 + 0.2 * bool(title))
     axis, rows = axes[0, 0], frame.set_index(["label", "score"])
     best = frame.groupby("score")["value"].max()
+    bottom, head = tall * len(labels), 7.5 if len(scores) <= 7 else 5.5
     for x, score in zip(places, scores, strict=True):
-        axis.text(x, 0.5, _wrap(str(score), width * (1 - first) / len(scores)), ha="center", va="center", fontweight="bold")
         axis.text(
             x,
-            len(labels) + 1.4,
-            _percent(frame[frame["score"] == score]["chance"].mean()),
+            -0.15,
+            _wrap(str(score), width * (1 - first) / len(scores)),
             ha="center",
             va="center",
-            color="0.45",
+            fontsize=head,
+            fontweight="bold",
         )
-    axis.text(0, len(labels) + 1.4, "chance", va="center", color="0.45")
-    for line, label in enumerate(labels, start=1):
-        axis.text(0, line + 0.4, str(label), va="center", fontsize=7)
-        axis.axhline(line, color="0.85", linewidth=0.5)
+        chance = _percent(frame[frame["score"] == score]["chance"].mean())
+        axis.text(x, bottom + 0.13, chance, ha="center", va="center", fontsize=6.5, color="0.45")
+    axis.text(0, bottom + 0.13, "chance", va="center", fontsize=6.5, color="0.45")
+    for line, label in enumerate(labels):
+        top = tall * line
+        axis.axhline(top, color="0.85", linewidth=0.5)
+        axis.text(0, top + 0.1, str(label), va="center", fontsize=6.5)
         for x, score in zip(places, scores, strict=True):
             if (label, score) not in rows.index:
                 continue
             row = rows.loc[(label, score)]
             value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
+            look: dict[str, Any] = {"ha": "center", "va": "center"}
             bold = "bold" if value == best[score] else "normal"
-            axis.text(
-                x,
-                line + 0.28,
-                f"{_percent(value)} [{_percent(low)}, {_percent(high)}]",
-                ha="center",
-                va="center",
-                fontsize=6,
-                fontweight=bold,
-            )
+            axis.text(x, top + 0.1, _percent(value), fontsize=6.5, fontweight=bold, **look)
+            axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **look)
             if not np.isnan(published):
-                axis.text(x, line + 0.74, f"{published:g}", ha="center", va="center", fontsize=6, color="0.45")
-    axis.axhline(len(labels) + 1, color="0.5", linewidth=0.7)
+                axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **look)
+    axis.axhline(bottom, color="0.5", linewidth=0.7)
     axis.set_xlim(0, 1)
-    axis.set_ylim(len(labels) + 1.9, 0)
+    axis.set_ylim(bottom + 0.25, -0.35)
     _bare(axis)
     if title:
         figure.suptitle(title)

@@ -348,3 +348,31 @@ def test_judged_beside_its_blind_baselines(language: Make) -> None:
     assert len(set(eye.told)) == 10 and len(eye.told) == 36
     with pytest.raises(ValueError, match="'other' is not one of own, unprompted"):
         answer_items(model, bench.items, "other")
+
+
+# --- asking ---------------------------------------------------------------------------------------
+
+
+def test_attention_of_a_question_is_the_recorded_maps_mean(parts: dict[str, str], tmp_path: Path) -> None:
+    from diffprobe.mllm.chat import question_attention, save_attention
+    from diffprobe.recorder import Recorder
+
+    model = FusedMLLM.build(FusedConfig(**parts, fusion="diffusion", grid=2), "cpu")
+    image, question = asked()[0][0][0], "Is the red star left?"
+    heat = question_attention(model, image, question)
+    assert heat["word"].values.tolist() == ["red", "star", "left"] and heat.dims == ("word", "y", "x")
+    assert np.allclose(heat.sum(("y", "x")), 1, atol=1e-5)
+    one = question_attention(model, image, question, maps="U-L1-R1-B0-Cross-Map")
+    eye = model.streams.eyes["diffusion"]
+    text = eye.model.encode_text([question])  # type: ignore[attr-defined]
+    (place,) = [k for k, (a, b) in enumerate(text.spans[0].tolist()) if question[a:b] == "red"]
+    with Recorder(eye.model, maps="U-L1-R1-B0-Cross-Map", heads="all") as recorder:  # type: ignore[attr-defined]
+        eye.pass_through([Picture.of(image)], [question])  # type: ignore[attr-defined]
+    expected = recorder["U-L1-R1-B0-Cross-Map"][0, :, place].mean(0)
+    assert np.allclose(one.sel(word="red"), expected / expected.sum(), atol=1e-6)
+    path = save_attention(model, image, question, "no", tmp_path / "heat.png")
+    assert path.is_file() and path.with_suffix(".csv").is_file()
+    with pytest.raises(ValueError, match="has no word"):
+        question_attention(model, image, "is it?!")
+    with pytest.raises(ValueError, match="'clip' has no diffusion model"):
+        question_attention(FusedMLLM.build(FusedConfig(**parts, fusion="clip", grid=2), "cpu"), image, question)

@@ -236,3 +236,27 @@ def test_scores_show_every_row_and_their_chance() -> None:
     drawn = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert drawn == [0.7, 0.4, 0.2]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["timestep 50", "timestep 500", "chance"]
+
+
+def test_score_tables_hold_every_score_and_fit(tmp_path):
+    rows = [
+        {
+            "label": label,
+            "score": f"score {k}",
+            "value": 0.1 * k,
+            "low": 0.0,
+            "high": 0.5,
+            "chance": 0.25,
+            "published": published,
+        }
+        for label, published in (("CLIP", 24.7), ("a long name of a fusion s=4", np.nan))
+        for k in range(11)
+    ]
+    figure = plotting.plot_score_table(pd.DataFrame(rows), title="a table")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts.count("24.7") == 11 and texts.count("[0.0, 50.0]") == 22 and texts.count("25.0") == 11 and "100.0" in texts
+    figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text().startswith("[")][:11]
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
+    with pytest.raises(ValueError, match="one row a label and score"):
+        plotting.plot_score_table(pd.DataFrame([*rows, rows[0]]))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from diffprobe.data.twins import PATTERNS
 from diffprobe.mllm.verdict import crossed_mean
+from diffprobe.stats import wilson_interval
 from diffprobe.store import request_differences
 
 if TYPE_CHECKING:
@@ -338,6 +339,8 @@ def score_rows(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for score, group, patterns in _groups(part):
             hits, chances = _units(part, score, patterns)
             mean = crossed_mean(hits)
+            if np.ptp(hits) == 0:  # all right or all wrong: the spread knows no other outcome
+                mean["low"], mean["high"] = wilson_interval(mean["value"] * hits.shape[1], hits.shape[1])
             rows.append(
                 {"kind": "score", "arm": arm, "condition": condition, "score": score, "group": group, "value": mean["value"],
                  "low": max(0.0, mean["low"]), "high": min(1.0, mean["high"]), "n": hits.shape[1], "n_seeds": hits.shape[0],

@@ -51,9 +51,9 @@ def answer_items(
     if condition not in CONDITIONS:
         raise ValueError(f"Condition {condition!r} is not one of {', '.join(CONDITIONS)}.")
     questions = [item.question for item in items]
-    prompts: list[str | None] = {
-        "irrelevant": lambda: list(other_questions(questions)), "unprompted": lambda: [None] * len(items),
-    }.get(condition, lambda: list(questions))()  # fmt: skip
+    prompts: list[str | None] = list(other_questions(questions) if condition == "irrelevant" else questions)
+    if condition == "unprompted":
+        prompts = [None] * len(items)
     records: list[dict[str, Any]] = []
     for start in range(0, len(items), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)

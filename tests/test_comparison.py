@@ -1,0 +1,138 @@
+"""Comparisons of arms: what planted answers say is what the rows say; a run does each piece once; the tables run and are judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diffprobe.data.question_benchmarks import load_questions
+from diffprobe.data.twins import PATTERNS
+from diffprobe.experiment import folder, load_experiment
+from diffprobe.mllm.comparison import ACCURACY, BLIND_SPOTS, Arm, Comparison, Settings, change_rows, score_rows
+from diffprobe.mllm.model import FusedMLLM
+
+PAIRS, GROUPS, SEEDS = 90, 45, 3
+
+
+def planted(arm: str, blind: float, other: float, condition: str = "own", seeds: int = SEEDS) -> pd.DataFrame:
+    """Answers right with a chance that depends on whether CLIP is blind to the pattern."""
+    rows = []
+    for seed in range(seeds):
+        rng = np.random.default_rng([seed, len(arm), len(condition)])
+        for benchmark, units, size in (("shapes-mmvp", PAIRS, 2), ("shapes-naturalbench", GROUPS, 4), ("shapes-vqa", 90, 1)):
+            for item in range(units * size):
+                chance = blind if PATTERNS[item // size % len(PATTERNS)] in BLIND_SPOTS else other
+                rows.append({"arm": arm, "seed": seed, "condition": condition, "benchmark": benchmark, "item": item,
+                             "chance": 0.5, "hit": float(rng.random() < chance)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def row(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
+    for name, value in wanted.items():
+        rows = rows[rows[name] == value]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_scores_equal_loops_over_the_answers() -> None:
+    answers = planted("CLIP", 0.6, 0.9)
+    rows = score_rows(answers)
+    hits = answers[answers["benchmark"] == "shapes-mmvp"].pivot(index="seed", columns="item", values="hit").to_numpy()
+    pairs = [[hits[s, 2 * k] * hits[s, 2 * k + 1] for k in range(PAIRS)] for s in range(SEEDS)]
+    found = row(rows, score="MMVP", group="all")
+    assert found["value"] == pytest.approx(np.mean(pairs)) and found["chance"] == 0.25 and found["n"] == PAIRS
+    text = [[value for k, value in enumerate(line) if PATTERNS[k % 9] == "text"] for line in pairs]
+    assert row(rows, score="MMVP", group="text")["value"] == pytest.approx(np.mean(text))
+    spots = [[value for k, value in enumerate(line) if PATTERNS[k % 9] in BLIND_SPOTS] for line in pairs]
+    assert row(rows, score="MMVP", group="blind")["value"] == pytest.approx(np.mean(spots))
+    hits = answers[answers["benchmark"] == "shapes-naturalbench"].pivot(index="seed", columns="item", values="hit").to_numpy()
+    groups = hits.reshape(SEEDS, GROUPS, 2, 2)  # (question, image)
+    for score, expected in (
+        ("NB question", groups.all(3).mean()), ("NB image", groups.all(2).mean()), ("NB group", groups.all((2, 3)).mean()),
+    ):  # fmt: skip
+        assert row(rows, score=score, group="all")["value"] == pytest.approx(expected)
+    assert row(rows, score="NB group", group="all")["chance"] == pytest.approx(1 / 16)
+    assert row(rows, score=ACCURACY, group="all")["n"] == PAIRS + GROUPS + 90
+
+
+def test_a_planted_gain_is_found_where_it_was_planted() -> None:
+    answers = pd.concat([planted("CLIP", 0.5, 0.9), planted("cross_attention s=4", 0.9, 0.9)])
+    rows = change_rows(answers, [(("cross_attention s=4", "own"), ("CLIP", "own")), (("absent", "own"), ("CLIP", "own"))])
+    assert set(rows["against"]) == {"CLIP, own"} and set(rows["arm"]) == {"cross_attention s=4"}
+    assert row(rows, score="MMVP", group="blind")["low"] > 0.3
+    other = row(rows, score="MMVP", group="other")
+    assert other["low"] < 0 < other["high"]
+    same = change_rows(answers, [(("CLIP", "own"), ("CLIP", "own"))])
+    assert (same["value"] == 0).all()
+
+
+def test_shares_of_one_have_an_interval() -> None:
+    found = row(score_rows(planted("CLIP", 1.0, 1.0)), score="MMVP", group="all")
+    assert found["value"] == found["high"] == 1 and 0.9 < found["low"] < 1
+
+
+# --- verdicts of the tables, from rows alone ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("blind", "expected"), [(0.9, "held"), (0.5, "undecided"), (0.1, "not held")])
+def test_table_2_finds_the_gain_it_is_given(blind: float, expected: str) -> None:
+    module = load_experiment(folder() / "table2_fusion.py")
+    arm = "cross_attention s=4"
+    answers = pd.concat(
+        [planted("CLIP", 0.5, 0.9), *(planted(arm, blind, 0.9, c) for c in ("own", "irrelevant")), planted(arm, 0.5, 0.5, "blank"),
+         planted("cross_attention s=0", 0.5, 0.9)]
+    )  # fmt: skip
+    pairs = [
+        ((arm, "own"), ("CLIP", "own")),
+        ((arm, "irrelevant"), ("CLIP", "own")),
+        ((arm, "own"), ("cross_attention s=0", "own")),
+    ]
+    rows = pd.concat([score_rows(answers), change_rows(answers, pairs)], ignore_index=True)
+    claims = {claim.statement: claim for claim in module.judge(rows)}
+    key = "Cross-attention at s = 4 beats CLIP alone on pairs of patterns that CLIP is blind to"
+    assert claims[key].id == "F2" and claims[key].verdict == expected
+    assert f"n = {4 * PAIRS // 9} x 3 trainings; paper: 24.7 to 30.7" in claims[key].evidence
+    assert claims[f"The gain of {arm} survives an irrelevant question as the prompt (ours)"].verdict == expected
+    assert any(claim.id == "F3" for claim in claims.values())
+
+
+def test_table_1_takes_the_worst_of_its_parts() -> None:
+    module = load_experiment(folder() / "table1_single_encoder.py")
+    main, names = Arm("diffusion").label, [Arm("diffusion", site).label for site in ("U-L1-R1-B0-Out", "U-L2-R1-B0-Cross-Q")]
+    late = Arm("diffusion", timestep=500).label
+    for best, expected in ((0.5, "held"), (0.97, "not held")):
+        answers = pd.concat(
+            [planted(main, 0.8, 0.8), planted(names[0], 0.5, 0.5), planted(names[1], best, best), planted(late, 0.5, 0.5)]
+        )
+        changes = change_rows(answers, [((main, "own"), (name, "own")) for name in (*names, late)])
+        claims = module.judge(pd.concat([score_rows(answers), changes], ignore_index=True))
+        assert [claim.verdict for claim in claims] == [expected, "held"] and claims[1].statement.endswith("t = 500 collapses")
+
+
+# --- a run --------------------------------------------------------------------------------------------
+
+
+def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = Settings(
+        diffusion=str(tiny_folder), captions="shapes-captions:8", instructions="shapes-instruct:8", steps=(1, 1), batch=4, grid=3,
+        benchmarks=("shapes-vqa:4", "shapes-mmvp:9"), max_new_tokens=2,
+    )  # fmt: skip
+    told: list[str] = []
+    run = Comparison(tmp_path, settings, "cpu", told.append)
+    pieces = {Arm("diffusion", guidance=4.0): ("own",), Arm("diffusion"): ("own", "blank")}
+    answers = run.complete(pieces, 1)
+    assert answers.groupby(["arm", "condition"]).size().tolist() == [22, 22, 22]
+    assert set(answers["hit"]) <= {0.0, 1.0} and len(load_questions("shapes-mmvp:9")) == 18
+    assert (
+        len(list((tmp_path / "stage1").iterdir())) == 1 and len(list((tmp_path / "stage2").iterdir())) == 2
+    )  # shared: not told
+    assert FusedMLLM.from_pretrained(run.folder / "stage2" / f"{Arm('diffusion').slug}_seed0", "cpu").tuned == "full"
+    told.clear()
+    again = Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, 1)
+    assert told == [] and again.equals(answers)
+    with pytest.raises(ValueError, match=r"holds another run.*batch: the store has 4, you ask for 8"):
+        Comparison(tmp_path, Settings(**{**settings.__dict__, "batch": 8}), "cpu")
