@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" sh experiments/demo.sh
+
+docs: $(STAMP)
+	$(BIN)/python -m diffprobe.docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

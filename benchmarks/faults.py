@@ -120,6 +120,7 @@ class Command:
             file = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
             os.environ.update({name: str(value) for name, value in environment.items()})
             sys.argv = ["diffprobe", *map(str, arguments)]
             code = 1
@@ -164,10 +165,10 @@ def commands(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     """The faults that a user sees on the command line, one row each."""
 
     def extract_to(place: Path) -> list[object]:
-        return ["extract", "--model", model, "--data", "shapes:24", "-t", "50,500", "--batch-rows", 8, "-o", place]
+        return ["extract", "--model", model, "--data", "shapes:48", "-t", "50,500", "--batch-rows", 8, "-o", place]
 
     def finished(place: Path, apart: Sequence[str] = ()) -> dict[str, bytes]:
-        expect(Command(extract_to(place), folder / "end.txt").end(), 0, "24 of 24 samples are in")
+        expect(Command(extract_to(place), folder / "end.txt").end(), 0, "48 of 48 samples are in")
         return {name: data for name, data in contents(place).items() if name not in apart}
 
     def row(what: str, said: str, same: bool) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def commands(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     for what, number, code in (("Ctrl-C", signal.SIGINT, 130), ("a request to terminate", signal.SIGTERM, 143)):
         place = folder / what.replace(" ", "-")
         running = Command(extract_to(place), folder / "words.txt")
-        once(lambda place=place: (place / "done" / "c").is_dir())
+        once(place.exists)
         running.signal(number)
         said = expect(
             running.end(), code, "diffprobe: Stopped. What was complete is kept; the same command goes on from there."

@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 
     from diffprobe.experiment import Claim
 
+PANELS = RECORD, KEEP, MEASURE, SHOW, HELP = "Record", "Look after a store", "Measure", "Show", "The installation"
+
 
 class _Group(TyperGroup):
-    """Hands an interruption on to `main`, where typer would end without a word."""
+    """Lists commands in the order of the work; hands an interruption on to `main`, where typer would end without a word."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
+        return sorted(panels, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -45,22 +51,18 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Record, probe and reuse what text-to-image diffusion models know. Start with: diffprobe extract --out runs/first.zarr",
+    help="Record, probe and reuse what text-to-image diffusion models know.\n\nStart with: diffprobe extract --out runs/first.zarr",
 )
-probe_app = typer.Typer(no_args_is_help=True, help="Measure what a store's features hold; writes a tidy table.")
-plot_app = typer.Typer(no_args_is_help=True, help="Draw from a store or a table; writes NAME.png, .pdf, .csv and .json.")
-zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models and the recipe that trained them.")
-app.add_typer(probe_app, name="probe")
-app.add_typer(plot_app, name="plot")
-app.add_typer(zoo_app, name="zoo")
-leakage_app = typer.Typer(
-    no_args_is_help=True, help="Does a language model that is given features see the image, or read the prompt?"
-)
-app.add_typer(leakage_app, name="leakage")
-mllm_app = typer.Typer(
-    no_args_is_help=True, help="A language model that sees through CLIP and a diffusion model told the question."
-)
-app.add_typer(mllm_app, name="mllm")
+probe_app = typer.Typer(no_args_is_help=True, help="Measure what features hold; writes a tidy table.")
+plot_app = typer.Typer(no_args_is_help=True, help="Draw a store or a table: NAME.png, .pdf, .csv, .json.")
+zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models and their recipes.")
+app.add_typer(probe_app, name="probe", rich_help_panel=MEASURE)
+app.add_typer(plot_app, name="plot", rich_help_panel=SHOW)
+app.add_typer(zoo_app, name="zoo", rich_help_panel=HELP)
+leakage_app = typer.Typer(no_args_is_help=True, help="Do features show the image, or only the prompt?")
+app.add_typer(leakage_app, name="leakage", rich_help_panel=MEASURE)
+mllm_app = typer.Typer(no_args_is_help=True, help="A language model that sees by CLIP and a diffusion model.")
+app.add_typer(mllm_app, name="mllm", rich_help_panel=MEASURE)
 
 _out = Console(highlight=False)
 _debug = False
@@ -144,14 +146,14 @@ def _next(*lines: str) -> None:
 # --- recording ------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=RECORD)
 def sites(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or embedded name; only its config is read.")] = "shapes-sd",
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels; the model's own by default.")] = None,
     pattern: Annotated[str, typer.Option(help="Only sites that match this name, path, glob or preset.")] = "*",
     revision: Revision = None,
 ) -> None:
-    """List each place of a model that can be recorded, with its shape."""
+    """List the places of a model that can be recorded."""
     from diffprobe.models import load_network_config
     from diffprobe.recorder import site_shapes
     from diffprobe.sites import list_sites, select_sites
@@ -170,7 +172,7 @@ def sites(
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=RECORD)
 def extract(
     out: Annotated[
         str, typer.Option("--out", "-o", help="Where the store goes: a path or an fsspec URL. The same command resumes it.")
@@ -229,7 +231,7 @@ def extract(
     dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
     force: Annotated[bool, typer.Option(help="Go on although the forecast does not fit on the disk.")] = False,
 ) -> None:
-    """Record features and attention maps of a dataset into a store."""
+    """Record features and attention maps into a store."""
     from diffprobe.data import load_dataset
     from diffprobe.encoders import load_extractor
     from diffprobe.extraction import describe_forecast
@@ -269,9 +271,9 @@ def extract(
     _next(*lines)
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def info(store: StorePath) -> None:
-    """Say what is in a store, how complete it is, and where it came from."""
+    """Say what a store holds and where it came from."""
     from diffprobe.store import store_info
 
     found = store_info(store)
@@ -301,9 +303,12 @@ def info(store: StorePath) -> None:
     _out.print(f"written with {versions}; commit {found['commit'] or 'unknown'}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def verify(store: StorePath) -> None:
-    """Read every complete unit of a store: checksums, whole shards, finite values. Exit code 1 when something is wrong."""
+    """Check every byte of a store.
+
+    Reads every complete unit: checksums, whole shards, finite values. Exit code 1 when something is wrong.
+    """
     from diffprobe.store import store_info, verify_store
 
     faults = verify_store(store)
@@ -317,13 +322,13 @@ def verify(store: StorePath) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def repair(
     store: StorePath,
     model: Annotated[str | None, typer.Option(help="Instead of the store's own model id.")] = None,
     data: Annotated[str | None, typer.Option(help="Instead of the store's own dataset.")] = None,
 ) -> None:
-    """Compute the faulty or missing units of a store again, and only those."""
+    """Compute what is faulty or missing in a store again."""
     from diffprobe.extraction import repair as mend
 
     faults, summary = mend(store, model, data)
@@ -832,7 +837,7 @@ def plot_localization(
 # --- the whole analysis ---------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=SHOW)
 def reproduce(
     names: Annotated[
         list[str] | None, typer.Argument(help="Beginnings of names (fig2, tab_probes), or all.", show_default="all")
@@ -855,7 +860,10 @@ def reproduce(
         Path | None, typer.Option(help="Folder of the experiment files.", show_default="this checkout's")
     ] = None,
 ) -> None:
-    """Measure, judge and draw the figures and tables of the analysis. Exit code 1 when one of them failed."""
+    """Measure, judge and draw every figure and table.
+
+    Exit code 1 when one of them failed.
+    """
     from diffprobe.experiment import Options, command, find_experiments, list_experiments, read_sidecars
     from diffprobe.experiment import reproduce as run
     from diffprobe.report import explorable
@@ -904,7 +912,7 @@ def _show_claims(claims: list[tuple[Claim, str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=SHOW)
 def report(
     run: Annotated[Path, typer.Argument(help="A folder of figures, as 'diffprobe reproduce' writes it.", metavar="RUN")] = Path(
         "figures"
@@ -917,7 +925,10 @@ def report(
     data: Annotated[str, typer.Option("--data", "-d", help="The stores' dataset; the one they name by default.")] = "",
     max_mb: Annotated[float, typer.Option(min=0, help="Refuse an explorer that would take more than this.")] = 20.0,
 ) -> None:
-    """Write figures, verdicts and an attention explorer as one page that opens anywhere, without a network."""
+    """Write figures and verdicts as one offline page.
+
+    With --store it holds an attention explorer too. It opens anywhere, without a network.
+    """
     from diffprobe.report import write_report
 
     made = write_report(run, out, store or [], samples=samples, data=data, max_bytes=int(max_mb * 1e6))
@@ -979,7 +990,7 @@ def leakage_run(
     request: Annotated[str, typer.Option(help="What the language model is asked.")] = "Describe the image.",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a projector.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="The highest; it falls to zero along a cosine.")] = 1e-3,
     grid: Annotated[int, typer.Option(min=1, help="Soft tokens on a side.")] = 6,
     candidates: Annotated[int, typer.Option(min=2, help="Texts that the fed one is ranked among.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the features' noise.")] = 0,
@@ -1202,6 +1213,26 @@ def mllm_chat(
         _out.print(f"Drew {save_attention(model, images[0], question, answer, attention)}", markup=False, soft_wrap=True)
 
 
+# --- the installation ------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=HELP)
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a bug report or a script.")] = False) -> None:
+    """Say what is installed and reachable, and mend the rest.
+
+    Packages and their versions, devices, models; for what is missing the command that gets it. Exit code 1 when something
+    that is needed is missing.
+    """
+    import json
+
+    from diffprobe.doctor import describe, examine
+
+    found = examine()
+    _out.print(json.dumps(found, indent=2) if as_json else describe(found), markup=False, soft_wrap=True)
+    if any(not package["fine"] for package in found["packages"].values()):
+        raise typer.Exit(1)
+
+
 # --- the zoo --------------------------------------------------------------------------------------
 
 
@@ -1280,6 +1311,8 @@ def main() -> None:
             raise
         _fail(_sentence(error), 2)
     except (RuntimeError, MemoryError) as error:
+        if "home directory" in str(error) and not _debug:  # pathlib's word for a user who is not here
+            _fail("A path begins with ~ and a name, and this machine has no such user.", 2)
         known = _known_failure(error)
         if _debug or known is None:
             raise

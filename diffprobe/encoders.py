@@ -231,6 +231,9 @@ def load_encoder(
 
     Raises:
         ValueError: nothing is there, it has no image processor, or it takes no images.
+
+    >>> load_encoder("shapes-clip").resolution  # doctest: +SKIP
+    (64, 64)
     """
     source, device = resolve(id_or_dir), choose_device(device)
     dtype = as_dtype(dtype, device) if isinstance(dtype, str) else dtype

@@ -595,6 +595,9 @@ def extract(
 
     Raises:
         ValueError: the request is off, or the store holds another request (the message lists the differences).
+
+    >>> extract("shapes-sd", "shapes:64?split=test", "runs/demo.zarr", maps="cross", timesteps=[50]).complete  # doctest: +SKIP
+    64
     """
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)

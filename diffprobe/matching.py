@@ -464,6 +464,10 @@ def alignment_score(
     Raises:
         ValueError: the request is off, or `out` holds another one (the message lists the differences).
         NotFiniteError: a pass gave a value that is not finite.
+
+    >>> found = alignment_score(load_model("shapes-sd"), load_benchmark("shapes-mmvp:45"))  # doctest: +SKIP
+    >>> found.sizes["item"]  # doctest: +SKIP
+    45
     """
     console = Console(stderr=True, quiet=not progress)
     tell = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731

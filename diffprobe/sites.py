@@ -130,6 +130,9 @@ def list_sites(module_paths: Iterable[str]) -> list[Site]:
     """Every site of a network, from the paths of its modules, in module order.
 
     The noised latent, which goes in, comes first; the predicted noise, which comes out, last.
+
+    >>> [site.name for site in list_sites(["mid_block", "up_blocks.1.resnets.0", "up_blocks.1.resnets.0.conv1"])]
+    ['Noised-Latent', 'M-Out', 'U-L1-R0-Res-Out', 'Noise']
     """
     found = [site for path in module_paths if path for site in describe(path)]
     return [Site(LATENT, "", "input", ""), *found, *describe("")]

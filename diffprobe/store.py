@@ -528,6 +528,16 @@ def features(
 
     Raises:
         StoreError: the store has no such site, timestep or conditioning; the message lists those it has.
+
+    >>> values = xr.DataArray(
+    ...     np.ones((5, 2, 1, 3, 4, 4)), dims=("sample", "conditioning", "timestep", "channel", "y", "x"),
+    ...     coords={"conditioning": ["null", "caption"], "timestep": [50]},
+    ... )
+    >>> tree = xr.DataTree.from_dict({"U-L1-Out": xr.Dataset({"features": values})})
+    >>> features(tree, "U-L1-Out", timestep=50, conditioning="null").dims
+    ('sample', 'channel', 'y', 'x')
+    >>> features(tree, "U-L1-Out", guidance=4.0, pool="mean").shape
+    (5, 1, 3)
     """
     array = _choose(_site(tree, site, "features"), "timestep", timestep)
     if guidance is None:
@@ -580,6 +590,10 @@ def attention_maps(
 
     Raises:
         StoreError: no prompt has the word, or the word's tokens were not kept.
+
+    >>> tree = open_store("runs/demo.zarr")  # doctest: +SKIP
+    >>> attention_maps(tree, "star", timestep=50).dims  # doctest: +SKIP
+    ('sample', 'timestep', 'y', 'x')
     """
     if (word is None) == (token is None):
         raise StoreError("Give either a word or a token position.")

@@ -239,8 +239,13 @@ def language(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     from diffprobe.zoo.measure import lm_rows
 
     folder = locate("shapes-lm")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return lm_rows(AutoModelForCausalLM.from_pretrained(folder).float().eval(), tokenizer, options.count, options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return lm_rows(
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval(),
+        tokenizer,
+        options.count,
+        options.seed,
+    )
 
 
 # --- the experiment -------------------------------------------------------------------------------

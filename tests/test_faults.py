@@ -61,7 +61,10 @@ def test_killed_stopped_and_crowded_runs_end_as_if_nothing_had_been() -> None:
 def test_a_second_interruption_ends_it_at_once(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.zarr"
     command = [sys.executable, "-m", "diffprobe", "extract", "--model", str(tiny_folder), "--data", "shapes:99"]
-    process = subprocess.Popen([*command, "--batch-rows", "2", "-o", str(out)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--batch-rows", "2", "-o", str(out)], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell has its background jobs ignore it
+    )  # fmt: skip
     while not (out / "done" / "c").exists() and process.poll() is None:
         time.sleep(0.02)
     for _ in range(2):

@@ -673,6 +673,9 @@ def leakage_report(folder: str | Path, *, n_examples: int = 4, seed: int = 0) ->
 
     Raises:
         LeakageError: there are no texts.
+
+    >>> leakage_report("runs/leak").sentences[0]  # doctest: +SKIP
+    'The language model reads the prompt ...'
     """
     texts = read_texts(folder)
     leakage = judge_leakage(texts, seed=seed)

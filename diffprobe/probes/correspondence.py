@@ -59,6 +59,10 @@ def correspondence(
 
     Raises:
         ValueError: no pair's images are among the samples, missing dimensions, or non-finite features.
+
+    >>> tree = open_store("runs/twins.zarr")  # doctest: +SKIP
+    >>> pairs = twin_keypoints(load_dataset(tree.attrs["data"]))  # doctest: +SKIP
+    >>> correspondence(features(tree, "U-L1-Out"), pairs)[["timestep", "per", "value", "chance"]]  # doctest: +SKIP
     """
     if missing := {"sample", "channel", *SPACE} - set(features.dims):
         raise ValueError(f"Correspondence needs maps with sample, channel, y and x; {', '.join(sorted(missing))} is missing.")

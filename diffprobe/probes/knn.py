@@ -70,6 +70,11 @@ def knn_probe(
 
     Raises:
         ValueError: As `fit_probe`; and for a k that is not a positive number of training rows, or an unknown metric.
+
+    >>> colour = np.array(["red", "blue"] * 40)
+    >>> values = np.random.default_rng(0).normal(size=(80, 8)) + 9 * (colour == "red")[:, None]
+    >>> knn_probe(xr.DataArray(values, dims=("sample", "channel")), colour, k=[3, 5])["value"].tolist()
+    [1.0]
     """
     check_features(features)
     if metric not in METRICS:

@@ -134,6 +134,13 @@ def fit_probe(
 
     Raises:
         ValueError: For an unknown label, fewer than two classes, too few samples, or non-finite features.
+
+    >>> rng = np.random.default_rng(0)
+    >>> colour = np.array(["red", "blue"] * 40)
+    >>> values = rng.normal(size=(80, 3, 8)) + np.array([0, 1, 9])[:, None] * (colour == "red")[:, None, None]
+    >>> features = xr.DataArray(values, dims=("sample", "timestep", "channel"), coords={"timestep": [500, 50, 10]})
+    >>> fit_probe(features, colour, n_jobs=1)[["timestep", "value", "chance"]].query("timestep == 10").to_dict("records")
+    [{'timestep': 10, 'value': 1.0, 'chance': 0.5}]
     """
     check_features(features)
     pooled = pool_features(features, pool)
@@ -422,6 +429,11 @@ def stream_probe(
         penalties: alpha on standardised features; the one with the smallest squared error on validation is taken.
         block: Samples in memory at a time.
         task, pool, control, types, groups, seed, n_resamples, label: As for `fit_probe`.
+
+    >>> colour = np.array(["red", "blue"] * 40)
+    >>> values = np.random.default_rng(0).normal(size=(80, 8)) + 9 * (colour == "red")[:, None]
+    >>> stream_probe(xr.DataArray(values, dims=("sample", "channel")), colour, block=32)["value"].tolist()
+    [1.0]
     """
     check_features(features)
     places = [d for d in SPACE if d in features.dims]

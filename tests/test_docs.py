@@ -1,0 +1,151 @@
+"""The public names, the command line's help and its pages: documented, typed, current, readable."""
+
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import diffprobe
+from diffprobe import cli, docs
+from diffprobe.doctor import describe, examine
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", diffprobe.__all__)
+def test_a_public_name_is_documented_typed_and_shown(name: str) -> None:
+    found = getattr(diffprobe, name)
+    text = inspect.getdoc(found) or ""
+    signature = inspect.signature(found.__init__ if inspect.isclass(found) else found)
+    assert ">>>" in text, "an example"
+    assert signature.return_annotation is not signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.name == "self" or parameter.annotation is not parameter.empty, parameter.name
+
+
+def test_the_types_are_shipped() -> None:
+    assert (importlib.resources.files("diffprobe") / "py.typed").is_file()
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"][
+        "diffprobe"
+    ]
+    assert "py.typed" in shipped
+    names = set(diffprobe.__all__)
+    assert names == set(diffprobe._HOMES) and names <= set(dir(diffprobe))
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+def test_the_committed_pages_are_what_the_code_says() -> None:
+    written = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / docs.FOLDER).glob("*.md")}
+    assert written == docs.pages(), "make docs"
+
+
+def test_pages_name_every_option() -> None:
+    page = docs.pages()["extract.md"]
+    for option in (
+        "`--out, -o`",
+        "`--timesteps, -t`",
+        "`--dry-run, --no-dry-run`",
+        "| mean or all | `mean` |",
+        "diffprobe extract --out TEXT [OPTIONS]",
+    ):
+        assert option in page, option
+    assert "`STORE`" in docs.pages()["info.md"]
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    silent = [
+        (" ".join(words), line) for words, _ in docs.commands() for line in docs.pages()[f"{'-'.join(words)}.md"].splitlines()
+        if line.startswith("| `-") and line.endswith("|  |")
+    ]  # fmt: skip
+    assert silent == []
+
+
+def shown(*arguments: str, **environment: str) -> str:
+    """What the command line prints on a screen of eighty columns."""
+    words = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **environment}
+    command = [
+        sys.executable,
+        "-c",
+        "from diffprobe.cli import main; import sys; sys.argv[0] = 'diffprobe'; main()",
+        *arguments,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | words, check=True).stdout
+
+
+def test_help_fits_a_screen_and_every_command_a_line() -> None:
+    lines = shown("--help").splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 48
+    titles = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    assert titles == ["Options", cli.RECORD, cli.KEEP, cli.MEASURE, cli.SHOW, cli.HELP]
+    body = [
+        line.strip("│ ")
+        for line in lines[lines.index(next(line for line in lines if f"─ {cli.RECORD} ─" in line)) :]
+        if line.startswith("│")
+    ]
+    known = {words[0] for words, _ in docs.commands()}
+    assert {line.split()[0] for line in body} == known, "a description runs over its line"
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    said = shown(_DIFFPROBE_COMPLETE="complete_bash", COMP_WORDS="diffprobe ex", COMP_CWORD="1")
+    assert said.split() == ["extract"]
+    said = shown(_DIFFPROBE_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="diffprobe extract --time")
+    assert "--timesteps" in said
+
+
+# --- doctor -----------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_missing_and_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIFFPROBE_CACHE", str(tmp_path / "fetched"))
+    (tmp_path / "models--someone--some-model").mkdir()
+    real = diffprobe.doctor._version
+    monkeypatch.setattr("diffprobe.doctor._version", lambda name: {"zarr": "2.18.0", "pyarrow": None}.get(name, real(name)))
+    found = examine()
+    assert json.loads(json.dumps(found)) == found
+    assert {"shapes-sd", "shapes-clip", "shapes-lm"} <= set(found["models"]["embedded"])
+    assert found["models"]["cached"] == ["someone/some-model"] and found["models"]["fetched"] == []
+    assert found["devices"][0]["name"] == "cpu" and found["devices"][0]["cores"] >= 1
+    assert found["packages"]["torch"]["fine"] and not found["packages"]["zarr"]["fine"]
+    assert found["extras"]["hub"] == {
+        "for": "benchmarks in Parquet",
+        "missing": ["pyarrow"],
+        "command": "pip install 'diffprobe[hub]'",
+    }
+    said = describe(found)
+    for words in (
+        "✗ zarr",
+        "missing or too old: zarr",
+        "pip install 'zarr>=3.1.3'",
+        "diffprobe zoo fetch smollm2",
+        "unset HF_HUB_OFFLINE",
+    ):
+        assert words in said, words
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
+    assert examine()["hub"] == {
+        "address": "127.0.0.1", "offline": False, "reachable": False, "token": bool(os.environ.get("HF_TOKEN")), "cache": str(tmp_path),
+    }  # fmt: skip
+
+
+def test_doctor_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, check in (
+        (["--json"], lambda text: json.loads(text)["system"]["diffprobe"]),
+        ([], lambda text: "devices" in text),
+    ):
+        monkeypatch.setattr(sys, "argv", ["diffprobe", "doctor", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code and check(capsys.readouterr().out)
