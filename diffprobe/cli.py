@@ -1081,7 +1081,7 @@ def mllm_train(
     sites: Annotated[
         str, typer.Option(help="Of the diffusion model: names, paths or globs, parted by commas.")
     ] = "U-L1-R1-B0-Cross-Q",
-    timestep: Annotated[int, typer.Option("--timestep", "-t", min=0)] = 50,
+    timestep: Annotated[int, typer.Option("--timestep", "-t", min=0, help="Of the noise on the image.")] = 50,
     guidance: Annotated[float, typer.Option(help="s of f_u + s (f_c - f_u); 0 never reads the question.")] = 4.0,
     grid: Annotated[int, typer.Option(min=1, help="Tokens on a side of an image.")] = 6,
     merge: Annotated[str, typer.Option(help="Places of a token: mean, or stack (side by side).")] = "stack",
