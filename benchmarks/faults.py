@@ -144,7 +144,7 @@ class Command:
         return os.waitstatus_to_exitcode(status), self.words.read_text(encoding="utf-8")
 
 
-def once(condition: Callable[[], bool], within: float = 120.0) -> None:
+def once(condition: Callable[[], bool], within: float = 600.0) -> None:
     """Wait until something is true."""
     deadline = time.monotonic() + within
     while not condition():

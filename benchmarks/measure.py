@@ -162,7 +162,7 @@ def markdown(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> str:
 
 
 def write_report(out: Path) -> None:
-    """RESULTS.md from the two CSV files beside it: a table for every run, its machine and command above it."""
+    """RESULTS.md from the CSV files beside it: a table for every run, its machine and command above it."""
     parts = ["# Results", "Ratios within one run, alternating; README.md says how to read them."]
     for run, rows in groupby(read_rows(out.with_name("results.csv")), lambda row: tuple(row[name] for name in PROVENANCE)):
         parts.append("\n".join(f"- {name}: {value}" for name, value in zip(PROVENANCE, run, strict=True)))
@@ -170,4 +170,7 @@ def write_report(out: Path) -> None:
     full = read_rows(out.with_name("full_size.csv"))
     if full:
         parts += ["## Full size", markdown(full, list(full[0]))]
+    faults = read_rows(out.with_name("faults.csv"))
+    if faults:
+        parts += ["## Faults", markdown(faults, list(faults[0]))]
     out.write_text("\n\n".join(parts) + "\n")

@@ -1,4 +1,4 @@
-"""Extract many samples with a tiny model and print this process's peak memory in bytes; `benchmarks.run` starts it twice.
+"""Extract many samples with a tiny model and print the seconds and this process's peak memory in bytes, for `benchmarks.run`.
 
 python -m benchmarks.memory SAMPLES OUT
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,11 +21,12 @@ from diffprobe.data import load_dataset
 def main(samples: int, out: Path) -> None:
     torch.set_num_threads(int(os.environ.get("BENCHMARK_THREADS", "1")))
     subject = tiny()
+    start = time.perf_counter()
     extract(
         subject.model, load_dataset(f"shapes:{samples}"), out,
         sites=subject.sites, timesteps=(50,), conditionings=("caption",), batch_rows=32, progress=False,
     )  # fmt: skip
-    print(peak_bytes())
+    print(time.perf_counter() - start, peak_bytes())
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 python -m benchmarks.run [--smoke] [--repeats 5] [--only NAME] [--out benchmarks/RESULTS.md]
 
-Each benchmark is a function that yields rows; `BENCHMARKS` lists them.  A run takes about half an hour on two cores.
+Each benchmark is a function that yields rows; `BENCHMARKS` lists them.  A run takes about an hour and a half on two idle cores.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -26,8 +27,10 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from benchmarks.compute import caption_scores, probe_grid, training
 from benchmarks.measure import FOLDER, Row, alternate, detail_of, provenance, row_of, update_results, write_report
 from benchmarks.models import MODELS, Subject
+from benchmarks.storage import stall, storage
 from diffprobe import extract
 from diffprobe.data import fit_image, load_dataset
 from diffprobe.data.samples import Dataset
@@ -319,33 +322,32 @@ def peers(setting: Setting) -> Iterator[Row]:
         yield from map_peers(setting)
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
-def memory(setting: Setting) -> Iterator[Row]:
-    """Peak memory of ten times as many samples, a process each; the tiny model, whichever model is measured elsewhere."""
-    sizes = (50, 500) if setting.smoke else (1_000, 10_000)
+def growth(setting: Setting) -> Iterator[Row]:
+    """Seconds a sample and peak memory of ten times as many samples, a process each; the tiny model, whichever is measured elsewhere."""
+    sizes = (20, 40, 80) if setting.smoke else (100, 1_000, 10_000)
     environment = {**os.environ, "BENCHMARK_THREADS": str(torch.get_num_threads())}
-    peaks: list[tuple[float, float]] = []
-    for repeat in range(1):  # memory does not scatter as time does
-        pair = []
+    found: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    for _ in range(setting.repeats):
         for size in sizes:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.memory",
-                str(size),
-                str(setting.folder / f"memory{repeat}-{size}.zarr"),
-            ]
+            command = [sys.executable, "-m", "benchmarks.memory", str(size), str(setting.folder / "growth.zarr")]
             done = subprocess.run(command, cwd=FOLDER.parent, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            pair.append(int(done.stdout.split()[-1]) / 1e6)
-        peaks.append((pair[0], pair[1]))
-    what = f"tiny model, peak memory of {sizes[1]} scenes / {sizes[0]} scenes"
-    yield row_of("memory", what, [b / a for a, b in peaks], "<= 1.1", detail_of(peaks, unit="MB"))
+            seconds, peak = map(float, done.stdout.split()[-2:])
+            found[size].append((seconds / size, peak / 1e6))
+            setting.clear()
+    for small, large in itertools.pairwise(sizes):
+        pairs = list(zip(found[small], found[large], strict=True))
+        for column, what, unit, target in ((0, "seconds a sample", "s", "<= 1.1"), (1, "peak memory", "MB", "<= 1.1")):
+            values = [(one[column], other[column]) for one, other in pairs]
+            row = f"tiny model, {what} of {large} scenes / {small} scenes"
+            yield row_of("growth", row, [b / a for a, b in values], target, detail_of(values, unit=unit))
 
 
 BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    "recorder": recorder, "early_exit": early_exit, "end_to_end": end_to_end, "peers": peers, "memory": memory,
+    "recorder": recorder, "early_exit": early_exit, "end_to_end": end_to_end, "stall": stall, "peers": peers, "storage": storage,
+    "probes": probe_grid, "captions": caption_scores, "training": training, "growth": growth,
 }  # fmt: skip
 
 

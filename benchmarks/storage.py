@@ -1,0 +1,142 @@
+"""The store against safetensors files of the same batches on the same disk, and what writing costs an extract.
+
+Arrays run over (sample, conditioning, timestep, channel, y, x), those of two sites of Stable Diffusion 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from benchmarks.measure import Row, alternate, detail_of, row_of
+from diffprobe import extract, features, open_store
+from diffprobe.store import COMPLETE, ArraySpec, StoreWriter, create_store
+
+if TYPE_CHECKING:
+    from benchmarks.run import Setting
+
+CONDITIONINGS, TIMESTEPS = ("null", "caption"), (10, 50, 100, 250, 500)
+UNIT = 4
+
+
+class Batches:
+    """The same units of arrays for both ways of keeping them."""
+
+    def __init__(self, folder: Path, units: int, channels: int) -> None:
+        self.folder, self.units = folder, units
+        sizes = {"U-L1-R1-B0-Cross-Q": (channels, 16, 16), "U-L2-R2-Res-Out": (channels // 2, 32, 32)}
+        self.specs = [
+            ArraySpec(site, site, "block", "features", ("channel", "y", "x"), shape, CONDITIONINGS)
+            for site, shape in sizes.items()
+        ]
+        rng = np.random.default_rng(0)
+        lead = (UNIT, len(CONDITIONINGS), len(TIMESTEPS))
+        self.arrays = {
+            site: rng.standard_normal((*lead, *shape), np.float32).astype(np.float16) for site, shape in sizes.items()
+        }
+
+    @property
+    def megabytes(self) -> float:
+        return sum(array.nbytes for array in self.arrays.values()) * self.units / 1e6
+
+    def write_store(self, path: Path | None = None) -> None:
+        """Into a new store, its layout included."""
+        path, count = path or self.folder / "s.zarr", UNIT * self.units
+        tokens = np.zeros((count, len(CONDITIONINGS), 1), np.int32)
+        create_store(
+            path, attributes={"request": {"sites": list(self.arrays)}, "data": "none"}, sample_ids=[str(i) for i in range(count)],
+            labels={}, timesteps=TIMESTEPS, conditionings=CONDITIONINGS, tokens=[0], specs=self.specs, unit_samples=UNIT, dtype="float16",
+            prompts={"text": np.full(tokens.shape[:2], "", object), "token_id": tokens, "token_start": tokens, "token_end": tokens},
+        )  # fmt: skip
+        writer = StoreWriter(path)
+        for unit in range(self.units):
+            writer.write_unit(unit, self.arrays, np.full(UNIT, COMPLETE, np.uint8))
+
+    def write_files(self, path: Path | None = None) -> None:
+        path = path or self.folder / "files"
+        path.mkdir(parents=True)
+        for unit in range(self.units):
+            save_file(self.arrays, path / f"{unit}.safetensors")
+
+    def read_store(self, timestep: int | None = None) -> dict[str, Any]:
+        tree = open_store(self.folder / "kept.zarr")
+        return {site: features(tree, site, timestep=timestep).values for site in self.arrays}
+
+    def read_files(self) -> dict[str, Any]:
+        parts = [load_file(self.folder / "kept" / f"{unit}.safetensors") for unit in range(self.units)]
+        return {site: np.concatenate([part[site] for part in parts]) for site in self.arrays}
+
+
+def bytes_read(call: Callable[[], object]) -> int:
+    """What the calls of a function read from files, cached by the system or not (Linux)."""
+
+    def so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+    start = so_far()
+    call()
+    return so_far() - start
+
+
+def storage(setting: Setting) -> Iterator[Row]:
+    """Writing, reading all, reading one timestep; first it is checked that both give the same numbers."""
+    batches = Batches(setting.folder / "kept-batches", 2 if setting.smoke else 4, 64 if setting.smoke else 1280)
+    batches.folder.mkdir()
+    batches.write_store(batches.folder / "kept.zarr")
+    batches.write_files(batches.folder / "kept")
+    stored, plain = batches.read_store(), batches.read_files()
+    for site in plain:
+        np.testing.assert_array_equal(stored[site], plain[site])
+    del stored, plain
+    size = batches.megabytes
+
+    def speeds(times: list[tuple[float, float]]) -> str:
+        theirs, ours = (sorted(size / seconds for seconds in column)[len(times) // 2] for column in zip(*times, strict=True))
+        return f"{ours:.0f} MB/s against {theirs:.0f} MB/s, {size:.0f} MB"
+
+    written = Batches(setting.folder / "written", batches.units, 64 if setting.smoke else 1280)
+
+    def clear() -> None:
+        for path in sorted(written.folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+
+    times = alternate(written.write_files, written.write_store, setting.repeats, clear)
+    yield row_of("storage", "writing the store / safetensors files, seconds", [b / a for a, b in times], "", speeds(times))
+    times = alternate(batches.read_files, batches.read_store, setting.repeats)
+    yield row_of(
+        "storage", "reading all of the store / safetensors files, seconds", [b / a for a, b in times], "<= 2", speeds(times)
+    )
+    times = alternate(batches.read_store, lambda: batches.read_store(50), setting.repeats)
+    what = f"one of {len(TIMESTEPS)} timesteps / the whole store, seconds"
+    yield row_of("storage", what, [b / a for a, b in times], "", detail_of(times))
+    if Path("/proc/self/io").exists():
+        pair = (bytes_read(batches.read_store), bytes_read(lambda: batches.read_store(50)))
+        what = f"one of {len(TIMESTEPS)} timesteps / the whole store, bytes read"
+        yield row_of("storage", what, [pair[1] / pair[0]], "<= 0.25", f"{pair[1] / 1e6:.1f} MB against {pair[0] / 1e6:.1f} MB")
+
+
+def stall(setting: Setting) -> Iterator[Row]:
+    """`extract` as it is against `extract` whose arrays are thrown away where they would be written."""
+    dataset = setting.dataset
+
+    def run() -> None:
+        extract(
+            setting.subject.model, dataset, setting.folder / "stall.zarr", sites=setting.subject.sites, timesteps=TIMESTEPS,
+            conditionings=CONDITIONINGS, resolution=setting.subject.resolution, batch_rows=setting.batch, progress=False,
+        )  # fmt: skip
+        setting.clear()
+
+    write = StoreWriter.write_unit
+
+    def without() -> None:
+        with patch.object(StoreWriter, "write_unit", lambda writer, unit, arrays, status: write(writer, unit, {}, status)):
+            run()
+
+    times = alternate(without, run, setting.repeats)
+    what = f"extract / extract without writing, seconds, {setting.scenes} scenes"
+    yield row_of("stall", what, [b / a for a, b in times], "<= 1.03", detail_of(times))
