@@ -1122,7 +1122,7 @@ def mllm_train(
     first, second = (replace(stage, **change) for stage, change in zip(RECIPES[recipe], changes, strict=True))
     config = FusedConfig(
         language_model=language_model, encoder=encoder, diffusion=model, fusion=fusion, sites=tuple(_list(sites)),
-        timestep=timestep, guidance=guidance, grid=grid, merge=merge, seed=seed,  # type: ignore[arg-type]
+        timestep=timestep, guidance=guidance, grid=grid, merge=merge, seed=seed,
     )  # fmt: skip
     data = load_conversations(captions), load_conversations(instructions)
     fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)

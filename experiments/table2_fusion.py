@@ -3,7 +3,8 @@
     python experiments/table2_fusion.py [--count 270] [--smoke] [--from-csv]
 
 The two-stage recipe of LLaVA with shapes-lm, three times from other first weights.  Arms: CLIP alone; the diffusion site alone,
-concatenation and cross-attention at guidance s = 0 (the question is not read) and s = 4; sequence and interleave at s = 4 (ours).
+concatenation and cross-attention at guidance s = 0 (the question is not read) and s = 4; and, ours, sequence, interleave, and
+cross-attention to a second, finer site too, all at s = 4.
 Stage 1 tells the diffusion model nothing, so s = 0 and s = 4 share it; in stage 2 and in the test the question is the prompt.
 shapes-clip was trained on captions that leave out orientation, quantity, position and marks ("blind"): F2 asks whether
 fusion brings these back.  Scores of each pattern are kept, because CLIP's patches hold more than its pooled feature.
@@ -24,7 +25,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict
-from diffprobe.mllm.comparison import ACCURACY, Arm, change_rows, experiment_comparison, score_rows
+from diffprobe.mllm.comparison import ACCURACY, MAIN_SITE, Arm, change_rows, experiment_comparison, score_rows
 from diffprobe.mllm.judging import CONDITIONS
 from diffprobe.plotting import plot_probe_differences, plot_score_table
 
@@ -32,8 +33,11 @@ CLIP = Arm("clip")
 DIFFUSION = (Arm("diffusion"), Arm("diffusion", guidance=4.0))
 CONCAT = (Arm("concat"), Arm("concat", guidance=4.0))
 CROSS = (Arm("cross_attention"), Arm("cross_attention", guidance=4.0))
-OURS = (Arm("sequence", guidance=4.0), Arm("interleave", guidance=4.0))
-CHECKED = (CONCAT[1], CROSS[1])  # asked under every condition
+FINER = Arm(
+    "cross_attention", f"{MAIN_SITE}+U-L2-R1-B0-Cross-Q", guidance=4.0
+)  # places of the main site are coarse in shapes-sd
+OURS = (Arm("sequence", guidance=4.0), Arm("interleave", guidance=4.0), FINER)
+CHECKED = (CONCAT[1], CROSS[1], FINER)  # asked under every condition
 SCORES = {  # ours, the paper's column
     "VQA": "llava_bench", "MMVP": "mmvp", "NB question": "nb_q", "NB image": "nb_i", "NB group": "nb_g",
 }  # fmt: skip
@@ -97,6 +101,15 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
                 "F2", f"Cross-attention at s = {arm.guidance:g} beats CLIP alone {what}", (arm.label, "own", clip, score, group),
                 f"paper: {alone[column]} to {told[column]}",
             )  # fmt: skip
+    say(
+        "F2", "Cross-attention to a second, finer site beats CLIP alone on pairs of patterns that CLIP is blind to (ours)",
+        (FINER.label, "own", clip, "MMVP", "blind"), "not in the paper",
+    )  # fmt: skip
+    say(
+        "F2", "Concatenation at s = 4 beats CLIP alone on pairs of patterns that CLIP is blind to",
+        (CONCAT[1].label, "own", clip, "MMVP", "blind"),
+        f"paper: {alone['mmvp']} to {paper.loc[('concat', 4.0), 'mmvp']}",
+    )  # fmt: skip
     general = [paper.loc[("cross_attention", arm.guidance), "llava_bench"] for arm in CROSS]
     say(
         "F3", "At s = 4 the general score pays", (CROSS[1].label, "own", f"{CROSS[0].label}, own", "VQA", "all"),

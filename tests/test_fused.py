@@ -20,7 +20,7 @@ from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, 
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.judging import answer_items, judge
 from diffprobe.mllm.model import FusedConfig, FusedMLLM
-from diffprobe.mllm.stages import STAGE1, STAGE2, StageConfig, forecast_stage, train_stage
+from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, StageConfig, forecast_stage, train_stage
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
 
@@ -241,6 +241,25 @@ def test_defaults_are_those_of_llava() -> None:
     assert (STAGE1.batch, STAGE1.learning_rate, STAGE1.tune, STAGE1.prompted) == (256, 1e-3, "", False)
     assert (STAGE2.batch, STAGE2.learning_rate, STAGE2.tune, STAGE2.prompted) == (128, 2e-5, "full", True)
     assert STAGE1.epochs == STAGE2.epochs == 1 and STAGE2.max_length == 2048
+
+
+def test_a_batch_loses_what_its_rows_lose_alone(own_language: LanguageModel) -> None:
+    model = build(own_language)
+    learner = Learner(model.fusion, own_language)
+    pictures = [Picture.of(shade(True, number)) for number in range(4)]
+    images, questions = [1, 0, 2, 1], ["?", "What is it?", "Which of the two is it?", "Why?"]
+    told = [own_language.answers([(question, "yes"), ("And?", "no")]) for question in questions]
+    answers, labels = [ids for ids, _ in told], [labels for _, labels in told]
+    together, read = learner(model.streams(pictures, [None] * 4), questions, images, answers, labels)
+    alone, first = 0.0, 0
+    for row, count in enumerate(images):
+        mine = pictures[first : first + count]
+        streams = model.streams(mine, [None] * count) if mine else {}
+        alone += float(learner(streams, [questions[row]], [count], [answers[row]], [labels[row]])[0].detach())
+        first += count
+    assert float(together.detach()) == pytest.approx(alone, rel=1e-4) and read > 0
+    learner({}, ["?"], [0], answers[:1], labels[:1])[0].backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.fusion.parameters())
 
 
 def losses(folder: Path) -> list[str]:

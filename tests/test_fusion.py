@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffprobe.data import ShapesDataset
-from diffprobe.mllm.fusion import FUSIONS, CrossAttention, Fusion, squared_distances, to_grid
+from diffprobe.mllm.fusion import FUSIONS, GATE_SPEED, CrossAttention, Fusion, squared_distances, to_grid
 from diffprobe.mllm.projector import Projector, soft_tokens
 from diffprobe.mllm.streams import DiffusionEye, FeatureCache, Picture, Streams, to_pixels
 from diffprobe.noise import sample_noise
@@ -49,7 +49,7 @@ def test_means_are_those_of_soft_tokens_and_a_finer_grid_is_filled() -> None:
     filled = to_grid(ramp, 6).view(6, 6)
     assert (filled.diff(dim=1) >= 0).all() and torch.allclose(filled[0], filled[-1])
     with pytest.raises(ValueError, match="one of mean, stack; got 'sum'"):
-        to_grid(features, 4, "sum")  # type: ignore[arg-type]
+        to_grid(features, 4, "sum")
 
 
 # --- fusions --------------------------------------------------------------------------------------
@@ -107,7 +107,9 @@ def test_cross_attention_equals_a_loop() -> None:
                 ]
             )
             expected[i, part] = scores.softmax(0) @ value[:, part]
-    assert torch.allclose(attention(asking, answering)[0], asking[0] + attention.gate * attention.out(expected), atol=1e-5)
+    assert torch.allclose(
+        attention(asking, answering)[0], asking[0] + GATE_SPEED * attention.gate * attention.out(expected), atol=1e-5
+    )
     with pytest.raises(ValueError, match="5 tokens are no square grid"):
         squared_distances(5, 4)
     with pytest.raises(ValueError, match="3 heads do not divide 8"):

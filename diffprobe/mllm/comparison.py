@@ -38,7 +38,7 @@ BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that t
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of seeing; CLIP alone has no site, timestep or guidance (empty and 0)."""
+    """A way of seeing; `site` may name several, parted by "+". CLIP alone looks at no site, so its own does not matter."""
 
     fusion: str
     site: str = MAIN_SITE
@@ -55,7 +55,12 @@ class Arm:
             return "CLIP"
         if self.fusion == "diffusion" and self.guidance == 0:
             return f"{self.site} t={self.timestep}"
-        return f"{self.fusion} s={self.guidance:g}"
+        more = f" {self.site.removeprefix(MAIN_SITE)}" if self.site != MAIN_SITE else ""
+        return f"{self.fusion} s={self.guidance:g}{more}"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.site.split("+"))
 
     @property
     def slug(self) -> str:
@@ -84,7 +89,7 @@ class Settings:
     captions: str = "shapes-captions:1500"
     instructions: str = "shapes-instruct:3000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
-    steps: tuple[int, int] = (150, 300)
+    steps: tuple[int, int] = (120, 240)
     batch: int = 24
     rates: tuple[float, float] = (2e-3, 1e-3)
     grid: int = 6
@@ -150,8 +155,8 @@ class Comparison:
 
         s = self.settings
         config = FusedConfig(
-            language_model=s.language_model, encoder=s.encoder, diffusion=s.diffusion, fusion=arm.fusion, sites=(arm.site,),
-            timestep=arm.timestep, guidance=arm.guidance, grid=s.grid, merge=s.merge, noise_seed=s.noise_seed, seed=seed,  # type: ignore[arg-type]
+            language_model=s.language_model, encoder=s.encoder, diffusion=s.diffusion, fusion=arm.fusion, sites=arm.sites,
+            timestep=arm.timestep, guidance=arm.guidance, grid=s.grid, merge=s.merge, noise_seed=s.noise_seed, seed=seed,
         )  # fmt: skip
         return FusedMLLM.build(config, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
 
@@ -203,7 +208,7 @@ class Comparison:
         shown = [load() for benchmark in self.benchmarks for item in benchmark.items for load in item.images]
         pictures += [Picture.of(image) for image in shown]
         for timestep in sorted({arm.timestep for arm in arms}):
-            sites = sorted({arm.site for arm in arms if arm.timestep == timestep})
+            sites = sorted({site for arm in arms if arm.timestep == timestep for site in arm.sites})
             eye = DiffusionEye(self.diffusion, sites, timestep, self.settings.noise_seed)
             streams = Streams({"diffusion": eye}, self.settings.grid, guidance=0.0, cache=self.cache)
             streams.prepare(pictures, [None] * len(pictures), partial(self._looked, timestep))

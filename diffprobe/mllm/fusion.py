@@ -14,7 +14,6 @@ model's width:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -33,12 +32,14 @@ FUSIONS: dict[str, tuple[str, ...]] = {
     "interleave": (CLIP, DIFFUSION),
     "cross_attention": (CLIP, DIFFUSION),
 }
-Merge = Literal["mean", "stack"]
 MERGES = ("mean", "stack")
+GATE_SPEED = (
+    10.0  # an optimizer that moves each weight by its learning rate would leave a plain gate shut for thousands of steps
+)
 
 
 def to_grid(
-    features: Float[Tensor, "image channel y x"], grid: int, merge: Merge = "mean"
+    features: Float[Tensor, "image channel y x"], grid: int, merge: str = "mean"
 ) -> Float[Tensor, "image token grid_channel"]:
     """Features on a grid of tokens, row by row.
 
@@ -84,7 +85,12 @@ class CrossAttention(nn.Module):
         layers = fresh_weights(lambda: nn.ModuleList([nn.Linear(channels, channels) for _ in range(4)]), seed)
         assert isinstance(layers, nn.ModuleList)
         self.query, self.key, self.value, self.out = layers
-        self.sharpness = nn.Parameter(torch.linspace(1.0, 4.0, heads))
+        with torch.no_grad():
+            for layer in (self.value, self.out):  # what is answered keeps the power of what was seen
+                assert isinstance(layer, nn.Linear)
+                layer.weight.mul_(3**0.5)
+                layer.bias.zero_()
+        self.sharpness = nn.Parameter(torch.linspace(2.0, 6.0, heads))  # from most of the image to one place of a 6 x 6 grid
         self.gate = nn.Parameter(torch.zeros(channels))
 
     def forward(
@@ -97,7 +103,7 @@ class CrossAttention(nn.Module):
         distance = squared_distances(asking.shape[1], answering.shape[1]).to(query)
         nearness = -self.sharpness.exp()[:, None, None] * distance
         answer = functional.scaled_dot_product_attention(query, key, value, attn_mask=nearness.to(query.dtype)[None])
-        return asking + self.gate * self.out(answer.transpose(1, 2).flatten(2))
+        return asking + GATE_SPEED * self.gate * self.out(answer.transpose(1, 2).flatten(2))
 
 
 def squared_distances(tokens: int, others: int) -> Float[Tensor, "token other"]:

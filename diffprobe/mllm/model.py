@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffprobe.encoders import VisionEncoder, load_encoder
-from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion, Merge
+from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
 from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
@@ -62,7 +62,7 @@ class FusedConfig:
     timestep: int = 50
     guidance: float = 4.0
     grid: int = 6
-    merge: Merge = "stack"
+    merge: str = "stack"
     projector: str = "mlp2x_gelu"
     heads: int = 4
     fit: str = "pad"

@@ -218,13 +218,19 @@ class Learner(nn.Module):
         """Sum of the losses of answer tokens, and how many positions were read."""
         (language,) = self._speaker
         soft = self.fusion(streams) if streams else torch.zeros(0, 0, language.width, device=language.device)
-        rows = lay_out(language, soft, questions, answers, images=images, labels=labels)
-        loss = answer_losses(language, rows).sum()
-        if (
-            not streams
-        ):  # talk without images: the fusion's gradient is zero, not absent, or processes would wait for each other
-            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.fusion.parameters())
-        return loss, rows.mask.numel()
+        # talk without images leaves the fusion a gradient of zero, not none, or processes would wait for each other
+        total = soft.sum() * 0.0 if streams else 0.0 * sum(parameter.sum() for parameter in self.fusion.parameters())
+        first, read = np.cumsum([0, *images]), 0
+        for count in sorted(set(images)):  # rows with as many images: little of them is padding
+            rows = [row for row, held in enumerate(images) if held == count]
+            mine = [place for row in rows for place in range(first[row], first[row + 1])]
+            laid = lay_out(
+                language, soft[mine], [questions[row] for row in rows], [answers[row] for row in rows],
+                images=[count] * len(rows), labels=[labels[row] for row in rows],
+            )  # fmt: skip
+            total = total + answer_losses(language, laid).sum()
+            read += laid.mask.numel()
+        return total, read
 
 
 class Samples:

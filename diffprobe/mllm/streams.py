@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffprobe.data.images import fit_image
 from diffprobe.encoders import VisionEncoder
-from diffprobe.mllm.fusion import CLIP, Merge, to_grid
+from diffprobe.mllm.fusion import CLIP, to_grid
 from diffprobe.models import DiffusionModel, EncodedText
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
@@ -270,7 +270,7 @@ class Streams:
         self,
         eyes: Mapping[str, Eye],
         grid: int,
-        merge: Merge = "mean",
+        merge: str = "mean",
         guidance: float = 1.0,
         cache: FeatureCache | None = None,
     ) -> None:
