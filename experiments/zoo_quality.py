@@ -259,7 +259,12 @@ def language(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
 
     folder = locate("shapes-lm")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return lm_rows(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval(), tokenizer, options.count, options.seed)
+    return lm_rows(
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval(),
+        tokenizer,
+        options.count,
+        options.seed,
+    )
 
 
 # --- the experiment -------------------------------------------------------------------------------
