@@ -92,7 +92,9 @@ def exists(path: str | Path) -> bool:
     """Whether there is a store at this path or URL."""
     try:
         zarr.open_group(str(path), mode="r")
-    except (FileNotFoundError, ValueError, KeyError):
+    except (ImportError, PermissionError):  # of what a URL needs; of what this user may not see
+        raise
+    except Exception:  # as in _open_group
         return False
     return True
 

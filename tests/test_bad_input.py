@@ -191,6 +191,9 @@ def test_a_labels_file_with_gaps(tiny_model: DiffusionModel, tmp_path: Path) -> 
 
 def test_mistakes_that_libraries_would_answer_with_a_traceback(fails: Fails, tiny_folder: Path, tmp_path: Path) -> None:
     extract = ("extract", "--model", tiny_folder, "--data", "shapes:2", "--out", tmp_path / "x.zarr")
+    broken = tmp_path / "broken.zarr"
+    broken.mkdir()
+    (broken / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": 7}')
     for arguments, words in (
         ((*extract, "--device", "cuda:99"), "Device 'cuda:99' cannot be used here; torch"),
         ((*extract, "--device", "toaster"), "Device 'toaster' cannot be used here; torch"),
@@ -208,6 +211,8 @@ def test_mistakes_that_libraries_would_answer_with_a_traceback(fails: Fails, tin
         (("info", tmp_path / ("x" * 300)), "File name too long"),
         (("info", "x\0y"), "is not a diffprobe store"),
         (("verify", tiny_folder), "is not a diffprobe store"),
+        ((*extract[:-1], broken), "exists and is not a store"),
+        (("info", broken), "its zarr.json is damaged"),
     ):
         assert words in fails(*arguments), arguments
     assert not (tmp_path / "x.zarr").exists()
