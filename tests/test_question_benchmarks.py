@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from diffprobe.data.question_benchmarks import DRAWN, READERS, QuestionBenchmark, QuestionItem, load_questions
+from diffprobe.data.question_benchmarks import BLINK_TASKS, DRAWN, READERS, QuestionBenchmark, QuestionItem, load_questions
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import ORDINALS, TASKS, several_images
 from diffprobe.data.shapes import COLOURS as NAMED
@@ -99,10 +99,15 @@ def blink_row(idx: str, task: str, colours: Sequence[str], answer: str) -> dict[
             "prompt": prompt, "explanation": ""}  # fmt: skip
 
 
-def blink(folder: Path, answer: str = "(A)") -> Path:
-    jigsaw = [("val_Jigsaw_1", ("red", "blue", "green"), answer), ("val_Jigsaw_2", ("red", "blue"), "(B)")]
-    table(folder / "Jigsaw" / "val-00000-of-00001.parquet", [blink_row(idx, "Jigsaw", *rest) for idx, *rest in jigsaw])
-    table(folder / "Counting" / "val-00000-of-00001.parquet", [blink_row("val_Counting_1", "Counting", ("grey",), "(B)")])
+def blink(folder: Path, answer: str = "(A)", tasks: Sequence[str] = BLINK_TASKS) -> Path:
+    for task in tasks:
+        rows = [blink_row(f"val_{task}_1", task, ("grey",), "(B)")]
+        if task == "Jigsaw":
+            rows = [
+                blink_row("val_Jigsaw_1", task, ("red", "blue", "green"), answer),
+                blink_row("val_Jigsaw_2", task, ("red", "blue"), "(B)"),
+            ]
+        table(folder / task / "val-00000-of-00001.parquet", rows)
     table(folder / "Jigsaw" / "test-00000-of-00001.parquet", [blink_row("test_Jigsaw_1", "Jigsaw", ("red",), "hidden")])
     return folder
 
@@ -246,11 +251,12 @@ def test_naturalbench_groups(tmp_path: Path) -> None:
 
 
 def test_blink_has_as_many_images_as_the_row(tmp_path: Path) -> None:
-    items = load_questions(f"blink:{blink(tmp_path)}").items
-    assert [item.id for item in items] == ["blink-val_Counting_1", "blink-val_Jigsaw_1", "blink-val_Jigsaw_2"]
-    assert [shown(item) for item in items] == [["grey"], ["red", "blue", "green"], ["red", "blue"]]
-    assert items[1].question == "Jigsaw: which?\n(A) left\n(B) right"
-    assert items[1].record == {"task": "Jigsaw", "options": ("left", "right"), "answer": "(A)"}
+    items = {item.id: item for item in load_questions(f"blink:{blink(tmp_path)}").items}
+    assert len(items) == 15 and not any("test" in name for name in items)
+    one, three, two = (items[f"blink-val_{name}"] for name in ("Counting_1", "Jigsaw_1", "Jigsaw_2"))
+    assert [shown(item) for item in (one, two, three)] == [["grey"], ["red", "blue"], ["red", "blue", "green"]]
+    assert three.question == "Jigsaw: which?\n(A) left\n(B) right"
+    assert three.record == {"task": "Jigsaw", "options": ("left", "right"), "answer": "(A)"}
 
 
 @pytest.mark.parametrize(
@@ -402,6 +408,11 @@ def test_files_that_are_missing_or_leave_the_folder(tmp_path: Path) -> None:
             "pope",
             pope(folder("g"), official=True, label="maybe"),
             "random, question_id 1: the answer is 'maybe'; it must be yes or no",
+        ),
+        (
+            "blink",
+            blink(folder("n"), tasks=BLINK_TASKS[2:]),
+            "has no Art_Style, Counting; BLINK's score is the mean of 14 tasks",
         ),
         ("blink", blink(folder("h"), answer="(C)"), r"idx 'val_Jigsaw_1': the answer '\(C\)' is none of \(A\), \(B\)"),
         (

@@ -254,13 +254,21 @@ def read_naturalbench(folder: Path, images: Path | None = None) -> Iterator[Ques
         yield QuestionItem(f"naturalbench-{group:04d}-q{within // 2}-i{within % 2}", (row["Image"],), text, record)
 
 
+BLINK_TASKS = (
+    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw", "Multi-view_Reasoning",
+    "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
+    "Visual_Correspondence", "Visual_Similarity",
+)  # fmt: skip
 BLINK_IMAGES = ("image_1", "image_2", "image_3", "image_4")
 
 
 def read_blink(folder: Path, images: Path | None = None) -> Iterator[QuestionItem]:
-    """The tasks of BLINK by name; their test split has no answers and is passed over."""
+    """The tasks of BLINK by name, all 14, whose mean is the score; their test split has no answers and is passed over."""
+    tables = _tables(folder, "val")
+    if absent := [task for task in BLINK_TASKS if task not in {path.parent.name for path in tables}]:
+        raise ValueError(f"'{folder}' has no {', '.join(absent)}; BLINK's score is the mean of {len(BLINK_TASKS)} tasks.")
     columns = ("idx", "sub_task", *BLINK_IMAGES, "choices", "answer", "prompt")
-    for row in _parquet_rows(_tables(folder, "val"), folder, columns, BLINK_IMAGES, BLINK_IMAGES):
+    for row in _parquet_rows(tables, folder, columns, BLINK_IMAGES, BLINK_IMAGES):
         options = _choices(f"'{folder}', idx {row['idx']!r}", row)
         loaders = tuple(row[name] for name in BLINK_IMAGES if row[name] is not None)
         if not loaders:
