@@ -90,7 +90,7 @@ class Settings:
     instructions: str = "shapes-instruct:3000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
     steps: tuple[int, int] = (120, 240)
-    batch: int = 24
+    batch: int = 20
     rates: tuple[float, float] = (2e-3, 1e-3)
     grid: int = 6
     merge: str = "stack"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,9 @@ from PIL import Image
 from diffprobe.data.blank import GREY
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem
 from diffprobe.mllm.evaluate import SCORERS, read_choice, split_options
-from diffprobe.mllm.model import FusedMLLM
+
+if TYPE_CHECKING:
+    from diffprobe.mllm.model import FusedMLLM
 
 CONDITIONS = ("own", "unprompted", "irrelevant", "blank", "text")
 BLIND = ("blank", "text")

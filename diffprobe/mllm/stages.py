@@ -219,8 +219,7 @@ class Learner(nn.Module):
         (language,) = self._speaker
         soft = self.fusion(streams) if streams else torch.zeros(0, 0, language.width, device=language.device)
         # talk without images leaves the fusion a gradient of zero, not none, or processes would wait for each other
-        silent = soft if streams else torch.stack([parameter.sum() for parameter in self.fusion.parameters()])
-        total = silent.sum() * 0.0
+        total = soft.sum() * 0.0 if streams else torch.stack([p.sum() for p in self.fusion.parameters()]).sum() * 0.0
         first, read = np.cumsum([0, *images]), 0
         for count in sorted(set(images)):  # rows with as many images: little of them is padding
             rows = [row for row, held in enumerate(images) if held == count]
