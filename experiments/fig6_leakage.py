@@ -196,6 +196,9 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     ]
     ours = ours[np.where(ours["condition"] == "mismatched", ours["score"] == "fed", ours["score"] == "references")]
     titles = {"none": "fed: nothing", "own": "fed: its own caption", "mismatched": "fed: mismatched, scored against it"}
+    theirs = {
+        name: f"paper: {title.removeprefix('fed: ').removesuffix(', scored against it')}" for name, title in titles.items()
+    }
     ours = ours.assign(panel=ours["condition"].map(titles), site=ours["arm"].map(ARMS))
     # without a text s changes nothing for arm U, and one test serves all s; drawn once a scale all the same
     published = []
@@ -204,9 +207,9 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
         condition = row["inference"].removesuffix("_caption")
         for name in ("s1", "s1.5", "s4"):
             if not np.isnan(row[name]):
-                published.append({"panel": f"paper, {titles[condition]}", "site": ARMS[PAPER[row["training"]]], "guidance": float(name[1:]),
+                published.append({"panel": theirs[condition], "site": ARMS[PAPER[row["training"]]], "guidance": float(name[1:]),
                                   "value": row[name], "low": np.nan, "high": np.nan, "chance": np.nan})  # fmt: skip
-    order = {title: k for k, title in enumerate([titles[c] for c in FED] + [f"paper, {titles[c]}" for c in FED])}
+    order = {title: k for k, title in enumerate([names[c] for names in (titles, theirs) for c in FED])}
     both = pd.concat([ours, pd.DataFrame(published)], ignore_index=True)
     return both.sort_values("panel", key=lambda names: names.map(order), kind="stable")
 
