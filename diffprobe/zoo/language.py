@@ -5,13 +5,16 @@ for captions or puts the questions of `data/questions.py` and `data/twins.py`.  
 described, in changing words, orders and completeness; so a later projector that puts soft tokens in place of the
 description finds a model that already looks there for its answers.
 
+A row holds one description and many branches, each a question that does not see the others: as turns of one talk, a name
+asked about before would pass for one described, and short descriptions would be read again for every question.
+
 Every assistant turn ends with the end token; the padding token is another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +51,18 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "web": ("Write a caption of the image.", "Describe the image."),
 }
 PARTS = 3  # of a batch, for each forward pass
-HARD = ("existence", "relation", "comparison", "mark")  # learnt last: asked twice of a scene
+HARD = ("existence", "relation", "comparison", "mark")  # learnt last
+HARD_WEIGHT = 3.0  # how much more often these are asked
+DRAWS = 3  # of each category's questions, for a scene
+ASKED, LOOKUPS = 10, 5  # branches of a talk
+LOOKUP_FORMS = {
+    # what is named: how it is asked for, and which attribute is the answer
+    "{colour}": ("What is {}?", "shape"),
+    "{shape}": ("Which {} is there?", "colour"),
+    "{colour} {shape}": ("How large is the {}?", "size"),
+}
+NOTHING = "nothing"
+BETWEEN = (" ", "\n", " \n")  # description and question; the last is what stands after a projector's soft tokens
 REPEAT = "Repeat the description."
 TWIN_SEED = 2**20  # the twins trained on; benchmarks count their seeds from 0
 
@@ -61,12 +75,16 @@ class Config:
     start: Path | None = None  # a folder of shapes-lm: its weights are trained further, instead of random ones
     scenes: int = 200_000
     steps: int = 1200
-    batch: int = 24
-    easy_share: float = 0.3  # of the steps, with one or two objects alone
-    easy_repeats: float = 0.7  # of these descriptions are to be repeated: looking back into the text is learnt there
+    batch: int = 16
+    one_until: int = 50  # at steps below this a scene has one object
+    two_until: int = 600  # below this one or two
+    easy_repeats: float = 0.15  # of these descriptions are to be repeated: looking back into the text is learnt there
+    repeats: float = 0.05  # of all others
+    captions: float = 0.05  # of the texts are a caption alone
     peak: float = 2e-3
+    muon_peak: float = 3e-3
     decay_share: float = 0.4
-    other_weight: float = 0.1  # of all tokens that are not the assistant's: most of them cannot be foreseen
+    other_weight: float = 0.02  # of all tokens that are not the assistant's: most of them cannot be foreseen
     save_every: int = 100
 
 
@@ -132,34 +150,87 @@ def captioned(scene: shapes.Scene, rng: Rng) -> list[Turn]:
 
 
 def scene_and_questions(index: int, seed: int, rng: Rng, n_objects: int | None = None) -> tuple[shapes.Scene, list[Question]]:
-    """A training scene with the questions that suit it; a quarter are twins, with the questions of their benchmark."""
+    """A training scene with the questions that suit it; a quarter are twins, whose benchmark's questions come first."""
+    own: tuple[Question, ...] = ()
     if rng.random() < 0.25:
         pair = KINDS[pick(rng, ("mmvp", "naturalbench"))](TWIN_SEED + seed, index)
         side = int(rng.integers(2))
-        return pair.scenes[side], list(pair.questions[side])
-    scene = shapes.random_scene(seed, index, "train", n_objects) if n_objects else train_scene(index, seed)
-    first, second = (questions(scene, int(number)) for number in rng.integers(2**31, size=2))
-    more = [q for q in second if q.category in HARD and q not in first]
-    return scene, [*first, *more]
+        scene, own = pair.scenes[side], pair.questions[side]
+    else:
+        scene = shapes.random_scene(seed, index, "train", n_objects) if n_objects else train_scene(index, seed)
+    # Drawn again, the same question comes again; taking it out would leave more "no" than "yes", for absent things are many.
+    more = [q for number in rng.integers(2**31, size=DRAWS) for q in questions(scene, int(number))]
+    return scene, [*own, *(q for q in more if not own or q.category != "mark")]  # twins have marks for a reason, or none
 
 
-def conversation(
-    scene: shapes.Scene, asked: Sequence[Question], rng: Rng, captions: float = 0.35, repeats: float = 0.05
-) -> list[Turn]:
-    """A description, then questions about it in any order, and now and then a request to caption or to repeat it."""
-    described = describe(scene, asked, rng)
-    exchanges = [
-        [{"role": "user", "content": q.text}, {"role": "assistant", "content": q.answer}]
-        for q in (asked[int(i)] for i in rng.permutation(len(asked)))
-    ]
-    if not exchanges or rng.random() < captions:
-        exchanges.insert(int(rng.integers(len(exchanges) + 1)), captioned(scene, rng))
+def lookup(scene: shapes.Scene, rng: Rng) -> tuple[str, str]:
+    """What stands with a name, as often one that is not there: then "nothing".
+
+    A yes or no is one bit, from which a model learns little before it can look for a name; here the same look is rewarded
+    by a word that stands in one place only.
+    """
+    present = rng.random() < 0.5
+    form = pick(rng, tuple(LOOKUP_FORMS))
+    asked, attribute = LOOKUP_FORMS[form]
+    names = [form.format(**vars(o)) for o in scene.objects]
+    single = [i for i, name in enumerate(names) if names.count(name) == 1]
+    if present and single:
+        index = pick(rng, single)
+        return asked.format(names[index]), str(getattr(scene.objects[index], attribute))
+
+    def absent(colours: Iterable[str], kinds: Iterable[str]) -> list[str]:
+        # no pair that is held out: those are never there in training, and would be known by their name
+        pairs = [(c, s) for c in colours for s in kinds if not shapes.held_out(c, s)]
+        every = dict.fromkeys(form.format(colour=c, shape=s) for c, s in pairs)
+        return [name for name in every if name not in names]
+
+    crossed = absent([o.colour for o in scene.objects], [o.shape for o in scene.objects])
+    choices = crossed if crossed and rng.random() < 0.5 else absent(shapes.COLOURS, shapes.SHAPES)
+    return asked.format(pick(rng, choices)), NOTHING
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A description, and branches that each go on from it and do not know of each other.
+
+    A branch is a list of exchanges: what the user says, and what the assistant answers.
+    """
+
+    described: str
+    branches: list[list[tuple[str, str]]]
+
+
+def talk(scene: shapes.Scene, asked: Sequence[Question], rng: Rng, repeats: float = 0.05) -> Talk:
+    """A description and what is asked about it: `ASKED` questions, `LOOKUPS`, a caption, and now and then to repeat it.
+
+    The first two questions are always asked: what suits a twin comes first.
+    """
+    weights = np.array([HARD_WEIGHT if q.category in HARD else 1.0 for q in asked[2:]])
+    drawn = rng.choice(len(weights), min(ASKED - 2, len(weights)), replace=False, p=weights / weights.sum())
+    chosen = [*asked[:2], *(asked[2 + int(i)] for i in drawn)]
+    described = describe(scene, chosen, rng)
+    branches: list[list[tuple[str, str]]] = []
+    for number in rng.permutation(len(chosen)):
+        exchange = (chosen[int(number)].text, chosen[int(number)].answer)
+        if branches and rng.random() < 0.15:
+            branches[-1].append(exchange)
+        else:
+            branches.append([exchange])
+    branches += [[lookup(scene, rng)] for _ in range(LOOKUPS)]
+    request, said = captioned(scene, rng)
+    branches.append([(request["content"], said["content"])])
     if rng.random() < repeats:
-        repeated = [{"role": "user", "content": REPEAT}, {"role": "assistant", "content": described}]
-        exchanges.insert(int(rng.integers(len(exchanges) + 1)), repeated)
-    turns = [turn for exchange in exchanges for turn in exchange]
-    turns[0] = {"role": "user", "content": f"{described}{pick(rng, (' ', chr(10)))}{turns[0]['content']}"}
-    return turns
+        branches.append([(REPEAT, described)])
+    return Talk(described, branches)
+
+
+def turns(text: Talk, branch: int, between: str = " ") -> list[Turn]:
+    """One branch of a talk as the chat template takes it."""
+    found: list[Turn] = []
+    for asked, answered in text.branches[branch]:
+        asked = asked if found else f"{text.described}{between}{asked}"
+        found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return found
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -178,13 +249,9 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = np.random.default_rng([config.seed, 4])
+    talks = (talk(*scene_and_questions(i, config.seed, rng), rng) for i in range(1500))
     learner.train_from_iterator(
-        (
-            turn["content"]
-            for i in range(3000)
-            for turn in conversation(*scene_and_questions(i, config.seed, rng), rng, captions=1.0, repeats=1.0)
-        ),
-        trainer,
+        (turn["content"] for t in talks for i in range(len(t.branches)) for turn in turns(t, i)), trainer
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=learner, **SPECIAL, extra_special_tokens=list(ROLES), model_max_length=512, padding_side="left"
@@ -225,45 +292,158 @@ def encode(tokenizer: PreTrainedTokenizerFast, talks: Sequence[list[Turn] | str]
     return ids, spoken
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Talks as rows of tokens: a description once, then its branches one after the other.
+
+    Attributes:
+        ids: (row, token), padded on the right.
+        positions: (row, token); every branch goes on counting where the description ended.
+        branch: (row, token), 0 for the description, then 1, 2, ...; -1 where padded.
+        spoken: (row, token), whether the assistant says it.
+        weights: (row, token), what its prediction from the token before counts.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    branch: Tensor
+    spoken: Tensor
+    weights: Tensor
+
+    def part(self, rows: Tensor) -> Packed:
+        """Some rows, no longer than they need be."""
+        longest = int((self.branch[rows] >= 0).sum(1).max())
+        return Packed(*(getattr(self, field.name)[rows, :longest] for field in fields(self)))
+
+    def attention(self) -> Tensor:
+        """What each token sees (row, 1, token, token): what stands before it in its own branch and in the description."""
+        own, other = self.branch[:, :, None], self.branch[:, None, :]
+        return ((own == other) | (other == 0)).tril()[:, None]
+
+
+Token = tuple[int, int, int, bool, float]  # its number, position, branch, whether spoken, weight
+
+
+def _said(ids: Sequence[int], position: int, branch: int, weight: float, spoken: bool = False) -> list[Token]:
+    """Tokens one after the other from `position` on."""
+    return [(number, position + i, branch, spoken, weight) for i, number in enumerate(ids)]
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, talks: Sequence[Talk | str], rng: Rng, other_weight: float) -> Packed:
+    """Lay talks and bare captions out; each token has the number that `encode` gives it, branch by branch.
+
+    A turn of n assistant's tokens counts as sqrt(n) tokens: counted by the token, one caption outweighs ten answers of
+    yes or no, and counted by the turn it would hardly be learnt.
+
+    Args:
+        other_weight: What each token of a description or a question counts.
+    """
+    user, assistant = (int(number) for number in tokenizer.convert_tokens_to_ids(list(ROLES)))
+    bos, eos = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+    texts: list[str] = []  # one call for all of them: a call a text would take longer than the training step
+    for one in talks:
+        texts.append(one if isinstance(one, str) else one.described)
+        between = pick(rng, BETWEEN)
+        for exchanges in [] if isinstance(one, str) else one.branches:
+            for number, (asked, answered) in enumerate(exchanges):
+                texts += [asked if number else f".{between}{asked}", answered]
+    stop, *said = tokenizer([".", *texts], add_special_tokens=False).input_ids
+    numbers = iter(said)
+    rows: list[list[Token]] = []
+    for one in talks:
+        first = next(numbers)
+        if isinstance(one, str):
+            share = (len(first) + 1) ** -0.5
+            rows.append([*_said([bos], 0, 0, 0.0), *_said([*first, eos], 1, 0, share, spoken=True)])
+            continue
+        row = _said([bos, user, *first], 0, 0, other_weight)
+        end = len(row)
+        for branch, exchanges in enumerate(one.branches, 1):
+            place, begins = end, len(row)
+            for number in range(len(exchanges)):
+                request = next(numbers)
+                request = [user, *request] if number else request[len(stop) :]  # as it stands after a description's full stop
+                answer = [*next(numbers), eos]
+                row += _said([*request, assistant], place, branch, other_weight)
+                place += len(request) + 1
+                row += _said(answer, place, branch, len(answer) ** -0.5, spoken=True)
+                place += len(answer)
+            row[begins] = (*row[begins][:4], 0.0)  # what stands before it in the row is not what it follows
+        rows.append(row)
+    longest = max(map(len, rows))
+    padded = [row + [(int(tokenizer.pad_token_id), 0, -1, False, 0.0)] * (longest - len(row)) for row in rows]
+    return Packed(*(torch.tensor([[token[k] for token in row] for row in padded]) for k in range(5)))
+
+
+def optimizers(model: LlamaForCausalLM, config: Config) -> tuple[tuple[torch.optim.Optimizer, float], ...]:
+    """Muon for the matrices inside the layers, AdamW for the embeddings and the norms, each with its peak learning rate."""
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    outside = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(inside, config.muon_peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(outside, config.peak, betas=(0.9, 0.98), weight_decay=0.0)
+    return (muon, config.muon_peak), (adam, config.peak)
+
+
+def most_objects(step: int, config: Config) -> int | None:
+    """How many objects a scene has at most at this step; None when scenes are as they come.
+
+    >>> config = Config(one_until=10, two_until=50)
+    >>> [most_objects(step, config) for step in (9, 10, 49, 50)]
+    [1, 2, 2, None]
+    """
+    if config.start is not None or step >= config.two_until:
+        return None
+    return 1 if step < config.one_until else 2
+
+
+def talks_of(indices: np.ndarray, step: int, config: Config, rng: Rng) -> list[Talk | str]:
+    """The texts of one step: talks, and now and then a caption alone."""
+    most = most_objects(step, config)
+    found: list[Talk | str] = []
+    for index in indices:
+        scene, asked = scene_and_questions(int(index), config.seed, rng, most and int(rng.integers(1, most + 1)))
+        if rng.random() < config.captions:
+            order = [int(i) for i in rng.permutation(len(scene.objects))]
+            found.append(shapes.caption(scene, pick(rng, shapes.CAPTION_STYLES), order).text)
+        else:
+            found.append(talk(scene, asked, rng, config.easy_repeats if most else config.repeats))
+    return found
+
+
 def train_lm(config: Config, folder: Path) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """Next-token prediction in which the assistant's words count most; logged: their loss and accuracy on the batch just seen."""
+    """Next-token prediction in which the assistant's turns count most; logged: their loss and accuracy on the batch just seen."""
     torch.manual_seed(config.seed + 4)
     tokenizer = build_tokenizer(config) if config.start is None else PreTrainedTokenizerFast.from_pretrained(config.start)
     model = build_lm(tokenizer)
     if config.start is not None:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(config.start).float().state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak, betas=(0.9, 0.98), weight_decay=0.05)
-    progress = Progress(folder, "lm", {"model": model}, optimizer)
+    (muon, _), (adam, _) = pair = optimizers(model, config)
+    progress = Progress(folder, "lm", {"model": model, "muon": muon}, adam)
     history: list[tuple[float, ...]] = []
     for indices in batches(config.scenes, config.batch, config.seed + 4, progress.step):
         if progress.step >= config.steps:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = config.peak * learning_rate_share(progress.step, config.steps, config.decay_share)
+        for optimizer, peak in pair:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * learning_rate_share(progress.step, config.steps, config.decay_share)
         rng = np.random.default_rng([config.seed, 4, progress.step])
-        easy = config.start is None and progress.step < config.easy_share * config.steps
-        talks: list[list[Turn] | str] = []
-        for index in indices:
-            scene, asked = scene_and_questions(int(index), config.seed, rng, int(rng.integers(1, 3)) if easy else None)
-            if rng.random() < 0.05:
-                order = [int(i) for i in rng.permutation(len(scene.objects))]
-                talks.append(shapes.caption(scene, pick(rng, shapes.CAPTION_STYLES), order).text)
-            else:
-                talks.append(conversation(scene, asked, rng, repeats=config.easy_repeats if easy else 0.05))
-        ids, spoken = encode(tokenizer, talks)
-        lengths = (ids != tokenizer.pad_token_id).sum(1)
-        weights = torch.where(spoken.bool(), 1.0, config.other_weight) * (ids != tokenizer.pad_token_id)
+        packed = pack(tokenizer, talks_of(indices, progress.step, config, rng), rng, config.other_weight)
+        total = packed.weights[:, 1:].sum()
         said: list[tuple[Tensor, Tensor]] = []
-        for rows in lengths.argsort().chunk(PARTS):  # texts of like length together: half of the batch would be padding
-            longest = int(lengths[rows].max())
-            wanted, own = ids[rows, 1:longest], spoken[rows, 1:longest].bool()
-            logits = model(input_ids=ids[rows, :longest]).logits[:, :-1]  # what stands before padding never sees it
-            losses = functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
-            ((losses * weights[rows, 1:longest]).sum() / weights[:, 1:].sum()).backward()
-            said.append((losses[own].detach(), (logits.argmax(-1) == wanted)[own].float()))
+        for rows in (packed.branch >= 0).sum(1).argsort().chunk(PARTS):  # of like length together: less padding
+            part = packed.part(rows)
+            wanted, own = part.ids[:, 1:], part.spoken[:, 1:]
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(input_ids=part.ids, position_ids=part.positions, attention_mask=part.attention()).logits
+            logits = logits[:, :-1].flatten(0, 1).float()
+            losses = functional.cross_entropy(logits, wanted.flatten(), reduction="none").unflatten(0, wanted.shape)
+            ((losses * part.weights[:, 1:]).sum() / total).backward()
+            right = logits.argmax(-1).unflatten(0, wanted.shape) == wanted
+            said.append((losses[own].detach(), right[own].float()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, _ in pair:
+            optimizer.step()
+            optimizer.zero_grad()
         progress.step += 1
         history.append(tuple(torch.cat(column).mean().item() for column in zip(*said, strict=True)))
         if progress.step % 25 == 0:

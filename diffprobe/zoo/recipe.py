@@ -18,7 +18,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +131,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 class Progress:
     """Checkpoints and the loss curve of one stage, in one folder; a stage that was cut off goes on from here."""
 
-    def __init__(self, folder: Path, stage: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        modules: Mapping[str, nn.Module | torch.optim.Optimizer],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.curve = folder / f"{stage}_loss.csv"
         self.state = folder / f"{stage}.pt"
