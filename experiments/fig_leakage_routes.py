@@ -8,7 +8,8 @@ the end and padding tokens, or the content words masked in the cross-attentions,
 to the first K cross-attentions.  Mismatched prompts throughout.  Where all cross-attentions before the site are cut,
 no text is left: that row must have no leak.
 
-Expected headline: the leak enters through the content words and the tokens after them.  About 15 minutes on two cores.
+Expected was that the leak enters through the content words; found: through the end and padding tokens.  About 15 minutes beside
+other work after fig6_leakage, whose projectors it shares.
 """
 
 from __future__ import annotations
