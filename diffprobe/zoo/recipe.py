@@ -56,7 +56,7 @@ class Config:
     text_relation_steps: int = 250
     unet_steps: int = 5450
     unet_batch: int = 32
-    unet_precision: str = "bf16"  # as accelerate names it; weights and their averages stay float32
+    unet_bfloat16: bool = True  # the forward pass; weights and their averages stay float32
     unet_lr: float = 8e-4
     text_lr: float = 2e-4
     decay_share: float = 0.25
@@ -413,7 +413,7 @@ def train_unet(config: Config, folder: Path) -> None:
     the velocity, which makes the steps count where the prompt decides what appears.
     """
     # without cpu=True, processes on CPUs do not find each other
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.unet_precision)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(config.seed + 2)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
@@ -449,7 +449,8 @@ def train_unet(config: Config, folder: Path) -> None:
         timesteps = torch.from_numpy(rng.integers(1000, size=len(indices))).to(accelerator.device)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        predicted = wrapped(noised, timesteps, tokenize(tokenizer, texts).to(accelerator.device))
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.unet_bfloat16):
+            predicted = wrapped(noised, timesteps, tokenize(tokenizer, texts).to(accelerator.device))
         error = (predicted.float() - noise).square().mean((1, 2, 3))
         loss = (error * (1 / alpha.flatten()).clamp(max=5.0)).mean()
         accelerator.backward(loss)
