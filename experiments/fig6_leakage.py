@@ -12,7 +12,7 @@ Without decoding: the fed-in caption of 40 images is ranked among 100 of its len
 of the same image without a prompt, or of nothing.
 
 Expected headline: with own captions CIDEr rises with s; the mismatched caption comes back, the more so the larger s.
-About 15 minutes on two cores; the three leakage experiments share projectors, all together about 40.
+Took 21 minutes on one of two busy cores; the three leakage experiments share projectors, all together 49 (34 of computing).
 """
 
 from __future__ import annotations
