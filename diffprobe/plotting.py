@@ -1418,7 +1418,7 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAG
     for line, label in enumerate(labels):
         top = tall * line
         axis.axhline(top, color="0.85", linewidth=0.5)
-        axis.text(0, top + 0.1, str(label), va="center", fontsize=6.5)
+        axis.text(0, top + 0.03, str(label).replace(" +", "\n+"), va="top", fontsize=6.5)  # further sites below the first
         for x, score in zip(places, scores, strict=True):
             if (label, score) not in rows.index:
                 continue
