@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -28,7 +27,9 @@ from diffprobe.mllm.comparison import (
     Arm,
     change_rows,
     experiment_comparison,
+    pattern_rows,
     score_rows,
+    table_rows,
 )
 from diffprobe.plotting import plot_probe_differences, plot_score_table
 
@@ -107,36 +108,24 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     return claims
 
 
-def with_published(rows: pd.DataFrame) -> pd.DataFrame:
-    """Scores of every arm beside the paper's row of the same name."""
+def published() -> pd.DataFrame:
+    """The paper's rows by the label of our arm."""
     paper = reference("table1_diffusion_only")
     names = ["CLIP" if pd.isna(row["timestep"]) else f"{row['encoder']} t={row['timestep']:g}" for _, row in paper.iterrows()]
-    known = paper.assign(label=names).set_index("label")
-    own = rows[
-        (rows["kind"] == "score") & (rows["condition"] == "own") & (rows["group"] == "all") & rows["score"].isin([*SCORES])
-    ]
-    published = [
-        known.loc[row["arm"], SCORES[row["score"]]] if row["arm"] in known.index else np.nan for _, row in own.iterrows()
-    ]
-    return own.assign(label=own["arm"], published=published)
+    return paper.assign(label=names).set_index("label")
 
 
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
-    table = with_published(rows)
-    order = {score: k for k, score in enumerate(SCORES)}
-    table = table.sort_values("score", key=lambda names: names.map(order), kind="stable")
+    table = table_rows(rows, published(), SCORES)
     changes = rows[(rows["kind"] == "change") & (rows["group"] == "all")]
     shown = changes.assign(
         label=changes["score"], site=changes["against"].str.removesuffix(", own"), what=f"{MAIN.label} less the other"
     )
-    patterns = rows[
-        (rows["kind"] == "score") & (rows["score"] == "MMVP") & (rows["condition"] == "own") & (rows["group"] != "all")
-    ]
     return {
         "": plot_score_table(table, title="One frozen encoder (percent; in grey the paper's, whose VQA is LLaVA-Bench)"),
         "patterns": plot_score_table(
-            patterns.assign(label=patterns["arm"], score=patterns["group"], published=np.nan),
+            pattern_rows(rows),
             title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
         ),
         "changes": plot_probe_differences(shown, title="Paired differences of scores"),

@@ -25,7 +25,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict
-from diffprobe.mllm.comparison import ACCURACY, MAIN_SITE, Arm, change_rows, experiment_comparison, score_rows
+from diffprobe.mllm.comparison import (
+    ACCURACY,
+    MAIN_SITE,
+    Arm,
+    change_rows,
+    experiment_comparison,
+    pattern_rows,
+    score_rows,
+    table_rows,
+)
 from diffprobe.mllm.judging import CONDITIONS
 from diffprobe.plotting import plot_probe_differences, plot_score_table
 
@@ -135,25 +144,16 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     return claims
 
 
-def with_published(rows: pd.DataFrame) -> pd.DataFrame:
-    """Scores of every arm beside the paper's row of the same name."""
+def published() -> pd.DataFrame:
+    """The paper's rows by the label of our arm."""
     paper = reference("table2_fusion")
     names = ["CLIP" if pd.isna(row["s"]) else f"{row['fusion']} s={row['s']:g}" for _, row in paper.iterrows()]
-    known = paper.assign(label=names).set_index("label")
-    own = rows[
-        (rows["kind"] == "score") & (rows["condition"] == "own") & (rows["group"] == "all") & rows["score"].isin([*SCORES])
-    ]
-    published = [
-        known.loc[row["arm"], SCORES[row["score"]]] if row["arm"] in known.index else np.nan for _, row in own.iterrows()
-    ]
-    return own.assign(label=own["arm"], published=published)
+    return paper.assign(label=names).set_index("label")
 
 
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
-    table = with_published(rows)
-    order = {score: k for k, score in enumerate(SCORES)}
-    table = table.sort_values("score", key=lambda names: names.map(order), kind="stable")
+    table = table_rows(rows, published(), SCORES)
     changes = rows[(rows["kind"] == "change") & rows["group"].isin(["all", "blind"])]
     against_clip = changes[changes["against"] == f"{CLIP.label}, own"]
     told = {"own": "its question", "irrelevant": "an irrelevant question", "unprompted": "nothing"}
@@ -161,9 +161,6 @@ def draw(result: Result) -> Mapping[str, Figure]:
         label=against_clip["score"] + np.where(against_clip["group"] == "blind", ", blind patterns", ""), site=against_clip["arm"],
         what=["told " + told[condition] for condition in against_clip["condition"]],
     )  # fmt: skip
-    patterns = rows[
-        (rows["kind"] == "score") & (rows["score"] == "MMVP") & (rows["condition"] == "own") & (rows["group"] != "all")
-    ]
     check = rows[
         (rows["kind"] == "score") & (rows["group"] == "all") & rows["arm"].isin([CLIP.label, *(a.label for a in CHECKED)])
     ]
@@ -172,7 +169,7 @@ def draw(result: Result) -> Mapping[str, Figure]:
             table, title="CLIP and diffusion features fused (percent; in grey the paper's, whose VQA is LLaVA-Bench)"
         ),
         "patterns": plot_score_table(
-            patterns.assign(label=patterns["arm"], score=patterns["group"], published=np.nan),
+            pattern_rows(rows),
             title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
         ),
         "changes": plot_probe_differences(shown, title="Paired differences from CLIP alone"),

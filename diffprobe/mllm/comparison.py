@@ -387,3 +387,34 @@ def _groups(answers: pd.DataFrame) -> list[tuple[str, str, tuple[str, ...]]]:
             found += [(score, "blind", BLIND_SPOTS), (score, "other", others)] if score in PAIRED else []
             found += [(score, pattern, (pattern,)) for pattern in PATTERNS] if score == "MMVP" else []
     return found
+
+
+# --- from rows to tables ------------------------------------------------------------------------------
+
+
+def table_rows(rows: pd.DataFrame, paper: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Lines of `plot_score_table`: every arm's scores beside the paper's of the same name.
+
+    Args:
+        rows: of `score_rows`.
+        paper: its index are labels of arms.
+        columns: of the paper, by our score; their order is the table's.
+    """
+    own = rows[
+        (rows["kind"] == "score") & (rows["condition"] == "own") & (rows["group"] == "all") & rows["score"].isin([*columns])
+    ]
+    published = [
+        paper.loc[row["arm"], columns[row["score"]]] if row["arm"] in paper.index else np.nan for _, row in own.iterrows()
+    ]
+    order = {score: k for k, score in enumerate(columns)}
+    return own.assign(label=own["arm"], published=published).sort_values(
+        "score", key=lambda names: names.map(order), kind="stable"
+    )
+
+
+def pattern_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Lines of `plot_score_table`: every arm's MMVP-like pairs by pattern."""
+    found = rows[
+        (rows["kind"] == "score") & (rows["score"] == "MMVP") & (rows["condition"] == "own") & (rows["group"] != "all")
+    ]
+    return found.assign(label=found["arm"], score=found["group"], published=np.nan)
