@@ -859,6 +859,17 @@ def reproduce(
     experiments: Annotated[
         Path | None, typer.Option(help="Folder of the experiment files.", show_default="this checkout's")
     ] = None,
+    trainings: Annotated[
+        int, typer.Option(min=0, help="Of each arm, where something is trained; each experiment's own number when 0.")
+    ] = 0,
+    arms: Annotated[
+        str,
+        typer.Option(help="Beginnings of the labels of the arms that a table is to have, parted by commas; all by default."),
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of what is trained, for example language_model=smollm2."),
+    ] = None,
 ) -> None:
     """Measure, judge and draw every figure and table.
 
@@ -873,7 +884,10 @@ def reproduce(
         for name, title in list_experiments(files):
             _out.print(f"{name:<20} {title}", markup=False, soft_wrap=True)
         return
-    options = Options(model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device)
+    options = Options(
+        model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device, trainings=trainings, arms=arms,
+        set=tuple(set_ or ()),
+    )  # fmt: skip
     if from_csv and options != Options(work=work):
         raise ValueError("--from-csv draws what was measured; it goes only with names, --out and --work.")
     folder = out or Path("runs/smoke" if smoke else "figures")
@@ -971,6 +985,9 @@ def leakage_run(
     language_model: Annotated[
         str, typer.Option("--language-model", "-l", help="shapes-lm, smollm2, a folder or a hub id.")
     ] = "shapes-lm",
+    language_dtype: Annotated[
+        str, typer.Option(help="The language model's: float32, bfloat16, float16; auto is float32 on a CPU, else bfloat16.")
+    ] = "auto",
     arms: Annotated[
         str,
         typer.Option(
@@ -993,6 +1010,7 @@ def leakage_run(
     learning_rate: Annotated[float, typer.Option(min=0, help="The highest; it falls to zero along a cosine.")] = 1e-3,
     grid: Annotated[int, typer.Option(min=1, help="Soft tokens on a side.")] = 6,
     candidates: Annotated[int, typer.Option(min=2, help="Texts that the fed one is ranked among.")] = 100,
+    ranked: Annotated[int, typer.Option(min=0, help="Test images for which it is ranked; 0 for none.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the features' noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
@@ -1007,13 +1025,13 @@ def leakage_run(
     settings = Settings(
         model=model or (origin["request"]["model"] if store else "shapes-sd"),
         data=data or (origin["data"] if store else "shapes:1500?split=train"),
-        test=test, language_model=language_model, request=request, grid=grid, steps=steps, batch=batch,
-        learning_rate=learning_rate, noise_seed=origin["request"]["seed"] if store else seed,
+        test=test, language_model=language_model, language_dtype=language_dtype, request=request, grid=grid, steps=steps,
+        batch=batch, learning_rate=learning_rate, candidates=candidates, ranked=ranked, noise_seed=origin["request"]["seed"] if store else seed,
     )  # fmt: skip
     start(
         out, settings, arms=_list(arms), sites=_list(sites), timesteps=_numbers(timesteps, int, "--timesteps"),
         guidance=_numbers(guidance, float, "--guidance"), seeds=seeds, conditions=_list(conditions) or CONDITIONS,
-        knockouts=_list(knockouts), candidates=candidates, stores=store or [], device=device, dry_run=dry_run,
+        knockouts=_list(knockouts), stores=store or [], device=device, dry_run=dry_run,
         tell=lambda line: _out.print(line, markup=False, soft_wrap=True),
     )  # fmt: skip
     if not dry_run and os.environ.get("RANK", "0") == "0":
@@ -1094,6 +1112,9 @@ def mllm_train(
     learning_rate: Annotated[str, typer.Option(help="Of stages 1 and 2, likewise.")] = "",
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes that share a step.")] = 1,
     checkpointing: Annotated[bool, typer.Option(help="Save memory: activations are computed twice.")] = False,
+    precision: Annotated[
+        str, typer.Option(help="no (float32), bf16 (autocast), or auto: bf16 on a GPU.", show_default="the recipe's")
+    ] = "",
     cache: Annotated[bool, typer.Option(help="Keep what the encoders saw in OUT/features.")] = True,
     seed: Annotated[int, typer.Option(help="Of the first weights and the order.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
@@ -1119,6 +1140,9 @@ def mllm_train(
         for change, value in zip(changes, values, strict=False):
             change[name] = value
     changes[1]["tune"] = "" if tune == "none" else tune
+    if precision not in ("", "auto", "no", "bf16"):
+        raise ValueError(f"--precision is auto, no or bf16; got {precision!r}.")
+    changes = [change | ({"precision": precision} if precision else {}) for change in changes]
     first, second = (replace(stage, **change) for stage, change in zip(RECIPES[recipe], changes, strict=True))
     config = FusedConfig(
         language_model=language_model, encoder=encoder, diffusion=model, fusion=fusion, sites=tuple(_list(sites)),

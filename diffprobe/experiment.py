@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,14 @@ from diffprobe.data.samples import Dataset
 from diffprobe.plotting import package_versions, read_rows, save_figure
 from diffprobe.store import code_commit
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from diffprobe.mllm.comparison import Comparison
+    from diffprobe.mllm.leakage import Run
+
+T = TypeVar("T", bound="DataclassInstance")
+A = TypeVar("A")
 Verdict = Literal["held", "not held", "undecided"]
 
 
@@ -77,9 +85,13 @@ class Options:
         count: Samples (or pairs, or quadruples) to measure on.
         seed: Of noise, splits and bootstrap.
         smoke: Whether this is the short form that only shows that everything runs.
-        work: Folder for stores; a run that was cut off goes on from them. `Experiment.run` gives every choice of the options
-            above a folder of its own inside, for a store holds one request.
+        work: Folder for stores; a run that was cut off goes on from them. `Experiment.run` gives every choice of what decides
+            them a folder of its own inside, for a store holds one request.
         device: As for `load_model`.
+        trainings: Of each arm, from other first weights, where something is trained; the experiment's own number when 0.
+        arms: Beginnings of the labels of arms that a table is to have, parted by commas; all when empty.
+        set: NAME=VALUE each, for `diffprobe.mllm.leakage.Settings` or `diffprobe.mllm.comparison.Settings`, where an
+            experiment trains: the language model, the encoder, steps, batch and the rest.
     """
 
     model: str = "shapes-sd"
@@ -89,6 +101,14 @@ class Options:
     smoke: bool = False
     work: Path = Path("runs/reproduce")
     device: str | None = None
+    trainings: int = 0
+    arms: str = ""
+    set: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> int:
+        """Trainings of each arm: three where nothing else is asked for, one in the short form."""
+        return self.trainings or (1 if self.smoke else 3)
 
 
 @dataclass(frozen=True)
@@ -195,12 +215,15 @@ class Experiment:
         parser.add_argument("--smoke", action="store_true", help="the short form: does everything run?")
         parser.add_argument("--work", type=Path, default=Options.work, help="folder for stores")
         parser.add_argument("--device")
+        parser.add_argument("--trainings", type=int, default=0, help="of each arm, where something is trained; 3 by default")
+        parser.add_argument("--arms", default="", help="beginnings of the labels of a table's arms, parted by commas")
+        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of what is trained")
         parser.add_argument("--out", type=Path, default=Path("figures"))
         parser.add_argument("--from-csv", action="store_true", help="draw and judge again from an earlier run, without a model")
         given = vars(parser.parse_args(arguments))
         out, again = given.pop("out"), given.pop("from_csv")
         try:
-            claims = self.redraw(out) if again else self.run(Options(**given), out)
+            claims = self.redraw(out) if again else self.run(Options(**{**given, "set": tuple(given["set"])}), out)
         except ValueError as error:
             if not again:  # a fault of the measurement, to be seen in full
                 raise
@@ -234,6 +257,106 @@ def record_words(options: Options, timesteps: Sequence[int]) -> tuple[str, Datas
         seed=options.seed,
     )  # fmt: skip
     return model.weights_hash(), data, conditioning, out
+
+
+def leakage_run(options: Options) -> Run:
+    """The run that the leakage experiments share: projectors of one are not trained again for the next.
+
+    `options.count` images are trained on, and a twelfth as many (24 at least) held out; `options.data` names two datasets
+    instead, parted by a comma.
+
+    Raises:
+        ValueError: the data are one dataset, or a setting is none.
+    """
+    from diffprobe.mllm.leakage import Run, Settings
+
+    count, seed = options.count, options.seed
+    drawn = f"shapes:{count}?split=train&seed={seed},shapes:{max(24, count // 12)}?split=test&seed={seed}"
+    train, test = two(options.data or drawn, "TRAINING,HELD-OUT")
+    settings = Settings(
+        model=options.model, data=train, test=test, request="Say how the objects stand to each other.", learning_rate=2e-3,
+        steps=200, batch=24, ranked=40, noise_seed=seed,
+    )  # fmt: skip
+    if options.smoke:
+        settings = replace(settings, steps=4, batch=8, max_new_tokens=8, candidates=8, ranked=8)
+    return Run(options.work / f"leakage{'_smoke' * options.smoke}", changed(settings, options.set), device=options.device)
+
+
+def fused_run(options: Options) -> Comparison:
+    """The run that both tables of fused models share: what one has trained the other does not train again.
+
+    `options.count` MMVP-like pairs are asked about, as many questions of scenes, half as many NaturalBench-like groups;
+    `options.data` names captions and instructions to train on instead of the drawn ones, parted by a comma.
+
+    Raises:
+        ValueError: the data are one set, or a setting is none.
+    """
+    from diffprobe.mllm.comparison import Comparison, Settings
+
+    drawn = "shapes-captions:24,shapes-instruct:40" if options.smoke else f"{Settings.captions},{Settings.instructions}"
+    captions, instructions = two(options.data or drawn, "CAPTIONS,INSTRUCTIONS")
+    count = options.count
+    tests = {"vqa": count, "mmvp": count, "naturalbench": max(9, count // 2), "blink": max(5, count // 5)}
+    settings = Settings(
+        diffusion=options.model, captions=captions, instructions=instructions, noise_seed=options.seed,
+        benchmarks=tuple(f"shapes-{kind}:{number}?seed={options.seed}" for kind, number in tests.items()),
+    )  # fmt: skip
+    if options.smoke:
+        settings = replace(settings, steps=(2, 2), batch=4)
+    return Comparison(options.work / f"fused{'_smoke' * options.smoke}", changed(settings, options.set), options.device)
+
+
+def two(data: str, names: str) -> tuple[str, str]:
+    """
+    >>> two("a,b", "TRAINING,HELD-OUT")
+    ('a', 'b')
+    """
+    first, comma, second = data.partition(",")
+    if not comma:
+        raise ValueError(f"This experiment needs two sets of data, {names}; got {data!r}.")
+    return first, second
+
+
+def changed(settings: T, given: Sequence[str]) -> T:
+    """A dataclass of settings with NAME=VALUE texts applied; a value is read as what stands there now.
+
+    Raises:
+        ValueError: no such setting, or its value is of another kind.
+
+    >>> from diffprobe.mllm.comparison import Settings
+    >>> changed(Settings(), ["language_model=smollm2", "steps=60,120"]).steps
+    (60, 120)
+    """
+    known = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if name not in known or not equals:
+            raise ValueError(f"--set {text} is no NAME=VALUE of this experiment; its settings are {', '.join(known)}.")
+        now = known[name]
+        try:
+            if isinstance(now, tuple):
+                found[name] = tuple(type(now[0])(part) for part in value.split(","))
+                right = len(found[name]) == len(now) or isinstance(now[0], str)
+            else:
+                found[name], right = type(now)(value), True
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(f"--set {text}: {name} is {now!r} now, and {value!r} is not of that kind.")
+    return replace(settings, **found)
+
+
+def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) -> list[A]:
+    """The arms whose labels begin as the options ask.
+
+    Raises:
+        ValueError: a beginning fits none; the message lists them.
+    """
+    wanted = [part for part in options.arms.split(",") if part]
+    if missing := [part for part in wanted if not any(label(arm).startswith(part) for arm in arms)]:
+        raise ValueError(f"No arm begins with {missing[0]!r}; there are {', '.join(map(label, arms))}.")
+    return [arm for arm in arms if not wanted or label(arm).startswith(tuple(wanted))]
 
 
 def reference(name: str) -> pd.DataFrame:
@@ -389,8 +512,10 @@ def command(names: Sequence[str], options: Options) -> str:
     words = ["diffprobe", "reproduce", *names]
     for option in fields(Options):
         value = getattr(options, option.name)
-        if value != option.default and option.name != "work":
-            words += [f"--{option.name}", *([] if value is True else [str(value)])]
+        if value == option.default or option.name == "work":
+            continue
+        for one in value if isinstance(value, tuple) else [value]:
+            words += [f"--{option.name}", *([] if one is True else [str(one)])]
     return shlex.join(words)
 
 
@@ -400,7 +525,7 @@ def _own_folder(options: Options) -> str:
     >>> _own_folder(Options(model="maker/model", data="shapes:9?split=test", count=9))
     'model_shapes-9-split-test_n9_seed0'
     """
-    parts = [Path(options.model).name, Path(options.data).name, f"n{options.count}", f"seed{options.seed}"]
+    parts = [Path(options.model).name, Path(options.data).name, f"n{options.count}", f"seed{options.seed}", *options.set]
     return "_".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)
 
 

@@ -24,13 +24,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, leakage_run, reference, verdict
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
     Run,
     Test,
     examples,
-    experiment_run,
     frequencies,
     item_scores,
     leak_against_sight,
@@ -66,10 +65,9 @@ def ranked(tests: list[Test]) -> list[Test]:
 
 
 def measure(options: Options) -> Result:
-    seeds = 1 if options.smoke else 3
-    run = experiment_run(options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device)
-    tests = pieces(run, seeds, options.smoke)
-    run.complete(tests, ranked(tests), candidates=8 if options.smoke else 100, samples=8 if options.smoke else 40)
+    run = leakage_run(options)
+    tests = pieces(run, options.seeds, options.smoke)
+    run.complete(tests, ranked(tests))
     texts = read_texts(run.folder, tests)
     ranks = rank_texts(run.folder, options.seed)
     scores = score_texts(texts, frequencies(run.folder), options.seed)

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
-from diffprobe.mllm.leakage import MAIN_SITE, compare, experiment_run, item_scores, plan, read_texts
+from diffprobe.experiment import Claim, Experiment, Options, Result, leakage_run, verdict
+from diffprobe.mllm.leakage import MAIN_SITE, compare, item_scores, plan, read_texts
 from diffprobe.plotting import plot_leak_rows, plot_leak_sight
 
 TIMESTEP, SCALE = 50, 4.0
@@ -43,14 +43,13 @@ SHORT = (NO_CURE, "no prompt in training", "mean of f_c - f_u removed", "gated b
 
 
 def measure(options: Options) -> Result:
-    seeds = 1 if options.smoke else 3
-    run = experiment_run(options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device)
+    run = leakage_run(options)
     chosen = {label: CURES[label] for label in (SHORT if options.smoke else CURES)}
     tests = {
-        label: plan([arm], [site], [TIMESTEP], [scale], seeds, ["mismatched"], controls=False)
+        label: plan([arm], [site], [TIMESTEP], [scale], options.seeds, ["mismatched"], controls=False)
         for label, (arm, site, scale) in chosen.items()
     }
-    controls = [t for t in plan(["M"], [MAIN_SITE], [TIMESTEP], [SCALE], seeds, ["mismatched"]) if t.recipe.control]
+    controls = [t for t in plan(["M"], [MAIN_SITE], [TIMESTEP], [SCALE], options.seeds, ["mismatched"]) if t.recipe.control]
     for name in dict.fromkeys(t.recipe.control for t in controls):
         tests[name] = [t for t in controls if t.recipe.control == name]
     run.complete(list(dict.fromkeys(t for part in tests.values() for t in part)))

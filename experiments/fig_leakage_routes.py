@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
-from diffprobe.mllm.leakage import MAIN_SITE, Test, compare, experiment_run, item_scores, plan, read_texts
+from diffprobe.experiment import Claim, Experiment, Options, Result, leakage_run, verdict
+from diffprobe.mllm.leakage import MAIN_SITE, Test, compare, item_scores, plan, read_texts
 from diffprobe.plotting import plot_leak_rows
 
 SCALE, TIMESTEP, OTHER_TIMESTEPS = 4.0, 50, (10, 250, 500)
@@ -34,14 +34,13 @@ NOTHING = "nothing cut"
 
 
 def measure(options: Options) -> Result:
-    seeds = 1 if options.smoke else 3
-    run = experiment_run(options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device)
+    run = leakage_run(options)
     sites = [MAIN_SITE] if options.smoke else run.features.site_names("paper")
     cuts = [*list(CUTS)[:2], "empty"] if options.smoke else list(CUTS)
     times = () if options.smoke else OTHER_TIMESTEPS
-    placed = plan(["M"], sites, [TIMESTEP], [SCALE], seeds, ["mismatched"])
-    timed = plan(["M"], [MAIN_SITE], times, [SCALE], seeds, ["mismatched"], controls=False)
-    cut = plan(["M"], [MAIN_SITE], [TIMESTEP], [SCALE], seeds, ["mismatched"], cuts, controls=False)
+    placed = plan(["M"], sites, [TIMESTEP], [SCALE], options.seeds, ["mismatched"])
+    timed = plan(["M"], [MAIN_SITE], times, [SCALE], options.seeds, ["mismatched"], controls=False)
+    cut = plan(["M"], [MAIN_SITE], [TIMESTEP], [SCALE], options.seeds, ["mismatched"], cuts, controls=False)
     tests = list(dict.fromkeys([*placed, *timed, *cut]))
     run.complete(tests)
 

@@ -19,14 +19,13 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict, worst
+from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict, worst
 from diffprobe.mllm.comparison import (
     ACCURACY,
     MAIN_SITE,
     MAIN_TIMESTEP,
     Arm,
     change_rows,
-    experiment_comparison,
     pattern_rows,
     score_rows,
     table_rows,
@@ -51,12 +50,10 @@ def arms(smoke: bool) -> list[Arm]:
 
 
 def measure(options: Options) -> Result:
-    run = experiment_comparison(
-        options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device
-    )
-    chosen = arms(options.smoke)
+    run = fused_run(options)
+    chosen = chosen_arms(arms(options.smoke), lambda arm: arm.label, options)
     condition = {arm: ("own", "blank", "text") if arm in (CLIP, MAIN) else ("own",) for arm in chosen}
-    answers = run.complete(condition, 1 if options.smoke else 3)
+    answers = run.complete(condition, options.seeds)
     others = [arm for arm in chosen if arm != MAIN]
     changes = change_rows(answers, [((MAIN.label, "own"), (arm.label, "own")) for arm in others], options.seed)
     rows = pd.concat([score_rows(answers, options.seed), changes], ignore_index=True)

@@ -24,13 +24,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict
 from diffprobe.mllm.comparison import (
     ACCURACY,
     MAIN_SITE,
     Arm,
     change_rows,
-    experiment_comparison,
     pattern_rows,
     score_rows,
     table_rows,
@@ -68,12 +67,10 @@ def pairs(chosen: list[Arm]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
 
 
 def measure(options: Options) -> Result:
-    run = experiment_comparison(
-        options.work, options.count, options.seed, options.smoke, options.model, options.data, options.device
-    )
-    chosen = arms(options.smoke)
+    run = fused_run(options)
+    chosen = chosen_arms(arms(options.smoke), lambda arm: arm.label, options)
     blind: dict[Arm, tuple[str, ...]] = dict.fromkeys(CHECKED, CONDITIONS) | {CLIP: ("own", "blank", "text")}
-    answers = run.complete({arm: blind.get(arm, ("own",)) for arm in chosen}, 1 if options.smoke else 3)
+    answers = run.complete({arm: blind.get(arm, ("own",)) for arm in chosen}, options.seeds)
     rows = pd.concat([score_rows(answers, options.seed), change_rows(answers, pairs(chosen), options.seed)], ignore_index=True)
     return Result(rows, config={"settings": run.settings.__dict__, "weights": run.diffusion.weights_hash()})
 

@@ -20,7 +20,10 @@ from diffprobe.experiment import (
     Experiment,
     Options,
     Result,
+    changed,
+    chosen_arms,
     collect_claims,
+    command,
     find_experiments,
     load_experiment,
     reproduce,
@@ -150,11 +153,35 @@ def test_every_choice_of_options_has_a_work_folder_of_its_own(folder: Path, tmp_
         Options(seed=1),
         Options(model="a/b c"),
         Options(data="shapes:9?x=1"),
+        Options(set=("steps=9",)),
         Options(),
     ):
         spy.run(replace(options, work=tmp_path / "work"), tmp_path)
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == 6
     assert seen[0] == seen[-1] == tmp_path / "work" / "shapes-sd_n6_seed0"
+
+
+def test_settings_of_trainings_are_read_as_their_kind(folder: Path, tmp_path: Path) -> None:
+    from diffprobe.mllm.comparison import Settings
+
+    given = ("language_model=maker/lm", "batch=8", "rates=1e-4,2e-5", "benchmarks=shapes-vqa:9", "steps=3,4")
+    found = changed(Settings(), given)
+    assert (found.language_model, found.batch, found.rates, found.steps) == ("maker/lm", 8, (1e-4, 2e-5), (3, 4))
+    assert found.benchmarks == ("shapes-vqa:9",) and found.encoder == Settings.encoder
+    for wrong, reason in (
+        ("stpes=3,4", "its settings are language_model"), ("batch", "no NAME=VALUE"), ("batch=a", "not of that kind"),
+        ("steps=3", "not of that kind"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            changed(Settings(), [wrong])
+    options = Options(set=given[:2], trainings=2, arms="CLIP")
+    assert command(["tab"], options) == (
+        "diffprobe reproduce tab --trainings 2 --arms CLIP --set language_model=maker/lm --set batch=8"
+    )
+    assert (Options().seeds, Options(smoke=True).seeds, options.seeds) == (3, 1, 2)
+    assert chosen_arms(["CLIP", "concat s=0", "concat s=4"], str, Options(arms="concat")) == ["concat s=0", "concat s=4"]
+    with pytest.raises(ValueError, match="No arm begins with 'clip'; there are CLIP, concat"):
+        chosen_arms(["CLIP", "concat"], str, Options(arms="CLIP,clip"))
 
 
 def test_pictures_of_an_earlier_run_do_not_stay(folder: Path, tmp_path: Path) -> None:

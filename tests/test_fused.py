@@ -294,6 +294,18 @@ def test_interrupted_stages_end_in_the_same_weights(fresh_language: Make, tmp_pa
         train_stage(build(fresh_language()), Shades(), tmp_path / "cut", replace(stage, seed=1))
 
 
+def test_bfloat16_on_a_cpu_learns_the_same_to_its_accuracy(fresh_language: Make, tmp_path: Path) -> None:
+    stage = StageConfig(steps=20, batch=16, learning_rate=0.003, tune="full", prompted=True)
+    for precision in ("no", "bf16"):
+        model = build(fresh_language(), cache=FeatureCache(tmp_path / "cache"))  # its float16 rows must not meet the autocast
+        before = model.language.model.config._attn_implementation
+        train_stage(model, Shades(), tmp_path / precision, replace(stage, precision=precision))  # type: ignore[arg-type]
+        assert model.language.model.config._attn_implementation == before
+        assert {p.dtype for p in (*model.language.model.parameters(), *model.fusion.parameters())} == {torch.float32}
+    exact, short = ([float(x) for x in losses(tmp_path / precision)] for precision in ("no", "bf16"))
+    assert exact != short and np.allclose(exact, short, rtol=0.1)
+
+
 def test_a_cache_changes_what_is_computed_and_not_what_is_learnt(fresh_language: Make, tmp_path: Path) -> None:
     stage = StageConfig(steps=4, batch=8, learning_rate=0.01, tune="full", prompted=True)
     live = build(fresh_language())

@@ -155,9 +155,10 @@ def test_blank_images_keep_ids_and_captions() -> None:
 
 # --- a run ------------------------------------------------------------------------------------------
 
-SETTINGS = Settings(data="shapes:24?split=train", test="shapes:12?split=test", steps=2, batch=4, max_new_tokens=4, grid=3)
+SETTINGS = Settings(data="shapes:24?split=train", test="shapes:12?split=test", steps=2, batch=4, max_new_tokens=4, grid=3,
+                    candidates=5, ranked=3)  # fmt: skip
 ASKED: dict[str, Any] = {"arms": ("U", "M+drop30"), "guidance": (4.0,), "seeds": 1, "conditions": ("own", "mismatched", "none"),
-                         "knockouts": ("start",), "candidates": 5, "ranked_samples": 3, "tell": lambda line: None}  # fmt: skip
+                         "knockouts": ("start",), "tell": lambda line: None}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ REQUESTS = {
     "relation": "Say how the objects stand to each other.",
     "count": "Count the objects and name them.",
 }
-TURNS = 3  # at most, of a drawn conversation about one scene
+TURNS = 8  # at most, of a drawn conversation about one scene
 FORMS = ("scene",) * 4 + ("mmvp",) * 3 + ("naturalbench",) * 2 + ("several",)  # of drawn instructions, by turns
 
 
@@ -108,7 +108,7 @@ class DrawnInstructions:
     """Questions about scenes (some turns each), of MMVP-like and NaturalBench-like images, and of several images.
 
     >>> [len(conversation.turns) for conversation in map(DrawnInstructions(10).__getitem__, range(10))]
-    [3, 3, 3, 3, 1, 1, 1, 1, 1, 1]
+    [3, 7, 5, 8, 1, 1, 1, 1, 1, 1]
     """
 
     count: int

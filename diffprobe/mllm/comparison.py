@@ -30,7 +30,8 @@ from diffprobe.store import request_differences
 
 if TYPE_CHECKING:
     from diffprobe.data.question_benchmarks import QuestionBenchmark
-    from diffprobe.mllm.stages import StageConfig
+    from diffprobe.mllm.model import Tuned
+    from diffprobe.mllm.stages import Precision, StageConfig
 
 MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
@@ -77,7 +78,8 @@ class Settings:
         language_model, encoder, diffusion: as in `FusedConfig`.
         captions, instructions: of the two stages, as `load_conversations` takes them.
         benchmarks: as `load_questions` takes them.
-        steps, batch, rates: of the two stages.
+        steps, batch, rates, precision: of the two stages.
+        tune: of the language model in stage 2.
         grid, merge: of the streams.
         max_new_tokens: of an answer.
         noise_seed: of the diffusion model's noise.
@@ -87,11 +89,13 @@ class Settings:
     encoder: str = "shapes-clip"
     diffusion: str = "shapes-sd"
     captions: str = "shapes-captions:1500"
-    instructions: str = "shapes-instruct:3000"
+    instructions: str = "shapes-instruct:6000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
-    steps: tuple[int, int] = (120, 240)
+    steps: tuple[int, int] = (150, 500)
     batch: int = 20
     rates: tuple[float, float] = (2e-3, 1e-3)
+    precision: Precision = "bf16"
+    tune: Tuned = "full"
     grid: int = 6
     merge: str = "stack"
     max_new_tokens: int = 6
@@ -165,10 +169,12 @@ class Comparison:
 
         s = self.settings
         first, second = (
-            StageConfig(steps=steps, batch=s.batch, learning_rate=rate, evaluate_every=steps, seed=seed)
+            StageConfig(
+                steps=steps, batch=s.batch, learning_rate=rate, precision=s.precision, evaluate_every=min(steps, 200), seed=seed
+            )
             for steps, rate in zip(s.steps, s.rates, strict=True)
         )
-        return first, replace(second, tune="full", prompted=True)
+        return first, replace(second, tune=s.tune, prompted=True)
 
     def trained(self, arm: Arm, seed: int) -> Any:
         """The arm's model after both stages; what is done is loaded."""
@@ -262,33 +268,6 @@ class Comparison:
             for condition in pieces[arm]
         ]
         return pd.concat(found, ignore_index=True)
-
-
-def experiment_comparison(
-    work: Path, count: int, seed: int, smoke: bool, diffusion: str = "shapes-sd", data: str = "", device: str | None = None
-) -> Comparison:
-    """The run that both tables share: what one has trained the other does not train again.
-
-    Args:
-        work: the run's folder is made in it.
-        count: MMVP-like pairs to test on; as many questions of scenes, half as many NaturalBench-like groups.
-        data: captions and instructions to train on, parted by a comma; drawn ones by default.
-
-    Raises:
-        ValueError: `data` names one of the two alone.
-    """
-    drawn = "shapes-captions:1500,shapes-instruct:3000" if not smoke else "shapes-captions:24,shapes-instruct:40"
-    captions, comma, instructions = (data or drawn).partition(",")
-    if not comma:
-        raise ValueError(f"The tables need two sets of conversations, CAPTIONS,INSTRUCTIONS; got {data!r}.")
-    tests = {"vqa": count, "mmvp": count, "naturalbench": max(9, count // 2), "blink": max(5, count // 5)}
-    settings = Settings(
-        diffusion=diffusion, captions=captions, instructions=instructions, noise_seed=seed,
-        benchmarks=tuple(f"shapes-{kind}:{number}?seed={seed}" for kind, number in tests.items()),
-    )  # fmt: skip
-    if smoke:
-        settings = replace(settings, steps=(2, 2), batch=4)
-    return Comparison(work / f"fused{'_smoke' * smoke}", settings, device)
 
 
 def _held(image: Any) -> Callable[[], Any]:

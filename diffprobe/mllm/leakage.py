@@ -150,12 +150,13 @@ class Settings:
     Attributes:
         model: the diffusion model: id, folder or embedded name.
         data, test: datasets of the training and of the held-out images; no image may be in both.
-        language_model: for `diffprobe.mllm.train.load_language_model`.
+        language_model, language_dtype: for `diffprobe.mllm.train.load_language_model`.
         request: what the user asks the language model for.
         grid: soft tokens on a side.
         steps, batch, learning_rate, kind, patience: of `TrainConfig`.
         dev_share: of the training images that decide when training stops.
         max_new_tokens: of a generated text.
+        candidates, ranked: the fed text is ranked among so many, for so many of the test images; 0 images rank nothing.
         noise_seed: of the features.
     """
 
@@ -163,6 +164,7 @@ class Settings:
     data: str = "shapes:1500?split=train"
     test: str = "shapes:100?split=test"
     language_model: str = "shapes-lm"
+    language_dtype: str = "auto"
     request: str = "Describe the image."
     grid: int = 6
     kind: str = "mlp2x_gelu"
@@ -172,6 +174,8 @@ class Settings:
     patience: int = 3
     dev_share: float = 0.1
     max_new_tokens: int = 48
+    candidates: int = 100
+    ranked: int = 64
     noise_seed: int = 0
 
 
@@ -261,7 +265,7 @@ class Run:
                 f"Image {min(twice)!r} is in training and test ({len(twice)} are); give datasets that share none."
             )
         self.model = model or load_model(settings.model, device)
-        self.language = language or load_language_model(settings.language_model, device)
+        self.language = language or load_language_model(settings.language_model, device, settings.language_dtype)
         self._settle()
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         self.features: Features = Features(
@@ -395,19 +399,19 @@ class Run:
     def ranked_path(self, test: Test) -> Path:
         return self.folder / "likelihood" / f"{test.slug}.npz"
 
-    def rank(self, test: Test, projector: Projector, candidates: int, samples: int) -> None:
+    def rank(self, test: Test, projector: Projector) -> None:
         """log P of length-matched candidates given the features, a blank image's, and the same image's without a prompt.
 
         Arrays (sample, candidate) for `rank_texts`.
         """
         from diffprobe.mllm.train import log_likelihood
 
-        ids = self.features.ids("test")[:samples]
+        ids = self.features.ids("test")[: self.settings.ranked]
         texts, _ = self.fed(test.condition)
         fed = [texts[i] for i in ids]
         pool = [*fed, *(text for text in self.pool if text not in set(fed))]
         lengths = [len(self.language.answer(text)) for text in pool]
-        chosen = matched_candidates(pool, candidates, lengths, self.settings.noise_seed)[: len(ids)]
+        chosen = matched_candidates(pool, self.settings.candidates, lengths, self.settings.noise_seed)[: len(ids)]
         asked = [[pool[k] for k in row] for row in chosen]
         request = self.settings.request
         given, tokens = log_likelihood(self.language, projector, self.features.tokens(self.testing(test), ids), asked, request)
@@ -492,14 +496,13 @@ class Run:
         found = [asked for recipe in dict.fromkeys(t.recipe for t in tests) for asked in self.training(recipe)]
         return [*found, *map(self.testing, tests), *map(self.blank, ranked), *map(self.unprompted, ranked)]
 
-    def complete(
-        self, tests: Sequence[Test], ranked: Sequence[Test] = (), candidates: int = 100, samples: int = 64
-    ) -> pd.DataFrame:
+    def complete(self, tests: Sequence[Test], ranked: Sequence[Test] = ()) -> pd.DataFrame:
         """Do what is left of these pieces; gives their texts, which are part of ``texts.csv``.
 
         Args:
-            ranked: those whose fed text is ranked among `candidates`, for the first `samples` images.
+            ranked: those whose fed text is ranked among others as the settings say.
         """
+        ranked = ranked if self.settings.ranked else ()
         for recording in self.features.missing(self._all_features(tests, ranked)):
             self.features.record(recording)
         main = os.environ.get("RANK", "0") == "0"
@@ -518,7 +521,7 @@ class Run:
                 for test in unwritten:
                     self.write(test, projector)
                 for test in unranked:
-                    self.rank(test, projector, candidates, samples)
+                    self.rank(test, projector)
         if main:
             found = pd.concat([_read(p) for p in sorted((self.folder / "texts").glob("*.csv"))], ignore_index=True)
             _write(self.folder / "texts.csv", found.to_csv(index=False, lineterminator="\n"))
@@ -537,8 +540,6 @@ def run(
     conditions: Sequence[str] = CONDITIONS,
     knockouts: Sequence[str] = (),
     likelihood: Sequence[str] = ("mismatched",),
-    candidates: int = 100,
-    ranked_samples: int = 64,
     stores: Sequence[str | Path] = (),
     device: str | None = None,
     dry_run: bool = False,
@@ -556,7 +557,7 @@ def run(
         seeds: projectors of each kind.
         conditions: of `CONDITIONS`.
         knockouts: cut at test time, one after the other, beside the uncut features.
-        likelihood: conditions under which fed texts are ranked among `candidates` texts, for `ranked_samples` images.
+        likelihood: conditions under which fed texts are ranked among others, as the settings say.
         stores: stores whose features are used where they fit.
         dry_run: forecast only.
         loaded: model, data, test, language: loaded ones instead of the settings' names.
@@ -570,7 +571,7 @@ def run(
     forecast = held.forecast(tests, ranked)
     held.tell(str(forecast))
     if not dry_run:
-        held.complete(tests, ranked, candidates, ranked_samples)
+        held.complete(tests, ranked)
     return forecast
 
 
@@ -580,30 +581,6 @@ def _write(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
-
-
-def experiment_run(
-    work: Path, count: int, seed: int, smoke: bool, model: str = "shapes-sd", data: str = "", device: str | None = None
-) -> Run:
-    """The run that the three leakage experiments share: projectors of one are not trained again for the next.
-
-    Args:
-        work: the run's folder is made in it.
-        count: training images; a twelfth as many (24 at least) are held out.
-        data: two datasets, training and held-out, parted by a comma; drawn scenes by default.
-
-    Raises:
-        LeakageError: `data` names one dataset.
-    """
-    drawn = f"shapes:{count}?split=train&seed={seed},shapes:{max(24, count // 12)}?split=test&seed={seed}"
-    train, comma, test = (data or drawn).partition(",")
-    if not comma:
-        raise LeakageError(f"The leakage experiments need two datasets, TRAINING,HELD-OUT; got {data!r}.")
-    settings = Settings(
-        model=model, data=train, test=test, request="Say how the objects stand to each other.", learning_rate=2e-3,
-        steps=4 if smoke else 200, batch=8 if smoke else 24, max_new_tokens=8 if smoke else 48, noise_seed=seed,
-    )  # fmt: skip
-    return Run(work / f"leakage{'_smoke' * smoke}", settings, device=device)
 
 
 # --- the report -------------------------------------------------------------------------------------
