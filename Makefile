@@ -10,12 +10,14 @@ export OMP_NUM_THREADS ?= 2
 
 install: $(STAMP)
 
-# torch comes first and by its exact version, so that nothing else pulls a build of several gigabytes.
+# torch comes first and by its exact version, so that nothing else pulls a build of several gigabytes; lmms_eval last and alone,
+# for its own dependencies are those of a hundred other models.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms_eval
 	touch $(STAMP)
 
 demo: $(STAMP)

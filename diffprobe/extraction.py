@@ -7,9 +7,6 @@ one's images are read and the last one's arrays are written.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import glob
 import importlib.metadata
 import math
 import os
@@ -19,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -641,7 +638,7 @@ def extract(
     specs = run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    with _sole_writer(out, rank, ranks, dry_run):
+    with store.sole_writer(out, rank, ranks, dry_run):
         resuming = store.exists(out)
         if rank == 0 and not resuming and not store.is_remote(out) and Path(out).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
@@ -838,51 +835,6 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             written.result()
 
 
-@contextlib.contextmanager
-def _sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
-    """Hold a lock beside the store for as long as this process writes; the kernel lets go of it if we die.
-
-    Each rank has its own; the first one also looks for ranks of a larger run that it would not meet.
-    """
-    if store.is_remote(out) or dry_run:
-        yield
-        return
-    path = Path(f"{out}.lock-{rank}")
-    with contextlib.ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(_locked(path, out))
-            for other in path.parent.glob(f"{glob.escape(path.stem)}.lock-[0-9]*") if rank == 0 else ():
-                if int(other.suffix.removeprefix(".lock-")) >= ranks:
-                    with _locked(other, out):
-                        other.unlink()
-            file.truncate(0)
-            file.write(f"pid {os.getpid()}")
-            file.flush()
-        except OSError as error:
-            raise ValueError(f"{path.parent} cannot be written to: {error.strerror}.") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, out: str | Path) -> IO[str]:
-    """The lock file, held until it is closed; ValueError that names the process which holds it now."""
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise ValueError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
-        file.close()  # who held it removed it between our two calls: what we locked is no longer there
-
-
 def _free_bytes(out: str | Path) -> int | None:
     if store.is_remote(out):
         return None
@@ -936,7 +888,7 @@ def repair(
 ) -> tuple[list[store.Fault], Summary | None]:
     """Find the units of a store that cannot be trusted and compute only those again, from the store's own request."""
     writer = store.StoreWriter(path)
-    with _sole_writer(path):
+    with store.sole_writer(path):
         faults = store.verify_store(path)
         for unit in {fault.unit for fault in faults}:
             writer.forget_unit(unit)

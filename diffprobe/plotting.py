@@ -360,8 +360,11 @@ def plot_probe_grid(frame: pd.DataFrame, *, control: bool = True, title: str = "
             axis = axes[row, column]
             table = part.pivot(index="site", columns="timestep", values=kind).reindex(index=sites, columns=steps)
             drawn = axis.imshow(table.to_numpy(dtype=float), cmap=SCORES, vmin=low, vmax=high, aspect="auto")
-            _write_cells(axis, table.to_numpy(dtype=float), drawn)
-            axis.set_xticks(range(len(steps)), [str(s) for s in steps])
+            bold = None
+            if "bold" in part and kind == "value":
+                bold = part.pivot(index="site", columns="timestep", values="bold").reindex(index=sites, columns=steps) == True  # noqa: E712
+            _write_cells(axis, table.to_numpy(dtype=float), drawn, None if bold is None else bold.to_numpy())
+            axis.set_xticks(range(len(steps)), [f"{s:g}" for s in steps])
             axis.set_yticks(range(len(sites)), [str(s) for s in sites] if column == 0 else [])
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
@@ -559,7 +562,7 @@ def _short(value: float) -> str:
     return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
 
 
-def _write_cells(axis: Axes, table: NDArray[np.float64], drawn: AxesImage) -> None:
+def _write_cells(axis: Axes, table: NDArray[np.float64], drawn: AxesImage, bold: NDArray[np.bool_] | None = None) -> None:
     """Writes every number into its cell, dark on light and light on dark."""
     size = 6.5 if table.shape[1] <= 8 else 5.0
     lightness = np.asarray(drawn.cmap(drawn.norm(table)))[..., :3] @ (0.299, 0.587, 0.114)
@@ -568,8 +571,9 @@ def _write_cells(axis: Axes, table: NDArray[np.float64], drawn: AxesImage) -> No
             continue
         dark = lightness[row, column] < 0.5
         axis.text(
-            column, row, _short(float(value)), ha="center", va="center", fontsize=size, color="white" if dark else "black"
-        )
+            column, row, _short(float(value)), ha="center", va="center", fontsize=size, color="white" if dark else "black",
+            fontweight="bold" if bold is not None and bold[row, column] else "normal",
+        )  # fmt: skip
 
 
 # --- layout --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -188,6 +188,56 @@ def clear_cut_writes(path: str | Path) -> None:
             left.unlink()
 
 
+@contextlib.contextmanager
+def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
+    """Hold a lock beside a store or folder for as long as this process writes there; the kernel lets go of it if we die.
+
+    Each rank has its own; the first one also looks for ranks of a larger run that it would not meet.
+
+    Raises:
+        ValueError: another process holds it (the message names it), or the place cannot be written to.
+    """
+    if is_remote(out) or dry_run:
+        yield
+        return
+    path = Path(f"{out}.lock-{rank}")
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(_locked(path, out))
+            for other in path.parent.glob(f"{glob.escape(path.stem)}.lock-[0-9]*") if rank == 0 else ():
+                if int(other.suffix.removeprefix(".lock-")) >= ranks:
+                    with _locked(other, out):
+                        other.unlink()
+            file.truncate(0)
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+        except OSError as error:
+            raise ValueError(f"{path.parent} cannot be written to: {error.strerror}.") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, out: str | Path) -> IO[str]:
+    """The lock file, held until it is closed; ValueError that names the process which holds it now."""
+    import fcntl  # not on Windows, where stores can still be read
+
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+        file.close()  # who held it removed it between our two calls: what we locked is no longer there
+
+
 def _strings(values: Sequence[str]) -> NDArray[Any]:
     return np.array(list(values), dtype=np.dtypes.StringDType())
 
@@ -284,6 +334,8 @@ def request_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> 
 
 def _open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
     if not is_remote(path):
+        if Path(path).is_file():
+            raise StoreError(f"{path} is a file, and a store is a folder: give the folder that 'diffprobe extract --out' made.")
         _refuse_links(Path(path))
     try:
         root = zarr.open_group(str(path), mode=mode)

@@ -24,9 +24,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, leakage_run, reference, verdict
+from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, leakage_run, reference, verdict
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
+    Recipe,
     Run,
     Test,
     examples,
@@ -57,6 +58,11 @@ def pieces(run: Run, seeds: int, smoke: bool) -> list[Test]:
     return list(dict.fromkeys([*tests, *plan(["M"], [MAIN_SITE], [TIMESTEP], [4.0], seeds, CONDITIONS, controls=False)]))
 
 
+def label(recipe: Recipe) -> str:
+    """What ``--arms`` chooses by: U, "M s=4", "M+drop30 s=1.5"."""
+    return recipe.arm if recipe.parts[0] == "U" else f"{recipe.arm} s={recipe.guidance:g}"
+
+
 def ranked(tests: list[Test]) -> list[Test]:
     """Mismatched prompts at the least and the largest s, and both controls."""
     mine = [t for t in tests if t.condition == "mismatched"]
@@ -67,6 +73,8 @@ def ranked(tests: list[Test]) -> list[Test]:
 def measure(options: Options) -> Result:
     run = leakage_run(options)
     tests = pieces(run, options.seeds, options.smoke)
+    arms = chosen_arms(list(dict.fromkeys(t.recipe for t in tests if not t.recipe.control)), label, options)
+    tests = [t for t in tests if t.recipe.control or t.recipe in arms]
     run.complete(tests, ranked(tests))
     texts = read_texts(run.folder, tests)
     ranks = rank_texts(run.folder, options.seed)
@@ -96,6 +104,8 @@ def changes(texts: pd.DataFrame) -> pd.DataFrame:
         pairs = [("M", scales[-1], "M", scales[0], "s")] if len(scales) > 1 else []
         pairs += [(arm, scales[-1], "M", scales[-1], arm) for arm in ("M+drop30", "U")]
         for arm, scale, base, base_scale, name in pairs:
+            if {(arm, scale), (base, base_scale)} - set(cells):
+                continue  # of an arm that was not asked for
             for score in ("leak", "sight"):
                 a, b = (
                     cells[key].pivot(index="seed", columns="sample", values=score) for key in ((arm, scale), (base, base_scale))

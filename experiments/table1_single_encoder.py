@@ -114,16 +114,22 @@ def published() -> pd.DataFrame:
 
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
-    table = table_rows(rows, published(), SCORES)
+    table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
     changes = rows[(rows["kind"] == "change") & (rows["group"] == "all")]
     shown = changes.assign(
         label=changes["score"], site=changes["against"].str.removesuffix(", own"), what=f"{MAIN.label} less the other"
     )
     return {
         "": plot_score_table(table, title="One frozen encoder (percent; in grey the paper's, whose VQA is LLaVA-Bench)"),
-        "patterns": plot_score_table(
-            pattern_rows(rows),
-            title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
+        **(
+            {
+                "patterns": plot_score_table(
+                    patterns,
+                    title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
+                )
+            }
+            if len(patterns)
+            else {}
         ),
         "changes": plot_probe_differences(shown, title="Paired differences of scores"),
     }

@@ -150,7 +150,7 @@ def published() -> pd.DataFrame:
 
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
-    table = table_rows(rows, published(), SCORES)
+    table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
     changes = rows[(rows["kind"] == "change") & rows["group"].isin(["all", "blind"])]
     against_clip = changes[changes["against"] == f"{CLIP.label}, own"]
     told = {"own": "its question", "irrelevant": "an irrelevant question", "unprompted": "nothing"}
@@ -165,9 +165,15 @@ def draw(result: Result) -> Mapping[str, Figure]:
         "": plot_score_table(
             table, title="CLIP and diffusion features fused (percent; in grey the paper's, whose VQA is LLaVA-Bench)"
         ),
-        "patterns": plot_score_table(
-            pattern_rows(rows),
-            title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
+        **(
+            {
+                "patterns": plot_score_table(
+                    patterns,
+                    title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
+                )
+            }
+            if len(patterns)
+            else {}
         ),
         "changes": plot_probe_differences(shown, title="Paired differences from CLIP alone"),
         "leakage": plot_score_table(

@@ -70,6 +70,14 @@ def test_a_planted_gain_is_found_where_it_was_planted() -> None:
     assert (same["value"] == 0).all()
 
 
+def test_published_benchmarks_are_scored_as_their_twins() -> None:
+    twins = planted("CLIP", 0.6, 0.9)
+    real = twins.assign(benchmark=twins["benchmark"].str.removeprefix("shapes-").replace("vqa", "cv-bench"))
+    drawn, found = score_rows(twins), score_rows(real)
+    assert set(found["group"]) == {"all"}  # patterns take turns in the twins alone
+    pd.testing.assert_frame_equal(found, drawn[drawn["group"] == "all"].reset_index(drop=True))
+
+
 def test_shares_of_one_have_an_interval() -> None:
     found = row(score_rows(planted("CLIP", 1.0, 1.0)), score="MMVP", group="all")
     assert found["value"] == found["high"] == 1 and 0.9 < found["low"] < 1

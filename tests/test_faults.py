@@ -18,9 +18,9 @@ import torch
 
 from diffprobe import cli, store
 from diffprobe.data import ShapesDataset
-from diffprobe.extraction import _sole_writer, extract, repair
+from diffprobe.extraction import extract, repair
 from diffprobe.models import DiffusionModel, out_of_memory
-from diffprobe.store import StoreError, features, open_store
+from diffprobe.store import StoreError, features, open_store, sole_writer
 
 ROOT = Path(__file__).parent.parent
 SITES = ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"]
@@ -79,13 +79,13 @@ def test_a_second_interruption_ends_it_at_once(tiny_folder: Path, tmp_path: Path
 def test_a_rank_of_a_larger_run_is_another_writer(tmp_path: Path) -> None:
     out = tmp_path / "a [1].zarr"  # brackets mean something to a glob
     with (
-        _sole_writer(out, rank=3, ranks=4),
+        sole_writer(out, rank=3, ranks=4),
         pytest.raises(ValueError, match=rf"Another process \(pid {os.getpid()}\) is writing"),
-        _sole_writer(out),
+        sole_writer(out),
     ):
         raise AssertionError("two writers")
     (tmp_path / "a [1].zarr.lock-2").write_text("pid 1")  # of one that was killed
-    with _sole_writer(out):
+    with sole_writer(out):
         assert [path.name for path in tmp_path.iterdir()] == ["a [1].zarr.lock-0"]
     assert list(tmp_path.iterdir()) == []
 

@@ -23,6 +23,7 @@ from diffprobe.mllm.model import FusedConfig, FusedMLLM
 from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, StageConfig, forecast_stage, train_stage
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
+from diffprobe.store import sole_writer
 
 Make = Callable[..., LanguageModel]
 QUESTIONS = ["is it bright?", "what is the shade of this even picture?", "?"]
@@ -292,6 +293,8 @@ def test_interrupted_stages_end_in_the_same_weights(fresh_language: Make, tmp_pa
         assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes()
     with pytest.raises(ValueError, match="holds another training"):
         train_stage(build(fresh_language()), Shades(), tmp_path / "cut", replace(stage, seed=1))
+    with sole_writer(tmp_path / "new"), pytest.raises(ValueError, match=r"Another process \(pid \d+\) is writing .*new"):
+        train_stage(build(fresh_language()), Shades(), tmp_path / "new", stage)
 
 
 def test_bfloat16_on_a_cpu_learns_the_same_to_its_accuracy(fresh_language: Make, tmp_path: Path) -> None:

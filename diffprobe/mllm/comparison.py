@@ -233,7 +233,7 @@ class Comparison:
         Returns:
             One row an answer: arm (its label), seed, condition, benchmark, item, chance, output, hit.
         """
-        from diffprobe.mllm.judging import answer_items, hit
+        from diffprobe.mllm.judging import answer_items, chance, hit
 
         wanted = [(arm, seed) for seed in range(seeds) for arm in pieces]
         todo = [(a, s) for a, s in wanted if not all(self.path(a, s, c).exists() for c in pieces[a])]
@@ -252,7 +252,7 @@ class Comparison:
                     )
                     kind = benchmark.spec.partition(":")[0]
                     rows += [
-                        {"benchmark": kind, "item": k, "chance": 1 / len(record.get("options", (0, 1))), "output": record["output"],
+                        {"benchmark": kind, "item": k, "chance": chance(record), "output": record["output"],
                          "hit": hit(record)}
                         for k, record in enumerate(said)
                     ]  # fmt: skip
@@ -277,33 +277,40 @@ def _held(image: Any) -> Callable[[], Any]:
 # --- from answers to rows -----------------------------------------------------------------------------
 
 Floats = NDArray[np.float64]
-SCORES: dict[str, tuple[str, Callable[[Floats], Floats]]] = {
-    # each: its benchmark, and (item,) hits to (unit,) scores; a unit is what is counted: a pair, a group, a question
-    "VQA": ("shapes-vqa", lambda hits: hits),
-    "MMVP": ("shapes-mmvp", lambda hits: hits.reshape(-1, 2).prod(1)),
-    "NB question": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 2, 2).prod(2).mean(1)),
-    "NB image": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 2, 2).prod(1).mean(1)),
-    "NB group": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 4).prod(1)),
-    "BLINK": ("shapes-blink", lambda hits: hits),
+GENERAL = ("vqa", "cv-bench", "pope")  # one question an image, answered by a choice or yes and no
+SCORES: dict[str, tuple[tuple[str, ...], Callable[[Floats], Floats]]] = {
+    # each: its benchmark, the published one or its drawn twin, and (item,) hits to (unit,) scores; a unit is what is counted:
+    # a pair, a group, a question
+    "VQA": (GENERAL, lambda hits: hits),
+    "MMVP": (("mmvp",), lambda hits: hits.reshape(-1, 2).prod(1)),
+    "NB question": (("naturalbench",), lambda hits: hits.reshape(-1, 2, 2).prod(2).mean(1)),
+    "NB image": (("naturalbench",), lambda hits: hits.reshape(-1, 2, 2).prod(1).mean(1)),
+    "NB group": (("naturalbench",), lambda hits: hits.reshape(-1, 4).prod(1)),
+    "BLINK": (("blink",), lambda hits: hits),
 }
 ACCURACY = "accuracy"  # over all questions; a pair or group counts as one, with the share of its questions
-SHARES: dict[str, tuple[str, Callable[[Floats], Floats]]] = {
+SHARES: dict[str, tuple[tuple[str, ...], Callable[[Floats], Floats]]] = {
     "VQA": SCORES["VQA"],
-    "MMVP items": ("shapes-mmvp", lambda hits: hits.reshape(-1, 2).mean(1)),
-    "NB items": ("shapes-naturalbench", lambda hits: hits.reshape(-1, 4).mean(1)),
+    "MMVP items": (("mmvp",), lambda hits: hits.reshape(-1, 2).mean(1)),
+    "NB items": (("naturalbench",), lambda hits: hits.reshape(-1, 4).mean(1)),
     "BLINK": SCORES["BLINK"],
 }
+DRAWN = "shapes-"
 PAIRED = {"MMVP": 2, "NB question": 4, "NB image": 4, "NB group": 4}  # items of a unit; patterns take turns over units
+
+
+def _of(names: pd.Series, benchmarks: Sequence[str]) -> pd.Series:
+    return names.str.removeprefix(DRAWN).isin(benchmarks)
 
 
 def _units(answers: pd.DataFrame, score: str, patterns: Sequence[str] = ()) -> tuple[Floats, Floats]:
     """(seed, unit) scores of one arm under one condition, and the (unit,) scores of guessing."""
     if score == ACCURACY:
-        there = [name for name in SHARES if (answers["benchmark"] == SHARES[name][0]).any()]
+        there = [name for name in SHARES if _of(answers["benchmark"], SHARES[name][0]).any()]
         parts = [_units(answers, name) for name in there]
         return np.concatenate([hits for hits, _ in parts], 1), np.concatenate([chances for _, chances in parts])
-    benchmark, combine = (SCORES | SHARES)[score]
-    part = answers[answers["benchmark"] == benchmark].sort_values(["seed", "item"])
+    benchmarks, combine = (SCORES | SHARES)[score]
+    part = answers[_of(answers["benchmark"], benchmarks)].sort_values(["seed", "benchmark", "item"])
     rows = [(combine(g["hit"].to_numpy(float)), combine(g["chance"].to_numpy(float))) for _, g in part.groupby("seed")]
     hits, chances = np.stack([row for row, _ in rows]), rows[0][1]
     if patterns:
@@ -358,11 +365,14 @@ def change_rows(answers: pd.DataFrame, pairs: Sequence[tuple[tuple[str, str], tu
 def _groups(answers: pd.DataFrame) -> list[tuple[str, str, tuple[str, ...]]]:
     """(score, group, patterns) for the benchmarks that these answers are of."""
     others = tuple(pattern for pattern in PATTERNS if pattern not in BLIND_SPOTS)
-    there: set[str] = set(answers["benchmark"])
+    names = answers["benchmark"]
     found: list[tuple[str, str, tuple[str, ...]]] = [(ACCURACY, "all", ())]
-    for score, (benchmark, _) in SCORES.items():
-        if benchmark in there:
-            found.append((score, "all", ()))
+    for score, (benchmarks, _) in SCORES.items():
+        mine = names[_of(names, benchmarks)]
+        if mine.empty:
+            continue
+        found.append((score, "all", ()))
+        if mine.str.startswith(DRAWN).all():  # patterns take turns in the drawn twins alone
             found += [(score, "blind", BLIND_SPOTS), (score, "other", others)] if score in PAIRED else []
             found += [(score, pattern, (pattern,)) for pattern in PATTERNS] if score == "MMVP" else []
     return found

@@ -149,7 +149,20 @@ def hit(record: Mapping[str, Any]) -> float:
     >>> hit({"answer": "(a)", "options": "(a) Open (b) Closed", "output": "open"}), hit({"answer": "Yes", "output": "no"})
     (1.0, 0.0)
     """
-    options = record.get("options", ("Yes", "No"))
-    options = split_options(options) if isinstance(options, str) else list(options)
+    options = _options(record)
     truth = read_choice(str(record.get("answer", "")), options)
     return np.nan if truth is None else float(read_choice(str(record["output"]), options) == truth)
+
+
+def chance(record: Mapping[str, Any]) -> float:
+    """How often a guess among the options is a `hit`.
+
+    >>> chance({"options": "(a) Open (b) Closed (c) Ajar"}), chance({"answer": "Yes"})
+    (0.3333333333333333, 0.5)
+    """
+    return 1 / len(_options(record))
+
+
+def _options(record: Mapping[str, Any]) -> list[str]:
+    options = record.get("options", ("Yes", "No"))
+    return split_options(options) if isinstance(options, str) else list(options)

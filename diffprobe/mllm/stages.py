@@ -30,6 +30,7 @@ from diffprobe.mllm.fusion import DIFFUSION, Fusion
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM, Tuned
 from diffprobe.mllm.streams import Picture, image_id
 from diffprobe.mllm.train import LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle
+from diffprobe.store import sole_writer
 
 Precision = Literal["auto", "no", "bf16"]
 MOMENT_PICTURES = 512  # that a fusion's moments are taken from
@@ -133,7 +134,7 @@ def train_stage(
         tell: gets progress lines.
 
     Raises:
-        ValueError: the folder holds another training, or a batch is larger than the data.
+        ValueError: the folder holds another training, another process trains there, or a batch is larger than the data.
     """
     folder = Path(folder)
     steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
@@ -150,19 +151,19 @@ def train_stage(
         samples.standardise()
     learner = Learner(model.fusion, model.language, short := _short(model.language, stage.precision))
     learner.train()
-    with _attention(model.language, plain=short):
+    with sole_writer(folder, accelerator.process_index, accelerator.num_processes), _attention(model.language, plain=short):
         weights = fit(learner, samples.losses, samples.sizes, folder, stage, accelerator, tell=tell)
-    learner.eval()
-    if accelerator.is_main_process:
-        parts = {
-            name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-            for name in ("fusion", "language")
-        }
-        model.save_pretrained(folder, parts if stage.tune else {"fusion": parts["fusion"]})
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        if model.cut_prompts:
-            tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
-    accelerator.wait_for_everyone()
+        learner.eval()
+        if accelerator.is_main_process:
+            parts = {
+                name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+                for name in ("fusion", "language")
+            }
+            model.save_pretrained(folder, parts if stage.tune else {"fusion": parts["fusion"]})
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+    if model.cut_prompts:
+        tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
 
 
 def _of(model: FusedMLLM) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diffprobe.mllm.projector import Projector
 from diffprobe.models import as_dtype, choose_device, quiet, resolve
-from diffprobe.store import request_differences
+from diffprobe.store import request_differences, sole_writer
 from diffprobe.zoo import smollm2
 
 IMAGE = "<image>"  # where the soft tokens stand while a conversation is still text
@@ -385,7 +385,8 @@ def train_projector(
         tell: gets a line at each look at the dev split.
 
     Raises:
-        ValueError: the data do not fit together, or the folder holds another run (the message lists the differences).
+        ValueError: the data do not fit together, another process trains in the folder, or it holds another run (the message
+            lists the differences).
     """
     config, folder = config or TrainConfig(), Path(folder)
     _check(train, dev, config)
@@ -409,14 +410,15 @@ def train_projector(
         rows = lay_out(language, soft, [config.request] * len(chosen), [answers[i] for i in chosen])
         return answer_losses(language, rows).sum(), rows.mask.numel()
 
-    fit(
-        projector, losses, [len(answer) for answer in answers], folder, config, accelerator,
-        dev_loss=lambda learner: _dev_loss(language, learner, dev.features, dev_answers, config), tell=tell,
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        projector.save(folder)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    with sole_writer(folder, accelerator.process_index, accelerator.num_processes):
+        fit(
+            projector, losses, [len(answer) for answer in answers], folder, config, accelerator,
+            dev_loss=lambda learner: _dev_loss(language, learner, dev.features, dev_answers, config), tell=tell,
+        )  # fmt: skip
+        if accelerator.is_main_process:
+            projector.save(folder)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
     return projector.eval()
 
 
