@@ -9,7 +9,7 @@ main site question by question and training by training.  The paper's benchmarks
 parameters, so levels cannot be compared, the order of the rows can.
 
 Expected headline: U-L1-R1-B0-Cross-Q at t = 50 is the best single site, and t = 500 collapses.
-About 25 minutes on two cores; table 2 shares what is trained here, both together take about 45.
+About an hour on one of two busy cores after table 2, which shares CLIP's and the main site's trainings.
 """
 
 from __future__ import annotations

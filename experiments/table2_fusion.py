@@ -13,7 +13,7 @@ The leakage check asks the fused models with an irrelevant question as the promp
 image.  A gain that an irrelevant question keeps was not in the prompt's words.
 
 Expected headline: cross-attention beats CLIP alone on pairs; at s = 4 the general score pays.
-About 20 minutes on two cores after table 1, whose arms it shares, else 30.
+70 minutes on one of two busy cores; table 1 shares what is trained here, and two processes may each take some arms (--arms).
 """
 
 from __future__ import annotations
