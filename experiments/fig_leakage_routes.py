@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from diffprobe.experiment import Claim, Experiment, Options, Result, Verdict, leakage_run, verdict
 from diffprobe.mllm.leakage import MAIN_SITE, Test, compare, item_scores, plan, read_texts
-from diffprobe.mllm.verdict import judge_leakage
+from diffprobe.mllm.verdict import POSITIVE, judge_leakage
 from diffprobe.plotting import plot_leak_rows, plot_probe_grid
 
 SCALE, TIMESTEP, OTHER_TIMESTEPS, OTHER_SCALES = 4.0, 50, (10, 250, 500), (1.0, 1.5)
@@ -43,6 +43,7 @@ def measure(options: Options) -> Result:
     spread = plan(["M"], sites, times, [SCALE], options.seeds, ["mismatched"]) if times else []
     scaled = plan(["M"], [MAIN_SITE], [TIMESTEP], scales, options.seeds, ["mismatched"], controls=False)
     cut = plan(["M"], [MAIN_SITE], [TIMESTEP], [SCALE], options.seeds, ["mismatched"], cuts, controls=False)
+    spread = [t for t in spread if t.recipe.control != POSITIVE]  # K+ has no timestep: one serves all
     grid = list(dict.fromkeys([*placed, *spread, *scaled]))
     run.complete(list(dict.fromkeys([*grid, *cut])))
 
