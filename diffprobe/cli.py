@@ -875,11 +875,12 @@ def reproduce(
 
     Exit code 1 when one of them failed.
     """
-    from diffprobe.experiment import Options, command, find_experiments, list_experiments, read_sidecars
+    from diffprobe.experiment import Options, check_settings, command, find_experiments, list_experiments, read_sidecars
     from diffprobe.experiment import reproduce as run
     from diffprobe.report import explorable
 
     files = find_experiments(names or ["all"], experiments)
+    check_settings(set_ or ())
     if listed:
         for name, title in list_experiments(files):
             _out.print(f"{name:<20} {title}", markup=False, soft_wrap=True)

@@ -347,6 +347,21 @@ def changed(settings: T, given: Sequence[str]) -> T:
     return replace(settings, **found)
 
 
+def check_settings(given: Sequence[str]) -> None:
+    """Refuse what is a setting of no experiment, before anything is computed.
+
+    Raises:
+        ValueError: a text is no NAME=VALUE, or nothing has such a setting.
+    """
+    from diffprobe.mllm import comparison, leakage
+
+    known = dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind))
+    for text in given:
+        name, equals, _ = text.partition("=")
+        if name not in known or not equals:
+            raise ValueError(f"--set {text} is no NAME=VALUE of an experiment; settings are {', '.join(known)}.")
+
+
 def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) -> list[A]:
     """The arms whose labels begin as the options ask.
 

@@ -184,6 +184,12 @@ def test_settings_of_trainings_are_read_as_their_kind(folder: Path, tmp_path: Pa
         chosen_arms(["CLIP", "concat"], str, Options(arms="CLIP,clip"))
 
 
+def test_a_setting_that_nothing_has_is_refused_at_once(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, output, errors = run("fig1", "--set", "stpes=3")
+    assert code == 2 and "fig1_good" not in output and "Traceback" not in errors
+    assert "--set stpes=3 is no NAME=VALUE of an experiment; settings are model, data" in " ".join(errors.split())
+
+
 def test_pictures_of_an_earlier_run_do_not_stay(folder: Path, tmp_path: Path) -> None:
     experiment = load_experiment(folder / "fig1_good.py")
     experiment.run(Options(), tmp_path)
