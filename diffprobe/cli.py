@@ -1141,8 +1141,6 @@ def mllm_train(
         for change, value in zip(changes, values, strict=False):
             change[name] = value
     changes[1]["tune"] = "" if tune == "none" else tune
-    if precision not in ("", "auto", "no", "bf16"):
-        raise ValueError(f"--precision is auto, no or bf16; got {precision!r}.")
     changes = [change | ({"precision": precision} if precision else {}) for change in changes]
     first, second = (replace(stage, **change) for stage, change in zip(RECIPES[recipe], changes, strict=True))
     config = FusedConfig(

@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -330,9 +330,7 @@ def changed(settings: T, given: Sequence[str]) -> T:
     known = {f.name: getattr(settings, f.name) for f in fields(settings)}
     found: dict[str, Any] = {}
     for text in given:
-        name, equals, value = text.partition("=")
-        if name not in known or not equals:
-            raise ValueError(f"--set {text} is no NAME=VALUE of this experiment; its settings are {', '.join(known)}.")
+        name, value = _setting(text, known, "this experiment; its settings")
         now = known[name]
         try:
             if isinstance(now, tuple):
@@ -357,9 +355,14 @@ def check_settings(given: Sequence[str]) -> None:
 
     known = dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind))
     for text in given:
-        name, equals, _ = text.partition("=")
-        if name not in known or not equals:
-            raise ValueError(f"--set {text} is no NAME=VALUE of an experiment; settings are {', '.join(known)}.")
+        _setting(text, known, "an experiment; settings")
+
+
+def _setting(text: str, known: Iterable[str], whose: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if name not in known or not equals:
+        raise ValueError(f"--set {text} is no NAME=VALUE of {whose} are {', '.join(known)}.")
+    return name, value
 
 
 def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) -> list[A]:

@@ -362,8 +362,9 @@ def plot_probe_grid(frame: pd.DataFrame, *, control: bool = True, title: str = "
             drawn = axis.imshow(table.to_numpy(dtype=float), cmap=SCORES, vmin=low, vmax=high, aspect="auto")
             bold = None
             if "bold" in part and kind == "value":
-                bold = part.pivot(index="site", columns="timestep", values="bold").reindex(index=sites, columns=steps) == True  # noqa: E712
-            _write_cells(axis, table.to_numpy(dtype=float), drawn, None if bold is None else bold.to_numpy())
+                marked = part.pivot(index="site", columns="timestep", values="bold").reindex(index=sites, columns=steps)
+                bold = marked.eq(True).to_numpy()  # a cell that is not there is not bold
+            _write_cells(axis, table.to_numpy(dtype=float), drawn, bold)
             axis.set_xticks(range(len(steps)), [f"{s:g}" for s in steps])
             axis.set_yticks(range(len(sites)), [str(s) for s in sites] if column == 0 else [])
             axis.tick_params(length=0)

@@ -297,8 +297,9 @@ def test_interrupted_stages_end_in_the_same_weights(fresh_language: Make, tmp_pa
         train_stage(build(fresh_language()), Shades(), tmp_path / "new", stage)
 
 
-def test_bfloat16_on_a_cpu_learns_the_same_to_its_accuracy(fresh_language: Make, tmp_path: Path) -> None:
-    stage = StageConfig(steps=20, batch=16, learning_rate=0.003, tune="full", prompted=True)
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_bfloat16_on_a_cpu_learns_the_same_to_its_accuracy(fresh_language: Make, tmp_path: Path, tune: str) -> None:
+    stage = StageConfig(steps=20, batch=16, learning_rate=0.003, tune=tune, lora_rank=2, prompted=True)  # type: ignore[arg-type]
     for precision in ("no", "bf16"):
         model = build(fresh_language(), cache=FeatureCache(tmp_path / "cache"))  # its float16 rows must not meet the autocast
         before = model.language.model.config._attn_implementation
@@ -307,6 +308,15 @@ def test_bfloat16_on_a_cpu_learns_the_same_to_its_accuracy(fresh_language: Make,
         assert {p.dtype for p in (*model.language.model.parameters(), *model.fusion.parameters())} == {torch.float32}
     exact, short = ([float(x) for x in losses(tmp_path / precision)] for precision in ("no", "bf16"))
     assert exact != short and np.allclose(exact, short, rtol=0.1)
+
+
+@pytest.mark.parametrize("wrong", ["tune='none'", "precision='fp8'"])
+def test_a_stage_refuses_words_that_it_does_not_know(wrong: str) -> None:
+    # in a process of its own: in this one annotations are checked before
+    code = f"from diffprobe.mllm.stages import StageConfig; StageConfig({wrong})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    name, value = wrong.split("=")
+    assert f"ValueError: {name} is one of" in done.stderr and f"; got {value}." in done.stderr
 
 
 def test_a_cache_changes_what_is_computed_and_not_what_is_learnt(fresh_language: Make, tmp_path: Path) -> None:

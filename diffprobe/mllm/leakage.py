@@ -453,6 +453,7 @@ class Run:
         """What is left to do, timed on a few steps."""
         from diffprobe.mllm.features import describe
 
+        ranked = self._to_rank(ranked)
         recordings = self.features.missing(self._all_features(tests, ranked))
         seconds = sum(self.features.record(recording, dry_run=True) for recording in recordings)
         fresh = [
@@ -466,6 +467,9 @@ class Run:
         seconds += len(fresh) * self.settings.steps * step + len(unwritten) * len(self.test) * text
         lines = [describe(r, len(self.features.data[r["split"]])) for r in recordings]
         return Forecast(lines, len(fresh), len(unwritten) * len(self.test), len(unranked), seconds)
+
+    def _to_rank(self, tests: Sequence[Test]) -> Sequence[Test]:
+        return tests if self.settings.ranked else ()
 
     def _time(self) -> tuple[float, float]:
         """Seconds of a training step and of a text, on the longest captions."""
@@ -502,7 +506,7 @@ class Run:
         Args:
             ranked: those whose fed text is ranked among others as the settings say.
         """
-        ranked = ranked if self.settings.ranked else ()
+        ranked = self._to_rank(ranked)
         for recording in self.features.missing(self._all_features(tests, ranked)):
             self.features.record(recording)
         main = os.environ.get("RANK", "0") == "0"

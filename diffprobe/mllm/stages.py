@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -63,6 +63,11 @@ class StageConfig(Schedule):
     lora_alpha: int = 256
     checkpointing: bool = False
     precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("tune", get_args(Tuned)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, kinds))}; got {getattr(self, name)!r}.")
 
 
 STAGE1 = StageConfig(batch=256, learning_rate=1e-3)
