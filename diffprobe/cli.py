@@ -864,7 +864,7 @@ def reproduce(
     ] = 0,
     arms: Annotated[
         str,
-        typer.Option(help="Beginnings of the labels of the arms that a table is to have, parted by commas; all by default."),
+        typer.Option(help="Labels of the arms that a table is to have, or their beginnings, parted by commas; all by default."),
     ] = "",
     set_: Annotated[
         list[str] | None,

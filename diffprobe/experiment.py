@@ -89,7 +89,7 @@ class Options:
             them a folder of its own inside, for a store holds one request.
         device: As for `load_model`.
         trainings: Of each arm, from other first weights, where something is trained; the experiment's own number when 0.
-        arms: Beginnings of the labels of arms that a table is to have, parted by commas; all when empty.
+        arms: Labels of arms that a table is to have, or their beginnings, parted by commas; all when empty.
         set: NAME=VALUE each, for `diffprobe.mllm.leakage.Settings` or `diffprobe.mllm.comparison.Settings`, where an
             experiment trains: the language model, the encoder, steps, batch and the rest.
     """
@@ -109,6 +109,16 @@ class Options:
     def seeds(self) -> int:
         """Trainings of each arm: three where nothing else is asked for, one in the short form."""
         return self.trainings or (1 if self.smoke else 3)
+
+    @property
+    def training_seeds(self) -> range:
+        """Seeds of the first weights; another `seed` shares none of them.
+
+        >>> Options().training_seeds, Options(seed=1).training_seeds
+        (range(0, 3), range(1000, 1003))
+        """
+        first = 1000 * self.seed
+        return range(first, first + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -366,15 +376,21 @@ def _setting(text: str, known: Iterable[str], whose: str) -> tuple[str, str]:
 
 
 def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) -> list[A]:
-    """The arms whose labels begin as the options ask.
+    """The arms whose labels are, or begin, as the options ask; a whole label means that arm alone.
 
     Raises:
-        ValueError: a beginning fits none; the message lists them.
+        ValueError: a text fits none; the message lists them.
+
+    >>> chosen_arms(["concat s=4", "concat s=4 finer"], str, Options(arms="concat s=4"))
+    ['concat s=4']
     """
-    wanted = [part for part in options.arms.split(",") if part]
-    if missing := [part for part in wanted if not any(label(arm).startswith(part) for arm in arms)]:
-        raise ValueError(f"No arm begins with {missing[0]!r}; there are {', '.join(map(label, arms))}.")
-    return [arm for arm in arms if not wanted or label(arm).startswith(tuple(wanted))]
+    wanted = [part.strip() for part in options.arms.split(",") if part.strip()]
+    labels = [label(arm) for arm in arms]
+    fits = {part: {part} if part in labels else {name for name in labels if name.startswith(part)} for part in wanted}
+    if missing := [part for part in wanted if not fits[part]]:
+        raise ValueError(f"No arm begins with {missing[0]!r}; there are {', '.join(labels)}.")
+    kept = set().union(*fits.values()) if wanted else set(labels)
+    return [arm for arm, name in zip(arms, labels, strict=True) if name in kept]
 
 
 def reference(name: str) -> pd.DataFrame:

@@ -53,7 +53,7 @@ def measure(options: Options) -> Result:
     run = fused_run(options)
     chosen = chosen_arms(arms(options.smoke), lambda arm: arm.label, options)
     condition = {arm: ("own", "blank", "text") if arm in (CLIP, MAIN) else ("own",) for arm in chosen}
-    answers = run.complete(condition, options.seeds)
+    answers = run.complete(condition, options.training_seeds)
     others = [arm for arm in chosen if arm != MAIN]
     changes = change_rows(answers, [((MAIN.label, "own"), (arm.label, "own")) for arm in others], options.seed)
     rows = pd.concat([score_rows(answers, options.seed), changes], ignore_index=True)

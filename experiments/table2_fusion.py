@@ -4,7 +4,7 @@
 
 The two-stage recipe of LLaVA with shapes-lm, three times from other first weights.  Arms: CLIP alone; the diffusion site alone,
 concatenation and cross-attention at guidance s = 0 (the question is not read) and s = 4; and, ours, sequence, interleave, and
-cross-attention to a second, finer site too, all at s = 4, and cross-attention to the site that table 1 found best, at s = 0.
+cross-attention to a second, finer site too, all at s = 4, and cross-attention to the site that table 1 found best, at s = 0 and 4.
 Stage 1 tells the diffusion model nothing, so s = 0 and s = 4 share it; in stage 2 and in the test the question is the prompt.
 shapes-clip was trained on captions that leave out orientation, quantity, position and marks ("blind"): F2 asks whether
 fusion brings these back.  Scores of each pattern are kept, because CLIP's patches hold more than its pooled feature.
@@ -44,9 +44,10 @@ CROSS = (Arm("cross_attention"), Arm("cross_attention", guidance=4.0))
 FINER = Arm(
     "cross_attention", f"{MAIN_SITE}+U-L2-R1-B0-Cross-Q", guidance=4.0
 )  # places of the main site are coarse in shapes-sd
-SEEING = Arm("cross_attention", "U-L2-R2-Res-Out")  # table 1's best site: chosen after it was measured
-OURS = (Arm("sequence", guidance=4.0), Arm("interleave", guidance=4.0), FINER, SEEING)
-CHECKED = (CONCAT[1], CROSS[1], FINER)  # asked under every condition
+# table 1's best site, chosen after it was measured: another --seed has other questions, noise and first weights
+SEEING = (Arm("cross_attention", "U-L2-R2-Res-Out"), Arm("cross_attention", "U-L2-R2-Res-Out", guidance=4.0))
+OURS = (Arm("sequence", guidance=4.0), Arm("interleave", guidance=4.0), FINER, *SEEING)
+CHECKED = (CONCAT[1], CROSS[1], FINER, SEEING[1])  # asked under every condition
 SCORES = {  # ours, the paper's column
     "VQA": "llava_bench", "MMVP": "mmvp", "NB question": "nb_q", "NB image": "nb_i", "NB group": "nb_g",
 }  # fmt: skip
@@ -60,7 +61,7 @@ def arms(smoke: bool) -> list[Arm]:
 def pairs(chosen: list[Arm]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     """What is compared with what: fusions with CLIP, s = 4 with s = 0, and the checked arms' prompts."""
     found = [((arm.label, "own"), (CLIP.label, "own")) for arm in chosen if arm != CLIP]
-    found += [((told.label, "own"), (untold.label, "own")) for untold, told in (DIFFUSION, CONCAT, CROSS)]
+    found += [((told.label, "own"), (untold.label, "own")) for untold, told in (DIFFUSION, CONCAT, CROSS, SEEING)]
     for arm in CHECKED:
         found += [((arm.label, condition), (CLIP.label, "own")) for condition in ("irrelevant", "unprompted")]
         found.append(((arm.label, "own"), (arm.label, "irrelevant")))
@@ -71,7 +72,7 @@ def measure(options: Options) -> Result:
     run = fused_run(options)
     chosen = chosen_arms(arms(options.smoke), lambda arm: arm.label, options)
     blind: dict[Arm, tuple[str, ...]] = dict.fromkeys(CHECKED, CONDITIONS) | {CLIP: ("own", "blank", "text")}
-    answers = run.complete({arm: blind.get(arm, ("own",)) for arm in chosen}, options.seeds)
+    answers = run.complete({arm: blind.get(arm, ("own",)) for arm in chosen}, options.training_seeds)
     rows = pd.concat([score_rows(answers, options.seed), change_rows(answers, pairs(chosen), options.seed)], ignore_index=True)
     return Result(rows, config={"settings": run.settings.__dict__, "weights": run.diffusion.weights_hash()})
 
@@ -112,11 +113,12 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         "F2", "Cross-attention to a second, finer site beats CLIP alone on pairs of patterns that CLIP is blind to (ours)",
         (FINER.label, "own", clip, "MMVP", "blind"), "not in the paper",
     )  # fmt: skip
-    for group, what in (("blind", "on pairs of patterns that CLIP is blind to"), ("all", "on all pairs")):
-        say(
-            "F2", f"Cross-attention to table 1's best site, told nothing, beats CLIP alone {what} (ours; site chosen afterwards)",
-            (SEEING.label, "own", clip, "MMVP", group), "not in the paper",
-        )  # fmt: skip
+    for arm in SEEING:
+        for group, what in (("blind", "on pairs of patterns that CLIP is blind to"), ("all", "on all pairs")):
+            say(
+                "F2", f"Cross-attention to table 1's best site at s = {arm.guidance:g} beats CLIP alone {what} (ours; site chosen on seed 0)",
+                (arm.label, "own", clip, "MMVP", group), "not in the paper",
+            )  # fmt: skip
     say(
         "F2", "Concatenation at s = 4 beats CLIP alone on pairs of patterns that CLIP is blind to",
         (CONCAT[1].label, "own", clip, "MMVP", "blind"),

@@ -132,7 +132,7 @@ def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
     told: list[str] = []
     run = Comparison(tmp_path, settings, "cpu", told.append)
     pieces = {Arm("diffusion", guidance=4.0): ("own",), Arm("diffusion"): ("own", "blank")}
-    answers = run.complete(pieces, 1)
+    answers = run.complete(pieces, [0])
     assert answers.groupby(["arm", "condition"]).size().tolist() == [22, 22, 22]
     assert set(answers["hit"]) <= {0.0, 1.0} and len(load_questions("shapes-mmvp:9")) == 18
     assert (
@@ -140,7 +140,7 @@ def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
     )  # shared: not told
     assert FusedMLLM.from_pretrained(run.folder / "stage2" / f"{Arm('diffusion').slug}_seed0", "cpu").tuned == "full"
     told.clear()
-    again = Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, 1)
+    again = Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, [0])
     assert told == [] and again.equals(answers)
     with pytest.raises(ValueError, match=r"holds another run.*batch: the store has 4, you ask for 8"):
         Comparison(tmp_path, Settings(**{**settings.__dict__, "batch": 8}), "cpu")

@@ -223,19 +223,19 @@ class Comparison:
         if done == total or done % 640 == 0:
             self.tell(f"t={timestep}: {done} of {total} pictures looked at")
 
-    def complete(self, pieces: Mapping[Arm, Sequence[str]], seeds: int) -> pd.DataFrame:
+    def complete(self, pieces: Mapping[Arm, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
         """Train and question what is left of these pieces; gives all their answers.
 
         Args:
             pieces: for each arm the conditions that it answers under.
-            seeds: trainings of each arm.
+            seeds: of the first weights, one training of each arm for each.
 
         Returns:
             One row an answer: arm (its label), seed, condition, benchmark, item, chance, output, hit.
         """
         from diffprobe.mllm.judging import answer_items, chance, hit
 
-        wanted = [(arm, seed) for seed in range(seeds) for arm in pieces]
+        wanted = [(arm, seed) for seed in seeds for arm in pieces]
         todo = [(a, s) for a, s in wanted if not all(self.path(a, s, c).exists() for c in pieces[a])]
         if todo:
             self.look(list(dict.fromkeys(arm for arm, _ in todo)))
