@@ -879,6 +879,10 @@ def reproduce(
     from diffprobe.experiment import reproduce as run
     from diffprobe.report import explorable
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "reproduce runs in one process; 'accelerate launch -m diffprobe' spreads 'extract' and 'mllm train' over several."
+        )
     files = find_experiments(names or ["all"], experiments)
     check_settings(set_ or ())
     if listed:

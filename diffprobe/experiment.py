@@ -75,6 +75,10 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     return "not held" if "not held" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "held"
 
 
+class OptionError(ValueError):
+    """An option that the experiment cannot take: what was asked is wrong, not what was found."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user may change about a run.
@@ -323,7 +327,7 @@ def two(data: str, names: str) -> tuple[str, str]:
     """
     first, comma, second = data.partition(",")
     if not comma:
-        raise ValueError(f"This experiment needs two sets of data, {names}; got {data!r}.")
+        raise OptionError(f"This experiment needs two sets of data, {names}; got {data!r}.")
     return first, second
 
 
@@ -351,7 +355,7 @@ def changed(settings: T, given: Sequence[str]) -> T:
         except ValueError:
             right = False
         if not right:
-            raise ValueError(f"--set {text}: {name} is {now!r} now, and {value!r} is not of that kind.")
+            raise OptionError(f"--set {text}: {name} is {now!r} now, and {value!r} is not of that kind.")
     return replace(settings, **found)
 
 
@@ -371,7 +375,7 @@ def check_settings(given: Sequence[str]) -> None:
 def _setting(text: str, known: Iterable[str], whose: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if name not in known or not equals:
-        raise ValueError(f"--set {text} is no NAME=VALUE of {whose} are {', '.join(known)}.")
+        raise OptionError(f"--set {text} is no NAME=VALUE of {whose} are {', '.join(known)}.")
     return name, value
 
 
@@ -379,7 +383,7 @@ def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) 
     """The arms whose labels are, or begin, as the options ask; a whole label means that arm alone.
 
     Raises:
-        ValueError: a text fits none; the message lists them.
+        OptionError: a text fits none; the message lists them.
 
     >>> chosen_arms(["concat s=4", "concat s=4 finer"], str, Options(arms="concat s=4"))
     ['concat s=4']
@@ -388,7 +392,7 @@ def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) 
     labels = [label(arm) for arm in arms]
     fits = {part: {part} if part in labels else {name for name in labels if name.startswith(part)} for part in wanted}
     if missing := [part for part in wanted if not fits[part]]:
-        raise ValueError(f"No arm begins with {missing[0]!r}; there are {', '.join(labels)}.")
+        raise OptionError(f"No arm begins with {missing[0]!r}; there are {', '.join(labels)}.")
     kept = set().union(*fits.values()) if wanted else set(labels)
     return [arm for arm, name in zip(arms, labels, strict=True) if name in kept]
 
@@ -490,6 +494,9 @@ def reproduce(
 
     Returns:
         One outcome a file. A failure's traceback lies in ``options.work / NAME.error.txt``.
+
+    Raises:
+        OptionError: an experiment cannot take an option; what ran before it is kept.
     """
     outcomes = []
     for number, path in enumerate(files, start=1):
@@ -501,6 +508,8 @@ def reproduce(
             tell(f"        {experiment.title}")
             claims = experiment.redraw(out) if from_csv else experiment.run(options, out)
             log.unlink(missing_ok=True)
+        except OptionError:
+            raise
         except Exception as fault:
             error = _first_line(fault)
             log.parent.mkdir(parents=True, exist_ok=True)

@@ -225,7 +225,8 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranking(rows: pd.DataFrame) -> pd.DataFrame:
-    """Lines of `plot_scores`: the share of fed-in captions that are the likeliest of their candidates."""
+    """Lines of `plot_scores`: the share of fed-in captions that are the likeliest of their candidates; none with ranked=0."""
+    rows = rows.reindex(columns=rows.columns.union(["baseline", "n_candidates"], sort=False))
     found = rows[(rows["kind"] == "ranking") & (rows["score"] == "top1")].fillna({"control": "", "arm": ""})
     names = [
         {"K-": "K-: site before any text", "K+": "K+: the prompt's embeddings"}.get(row["control"], f"{row['arm']}, s = {row['guidance']:g}")
@@ -246,10 +247,10 @@ def draw(result: Result) -> Mapping[str, Figure]:
             curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100", chance_name="chance: another image's text",
             title="What comes back, by what was fed in and how the projector was trained",
         ),
-        "ranks": plot_scores(
-            ranking(rows), by="baseline", width=4.6, x_label=f"share of fed-in captions ranked first of {rows['n_candidates'].max():.0f}, 95% interval",
+        **({} if (ranks := ranking(rows)).empty else {"ranks": plot_scores(
+            ranks, by="baseline", width=4.6, x_label=f"share of fed-in captions ranked first of {ranks['n_candidates'].max():.0f}, 95% interval",
             title="Which caption was fed in, without decoding (mismatched prompts)",
-        ),
+        )}),
         "plane": plot_leak_sight(plane, title="Mismatched prompts: read or seen?"),
         "texts": plot_leak_examples(shown, title="What projectors wrote (first seed)"),
     }  # fmt: skip

@@ -18,6 +18,7 @@ from diffprobe.cli import main
 from diffprobe.experiment import (
     Claim,
     Experiment,
+    OptionError,
     Options,
     Result,
     changed,
@@ -188,6 +189,18 @@ def test_a_setting_that_nothing_has_is_refused_at_once(run: Callable[..., tuple[
     code, output, errors = run("fig1", "--set", "stpes=3")
     assert code == 2 and "fig1_good" not in output and "Traceback" not in errors
     assert "--set stpes=3 is no NAME=VALUE of an experiment; settings are model, data" in " ".join(errors.split())
+
+
+def test_wrong_options_end_with_one_sentence(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OptionError("No arm begins with 'x'; there are a, b.")
+
+    monkeypatch.setattr("diffprobe.experiment.Experiment.run", refuse)
+    code, _, errors = run("fig1", "--arms", "x")
+    assert code == 2 and errors.strip() == "diffprobe: No arm begins with 'x'; there are a, b."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = run("fig1")
+    assert code == 2 and "reproduce runs in one process" in errors
 
 
 def test_pictures_of_an_earlier_run_do_not_stay(folder: Path, tmp_path: Path) -> None:

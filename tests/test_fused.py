@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffprobe.data.conversations import Conversation, DrawnInstructions
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, load_questions
@@ -355,19 +357,112 @@ train_stage(model, Shades(), Path({folder!r}), StageConfig(steps=3, batch=8, lea
 """
 
 
+SHARDED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+from conftest import build_language
+from test_fused import Shades, build, two_stages
+from diffprobe.mllm import stages, train
+
+def shard(**options):
+    # accelerate reads its configuration of FSDP on GPUs alone; torch's FSDP 2 runs on CPUs all the same
+    accelerator = Accelerator(**options)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", cpu_ram_efficient_loading=True
+    )
+    return accelerator
+
+def filled(spare, learner, fill=stages._filled):
+    layers = [module for module in learner.modules() if type(module).__name__.endswith("DecoderLayer")]
+    assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers), "weights were not spread by layer"
+    return fill(spare, learner)
+
+def save_and_stop(folder, learner, optimizer, state, *rest, save=train._save):
+    save(folder, learner, optimizer, state, *rest)
+    if folder.name == "stage2" and state.step == 2:
+        train._save = save
+        raise InterruptedError
+
+stages.Accelerator, stages._filled, train._save = shard, filled, save_and_stop
+folder = Path({folder!r})
+try:
+    two_stages(build(build_language()), folder, {tune!r})
+except InterruptedError:
+    torch.distributed.barrier()
+    assert (folder / "stage2" / "checkpoint.pt").exists()
+model = build(build_language())
+two_stages(model, folder, {tune!r})
+print(model.answer([[Shades()[0].images[0]()]], ["is it bright?"], max_new_tokens=2))
+"""
+
+
+def two_stages(model: FusedMLLM, folder: Path, tune: str) -> None:
+    second = StageConfig(
+        steps=4, batch=8, accumulate=2, learning_rate=0.01, tune=tune, lora_rank=2, prompted=True, evaluate_every=2, dropout=0.3,  # type: ignore[arg-type]
+    )  # fmt: skip
+    train_stage(model, Shades(), folder / "stage1", replace(STAGE1, steps=2, batch=8, learning_rate=0.01))
+    model.fusion.load_state_dict(load_file(folder / "stage1" / "fusion.safetensors"))
+    train_stage(model, Shades(), folder / "stage2", second, start="stage1")
+
+
+def launch(script: Path, text: str, count: int) -> subprocess.CompletedProcess[str]:
+    script.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     found = []
     for count in (1, 2):
-        script = tmp_path / f"{count}.py"
-        script.write_text(
-            SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}")), encoding="utf-8"
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
-                   "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=500)
+        text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}"))
+        launch(tmp_path / f"{count}.py", text, count).check_returncode()
         found.append([float(x) for x in losses(tmp_path / f"run{count}")])
     assert np.allclose(*found, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_weights_spread_over_processes_learn_the_same(fresh_language: Make, tmp_path: Path, tune: str) -> None:
+    """Both stages under FSDP 2 on two gloo ranks, cut off and taken up again, end where one process ends."""
+    text = SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "spread"), tune=tune)
+    done = launch(tmp_path / "spread.py", text, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = build(fresh_language())
+    two_stages(alone, tmp_path / "alone", tune)
+    said = str(alone.answer([[Shades()[0].images[0]()]], ["is it bright?"], max_new_tokens=2))
+    assert done.stdout.count(said) == 2
+    for stage in ("stage1", "stage2"):
+        found = [[float(x) for x in losses(tmp_path / run / stage)] for run in ("spread", "alone")]
+        assert np.allclose(*found, rtol=1e-4)
+        assert not (tmp_path / "spread" / stage / "checkpoint.pt").exists()
+    paths = list((tmp_path / "alone").rglob("*.safetensors"))
+    assert len(paths) == 3
+    for path in paths:
+        mine, other = load_file(path), load_file(tmp_path / "spread" / path.relative_to(tmp_path / "alone"))
+        assert mine.keys() == other.keys() and all(torch.allclose(mine[k], other[k], atol=1e-4) for k in mine)
+
+
+@pytest.mark.parametrize(("engine", "version"), [(DistributedType.DEEPSPEED, 2), (DistributedType.FSDP, 1)])
+def test_other_engines_are_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch, own_language: LanguageModel, tmp_path: Path, engine: DistributedType, version: int
+) -> None:
+    class Launched(Accelerator):
+        distributed_type = engine
+        is_fsdp2 = version == 2
+
+    monkeypatch.setattr("diffprobe.mllm.stages.Accelerator", Launched)
+    with pytest.raises(ValueError, match="FSDP 2 alone is supported: accelerate launch --use_fsdp --fsdp_version 2"):
+        train_stage(build(own_language), Shades(), tmp_path, StageConfig(steps=2, batch=8))
 
 
 # --- judging --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,12 +25,13 @@ from accelerate import Accelerator
 from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffprobe.data.conversations import Conversations
 from diffprobe.mllm.fusion import DIFFUSION, Fusion
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM, Tuned
 from diffprobe.mllm.streams import Picture, image_id
-from diffprobe.mllm.train import LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle
+from diffprobe.mllm.train import LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle, sharded
 from diffprobe.store import sole_writer
 
 Precision = Literal["auto", "no", "bf16"]
@@ -127,7 +129,8 @@ def train_stage(
 ) -> None:
     """Train one stage in place and save the model, or go on where an earlier call was cut off.
 
-    Under ``accelerate launch`` or torchrun each process takes its share of every batch.
+    Under ``accelerate launch`` or torchrun each process takes its share of every batch; FSDP 2, where accelerate is set up for
+    it, spreads weights and optimizer over the GPUs, and the model is whole again afterwards.
 
     Args:
         model: with a fresh fusion, or that of an earlier stage.
@@ -139,7 +142,8 @@ def train_stage(
         tell: gets progress lines.
 
     Raises:
-        ValueError: the folder holds another training, another process trains there, or a batch is larger than the data.
+        ValueError: the folder holds another training, another process trains there, a batch is larger than the data, or
+            accelerate is set up for another engine than DDP and FSDP 2.
     """
     folder = Path(folder)
     steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
@@ -149,16 +153,21 @@ def train_stage(
     if (folder / CONFIG).exists():
         return
     accelerator = accelerated(model.language, stage.precision)
+    apart = sharded(accelerator)
     _tune(model, stage)
     samples = Samples(model, data, stage)
     samples.prepare(accelerator, tell)
     if fresh(model.fusion):
         samples.standardise()
     learner = Learner(model.fusion, model.language, short := _short(model.language, stage.precision))
+    spare = _hollow(learner) if apart else None
     learner.train()
     with sole_writer(folder, accelerator.process_index, accelerator.num_processes), _attention(model.language, plain=short):
         weights = fit(learner, samples.losses, samples.sizes, folder, stage, accelerator, tell=tell)
         learner.eval()
+        if spare is not None:
+            learner = _filled(spare, learner)
+            model.fusion, (model.language,) = learner.fusion, learner._speaker
         if accelerator.is_main_process:
             parts = {
                 name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
@@ -183,7 +192,11 @@ def accelerated(language: LanguageModel, precision: Precision = "auto") -> Accel
     Accelerate has one precision a process, and a process may train more than one thing: on a CPU `Learner` sees to it.
     """
     cpu = language.device.type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=None if cpu else "bf16" if precision == "auto" else precision)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=None if cpu else "bf16" if precision == "auto" else precision)
+    if sharded(accelerator):
+        # every process has its weights; accelerate would fetch them from the first, and fails on buffers (1.15)
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    return accelerator
 
 
 def _short(language: LanguageModel, precision: Precision) -> bool:
@@ -234,6 +247,20 @@ def _tune(model: FusedMLLM, stage: StageConfig) -> None:
         language.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def _hollow(learner: Learner) -> Learner:
+    """A copy without weights (buffers are kept), because what FSDP has sharded cannot be made whole in place."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in learner.parameters()}
+    return deepcopy(learner, empty)
+
+
+def _filled(spare: Learner, learner: Learner) -> Learner:
+    """The copy with the weights of the sharded one, gathered into every process."""
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in learner.state_dict().items()}
+    spare.load_state_dict(whole, assign=True)
+    spare.language.tie_weights()
+    return spare.eval()
+
+
 class Learner(nn.Module):
     """Fusion and language model as one module, so that accelerate wraps what is trained; its forward pass is the loss.
 
@@ -245,6 +272,7 @@ class Learner(nn.Module):
         super().__init__()
         self.fusion, self.language, self.short = fusion, language.model, short
         self._speaker = [language]  # no module: kept out of the state
+        self._no_split_modules = language.model._no_split_modules  # FSDP shares the weights of each of these layers apart
 
     def forward(
         self, streams: Mapping[str, Tensor], questions: Sequence[str], images: Sequence[int],

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -316,7 +316,7 @@ def fit(
     """Train what is not frozen, or go on where an earlier call was cut off.
 
     Args:
-        learner: trained in place; under several processes through accelerate's wrapper (DDP or FSDP by its configuration).
+        learner: trained in place; under several processes through accelerate's wrapper (DDP, or FSDP 2, which leaves it sharded).
         losses: of (learner, epoch, samples, which of them drop their prompt): the sum over answer tokens, and how many
             positions the language model read.
         sizes: answer tokens of each training sample.
@@ -325,14 +325,14 @@ def fit(
         tell: gets a line at each checkpoint: step, loss, tokens a second, minutes to go.
 
     Returns:
-        The trained weights (and buffers), which the learner holds too, gathered from all processes where it is sharded; the
-        caller keeps them and removes the checkpoint.
+        The trained weights (and buffers), which the learner holds too, gathered from all processes; in all processes but the
+        first it is empty.  The caller keeps them and removes the checkpoint.
     """
     folder = Path(folder)
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
     wrapped, stepper = accelerator.prepare(learner, optimizer)
-    state, best = _resume(folder, wrapped, optimizer)
+    state, best = _resume(folder, wrapped, optimizer, accelerator)
     started, read, first = time.perf_counter(), 0, state.step
     while state.step < schedule.steps and not (schedule.patience and state.stale >= schedule.patience):
         rate = schedule.learning_rate * _share(state.step, schedule.steps)
@@ -362,9 +362,24 @@ def fit(
                 f"step {state.step} of {schedule.steps}: loss {recent:.3f}{said}, {speed:,.0f} tokens/s"
                 + (f", at most {left:.0f} min to go" if left >= 1 else "")
             )
-    if best:
-        set_model_state_dict(wrapped, best, options=StateDictOptions(full_state_dict=True, strict=False))
+    if state.best < math.inf:
+        set_model_state_dict(wrapped, best, options=_whole(accelerator))
     return _weights(wrapped)
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """Whether weights are spread over processes.
+
+    Raises:
+        ValueError: by an engine whose weights cannot be gathered and resumed here.
+    """
+    engine = accelerator.distributed_type
+    if engine == DistributedType.DEEPSPEED or (engine == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ValueError(
+            "Of accelerate's engines that spread weights over GPUs, FSDP 2 alone is supported: "
+            "accelerate launch --use_fsdp --fsdp_version 2 -m diffprobe ..."
+        )
+    return bool(engine == DistributedType.FSDP)
 
 
 def train_projector(
@@ -386,7 +401,7 @@ def train_projector(
 
     Raises:
         ValueError: the data do not fit together, another process trains in the folder, or it holds another run (the message
-            lists the differences).
+            lists the differences), or accelerate is set up to shard weights.
     """
     config, folder = config or TrainConfig(), Path(folder)
     _check(train, dev, config)
@@ -396,6 +411,8 @@ def train_projector(
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # where a process was killed between the two
         return Projector.load(folder).to(language.device)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
+    if sharded(accelerator):
+        raise ValueError("A projector is too small to be sharded: leave FSDP out (accelerate launch --num_processes N).")
     projector = Projector(train.features.shape[-1], language.width, config.kind, language.rms, config.seed)
     projector.standardise(train.features)
     answers = [language.answer(text) for text in train.captions]
@@ -492,7 +509,7 @@ def _step(
         accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         total += loss.detach()
         positions += read
-    accelerator.clip_grad_norm_(learner.parameters(), 1.0)
+    accelerator.clip_grad_norm_(learner.parameters(), 1.0)  # of all its parameters, or accelerate takes shards for wholes
     optimizer.step()
     optimizer.zero_grad()
     return float(accelerator.reduce(total, "sum")), positions
@@ -510,8 +527,13 @@ def _dev_loss(
     return total / sum(len(answer) for answer in answers)
 
 
+def _whole(accelerator: Accelerator) -> StateDictOptions:
+    """How weights that the first process holds whole are given to all, in the parts that each keeps."""
+    return StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
+
+
 def _weights(learner: nn.Module) -> dict[str, Any]:
-    """Weights that are trained, and buffers, gathered from all processes onto the CPU."""
+    """Weights that are trained, and buffers, gathered from all processes onto the CPU of the first."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state: dict[str, Any] = get_model_state_dict(learner, options=options)
     return {name: value.detach().clone() for name, value in state.items()}  # on a CPU they would go on changing
@@ -540,14 +562,16 @@ def _save(
     (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
 
 
-def _resume(folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Any]]:
+def _resume(
+    folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[_State, dict[str, Any]]:
     if not (folder / "checkpoint.pt").exists():
         return _State(), {}
     try:
         held: dict[str, Any] = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{folder / 'checkpoint.pt'} is no checkpoint of a training, or is damaged; remove it.") from error
-    options = StateDictOptions(full_state_dict=True, strict=False)
+    options = _whole(accelerator)
     set_model_state_dict(learner, held["learner"], options=options)
     set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=options)
     return _State(**held["state"]), held["best"]
