@@ -8,6 +8,8 @@ axis or head could not be seen.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -274,3 +276,16 @@ def language() -> Callable[..., Any]:
 def fresh_language() -> Callable[..., Any]:
     """`fresh_language(words, width)`: a language model that a test may train."""
     return build_language
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in several gloo processes: (where to write it, its text, how many)."""
+
+    def call(script: Path, text: str, count: int) -> subprocess.CompletedProcess[str]:
+        script.write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0",
+                   "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+    return call

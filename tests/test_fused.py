@@ -413,15 +413,8 @@ def two_stages(model: FusedMLLM, folder: Path, tune: str) -> None:
     train_stage(model, Shades(), folder / "stage2", second, start="stage1")
 
 
-def launch(script: Path, text: str, count: int) -> subprocess.CompletedProcess[str]:
-    script.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
-
-
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns(tmp_path: Path, launch: Callable[..., Any]) -> None:
     found = []
     for count in (1, 2):
         text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}"))
@@ -432,7 +425,9 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_weights_spread_over_processes_learn_the_same(fresh_language: Make, tmp_path: Path, tune: str) -> None:
+def test_weights_spread_over_processes_learn_the_same(
+    fresh_language: Make, tmp_path: Path, launch: Callable[..., Any], tune: str
+) -> None:
     """Both stages under FSDP 2 on two gloo ranks, cut off and taken up again, end where one process ends."""
     text = SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "spread"), tune=tune)
     done = launch(tmp_path / "spread.py", text, 2)

@@ -183,6 +183,35 @@ def test_it_learns_and_stops_when_dev_no_longer_falls(language: Make, tmp_path: 
     assert len(rows) < 400 and float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
 
 
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from conftest import build_language
+from test_projector import data
+from diffprobe.mllm.train import TrainConfig, train_projector
+found = train_projector(
+    build_language(), data(), data(8, 1), Path({folder!r}),
+    TrainConfig(steps=60, batch=8, learning_rate=0.05, evaluate_every=5, patience=2),
+)
+sys.stdout.write(f"{{sum(float(p.detach().abs().sum()) for p in found.parameters())}}\\n")  # whole, whoever else writes
+"""
+
+
+@pytest.mark.slow
+def test_every_process_ends_with_the_best_weights(tmp_path: Path, launch: Callable[..., Any]) -> None:
+    text = RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    done = launch(tmp_path / "ranks.py", text, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = curve(tmp_path / "run")
+    best = min((row for row in rows if row["dev_loss"]), key=lambda row: float(row["dev_loss"]))
+    assert best is not rows[-1]
+    kept = sum(float(p.detach().abs().sum()) for p in Projector.load(tmp_path / "run").parameters())
+    assert [float(line) for line in done.stdout.split()] == [pytest.approx(kept, rel=1e-6)] * 2
+
+
 def test_batches_cover_an_epoch_and_drop_a_share() -> None:
     config = TrainConfig(batch=5, dropout=0.3, seed=2)
     epoch = np.concatenate([batch_of(step, 20, config)[0] for step in range(4, 8)])
