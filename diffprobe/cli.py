@@ -1194,10 +1194,11 @@ def mllm_eval(
     tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
     folder = out or run / "eval"
     scores = judge_all(model, benchmarks, folder, _list(conditions), batch=batch, max_new_tokens=max_new_tokens, tell=tell)
-    _show_scores(scores)
+    if len(scores):
+        _show_scores(scores)
     if model.cut_prompts:
         tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
-    tell(f"\nScores and answers: {folder / 'scores.csv'}, {folder / 'answers.csv'}")
+    tell("\nWritten: " + ", ".join(str(folder / name) for name in ("scores.csv", "answers.csv")[not len(scores) :]))
 
 
 def _show_scores(scores: pd.DataFrame) -> None:

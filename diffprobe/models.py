@@ -329,13 +329,18 @@ class DiffusionModel:
         return weights_hash(self.network)
 
 
-def weights_hash(network: nn.Module) -> str:
-    """A short hash of a network's parameter names, shapes and a slice of each one's values."""
+def weights_hash(network: nn.Module, portable: bool = False) -> str:
+    """A short hash of a network's parameter names, shapes and a slice of each one's values.
+
+    Args:
+        portable: of the values in bfloat16, so that a CPU's float32 and a GPU's bfloat16 of the same weights agree.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         flat = tensor.detach().flatten()
-        part = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + part.tobytes())
+        part = flat[:: max(1, flat.numel() // 64)][:64].cpu()
+        values = (part.to(torch.bfloat16) if portable and part.is_floating_point() else part).float().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -188,6 +188,10 @@ def clear_cut_writes(path: str | Path) -> None:
             left.unlink()
 
 
+class BusyError(ValueError):
+    """Another process is writing where this one is to write."""
+
+
 @contextlib.contextmanager
 def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
     """Hold a lock beside a store or folder for as long as this process writes there; the kernel lets go of it if we die.
@@ -195,7 +199,8 @@ def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = 
     Each rank has its own; the first one also looks for ranks of a larger run that it would not meet.
 
     Raises:
-        ValueError: another process holds it (the message names it), or the place cannot be written to.
+        BusyError: another process holds it; the message names it.
+        ValueError: the place cannot be written to.
     """
     if is_remote(out) or dry_run:
         yield
@@ -221,7 +226,7 @@ def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = 
 
 
 def _locked(path: Path, out: str | Path) -> IO[str]:
-    """The lock file, held until it is closed; ValueError that names the process which holds it now."""
+    """The lock file, held until it is closed; BusyError that names the process which holds it now."""
     import fcntl  # not on Windows, where stores can still be read
 
     while True:
@@ -232,7 +237,7 @@ def _locked(path: Path, out: str | Path) -> IO[str]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise ValueError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
+            raise BusyError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             return file
         file.close()  # who held it removed it between our two calls: what we locked is no longer there

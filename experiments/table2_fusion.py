@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict
 from diffprobe.mllm.comparison import (
     ACCURACY,
+    KEYS,
     MAIN_SITE,
     Arm,
     change_rows,
@@ -78,8 +79,7 @@ def measure(options: Options) -> Result:
 
 
 def judge(rows: pd.DataFrame) -> list[Claim]:
-    keys = ["arm", "condition", "against", "score", "group"]
-    changes = rows[rows["kind"] == "change"].set_index(keys).sort_index()
+    changes = rows[rows["kind"] == "change"].set_index(list(KEYS)).sort_index()
     scores = rows[rows["kind"] == "score"].set_index(["arm", "condition", "score", "group"]).sort_index()
     paper = reference("table2_fusion").set_index(["fusion", "s"])
     claims = []

@@ -14,6 +14,8 @@ from diffprobe.data.twins import PATTERNS
 from diffprobe.experiment import folder, load_experiment
 from diffprobe.mllm.comparison import ACCURACY, BLIND_SPOTS, Arm, Comparison, Settings, change_rows, score_rows
 from diffprobe.mllm.model import FusedMLLM
+from diffprobe.mllm.stages import train_stage
+from diffprobe.store import BusyError
 
 PAIRS, GROUPS, SEEDS = 90, 45, 3
 
@@ -68,6 +70,38 @@ def test_a_planted_gain_is_found_where_it_was_planted() -> None:
     assert other["low"] < 0 < other["high"]
     same = change_rows(answers, [(("CLIP", "own"), ("CLIP", "own"))])
     assert (same["value"] == 0).all()
+
+
+def test_arms_and_benchmarks_that_would_be_merged() -> None:
+    assert Arm("cross_attention", timestep=250, guidance=4).label != Arm("cross_attention", guidance=4).label
+    for wrong, named in ((("shapes-mmvp:4", "shapes-mmvp:4?seed=1"), "mmvp, mmvp"), (("gqa:folder",), "gqa")):
+        with pytest.raises(ValueError, match=f"one benchmark each of .*; found {named}"):
+            Comparison("unused", Settings(benchmarks=wrong))
+
+
+def test_an_arm_alone_is_judged() -> None:
+    answers = planted("CLIP", 0.5, 0.9)
+    module = load_experiment(folder() / "table2_fusion.py")
+    assert module.judge(pd.concat([score_rows(answers), change_rows(answers, [])], ignore_index=True)) == []
+
+
+def test_a_stage_that_another_process_trains_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(
+        captions="shapes-captions:8", instructions="shapes-instruct:8", steps=(1, 1), batch=4, benchmarks=("shapes-mmvp:9",)
+    )
+    told: list[str] = []
+    calls: list[str] = []
+
+    def busy(model: FusedMLLM, data: Any, folder: Path, *more: Any, **options: Any) -> None:
+        calls.append(folder.parent.name)
+        if len(calls) == 1:
+            raise BusyError("Another process (pid 7) is writing there; wait for it, or stop it.")
+        train_stage(model, data, folder, *more, **options)
+
+    monkeypatch.setattr("diffprobe.mllm.stages.train_stage", busy)
+    monkeypatch.setattr("diffprobe.mllm.comparison.WAIT", 0.0)
+    Comparison(tmp_path, settings, "cpu", told.append).trained(Arm("clip"), 0)
+    assert calls == ["stage1", "stage1", "stage2"] and "pid 7" in told[0]
 
 
 def test_published_benchmarks_are_scored_as_their_twins() -> None:

@@ -44,6 +44,17 @@ def test_llava_layout(tmp_path: Path) -> None:
     assert len(first) == 1 and first.fingerprint() != data.fingerprint() == load_conversations(spec).fingerprint()
 
 
+def test_rows_that_llava_takes_as_well(tmp_path: Path) -> None:
+    """No image as null or an empty name, an answer to nothing at the start, the mark as a word of a talk without images."""
+    late = [{"from": "gpt", "value": "Welcome."}, *said("What?", "Red.")]
+    data = load_conversations(written(
+        tmp_path, {"image": None, "conversations": said("a", "b")}, {"image": "", "conversations": said("<rss><image></rss>?", "b")},
+        {"image": "2.png", "conversations": late},
+    ))  # fmt: skip
+    assert [len(data[k].images) for k in range(3)] == [0, 0, 1]
+    assert data[1].turns == (("<rss><image></rss>?", "b"),) and data[2].turns == (("What?", "Red."),)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -18,13 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffprobe.data.conversations import Conversation, DrawnInstructions
+from diffprobe.data.images import read_image
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, load_questions
+from diffprobe.encoders import load_encoder
 from diffprobe.mllm.fusion import Fusion
-from diffprobe.mllm.judging import answer_items, judge
+from diffprobe.mllm.judging import answer_items, judge, judge_all
 from diffprobe.mllm.model import FusedConfig, FusedMLLM
 from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, StageConfig, forecast_stage, train_stage
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
+from diffprobe.models import load_model
 from diffprobe.store import sole_writer
 
 Make = Callable[..., LanguageModel]
@@ -40,7 +43,7 @@ class Planted:
     sites: tuple[str, ...] = ("shade",)
     told: list[str | None] = field(default_factory=list)
 
-    def origin(self, site: str) -> dict[str, Any]:
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {"weights": self.name, "sees": self.sees}
 
     def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
@@ -460,7 +463,71 @@ def test_other_engines_are_refused_before_anything_is_trained(
         train_stage(build(own_language), Shades(), tmp_path, StageConfig(steps=2, batch=8))
 
 
+def test_a_run_of_one_device_is_known_on_the_other(parts: dict[str, str], tmp_path: Path) -> None:
+    """A GPU holds in bfloat16 what a CPU holds in float32; other weights are refused all the same."""
+    FusedMLLM.build(FusedConfig(**parts, grid=2, heads=2), "cpu").save_pretrained(tmp_path)
+    encoder, diffusion = (
+        load_encoder(parts["encoder"], "cpu", dtype="bfloat16"), load_model(parts["diffusion"], "cpu", dtype="bfloat16")
+    )  # fmt: skip
+    assert FusedMLLM.from_pretrained(tmp_path, "cpu", encoder=encoder, diffusion=diffusion).config.grid == 2
+    with torch.no_grad():
+        for parameter in encoder.network.parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(ValueError, match="was trained with other weights"):
+        FusedMLLM.from_pretrained(tmp_path, "cpu", encoder=encoder, diffusion=diffusion)
+
+
+def test_a_forecast_of_talk_without_images(own_language: LanguageModel) -> None:
+    @dataclass(frozen=True)
+    class Talk(Shades):
+        def __getitem__(self, index: int) -> Conversation:
+            return replace(super().__getitem__(index), images=())
+
+    assert forecast_stage(build(own_language), Talk(), StageConfig(steps=2, batch=8)).passes == 0
+
+
+def test_a_cache_holds_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffprobe.mllm.streams._OPEN", 2)
+    cache, eye = FeatureCache(tmp_path), Planted(True)
+    pictures = [Picture.of(shade(True, number)) for number in range(5)]
+    for picture in pictures:
+        cache.write(eye, [(picture.id, None)], eye.look([picture], [None]))
+    keys = [(pictures[k].id, None) for k in (0, 1, 2, 3, 4, 0, 4, 2)]
+    found = cache.read(eye, "shade", keys)
+    assert len(cache._open) == 2
+    assert torch.allclose(
+        found.float(), torch.cat([eye.look([pictures[k]], [None])["shade"] for k in (0, 1, 2, 3, 4, 0, 4, 2)]), atol=0.01
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_images_of_any_mode_are_read_as_files_are(language: Make, tmp_path: Path, mode: str) -> None:
+    values = np.zeros((4, 4, 4), np.uint8) if mode == "RGBA" else np.full((4, 4), 30_000, np.uint16)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "image.png")
+    model, seen = build(language()), []
+    eye = model.streams.eyes["diffusion"]
+    eye.look = lambda pictures, prompts: seen.extend(p.id for p in pictures) or Planted.look(eye, pictures, prompts)  # type: ignore[method-assign, arg-type, func-returns-value]
+    model.answer([[image]], ["?"], max_new_tokens=1)
+    assert set(seen) == {Picture.of(read_image(tmp_path / "image.png")).id} != {Picture.of(image).id}
+
+
 # --- judging --------------------------------------------------------------------------------------
+
+
+def test_answers_outlive_a_scorer_that_refuses_them(language: Make, tmp_path: Path) -> None:
+    twins = load_questions("shapes-mmvp:2")
+    item = QuestionItem("bench-1", (), "What is it?", {"category": "conv", "question": "What is it?"})
+    told: list[str] = []
+    benchmarks = [QuestionBenchmark("llava-bench", "llava-bench", "", (item,)), twins,
+                  QuestionBenchmark("odd", "mmvp", "", twins.items[:3])]  # fmt: skip
+    with pytest.raises(ValueError, match="pairs"):
+        judge_all(build(language()), benchmarks, tmp_path, ("own",), max_new_tokens=1, tell=told.append)
+    with (tmp_path / "answers.csv").open(encoding="utf-8") as file:
+        assert [row["benchmark"] for row in csv.DictReader(file)] == ["llava-bench"] + [twins.name] * 4 + ["odd"] * 3
+    with (tmp_path / "scores.csv").open(encoding="utf-8") as file:
+        assert {row["benchmark"] for row in csv.DictReader(file)} == {twins.name}
+    assert "llava-bench: answers are kept; its score needs a judge model" in " ".join(told)
 
 
 def test_judged_beside_its_blind_baselines(language: Make) -> None:

@@ -134,7 +134,7 @@ class Counting:
     def __init__(self, eye: DiffusionEye) -> None:
         self.eye, self.sites, self.seen = eye, eye.sites, list[tuple[str, str | None]]()
 
-    def origin(self, site: str) -> dict[str, Any]:
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return self.eye.origin(site)
 
     def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,16 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from diffprobe.data.question_benchmarks import BLINK_TASKS, DRAWN, READERS, QuestionBenchmark, QuestionItem, load_questions
+from diffprobe.data.question_benchmarks import (
+    BLINK_TASKS,
+    DRAWN,
+    READERS,
+    UNITS,
+    QuestionBenchmark,
+    QuestionItem,
+    _first,
+    load_questions,
+)
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import ORDINALS, TASKS, several_images
 from diffprobe.data.shapes import COLOURS as NAMED
@@ -309,6 +318,15 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     assert whole.fingerprint() == load_questions(spec).fingerprint() != part.fingerprint()
     vqav2(tmp_path, answers=["dog"] * 10)
     assert load_questions(spec).fingerprint() != whole.fingerprint()
+
+
+def test_limits_keep_what_is_scored_together(tmp_path: Path) -> None:
+    for kind, unit in UNITS.items():
+        with pytest.raises(ValueError, match=f"{kind} counts {unit} questions as one, so limit must be a multiple of {unit}"):
+            load_questions(f"{kind}:{tmp_path}?limit=3")
+    records = [{"task": task} for task in ("depth", "depth", "count", "depth", "count")]
+    items = [QuestionItem(str(k), (), "?", record) for k, record in enumerate(records)]
+    assert [item.id for item in _first(items, 1, "task")] == ["0", "2"] and len(list(_first(items, None, "task"))) == 5
 
 
 def test_only_the_answered_split_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

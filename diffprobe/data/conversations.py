@@ -212,11 +212,13 @@ class LlavaConversations:
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise ValueError(f'{where} has no list "conversations".')
         where = f"{where} (id {entry.get('id', number)!r})"
-        given = entry.get("image", [])
+        given = entry.get("image") or []
         names = [given] if isinstance(given, str) else given
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f'{where}: "image" must be a name or a list of names; found {given!r}.')
         said = entry["conversations"]
+        if said and isinstance(said[0], dict) and said[0].get("from") == "gpt":
+            said = said[1:]  # answers nothing; LLaVA leaves it out
         speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in said]
         if not said or len(said) % 2 or speakers != ["human", "gpt"] * (len(said) // 2):
             raise ValueError(f"{where}: turns must be of human and gpt, in turn, and end with gpt; found {speakers}.")
@@ -224,10 +226,11 @@ class LlavaConversations:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f'{where}: each turn needs a text "value".')
         marks = sum(text.count(MARK) for text in texts)
-        if marks not in (0, len(names)):
+        if names and marks not in (0, len(names)):
             raise ValueError(f"{where} names {len(names)} images and speaks of {marks} ({MARK}).")
-        # LLaVA moves every image to the front of the conversation, whatever the place of its mark
-        clean = [text.replace(MARK, "").strip() for text in texts]
+        # LLaVA moves every image to the front of the conversation, whatever the place of its mark; in talk without an image the
+        # mark is text like any other, such as a tag of some markup
+        clean = [text.replace(MARK, "").strip() if names else text.strip() for text in texts]
         turns = tuple(zip(clean[::2], clean[1::2], strict=True))
         return str(entry.get("id", number)), [_inside(where, name) for name in names], turns
 

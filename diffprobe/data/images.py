@@ -59,7 +59,7 @@ def _read(path: Path, source: Path | IO[bytes], max_pixels: int) -> Image.Image:
                 _check_size(path, image, max_pixels)
                 image.load()
                 _check_size(path, image, max_pixels)
-                return _to_rgb(path, image)
+                return to_rgb(image, str(path))
     except ImageError:
         raise
     except Exception as error:  # a decoder may raise anything on a broken file
@@ -96,11 +96,16 @@ def _refusal(path: Path, error: Exception) -> ImageError:
     return ImageError(f"'{path}' is broken or cut off ({type(error).__name__}: {error}); copy it again or remove it.")
 
 
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """An RGB copy as `read_image` makes it: upright, transparency on white, 16 bits brought to 8.
+
+    Raises:
+        ImageError: grey values that are neither; the message calls the image `name`.
+    """
     with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels, which are loaded
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey(path, image).convert("RGB")
+        return _deep_grey(image, name).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
@@ -108,13 +113,13 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
-def _deep_grey(path: Path, image: Image.Image) -> Image.Image:
+def _deep_grey(image: Image.Image, name: str) -> Image.Image:
     """Grey of 16 bits, or float from 0 to 1, to 8 bits; Pillow's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.float64)
     white = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
         raise ImageError(
-            f"'{path}' holds grey values from {values.min():g} to {values.max():g}, where 0 to {white:g} was expected; "
+            f"'{name}' holds grey values from {values.min():g} to {values.max():g}, where 0 to {white:g} was expected; "
             "convert it to 8 or 16 bits."
         )
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))

@@ -42,7 +42,8 @@ category and by task.  Their options stand in the question itself.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -125,7 +126,8 @@ def load_questions(spec: str) -> QuestionBenchmark:
 
     ``shapes-mmvp:N`` (N pairs), ``shapes-naturalbench:N`` (N groups), ``shapes-vqa:N`` and ``shapes-blink:N`` (N items) are
     drawn, with the option ``seed``;
-    ``KIND:SOURCE`` is a published one, SOURCE being a folder or a hub id, of which ``limit`` takes the first items;
+    ``KIND:SOURCE`` is a published one, SOURCE being a folder or a hub id, of which ``limit`` takes the first items (of each
+    task or source where their mean is the score);
     ``images`` is the folder of the images where the official files of VQAv2, TextVQA and POPE name them only.
 
     Raises:
@@ -152,9 +154,25 @@ def load_questions(spec: str) -> QuestionBenchmark:
     limit = _whole(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
     images = Path(options["images"]).expanduser() if "images" in options else None
     read, patterns = READERS[kind]
-    items = tuple(islice(read(benchmark_folder(source, patterns), images), limit))
+    if limit and limit % UNITS.get(kind, 1):
+        raise ValueError(
+            f"{spec!r}: {kind} counts {UNITS[kind]} questions as one, so limit must be a multiple of {UNITS[kind]}."
+        )
+    items = tuple(_first(read(benchmark_folder(source, patterns), images), limit, PARTS.get(kind, "")))
     _check_ids(spec, [item.id for item in items])
     return QuestionBenchmark(kind, kind, spec, items)
+
+
+def _first(items: Iterable[QuestionItem], limit: int | None, part: str) -> Iterator[QuestionItem]:
+    """The first items, of each part where the records name one."""
+    if not part or limit is None:
+        yield from islice(items, limit)
+        return
+    seen: Counter[str] = Counter()
+    for item in items:
+        seen[item.record[part]] += 1
+        if seen[item.record[part]] <= limit:
+            yield item
 
 
 # --- drawn ----------------------------------------------------------------------------------------
@@ -483,6 +501,8 @@ READERS: dict[str, tuple[Reader, list[str] | None]] = {
     "llava-bench": (read_llava_bench, None),
 }
 WITH_IMAGES = ("vqav2", "textvqa", "pope")
+UNITS = {"mmvp": 2, "naturalbench": 4}  # questions that are counted as one
+PARTS = {"blink": "task", "cv-bench": "source"}  # whose mean is the score
 FORMS = (
     ", ".join([*(f"{kind}:N" for kind in DRAWN), *(f"{kind}:SOURCE" for kind in READERS)])
     + f" (SOURCE is a folder or a hub id; {', '.join(WITH_IMAGES)} take ?images=FOLDER)"

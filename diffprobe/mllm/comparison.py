@@ -12,7 +12,9 @@ A run lives in a folder and does each piece once: ``request.json`` (what its pie
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from diffprobe.data.twins import PATTERNS
 from diffprobe.mllm.verdict import crossed_mean
 from diffprobe.stats import wilson_interval
-from diffprobe.store import request_differences
+from diffprobe.store import BusyError, request_differences
 
 if TYPE_CHECKING:
     from diffprobe.data.question_benchmarks import QuestionBenchmark
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from diffprobe.mllm.stages import Precision, StageConfig
 
 MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
+WAIT = 10.0  # seconds between two looks at what another process trains
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
 
 
@@ -57,7 +60,8 @@ class Arm:
         if self.fusion == "diffusion" and self.guidance == 0:
             return f"{self.site} t={self.timestep}"
         more = f" {self.site.removeprefix(MAIN_SITE)}" if self.site != MAIN_SITE else ""
-        return f"{self.fusion} s={self.guidance:g}{more}"
+        late = f" t={self.timestep}" if self.timestep != MAIN_TIMESTEP else ""
+        return f"{self.fusion} s={self.guidance:g}{more}{late}"
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -112,7 +116,7 @@ class Comparison:
         tell: gets progress lines.
 
     Raises:
-        ValueError: the folder holds a run with other settings or weights.
+        ValueError: the folder holds a run with other settings or weights, or no score is known for a benchmark.
     """
 
     def __init__(
@@ -123,6 +127,13 @@ class Comparison:
         from diffprobe.mllm.streams import FeatureCache
         from diffprobe.models import load_model
 
+        kinds = [spec.partition(":")[0].removeprefix(DRAWN) for spec in settings.benchmarks]
+        known = {kind for scored, _ in SCORES.values() for kind in scored}
+        if wrong := [kind for kind in kinds if kind not in known or kinds.count(kind) > 1]:
+            raise ValueError(
+                f"Arms are compared on one benchmark each of {', '.join(sorted(known))}; found {', '.join(wrong)}. "
+                "'diffprobe mllm eval' judges the others."
+            )
         self.folder, self.settings, self.device, self.tell = Path(folder), settings, device, tell
         self.encoder, self.diffusion = load_encoder(settings.encoder, device), load_model(settings.diffusion, device)
         self.captions, self.instructions = load_conversations(settings.captions), load_conversations(settings.instructions)
@@ -139,18 +150,22 @@ class Comparison:
                 raise ValueError(f"{self.folder} holds another run; give another folder. {'; '.join(differences)}.")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        beside = kept.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        beside.replace(kept)
 
     @cached_property
     def benchmarks(self) -> list[QuestionBenchmark]:
-        """The questions, their images drawn once and held."""
+        """The questions, images that are drawn held in memory."""
         from diffprobe.data.question_benchmarks import load_questions
 
         found = []
         for spec in self.settings.benchmarks:
             benchmark = load_questions(spec)
-            items = [replace(item, images=tuple(_held(load()) for load in item.images)) for item in benchmark.items]
-            found.append(replace(benchmark, items=tuple(items)))
+            if spec.startswith(DRAWN):  # photographs take too much memory, and are read faster than drawn
+                items = [replace(item, images=tuple(_held(load()) for load in item.images)) for item in benchmark.items]
+                benchmark = replace(benchmark, items=tuple(items))
+            found.append(benchmark)
         return found
 
     def model(self, arm: Arm, seed: int) -> Any:
@@ -187,12 +202,19 @@ class Comparison:
         untold = replace(arm, guidance=0.0)
         before, folder = (self.folder / stage / f"{a.slug}_seed{seed}" for stage, a in (("stage1", untold), ("stage2", arm)))
         if not (folder / CONFIG).exists():
-            if not (before / CONFIG).exists():
-                train_stage(self.model(untold, seed), self.captions, before, first, tell=lambda line: self.tell(f"  1 {line}"))
+            while not (before / CONFIG).exists():
+                try:
+                    train_stage(
+                        self.model(untold, seed), self.captions, before, first, tell=lambda line: self.tell(f"  1 {line}")
+                    )
+                except (
+                    BusyError
+                ) as busy:  # arms that differ in guidance share stage 1, and another process may have one of them
+                    self.tell(f"  1 {busy}")
+                    time.sleep(WAIT)
             model = self.model(arm, seed)
             model.fusion.load_state_dict(load_file(before / WEIGHTS))
             train_stage(model, self.instructions, folder, second, start=before.name, tell=lambda line: self.tell(f"  2 {line}"))
-            return model
         return FusedMLLM.from_pretrained(folder, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
 
     def path(self, arm: Arm, seed: int, condition: str) -> Path:
@@ -296,6 +318,7 @@ SHARES: dict[str, tuple[tuple[str, ...], Callable[[Floats], Floats]]] = {
     "BLINK": SCORES["BLINK"],
 }
 DRAWN = "shapes-"
+KEYS = ("arm", "condition", "against", "score", "group")  # what tells one change from another
 PAIRED = {"MMVP": 2, "NB question": 4, "NB image": 4, "NB group": 4}  # items of a unit; patterns take turns over units
 
 
@@ -359,7 +382,9 @@ def change_rows(answers: pd.DataFrame, pairs: Sequence[tuple[tuple[str, str], tu
                  "group": group, **{k: mean[k] for k in ("value", "low", "high")}, "n": difference.shape[1],
                  "n_seeds": difference.shape[0], "chance": 0.0, "seed": seed}
             )  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        rows, columns=None if rows else ["kind", *KEYS, "value", "low", "high", "n", "n_seeds", "chance", "seed"]
+    )
 
 
 def _groups(answers: pd.DataFrame) -> list[tuple[str, str, tuple[str, ...]]]:

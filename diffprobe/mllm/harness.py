@@ -106,7 +106,7 @@ class HarnessModel(_Model):
         for one in shown:
             if not isinstance(one, Image.Image):
                 raise ValueError(f"Task {task!r} shows {type(one).__name__} with {text[:60]!r}; this model sees images only.")
-        return [one.convert("RGB") for one in shown]
+        return shown
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: every benchmark of this package is answered in words."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CONDITIONS = ("own", "unprompted", "irrelevant", "blank", "text")
 BLIND = ("blank", "text")
 DRAWN = ("shapes-vqa:270", "shapes-mmvp:135", "shapes-naturalbench:90", "shapes-blink:100")
+JUDGED = ("llava-bench",)  # a judge model gives the points
 _AT_ONCE = 256  # items whose images are held in memory
 
 
@@ -109,16 +110,29 @@ def judge(
     Raises:
         ValueError: a condition is none, or the scorer lacks something.
     """
-    scores, answers = [], []
-    for condition in conditions:
-        records = answer_items(model, benchmark.items, condition, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
-        scores.append(SCORERS[benchmark.scorer](records, level=level, seed=seed, **options).assign(condition=condition))
-        answers += [
-            {"condition": condition, "id": item.id, "question": item.question, "answer": str(record.get("answer", "")),
-             "output": record["output"], "hit": hit(record)}
-            for item, record in zip(benchmark.items, records, strict=True)
-        ]  # fmt: skip
-    return pd.concat(scores, ignore_index=True).assign(benchmark=benchmark.name), pd.DataFrame(answers)
+    said = _said(model, benchmark, conditions, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
+    return _scored(benchmark, said, level=level, seed=seed, **options), _answered(benchmark, said)
+
+
+Said = Mapping[str, Sequence[Mapping[str, Any]]]  # records with outputs by condition
+
+
+def _said(model: FusedMLLM, benchmark: QuestionBenchmark, conditions: Sequence[str], **options: Any) -> Said:
+    return {condition: answer_items(model, benchmark.items, condition, **options) for condition in conditions}
+
+
+def _scored(benchmark: QuestionBenchmark, said: Said, **options: Any) -> pd.DataFrame:
+    score = SCORERS[benchmark.scorer]
+    rows = [score(records, **options).assign(condition=condition) for condition, records in said.items()]
+    return pd.concat(rows, ignore_index=True).assign(benchmark=benchmark.name)
+
+
+def _answered(benchmark: QuestionBenchmark, said: Said) -> pd.DataFrame:
+    return pd.DataFrame([
+        {"condition": condition, "id": item.id, "question": item.question, "answer": str(record.get("answer", "")),
+         "output": record["output"], "hit": hit(record)}
+        for condition, records in said.items() for item, record in zip(benchmark.items, records, strict=True)
+    ])  # fmt: skip
 
 
 def judge_all(
@@ -127,20 +141,30 @@ def judge_all(
     folder: str | Path,
     conditions: Sequence[str] = ("own", *BLIND),
     *,
+    batch: int = 32,
+    max_new_tokens: int = 32,
     tell: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> pd.DataFrame:
-    """`judge` several benchmarks; writes ``scores.csv`` and ``answers.csv`` into a folder and gives the scores."""
-    folder, scores, answers = Path(folder), [], []
+    """`judge` several benchmarks and give the scores; ``answers.csv`` and ``scores.csv`` in a folder grow with each of them.
+
+    LLaVA-Bench is scored by the judge model in `options`; without one its answers are written and it gets no score.
+    """
+    folder, scores, answers = Path(folder), pd.DataFrame(), pd.DataFrame()
+    folder.mkdir(parents=True, exist_ok=True)
     for benchmark in benchmarks:
         tell(f"{benchmark.name}: {len(benchmark)} questions, shown {', '.join(conditions)}")
-        found, said = judge(model, benchmark, conditions, tell=tell, **options)
-        scores.append(found)
-        answers.append(said.assign(benchmark=benchmark.name))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, tables in (("scores", scores), ("answers", answers)):
-        pd.concat(tables, ignore_index=True).to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
-    return pd.concat(scores, ignore_index=True)
+        said = _said(model, benchmark, conditions, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
+        answers = pd.concat([answers, _answered(benchmark, said).assign(benchmark=benchmark.name)], ignore_index=True)
+        answers.to_csv(folder / "answers.csv", index=False, lineterminator="\n")  # before scoring, which may refuse them
+        if benchmark.scorer in JUDGED and "judge" not in options:
+            tell(
+                f"{benchmark.name}: answers are kept; its score needs a judge model (diffprobe.mllm.evaluate.score_llava_bench)."
+            )
+            continue
+        scores = pd.concat([scores, _scored(benchmark, said, **options)], ignore_index=True)
+        scores.to_csv(folder / "scores.csv", index=False, lineterminator="\n")
+    return scores
 
 
 def hit(record: Mapping[str, Any]) -> float:
@@ -148,6 +172,8 @@ def hit(record: Mapping[str, Any]) -> float:
 
     >>> hit({"answer": "(a)", "options": "(a) Open (b) Closed", "output": "open"}), hit({"answer": "Yes", "output": "no"})
     (1.0, 0.0)
+    >>> hit({"answer": "A", "kind": "multiple_choice", "output": "Yes"})  # NaturalBench's other kind of question
+    0.0
     """
     options = _options(record)
     truth = read_choice(str(record.get("answer", "")), options)
@@ -164,5 +190,5 @@ def chance(record: Mapping[str, Any]) -> float:
 
 
 def _options(record: Mapping[str, Any]) -> list[str]:
-    options = record.get("options", ("Yes", "No"))
+    options = record.get("options", ("A", "B") if record.get("kind") == "multiple_choice" else ("Yes", "No"))
     return split_options(options) if isinstance(options, str) else list(options)

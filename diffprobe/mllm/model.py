@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
@@ -135,7 +136,7 @@ class FusedMLLM:
         """Greedy answers to questions about images.
 
         Args:
-            images: of each question, one or more; none asks the language model alone.
+            images: of each question, one or more, in any of Pillow's modes; none asks the language model alone.
             questions: one for each list of images.
             max_new_tokens: of an answer.
             batch: questions answered together; the answers do not depend on it.
@@ -154,7 +155,7 @@ class FusedMLLM:
         order = sorted(range(len(questions)), key=lambda k: (len(images[k]), len(questions[k])))
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            pictures = [Picture.of(image) for k in part for image in images[k]]
+            pictures = [Picture.of(to_rgb(image)) for k in part for image in images[k]]
             soft = self.see(pictures, [told[k] for k in part for _ in images[k]])
             rows = lay_out(self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part])
             for k, text in zip(part, speak(self.language, rows, max_new_tokens), strict=True):
@@ -187,7 +188,9 @@ class FusedMLLM:
         fusion = weights.get("fusion") or self.fusion.state_dict()
         save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
         kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins()}
-        (folder / CONFIG).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside = folder / f"{CONFIG}.tmp"  # whole or not at all: it says that the model is finished
+        beside.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.replace(folder / CONFIG)
 
     @classmethod
     def from_pretrained(
@@ -217,7 +220,8 @@ class FusedMLLM:
         model.fusion.load_state_dict(load_file(folder / WEIGHTS))
         model.fusion.eval()
         model.tuned = tuned
-        if differing := [name for name, origin in model.origins().items() if origin != kept["origins"].get(name)]:
+        here = model.origins(), model.origins(portable=False)  # the second is what earlier versions kept
+        if differing := [name for name in here[0] if kept["origins"].get(name) not in [origins[name] for origins in here]]:
             name = {CLIP: config.encoder, DIFFUSION: config.diffusion}.get(differing[0], config.language_model)
             raise ValueError(
                 f"{folder} was trained with other weights or settings of {name!r} than are there now ({differing[0]}); "
@@ -225,12 +229,13 @@ class FusedMLLM:
             )
         return model
 
-    def origins(self) -> dict[str, Any]:
-        """What decides the features of each stream, and the untuned language model's hash."""
+    def origins(self, portable: bool = True) -> dict[str, Any]:
+        """What decides the features of each stream, and the untuned language model's hash; alike on a CPU and a GPU if portable."""
         found: dict[str, Any] = {
-            name: [json.loads(json.dumps(eye.origin(site))) for site in eye.sites] for name, eye in self.streams.eyes.items()
+            name: [json.loads(json.dumps(eye.origin(site, portable))) for site in eye.sites]
+            for name, eye in self.streams.eyes.items()
         }
-        return found if self.tuned else {**found, "language_model": weights_hash(self.language.model)}
+        return found if self.tuned else {**found, "language_model": weights_hash(self.language.model, portable)}
 
 
 def _streams(

@@ -92,7 +92,8 @@ def train_fused(
     """Both stages of a fresh model, or what is left of them: stage 1 into ``folder/stage1``, the finished model into `folder`.
 
     Args:
-        model: with a fresh fusion; holds the finished weights afterwards.
+        model: with a fresh fusion; trained in place.  Of a folder that was finished before it does not get the weights:
+            `FusedMLLM.from_pretrained` loads them.
         captions: for stage 1.
         instructions: for stage 2.
         folder: the same again goes on where it was cut off.
@@ -442,7 +443,7 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
         taken = []
         for _ in range(2):  # the first pays for what is made once
             started = time.perf_counter()
-            streams = model.streams(pictures, prompts)
+            streams = model.streams(pictures, prompts) if pictures else {}
             taken.append(time.perf_counter() - started)
         learner = Learner(model.fusion, model.language, _short(model.language, stage.precision))
         spent = []

@@ -28,12 +28,13 @@ from torch import Tensor
 from diffprobe.data.images import fit_image
 from diffprobe.encoders import VisionEncoder
 from diffprobe.mllm.fusion import CLIP, to_grid
-from diffprobe.models import DiffusionModel, EncodedText
+from diffprobe.models import DiffusionModel, EncodedText, weights_hash
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import select_sites
 
 ROWS = 32  # pictures of one forward pass; a cache file holds as many
+_OPEN = 1024  # cache files mapped into memory at a time; Linux gives a process 65,530 maps
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Eye(Protocol):
 
     sites: tuple[str, ...]
 
-    def origin(self, site: str) -> dict[str, Any]:
-        """All that decides a site's features besides picture and prompt."""
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
+        """All that decides a site's features besides picture and prompt; `portable`: whatever dtype the weights are held in."""
         ...
 
     def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
@@ -100,11 +101,11 @@ class EncoderEye:
         self.encoder, self.fit = encoder, fit
 
     @cached_property
-    def _weights(self) -> str:
-        return self.encoder.weights_hash()
+    def _weights(self) -> tuple[str, str]:
+        return self.encoder.weights_hash(), weights_hash(self.encoder.network, portable=True)
 
-    def origin(self, site: str) -> dict[str, Any]:
-        return {"weights": self._weights, "site": site, "fit": self.fit, "size": list(self.encoder.resolution)}
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
+        return {"weights": self._weights[portable], "site": site, "fit": self.fit, "size": list(self.encoder.resolution)}
 
     def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
         images = [picture.load() for picture in pictures]
@@ -138,12 +139,12 @@ class DiffusionEye:
         self.cut: set[str] = set()
 
     @cached_property
-    def _weights(self) -> str:
-        return self.model.weights_hash()
+    def _weights(self) -> tuple[str, str]:
+        return self.model.weights_hash(), weights_hash(self.model.network, portable=True)
 
-    def origin(self, site: str) -> dict[str, Any]:
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {
-            "weights": self._weights, "site": site, "timestep": self.timestep, "noise_seed": self.noise_seed, "fit": self.fit,
+            "weights": self._weights[portable], "site": site, "timestep": self.timestep, "noise_seed": self.noise_seed, "fit": self.fit,
             "size": self.model.resolution,
         }  # fmt: skip
 
@@ -201,9 +202,11 @@ class FeatureCache:
         rows = []
         for key in keys:
             path, row = index[_name(*key)]
-            if path not in self._open:
-                self._open[path] = safe_open(path, "pt")
-            rows.append(self._open[path].get_slice("features")[row])
+            file = self._open.pop(path, None) or safe_open(path, "pt")
+            self._open[path] = file  # the last one used stands last
+            if len(self._open) > _OPEN:
+                del self._open[next(iter(self._open))]
+            rows.append(file.get_slice("features")[row])
         return torch.stack(rows)
 
     def write(self, eye: Eye, keys: Sequence[tuple[str, str | None]], seen: Mapping[str, Tensor]) -> None:
