@@ -87,6 +87,14 @@ def test_options_that_are_words_numbers_or_yes_and_no() -> None:
     assert split_options("(a) Left side (b) Right") == ["Left side", "Right"]
 
 
+def test_a_letter_is_an_answer_only_where_letters_are_shown() -> None:
+    ask = {"options": ("H", "L"), "output": "A"}
+    assert score_mmvp([{**ask, "answer": "H"}, {**ask, "answer": "L"}])["unparsed"].eq(2).all()
+    assert score_mmvp([{**ask, "answer": "(a)"}, {**ask, "answer": "(b)"}]).set_index("score").value.to_dict()["item"] == 0.5
+    group = [{"answer": answer, "output": "A"} for answer in ("Yes", "No", "No", "Yes")]
+    assert score_naturalbench(group)["unparsed"].eq(4).all()
+
+
 @pytest.mark.parametrize(
     ("text", "ours", "official"),
     [

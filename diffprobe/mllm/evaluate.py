@@ -57,7 +57,7 @@ def read_pope(text: str) -> str | None:
     return "no" if {"No", "no", "not"} & set(text.partition(".")[0].replace(",", "").split(" ")) else "yes"
 
 
-def read_choice(text: str, options: Sequence[str]) -> int | None:
+def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int | None:
     """Which option a text chooses, as an index, or None.  The first of these rules that finds exactly one option decides:
 
     1. the whole text is an option or an option's letter: "B", "(b)", "b.", "two";
@@ -67,19 +67,54 @@ def read_choice(text: str, options: Sequence[str]) -> int | None:
     5. options stand in it as whole words, those inside a longer option that is there too left out: "dark red", not "red";
     6. for options yes and no, `read_yes_no`.
 
-    A bare letter inside a sentence is no answer: "a" is an article.
+    A bare letter inside a sentence is no answer: "a" is an article.  Without letters, options that are letters themselves ("H",
+    "L") are looked for as capitals, but for A and I.
+
+    Args:
+        text: What was said.
+        options: What could be said.
+        lettered: Whether the question shows a letter with each option (`shows_letters`); without, rules 1 to 4 read no letters.
 
     >>> texts = ("(b)", "A", "It is dark red.", "the answer is: a", "The answer is A because", "the answer is a car", "A car")
     >>> [read_choice(text, ("red", "dark red")) for text in texts]
     [1, 0, 1, 0, 0, None, None]
     >>> read_choice("red and blue", ("red", "blue")) is None
     True
+    >>> [read_choice(text, ("H", "L"), lettered=False) for text in ("A", "It is an L.", "h")]
+    [None, 1, 0]
     """
     letters = string.ascii_lowercase[: len(options)]
     folded = [_fold(option) for option in options]
     whole = _fold(text)
     if whole in folded:
         return folded.index(whole)
+    if not lettered and all(len(option) == 1 and option.isalpha() for option in folded):
+        said = {folded.index(letter) for letter in folded if letter not in "ai" and re.search(rf"\b{letter.upper()}\b", text)}
+        return said.pop() if len(said) == 1 else None
+    if lettered and (by_letter := _read_letter(text, whole, letters)) is not None:
+        return by_letter
+    # an option that is itself a letter ("a") would be found in every sentence
+    named = [(k, option) for k, option in enumerate(folded) if len(option) > 1 or option.isdigit()]
+    spans = [(m.span(), k) for k, option in named for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", whole)]
+    kept = {k for (a, b), k in spans if not any(c <= a and b <= d and (a, b) != (c, d) for (c, d), _ in spans)}
+    if len(kept) == 1:
+        return kept.pop()
+    if sorted(folded) == ["no", "yes"] and (answer := read_yes_no(text)):
+        return folded.index(answer)
+    return None
+
+
+def shows_letters(answer: str, options: Sequence[str]) -> bool:
+    """Whether a benchmark speaks of an option by its letter, as its own answer tells.
+
+    >>> shows_letters("(a)", ("Open", "Closed")), shows_letters("A", ("A", "B")), shows_letters("Open", ("Open", "Closed"))
+    (True, True, False)
+    """
+    folded = [_fold(option) for option in options]
+    return folded == list(string.ascii_lowercase[: len(options)]) or _fold(answer) not in folded
+
+
+def _read_letter(text: str, whole: str, letters: str) -> int | None:
     if len(whole) == 1 and whole in letters:
         return letters.index(whole)
     capitals, after = letters.upper(), r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|would\s+be))?)\s*:?\s*[(\[]?"
@@ -92,14 +127,6 @@ def read_choice(text: str, options: Sequence[str]) -> int | None:
         found = {letter.lower() for letter in re.findall(rule, text)}
         if len(found) == 1:
             return letters.index(found.pop())
-    # an option that is itself a letter ("a") would be found in every sentence
-    named = [(k, option) for k, option in enumerate(folded) if len(option) > 1 or option.isdigit()]
-    spans = [(m.span(), k) for k, option in named for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", whole)]
-    kept = {k for (a, b), k in spans if not any(c <= a and b <= d and (a, b) != (c, d) for (c, d), _ in spans)}
-    if len(kept) == 1:
-        return kept.pop()
-    if sorted(folded) == ["no", "yes"] and (answer := read_yes_no(text)):
-        return folded.index(answer)
     return None
 
 
@@ -127,10 +154,11 @@ def _choice_hits(records: Sequence[Record], benchmark: str) -> tuple[Floats, Flo
     hits, chances, unparsed = [], [], 0
     for index, record in enumerate(_given(records, benchmark, ("options", "answer", "output"))):
         options = _options(record)
-        truth = read_choice(str(record["answer"]), options)
+        lettered = shows_letters(str(record["answer"]), options)
+        truth = read_choice(str(record["answer"]), options, lettered)
         if truth is None or len(options) < 2:
             raise ValueError(f"{benchmark}, record {index}: the answer {record['answer']!r} is none of the options {options}.")
-        said = read_choice(str(record["output"]), options)
+        said = read_choice(str(record["output"]), options, lettered)
         unparsed += said is None
         hits.append(said == truth)
         chances.append(1 / len(options))
@@ -220,7 +248,8 @@ def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: 
     for index, record in enumerate(_given(records, "NaturalBench", ("answer", "output"))):
         yes_no = record.get("kind", "yes_no") == "yes_no"
         options = ("Yes", "No") if yes_no else record.get("options", ("A", "B"))
-        truth, said = (read_choice(str(record[name]), options) for name in ("answer", "output"))
+        lettered = shows_letters(str(record["answer"]), options)
+        truth, said = (read_choice(str(record[name]), options, lettered) for name in ("answer", "output"))
         if truth is None:
             raise ValueError(f"NaturalBench, record {index}: the answer {record['answer']!r} is none of {options}.")
         unparsed += said is None

@@ -25,7 +25,7 @@ from PIL import Image
 
 from diffprobe.data.blank import GREY
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem
-from diffprobe.mllm.evaluate import SCORERS, read_choice, split_options
+from diffprobe.mllm.evaluate import SCORERS, read_choice, shows_letters, split_options
 
 if TYPE_CHECKING:
     from diffprobe.mllm.model import FusedMLLM
@@ -176,8 +176,9 @@ def hit(record: Mapping[str, Any]) -> float:
     0.0
     """
     options = _options(record)
-    truth = read_choice(str(record.get("answer", "")), options)
-    return np.nan if truth is None else float(read_choice(str(record["output"]), options) == truth)
+    lettered = shows_letters(str(record.get("answer", "")), options)
+    truth = read_choice(str(record.get("answer", "")), options, lettered)
+    return np.nan if truth is None else float(read_choice(str(record["output"]), options, lettered) == truth)
 
 
 def chance(record: Mapping[str, Any]) -> float:
