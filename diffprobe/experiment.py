@@ -335,7 +335,7 @@ def changed(settings: T, given: Sequence[str]) -> T:
     """A dataclass of settings with NAME=VALUE texts applied; a value is read as what stands there now.
 
     Raises:
-        ValueError: no such setting, or its value is of another kind.
+        OptionError: no such setting, or its value is of another kind.
 
     >>> from diffprobe.mllm.comparison import Settings
     >>> changed(Settings(), ["language_model=smollm2", "steps=60,120"]).steps
@@ -363,7 +363,7 @@ def check_settings(given: Sequence[str]) -> None:
     """Refuse what is a setting of no experiment, before anything is computed.
 
     Raises:
-        ValueError: a text is no NAME=VALUE, or nothing has such a setting.
+        OptionError: a text is no NAME=VALUE, or nothing has such a setting.
     """
     from diffprobe.mllm import comparison, leakage
 

@@ -188,6 +188,15 @@ def clear_cut_writes(path: str | Path) -> None:
             left.unlink()
 
 
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file that appears whole or not at all, because others read from it what is done; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 class BusyError(ValueError):
     """Another process is writing where this one is to write."""
 

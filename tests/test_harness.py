@@ -35,7 +35,8 @@ class Painter:
         self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str], *, max_new_tokens: int, batch: int
     ) -> list[str]:
         self.calls.append((len(questions), max_new_tokens))
-        seen = ["-".join(str(one.convert("RGB").getpixel((0, 0))[0]) for one in several) for several in images]
+        assert all(one.mode == "RGB" for several in images for one in several)
+        seen = ["-".join(str(one.getpixel((0, 0))[0]) for one in several) for several in images]
         return [f"{colours} {question} END more" for colours, question in zip(seen, questions, strict=True)]
 
 

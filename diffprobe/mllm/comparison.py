@@ -12,7 +12,6 @@ A run lives in a folder and does each piece once: ``request.json`` (what its pie
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from diffprobe.data.twins import PATTERNS
 from diffprobe.mllm.verdict import crossed_mean
 from diffprobe.stats import wilson_interval
-from diffprobe.store import BusyError, request_differences
+from diffprobe.store import BusyError, request_differences, write_whole
 
 if TYPE_CHECKING:
     from diffprobe.data.question_benchmarks import QuestionBenchmark
@@ -149,10 +148,7 @@ class Comparison:
             if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
                 raise ValueError(f"{self.folder} holds another run; give another folder. {'; '.join(differences)}.")
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-        beside.replace(kept)
+        write_whole(kept, json.dumps(asked, indent=2) + "\n")
 
     @cached_property
     def benchmarks(self) -> list[QuestionBenchmark]:
@@ -203,18 +199,17 @@ class Comparison:
         before, folder = (self.folder / stage / f"{a.slug}_seed{seed}" for stage, a in (("stage1", untold), ("stage2", arm)))
         if not (folder / CONFIG).exists():
             while not (before / CONFIG).exists():
+                fresh = self.model(untold, seed)
                 try:
-                    train_stage(
-                        self.model(untold, seed), self.captions, before, first, tell=lambda line: self.tell(f"  1 {line}")
-                    )
-                except (
-                    BusyError
-                ) as busy:  # arms that differ in guidance share stage 1, and another process may have one of them
+                    train_stage(fresh, self.captions, before, first, tell=lambda line: self.tell(f"  1 {line}"))
+                except BusyError as busy:
+                    # arms that differ in guidance share stage 1, and another process may have one of them
                     self.tell(f"  1 {busy}")
                     time.sleep(WAIT)
             model = self.model(arm, seed)
             model.fusion.load_state_dict(load_file(before / WEIGHTS))
             train_stage(model, self.instructions, folder, second, start=before.name, tell=lambda line: self.tell(f"  2 {line}"))
+        # loaded, also when just trained: on a GPU in another dtype, and answers must not depend on where a run was cut off
         return FusedMLLM.from_pretrained(folder, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
 
     def path(self, arm: Arm, seed: int, condition: str) -> Path:

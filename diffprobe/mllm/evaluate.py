@@ -144,21 +144,35 @@ def _fold(text: str) -> str:
     return " ".join(word.strip(string.punctuation) for word in text.lower().split()).strip()
 
 
-def _options(record: Record) -> list[str]:
-    options = record["options"]
+def options_of(record: Record) -> list[str]:
+    """What could be said; a record without options is NaturalBench's, of A and B or of Yes and No.
+
+    >>> options_of({"options": "(a) Open (b) Closed"}), options_of({"kind": "multiple_choice"}), options_of({})
+    (['Open', 'Closed'], ['A', 'B'], ['Yes', 'No'])
+    """
+    options = record.get("options", ("A", "B") if record.get("kind") == "multiple_choice" else ("Yes", "No"))
     return split_options(options) if isinstance(options, str) else [str(option) for option in options]
+
+
+def read_record(record: Record, options: Sequence[str]) -> tuple[int | None, int | None]:
+    """Which options a record's answer and its output choose; letters are read where its answer shows that there are any.
+
+    >>> read_record({"answer": "(b)", "output": "A"}, ("H", "L")), read_record({"answer": "L", "output": "A"}, ("H", "L"))
+    ((1, 0), (1, None))
+    """
+    answer, output = str(record.get("answer", "")), str(record["output"])
+    lettered = shows_letters(answer, options)
+    return read_choice(answer, options, lettered), read_choice(output, options, lettered)
 
 
 def _choice_hits(records: Sequence[Record], benchmark: str) -> tuple[Floats, Floats, int]:
     """(item,) hits and guessing chances of multiple-choice records, and how many outputs have no answer."""
     hits, chances, unparsed = [], [], 0
     for index, record in enumerate(_given(records, benchmark, ("options", "answer", "output"))):
-        options = _options(record)
-        lettered = shows_letters(str(record["answer"]), options)
-        truth = read_choice(str(record["answer"]), options, lettered)
+        options = options_of(record)
+        truth, said = read_record(record, options)
         if truth is None or len(options) < 2:
             raise ValueError(f"{benchmark}, record {index}: the answer {record['answer']!r} is none of the options {options}.")
-        said = read_choice(str(record["output"]), options, lettered)
         unparsed += said is None
         hits.append(said == truth)
         chances.append(1 / len(options))
@@ -248,8 +262,7 @@ def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: 
     for index, record in enumerate(_given(records, "NaturalBench", ("answer", "output"))):
         yes_no = record.get("kind", "yes_no") == "yes_no"
         options = ("Yes", "No") if yes_no else record.get("options", ("A", "B"))
-        lettered = shows_letters(str(record["answer"]), options)
-        truth, said = (read_choice(str(record[name]), options, lettered) for name in ("answer", "output"))
+        truth, said = read_record(record, options)
         if truth is None:
             raise ValueError(f"NaturalBench, record {index}: the answer {record['answer']!r} is none of {options}.")
         unparsed += said is None

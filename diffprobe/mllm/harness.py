@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from diffprobe.data.images import to_rgb
+
 try:
     from lmms_eval.api.model import lmms as _Model
 except ImportError:  # the harness is optional, and this module can be read without it
@@ -106,7 +108,7 @@ class HarnessModel(_Model):
         for one in shown:
             if not isinstance(one, Image.Image):
                 raise ValueError(f"Task {task!r} shows {type(one).__name__} with {text[:60]!r}; this model sees images only.")
-        return shown
+        return [to_rgb(one, f"an image of task {task!r}") for one in shown]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: every benchmark of this package is answered in words."""

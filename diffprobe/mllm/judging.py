@@ -25,7 +25,7 @@ from PIL import Image
 
 from diffprobe.data.blank import GREY
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem
-from diffprobe.mllm.evaluate import SCORERS, read_choice, shows_letters, split_options
+from diffprobe.mllm.evaluate import SCORERS, options_of, read_record
 
 if TYPE_CHECKING:
     from diffprobe.mllm.model import FusedMLLM
@@ -152,6 +152,7 @@ def judge_all(
     """
     folder, scores, answers = Path(folder), pd.DataFrame(), pd.DataFrame()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.csv").unlink(missing_ok=True)  # of answers that are about to be replaced
     for benchmark in benchmarks:
         tell(f"{benchmark.name}: {len(benchmark)} questions, shown {', '.join(conditions)}")
         said = _said(model, benchmark, conditions, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
@@ -175,10 +176,8 @@ def hit(record: Mapping[str, Any]) -> float:
     >>> hit({"answer": "A", "kind": "multiple_choice", "output": "Yes"})  # NaturalBench's other kind of question
     0.0
     """
-    options = _options(record)
-    lettered = shows_letters(str(record.get("answer", "")), options)
-    truth = read_choice(str(record.get("answer", "")), options, lettered)
-    return np.nan if truth is None else float(read_choice(str(record["output"]), options, lettered) == truth)
+    truth, said = read_record(record, options_of(record))
+    return np.nan if truth is None else float(said == truth)
 
 
 def chance(record: Mapping[str, Any]) -> float:
@@ -187,9 +186,4 @@ def chance(record: Mapping[str, Any]) -> float:
     >>> chance({"options": "(a) Open (b) Closed (c) Ajar"}), chance({"answer": "Yes"})
     (0.3333333333333333, 0.5)
     """
-    return 1 / len(_options(record))
-
-
-def _options(record: Mapping[str, Any]) -> list[str]:
-    options = record.get("options", ("A", "B") if record.get("kind") == "multiple_choice" else ("Yes", "No"))
-    return split_options(options) if isinstance(options, str) else list(options)
+    return 1 / len(options_of(record))

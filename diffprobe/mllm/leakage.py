@@ -56,7 +56,7 @@ from diffprobe.mllm.verdict import (
     sentence,
     usable_information,
 )
-from diffprobe.store import request_differences
+from diffprobe.store import request_differences, write_whole
 
 if TYPE_CHECKING:
     from diffprobe.mllm.features import Asked, Features
@@ -283,8 +283,7 @@ class Run:
                     f"{self.folder} holds another run; give another folder, or match it. {'; '.join(differences)}."
                 )
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(kept, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+        write_whole(kept, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
 
     # --- samples ----------------------------------------------------------------------------------
 
@@ -377,7 +376,7 @@ class Run:
              "references": json.dumps(self.references(i, texts[i]), ensure_ascii=False), "output": output}
             for i, output in zip(ids, said, strict=True)
         ]  # fmt: skip
-        _write(self.path(test), pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+        write_whole(self.path(test), pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
     def references(self, sample: str, fed: str) -> list[str]:
         """Captions that score sight: neither the one that is used as a prompt, nor what was fed in."""
@@ -528,7 +527,7 @@ class Run:
                     self.rank(test, projector)
         if main:
             found = pd.concat([_read(p) for p in sorted((self.folder / "texts").glob("*.csv"))], ignore_index=True)
-            _write(self.folder / "texts.csv", found.to_csv(index=False, lineterminator="\n"))
+            write_whole(self.folder / "texts.csv", found.to_csv(index=False, lineterminator="\n"))
         return read_texts(self.folder, tests) if main else pd.DataFrame()
 
 
@@ -577,14 +576,6 @@ def run(
     if not dry_run:
         held.complete(tests, ranked)
     return forecast
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 # --- the report -------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
 from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
+from diffprobe.store import write_whole
 
 Tuned = Literal["", "full", "lora"]
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
@@ -188,9 +189,7 @@ class FusedMLLM:
         fusion = weights.get("fusion") or self.fusion.state_dict()
         save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
         kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins()}
-        beside = folder / f"{CONFIG}.tmp"  # whole or not at all: it says that the model is finished
-        beside.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(folder / CONFIG)
+        write_whole(folder / CONFIG, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")  # last: it says that all is there
 
     @classmethod
     def from_pretrained(

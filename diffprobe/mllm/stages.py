@@ -154,14 +154,13 @@ def train_stage(
     if (folder / CONFIG).exists():
         return
     accelerator = accelerated(model.language, stage.precision)
-    apart = sharded(accelerator)
     _tune(model, stage)
     samples = Samples(model, data, stage)
     samples.prepare(accelerator, tell)
     if fresh(model.fusion):
         samples.standardise()
     learner = Learner(model.fusion, model.language, short := _short(model.language, stage.precision))
-    spare = _hollow(learner) if apart else None
+    spare = _hollow(learner) if sharded(accelerator) else None
     learner.train()
     with sole_writer(folder, accelerator.process_index, accelerator.num_processes), _attention(model.language, plain=short):
         weights = fit(learner, samples.losses, samples.sizes, folder, stage, accelerator, tell=tell)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diffprobe.mllm.projector import Projector
 from diffprobe.models import as_dtype, choose_device, quiet, resolve
-from diffprobe.store import request_differences, sole_writer
+from diffprobe.store import request_differences, sole_writer, write_whole
 from diffprobe.zoo import smollm2
 
 IMAGE = "<image>"  # where the soft tokens stand while a conversation is still text
@@ -450,10 +449,7 @@ def settle(folder: str | Path, request: Mapping[str, Any]) -> None:
         if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
             raise ValueError(f"{folder} holds another training; give another folder. {'; '.join(differences)}.")
         return
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(asked, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(kept)
+    write_whole(kept, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check(train: Captioned, dev: Captioned, config: TrainConfig) -> None:
