@@ -1423,7 +1423,9 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAG
     for line, label in enumerate(labels):
         top = tall * line
         axis.axhline(top, color="0.85", linewidth=0.5)
-        axis.text(0, top + 0.03, str(label).replace(" +", "\n+"), va="top", fontsize=6.5)  # further sites below the first
+        parts = str(label).replace(" +", "\n+").split("\n")  # further sites below the first
+        text = "\n".join(_wrap(part, width * first, 6.2) for part in parts)
+        axis.text(0, top + 0.03, text, va="top", fontsize=6.5)
         for x, score in zip(places, scores, strict=True):
             if (label, score) not in rows.index:
                 continue
