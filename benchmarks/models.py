@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffprobe.models import DiffusionModel
 from diffprobe.sites import PAPER_SITES
-from diffprobe.zoo import recipe
+from recipes import sd
 
 SD_BLOCKS: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -89,7 +89,7 @@ def _real_vae(smoke: bool, scale: float) -> AutoencoderKL:
 def _pipeline(
     unet: UNet2DConditionModel, vae: AutoencoderKL, text: nn.Module, tokenizer: CLIPTokenizer, prediction: str
 ) -> DiffusionModel:
-    scheduler = type(recipe.build_scheduler()).from_config(recipe.build_scheduler().config, prediction_type=prediction)
+    scheduler = type(sd.build_scheduler()).from_config(sd.build_scheduler().config, prediction_type=prediction)
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -100,7 +100,7 @@ def _pipeline(
 def _narrow(name: str, channels: tuple[int, ...], side: int, device: str, dtype: torch.dtype) -> Subject:
     """Heads are 32 wide and grow in number with the channels, as in the recipe."""
     torch.manual_seed(0)
-    tokenizer = recipe.build_tokenizer(recipe.Config())
+    tokenizer = sd.build_tokenizer(sd.Config())
     heads = tuple(width // 32 for width in channels)
     unet = UNet2DConditionModel(
         sample_size=side // 4,
@@ -111,7 +111,7 @@ def _narrow(name: str, channels: tuple[int, ...], side: int, device: str, dtype:
         attention_head_dim=heads,
         **SD_BLOCKS,
     )
-    vae, text = recipe.build_vae(), recipe.build_text_encoder(tokenizer)
+    vae, text = sd.build_vae(), sd.build_text_encoder(tokenizer)
     for part in (unet, vae, text):
         nn.Module.to(part.eval().requires_grad_(False), device, dtype)
     return Subject(name, _pipeline(unet, vae, text, tokenizer, "epsilon"), side)
@@ -126,7 +126,7 @@ def tiny(device: str = "cpu", dtype: torch.dtype = torch.float32, smoke: bool = 
 
 
 def sd21(device: str = "cpu", dtype: torch.dtype = torch.float32, smoke: bool = False) -> Subject:
-    tokenizer = recipe.build_tokenizer(recipe.Config())
+    tokenizer = sd.build_tokenizer(sd.Config())
     width, layers = (64, 2) if smoke else (1024, 23)
 
     def unet() -> UNet2DConditionModel:
@@ -141,7 +141,7 @@ def sd21(device: str = "cpu", dtype: torch.dtype = torch.float32, smoke: bool = 
 
 
 def sdxl(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, smoke: bool = False) -> Subject:
-    tokenizer = recipe.build_tokenizer(recipe.Config())
+    tokenizer = sd.build_tokenizer(sd.Config())
     first, second = ((64, 2, 1), (64, 2, 1)) if smoke else ((768, 12, 12), (1280, 32, 20))
 
     def unet() -> UNet2DConditionModel:
@@ -155,7 +155,7 @@ def sdxl(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, smoke: bool =
         vae=filled(lambda: _real_vae(smoke, 0.13025), device, dtype),
         text_encoder=filled(lambda: CLIPTextModel(_text_config(tokenizer, *first, act="quick_gelu")), device, dtype),
         text_encoder_2=filled(lambda: CLIPTextModelWithProjection(_text_config(tokenizer, *second)), device, dtype),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=filled(unet, device, dtype), scheduler=recipe.build_scheduler(), add_watermarker=False,
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=filled(unet, device, dtype), scheduler=sd.build_scheduler(), add_watermarker=False,
     )  # fmt: skip
     return Subject("sdxl", DiffusionModel(pipeline, "benchmark"), 64 if smoke else 1024, SDXL_SITES)
 

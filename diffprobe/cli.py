@@ -55,7 +55,7 @@ app = typer.Typer(
 )
 probe_app = typer.Typer(no_args_is_help=True, help="Measure what features hold; writes a tidy table.")
 plot_app = typer.Typer(no_args_is_help=True, help="Draw a store or a table: NAME.png, .pdf, .csv, .json.")
-zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models and their recipes.")
+zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models.")
 app.add_typer(probe_app, name="probe", rich_help_panel=MEASURE)
 app.add_typer(plot_app, name="plot", rich_help_panel=SHOW)
 app.add_typer(zoo_app, name="zoo", rich_help_panel=HELP)
@@ -1285,37 +1285,6 @@ def zoo_fetch(name: Annotated[str, typer.Argument(help="smollm2.")]) -> None:
     if name != smollm2.NAME:
         raise ValueError(f"{name!r} cannot be fetched; only {smollm2.NAME} can. Embedded models need no fetching.")
     _out.print(f"{name} lies in {smollm2.fetch()}", markup=False, soft_wrap=True)
-
-
-@zoo_app.command("train")
-def zoo_train(
-    name: Annotated[str, typer.Argument(help="shapes-sd, shapes-clip, shapes-lm, or all.")] = "all",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for checkpoints, loss curves and the finished models.")
-    ] = Path("runs/zoo"),
-    stage: Annotated[str, typer.Option(help="Of shapes-sd: vae, text, unet, or all.")] = "all",
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's own number of steps.")] = None,
-    start: Annotated[Path | None, typer.Option(help="A finished model's folder, to train its weights further.")] = None,
-) -> None:
-    """Train embedded models again from their recipes; what was cut off goes on. Hours on two cores, minutes on a GPU."""
-    from diffprobe.zoo import build
-
-    names = build.NAMES if name == "all" else (name,)
-    if name not in (*build.NAMES, "all"):
-        raise ValueError(f"There is no recipe for {name!r}: the name is not one of {', '.join(build.NAMES)}, all.")
-    if name == "all" and (steps or start):
-        raise ValueError("--steps and --start belong to one model; name it: diffprobe zoo train shapes-clip --steps 100")
-    if stage != "all" and name != "shapes-sd":
-        raise ValueError(f"--stage belongs to shapes-sd: diffprobe zoo train shapes-sd --stage {stage}")
-    for one in names:
-        if one == "shapes-sd":
-            finished = build.build_sd(out, stage, steps, start)
-        else:
-            finished = (build.build_clip if one == "shapes-clip" else build.build_lm)(out, steps, start)
-        if finished is not None:
-            _out.print(f"{one} is finished: {finished}", markup=False, soft_wrap=True)
-    if "shapes-sd" in names:
-        _next("accelerate launch -m diffprobe.zoo --stage unet spreads the last stage of shapes-sd over processes")
 
 
 # --- entry ----------------------------------------------------------------------------------------

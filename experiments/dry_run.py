@@ -279,9 +279,9 @@ def rehearse(folder: Path, steps: int = 2) -> dict[str, list[float]]:
     from diffprobe.mllm.stages import STAGE1, STAGE2, train_stage
     from diffprobe.mllm.train import LanguageModel, load_language_model
     from diffprobe.models import DiffusionModel
-    from diffprobe.zoo import recipe
+    from recipes import sd
 
-    words, speech = recipe.build_tokenizer(recipe.Config()), load_language_model("shapes-lm", "cpu").tokenizer
+    words, speech = sd.build_tokenizer(sd.Config()), load_language_model("shapes-lm", "cpu").tokenizer
     torch.manual_seed(0)  # all processes begin with the same weights
     shapes = replace(TINY, words=(len(words), len(speech)))
     vae, unet, text, clip, language = (part.eval().requires_grad_(False) for part in build_parts(shapes, "cpu").values())

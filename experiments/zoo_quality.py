@@ -27,10 +27,12 @@ from matplotlib.figure import Figure
 from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
 from diffprobe.plotting import plot_samples, plot_scores
 
-TIMESTEPS = (100, 250, 400, 550, 700)
+TIMESTEPS = (100, 250, 400, 550, 700, 900)
+LATE = 900  # the prompt decides here; an attribute swap is scored at it alone too
 GUIDANCE, STEPS, BATCH = 4.0, 25, 25
 SHOWN = 12  # pictures of one object, and as many of two, in the grid
-SMOKE_READER_STEPS = 8
+MAIN_SITE = "U-L1-R1-B0-Cross-Q"
+PROBED = 2000  # scenes for the probes around objects
 WIDTH = 5.5  # inches; the names are long
 PSNR = "autoencoder: PSNR (dB)"
 ONE, BOTH, HOLDS = (
@@ -46,23 +48,54 @@ Rows = Iterator[dict[str, Any]]
 
 
 def reconstruction(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
-    """Mean PSNR of held-out scenes through the autoencoder, in dB."""
+    """Mean PSNR of held-out scenes through the autoencoder, in dB, and what the reader reads in what it gives back.
+
+    An attribute is read of every object that a question may ask it of: directions of arrows and wedges, marks of large
+    objects, fills of large ones that are wide enough.
+    """
     import torch
 
     from diffprobe.data import ShapesDataset
-    from diffprobe.zoo.measure import mean
+    from diffprobe.zoo.reader import FACTORS, load_reader
+    from recipes.measure import mean, share
 
     dataset, values = ShapesDataset(options.count, "test", options.seed), []
+    reader, right = load_reader(), {"count": [], **{name: [] for name in FACTORS}}
+    owners: dict[str, list[int]] = {name: [] for name in right}
     for start in range(0, options.count, 32):
-        pixels = _drawn([dataset.scene(i) for i in range(start, min(start + 32, options.count))])
-        values += (10 * torch.log10(4 / (_through_autoencoder(model, pixels) - pixels).square().mean((1, 2, 3)))).tolist()
+        scenes = [dataset.scene(i) for i in range(start, min(start + 32, options.count))]
+        pixels = _drawn(scenes)
+        given = _through_autoencoder(model, pixels)
+        values += (10 * torch.log10(4 / (given - pixels).square().mean((1, 2, 3)))).tolist()
+        for number, (scene, found) in enumerate(zip(scenes, reader.read(given), strict=True), start):
+            right["count"].append(len(found) == len(scene.objects))
+            owners["count"].append(number)
+            for obj in scene.objects:
+                near = min(found, key=lambda one: np.hypot(one.x - obj.x, one.y - obj.y), default=None)
+                for name in FACTORS:
+                    if _can_be_asked(obj, name):
+                        right[name].append(near is not None and getattr(near, name) == getattr(obj, name))
+                        owners[name].append(number)
     yield mean(PSNR, values)
+    for name, hits in right.items():
+        yield share(f"autoencoder: {name} read in what it gives back", hits, np.nan, owners[name])
+
+
+def _can_be_asked(obj: Any, attribute: str) -> bool:
+    from diffprobe.data.shapes import DIRECTED
+    from diffprobe.data.twins import ROOMY
+
+    if attribute == "direction":
+        return obj.shape in DIRECTED
+    if attribute in ("mark", "fill"):
+        return obj.size == "large" and (attribute == "mark" or obj.shape in ROOMY)
+    return True
 
 
 def _drawn(scenes: Sequence[Any]) -> Any:
     import torch
 
-    from diffprobe.zoo.recipe import drawn
+    from recipes.common import drawn
 
     return torch.from_numpy(np.stack([drawn(scene) for scene in scenes]))
 
@@ -84,12 +117,10 @@ def samples(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     import torch
 
     from diffprobe.data import ShapesDataset, shapes
-    from diffprobe.zoo.measure import share
-    from diffprobe.zoo.reader import train_reader
+    from diffprobe.zoo.reader import load_reader
+    from recipes.measure import share
 
-    torch.manual_seed(options.seed)
-    folder = options.work / ("zoo_reader_smoke" if options.smoke else "zoo_reader")
-    reader = train_reader(folder, steps=SMOKE_READER_STEPS) if options.smoke else train_reader(folder)
+    reader = load_reader()
     half = min(250, options.count)
     singles = [shapes.random_scene(options.seed, i, "test", 1) for i in range(half)]
     pairs = _related(ShapesDataset(4 * half, "test", options.seed, 2), half)
@@ -174,32 +205,40 @@ def _generated(model: Any, prompts: Sequence[str], seed: int) -> Any:
 
 
 def matching(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
-    """How often the true caption's denoising loss is below its twin's, noise shared; both images of a quadruple count."""
+    """How often the true caption's denoising loss is below its twin's, noise shared; both images of a quadruple count.
+
+    Over all timesteps, each counting the same, and at the last alone.
+    """
     import torch
 
     from diffprobe.data.twins import TwinsDataset
     from diffprobe.noise import sample_noise
-    from diffprobe.zoo.measure import share
+    from recipes.measure import share
 
     twins = TwinsDataset("winoground", options.count, options.seed)
-    wins: dict[str, list[bool]] = {"attribute": [], "relation": []}
-    steps = torch.tensor(TIMESTEPS).repeat_interleave(2)
+    wins: dict[tuple[str, bool], list[bool]] = {}
+    draws = 4
+    steps = torch.tensor(TIMESTEPS).repeat_interleave(draws)
     for number in range(len(twins)):
         pair, sample = twins.pair(number // 2), twins[number]
         latent = model.encode_image(_drawn([pair.scenes[number % 2]]))
         text = model.encode_text([c.text for c in pair.captions])
         noise = torch.stack(
-            [sample_noise(options.seed, sample.id, t, draw, latent.shape[1:]) for t in TIMESTEPS for draw in range(2)]
+            [sample_noise(options.seed, sample.id, t, draw, latent.shape[1:]) for t in TIMESTEPS for draw in range(draws)]
         ).to(latent.device)
         noised = model.add_noise(latent.expand_as(noise), noise, steps)
         errors = []
         for side in (0, 1):
             predicted = model.denoise(noised, steps, text.take([side] * len(noise)))
-            errors.append(float((predicted - noise).square().mean()))
-        wins[pair.pattern].append(errors[number % 2] < errors[1 - number % 2])
-    for pattern, hits in wins.items():
-        quadruples = np.arange(len(hits)) // 2
-        yield share(f"denoising loss: true caption beats {pattern} swap", hits, 0.5, quadruples.tolist())
+            errors.append((predicted - noise).square().mean((1, 2, 3)).double())
+        difference = errors[number % 2] - errors[1 - number % 2]
+        scale = (errors[0] + errors[1]).clamp(min=1e-12)  # an error grows many times as noise falls
+        wins.setdefault((pair.pattern, False), []).append(bool((difference / scale).sum() < 0))
+        wins.setdefault((pair.pattern, True), []).append(bool(difference[steps == LATE].sum() < 0))
+    for (pattern, late), hits in wins.items():
+        quadruples = (np.arange(len(hits)) // 2).tolist()
+        where = f" at t = {LATE}" if late else ""
+        yield share(f"denoising loss: true caption beats {pattern} swap{where}", hits, 0.5, quadruples)
 
 
 def pointing(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
@@ -217,6 +256,61 @@ def pointing(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
         yield {"what": f"pointing, {row['site'].removesuffix('-B0-Cross-Map')}", **kept}
 
 
+# --- what can be read around an object ------------------------------------------------------------
+
+
+def main_site(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
+    """Linear probes on 3 x 3 places around each object, at the paper's main site, t = 50, without a prompt."""
+    return _object_probes(options, options.model, MAIN_SITE, 50)
+
+
+def blindness(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
+    """The same on shapes-clip's patches, at the layer that a fused model takes: what captions leave out is not to be read."""
+    from diffprobe.encoders import load_encoder
+
+    return _object_probes(options, "shapes-clip", load_encoder("shapes-clip", "cpu").preset[0], None)
+
+
+def _object_probes(options: Options, model: str, site: str, timestep: int | None) -> Rows:
+    import xarray as xr
+
+    from diffprobe import extract, features, open_store
+    from diffprobe.data import ShapesDataset
+    from diffprobe.probes.linear import fit_probe
+
+    dataset = ShapesDataset(PROBED if options.count > 100 else 8 * options.count, "test", options.seed)
+    out = options.work / f"objects_{model.replace('/', '_')}_{len(dataset)}_{options.seed}.zarr"
+    step = {} if timestep is None else {"timesteps": (timestep,), "conditionings": ("null",)}
+    extract(model, dataset, out, sites=(site,), seed=options.seed, **step)  # type: ignore[arg-type]
+    values = features(open_store(out), site).squeeze(drop=True).transpose("sample", "channel", "y", "x").to_numpy()
+    padded = np.pad(values, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    crops, objects, scenes = [], [], []
+    for number in range(len(dataset)):
+        for obj in dataset.scene(number).objects:
+            y, x = int(obj.y * values.shape[2]), int(obj.x * values.shape[3])
+            crops.append(padded[number, :, y : y + 3, x : x + 3].ravel())
+            objects.append(obj)
+            scenes.append(number)
+    from diffprobe.data import shapes
+
+    truths: dict[str, list[str | None]] = {
+        "colour": [o.colour for o in objects],
+        "shape": [o.shape for o in objects],
+        "direction": [o.direction if o.shape in shapes.DIRECTED else None for o in objects],
+        "letter": [o.mark if o.mark in shapes.LETTERS else None for o in objects],
+    }
+    for name, truth in truths.items():
+        rows = [i for i, one in enumerate(truth) if one is not None]
+        array = xr.DataArray(np.stack([crops[i] for i in rows]).astype(np.float32), dims=("sample", "channel"))
+        table = fit_probe(
+            array, [truth[i] for i in rows], groups=[scenes[i] for i in rows], seed=options.seed, control=False,
+            penalties=(100.0, 1000.0, 10_000.0, 100_000.0),
+        )  # fmt: skip
+        row = table.iloc[0]
+        kept = {"value": row["value"], "low": row["low"], "high": row["high"], "n": int(row["n_test"])}
+        yield {"what": f"{model}, {site}: {name} of an object", **kept, "chance": row["chance"]}
+
+
 # --- shapes-clip, shapes-lm -----------------------------------------------------------------------
 
 
@@ -224,7 +318,7 @@ def clip(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     from transformers import CLIPModel, CLIPProcessor
 
     from diffprobe.zoo import locate
-    from diffprobe.zoo.measure import clip_rows
+    from recipes.measure import clip_rows
 
     folder = locate("shapes-clip")
     return clip_rows(
@@ -236,7 +330,7 @@ def language(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from diffprobe.zoo import locate
-    from diffprobe.zoo.measure import lm_rows
+    from recipes.measure import lm_rows
 
     folder = locate("shapes-lm")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

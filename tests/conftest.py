@@ -199,12 +199,12 @@ def model(request: pytest.FixtureRequest, tiny: Callable[[str], Any]) -> Any:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Stable Diffusion of the drawn world's own words, with the topology of 2.1 and 64 px images."""
     import torch
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    from diffprobe.zoo import recipe
+    from recipes import sd
 
     torch.manual_seed(0)
-    tokenizer = recipe.build_tokenizer(recipe.Config())
+    tokenizer = sd.build_tokenizer(sd.Config())
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -212,8 +212,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "tiny-shapes-sd"
     StableDiffusionPipeline(
-        vae=recipe.build_vae(), text_encoder=recipe.build_text_encoder(tokenizer), tokenizer=tokenizer, unet=unet,
-        scheduler=recipe.build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=sd.build_vae(), text_encoder=sd.build_text_encoder(tokenizer), tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler.from_config(sd.build_scheduler().config, prediction_type="epsilon"), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

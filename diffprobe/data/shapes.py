@@ -9,7 +9,8 @@ same `Scene`, so a caption can be incomplete but never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,7 +37,10 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "right": (1.0, 0.0),
 }
 FILLS = ("filled", "hollow", "striped", "dotted")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.080, 0.100), "large": (0.155, 0.195)}
+FILL_SHARES = (0.55, 0.15, 0.15, 0.15)  # how often each is drawn: an outline says less of its shape than a filled one
+# Radii.  Of the embedded model's latents (16 x 16) half the side is the paper's main level, U-L1: there a small object
+# covers 2 x 2 cells and a large one 3 x 3.
+SIZES: dict[str, tuple[float, float]] = {"small": (0.130, 0.145), "large": (0.195, 0.210)}
 LETTERS: dict[str, tuple[tuple[float, float, float, float], ...]] = {
     # strokes (x0, y0, x1, y1) in a box from -1 to 1
     "A": ((-0.8, 1, 0, -1), (0, -1, 0.8, 1), (-0.45, 0.3, 0.45, 0.3)),
@@ -131,27 +135,44 @@ def _held_out_pair(rng: np.random.Generator) -> tuple[str, str]:
     return pairs[int(rng.integers(len(pairs)))]
 
 
-def _place(rng: np.random.Generator, radii: Iterable[float], clear_axis: bool) -> list[tuple[float, float]]:
-    """Centres for discs of these radii, apart from each other and inside the image."""
-    radii = list(radii)
-    while True:
-        centres: list[tuple[float, float]] = []
-        for radius in radii:
-            margin = radius + 0.03
-            for _ in range(40):
-                x, y = (float(v) for v in rng.uniform(margin, 1 - margin, 2))
-                if all(np.hypot(x - u, y - v) > radius + r + 0.04 for (u, v), r in zip(centres, radii, strict=False)):
-                    centres.append((x, y))
+PLACING_ATTEMPTS = 2000
+
+
+def place(rng: np.random.Generator, radii: Sequence[float], clear_axis: bool = False) -> list[tuple[float, float]]:
+    """Centres for discs of these radii, apart from each other and inside the image.
+
+    Args:
+        clear_axis: For two discs: one lies clearly beside, above or below the other.
+
+    Raises:
+        ValueError: no place was found in `PLACING_ATTEMPTS` attempts.
+
+    >>> place(np.random.default_rng(0), [0.4, 0.4])
+    Traceback (most recent call last):
+    ...
+    ValueError: Objects of radii 0.40, 0.40 do not fit into the image apart from each other.
+    """
+    margins = [radius + 0.01 for radius in radii]
+    if max(margins) < 0.5:
+        for _ in range(PLACING_ATTEMPTS):
+            centres: list[tuple[float, float]] = []
+            for radius, margin in zip(radii, margins, strict=True):
+                for x, y in rng.uniform(margin, 1 - margin, (12, 2)).tolist():
+                    if all(math.hypot(x - u, y - v) > radius + r + 0.02 for (u, v), r in zip(centres, radii, strict=False)):
+                        centres.append((x, y))
+                        break
+                else:
                     break
-            else:
-                break
-        if len(centres) < len(radii):
-            continue
-        if clear_axis:  # two objects: their relation can always be said
-            dx, dy = abs(centres[0][0] - centres[1][0]), abs(centres[0][1] - centres[1][1])
-            if max(dx, dy) < 1.6 * min(dx, dy):
+            if len(centres) < len(radii):
                 continue
-        return centres
+            if clear_axis:
+                dx, dy = abs(centres[0][0] - centres[1][0]), abs(centres[0][1] - centres[1][1])
+                if max(dx, dy) < 1.6 * min(dx, dy):
+                    continue
+            return centres
+    raise ValueError(
+        f"Objects of radii {', '.join(f'{radius:.2f}' for radius in radii)} do not fit into the image apart from each other."
+    )
 
 
 def random_object(rng: np.random.Generator, pair: tuple[str, str], size: str, **given: object) -> Obj:
@@ -163,7 +184,7 @@ def random_object(rng: np.random.Generator, pair: tuple[str, str], size: str, **
         mark = str(rng.choice(["none", "dot", str(rng.choice(list(LETTERS)))]))
     attributes: dict[str, object] = {
         "radius": float(rng.uniform(low, high)),
-        "fill": str(rng.choice(FILLS)),
+        "fill": str(rng.choice(FILLS, p=FILL_SHARES)),
         "direction": str(rng.choice(list(DIRECTIONS))),
         "mark": mark,
     }
@@ -188,7 +209,7 @@ def random_scene(seed: int, index: int, split: str = "train", n_objects: int | N
     objects = [random_object(rng, pair, size) for pair, size in zip(pairs, sizes, strict=True)]
     if alike:
         objects = [replace(o, fill=objects[0].fill, direction=objects[0].direction) for o in objects]
-    centres = _place(rng, [o.radius for o in objects], clear_axis=count == 2)
+    centres = place(rng, [o.radius for o in objects], clear_axis=count == 2)
     objects = [replace(o, x=x, y=y) for o, (x, y) in zip(objects, centres, strict=True)]
     return Scene(
         objects=tuple(objects),
@@ -269,34 +290,30 @@ def _pattern(obj: Obj, distance: np.ndarray, u: np.ndarray, v: np.ndarray, pixel
 
 
 def _draw_mark(patch: np.ndarray, obj: Obj, u: np.ndarray, v: np.ndarray, pixels: float) -> None:
-    """Paint the object's mark onto its patch, in place: a dark dot, or a letter on a white plate."""
-    radius = np.hypot(u, v)
-    ink = np.array((20, 20, 20), np.float32)
-    plate = _coverage(radius - (0.34 if obj.mark == "dot" else 0.56), pixels)[..., None]
-    patch += plate * (np.float32(250) - patch)
+    """Paint the object's mark onto its patch, in place: a dark dot or letter with a white rim, so that it shows on any colour."""
     if obj.mark == "dot":
-        stroke = _coverage(radius - 0.24, pixels)
+        distance, stroke, rim = np.hypot(u, v).astype(np.float32), 0.24, 0.10
     else:
-        distance = np.full(radius.shape, np.inf, np.float32)
-        for x0, y0, x1, y1 in (np.array(s) * 0.33 for s in LETTERS[obj.mark]):
+        distance, stroke, rim = np.full(np.broadcast_shapes(u.shape, v.shape), np.inf, np.float32), 0.10, 0.12
+        for x0, y0, x1, y1 in (np.array(s) * 0.40 for s in LETTERS[obj.mark]):
             ex, ey = x1 - x0, y1 - y0
             part = np.clip(((u - x0) * ex + (v - y0) * ey) / (ex * ex + ey * ey), 0, 1)
             distance = np.minimum(distance, np.hypot(u - x0 - part * ex, v - y0 - part * ey))
-        stroke = _coverage(distance - 0.085, pixels)
-    patch += stroke[..., None] * (ink - patch)
+    for reach, grey in ((stroke + rim, 250), (stroke, 20)):
+        patch += _coverage(distance - reach, pixels)[..., None] * (np.float32(grey) - patch)
 
 
 def _background(scene: Scene, side: int) -> np.ndarray:
     grid = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
     ramp = np.cos(scene.angle) * grid[None, :] + np.sin(scene.angle) * grid[:, None]
-    shade = 26 * ramp
+    shade = 14 * ramp
     if scene.texture == "lined":
-        shade = shade + 7 * np.sign(
-            np.sin(2 * np.pi * 12 * (grid[None, :] * np.sin(scene.angle) - grid[:, None] * np.cos(scene.angle)))
+        shade = shade + 5 * np.sign(
+            np.sin(2 * np.pi * 8 * (grid[None, :] * np.sin(scene.angle) - grid[:, None] * np.cos(scene.angle)))
         )
     elif scene.texture == "grainy":
-        noise = np.random.default_rng(scene.texture_seed).standard_normal((32, 32), np.float32)
-        shade = shade + 8 * noise.repeat(-(-side // 32), 0).repeat(-(-side // 32), 1)[:side, :side]
+        noise = np.random.default_rng(scene.texture_seed).standard_normal((16, 16), np.float32)
+        shade = shade + 5 * noise.repeat(-(-side // 16), 0).repeat(-(-side // 16), 1)[:side, :side]
     return shade[..., None] + np.array(TONES[scene.tone], np.float32)
 
 

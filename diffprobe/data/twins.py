@@ -33,9 +33,9 @@ from diffprobe.data.shapes import (
     TONES,
     Obj,
     Scene,
-    _place,
     caption,
     held_out,
+    place,
     random_object,
     random_pair,
     relation,
@@ -45,7 +45,7 @@ from diffprobe.data.shapes import (
 Rng = np.random.Generator
 # Objects whose inside is wide enough to see how it is filled; in small ones it is next to nothing.
 ROOMY = ("circle", "square", "triangle", "diamond", "wedge")
-FAR = 0.6  # zoom of the distant view: a large object then looks as small ones do
+FAR = 0.67  # zoom of the distant view: a large object then looks as small ones do
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _cast(rng: Rng, count: int, shapes: tuple[str, ...] = SHAPES, **given: objec
 
 def _stage(rng: Rng, objects: list[Obj]) -> Scene:
     """Place objects on a random background; where one of two lies is always clear."""
-    centres = _place(rng, [o.radius for o in objects], clear_axis=len(objects) == 2)
+    centres = place(rng, [o.radius for o in objects], clear_axis=len(objects) == 2)
     return Scene(
         objects=tuple(replace(o, x=x, y=y) for o, (x, y) in zip(objects, centres, strict=True)),
         tone=pick(rng, list(TONES)),

@@ -20,7 +20,7 @@ from diffprobe.data.questions import questions
 from diffprobe.data.samples import Question
 from diffprobe.data.twins import PATTERNS, Pair, mmvp_pair
 from diffprobe.stats import bootstrap_interval, wilson_interval
-from diffprobe.zoo import contrast, language
+from recipes import clip, lm
 
 Row = dict[str, Any]
 SILENT = ("orientation", "quantity", "position", "text")
@@ -70,7 +70,7 @@ def distinct_scenes(count: int, seed: int, first: int = 0) -> list[shapes.Scene]
     index = first
     while len(found) < count:
         scene = shapes.random_scene(seed, index, "test")
-        found.setdefault(contrast.web_facts(scene), scene)
+        found.setdefault(clip.web_facts(scene), scene)
         index += 1
     return list(found.values())
 
@@ -123,7 +123,7 @@ def clip_rows(model: CLIPModel, processor: CLIPProcessor, count: int, seed: int 
 @torch.no_grad()
 def token_losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, talks: Sequence[Any]) -> list[np.ndarray]:
     """Natural-log losses of the tokens that the assistant speaks, or of a bare caption's, for each text."""
-    ids, spoken = language.encode(tokenizer, talks)
+    ids, spoken = lm.encode(tokenizer, talks)
     losses = torch.nn.functional.cross_entropy(
         model(input_ids=ids.to(model.device)).logits[:, :-1].float().transpose(1, 2).cpu(), ids[:, 1:], reduction="none"
     )
@@ -183,7 +183,7 @@ def lm_rows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: 
     grouped = [np.concatenate(losses[i : i + 7]) for i in range(0, len(losses), len(shapes.CAPTION_STYLES))]
     yield perplexity("LM: perplexity of captions", grouped)
     asked = list(held_out_questions(count, seed))
-    described = [language.describe(scene, [question], rng) for _, scene, question in asked]
+    described = [lm.describe(scene, [question], rng) for _, scene, question in asked]
     talks = [
         [{"role": "user", "content": f"{text} {q.text}"}, {"role": "assistant", "content": q.answer}]
         for text, (_, _, q) in zip(described, asked, strict=True)

@@ -14,13 +14,13 @@ Every assistant turn ends with the end token; the padding token is another one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,7 +28,8 @@ from diffprobe.data import shapes
 from diffprobe.data.questions import pick, questions
 from diffprobe.data.samples import Question
 from diffprobe.data.twins import KINDS
-from diffprobe.zoo.recipe import Progress, batches, learning_rate_share, train_scene
+from recipes.common import Optimizers, Plan, step_rng, train, train_scene
+from recipes.sd import autocast
 
 Rng = np.random.Generator
 Turn = dict[str, str]
@@ -50,7 +51,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "count": ("Count the objects and name them.",),
     "web": ("Write a caption of the image.", "Describe the image."),
 }
-PARTS = 3  # of a batch, for each forward pass
+RELATIONAL = ("relation", "position", "comparison")  # learnt by themselves first
 HARD = ("existence", "relation", "comparison", "mark")  # learnt last
 HARD_WEIGHT = 3.0  # how much more often these are asked
 DRAWS = 3  # of each category's questions, for a scene
@@ -72,20 +73,17 @@ class Config:
     """Everything that decides the weights."""
 
     seed: int = 0
-    start: Path | None = None  # a folder of shapes-lm: its weights are trained further, instead of random ones
-    scenes: int = 200_000
-    steps: int = 1200
-    batch: int = 16
+    plan: Plan = field(default_factory=lambda: Plan(steps=2500, decay_share=0.4))
+    batch: int = 12
     one_until: int = 50  # at steps below this a scene has one object
-    two_until: int = 600  # below this one or two
+    relations_until: int = 350  # below this two, whose relation alone is asked about
+    two_until: int = 800  # below this one or two
     easy_repeats: float = 0.15  # of these descriptions are to be repeated: looking back into the text is learnt there
     repeats: float = 0.05  # of all others
     captions: float = 0.05  # of the texts are a caption alone
     peak: float = 2e-3
     muon_peak: float = 3e-3
-    decay_share: float = 0.4
     other_weight: float = 0.02  # of all tokens that are not the assistant's: most of them cannot be foreseen
-    save_every: int = 100
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -263,8 +261,8 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerFast:
 def build_lm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
@@ -309,11 +307,6 @@ class Packed:
     branch: Tensor
     spoken: Tensor
     weights: Tensor
-
-    def part(self, rows: Tensor) -> Packed:
-        """Some rows, no longer than they need be."""
-        longest = int((self.branch[rows] >= 0).sum(1).max())
-        return Packed(*(getattr(self, field.name)[rows, :longest] for field in fields(self)))
 
     def attention(self) -> Tensor:
         """What each token sees (row, 1, token, token): what stands before it in its own branch and in the description."""
@@ -375,33 +368,29 @@ def pack(tokenizer: PreTrainedTokenizerFast, talks: Sequence[Talk | str], rng: R
     return Packed(*(torch.tensor([[token[k] for token in row] for row in padded]) for k in range(5)))
 
 
-def optimizers(model: LlamaForCausalLM, config: Config) -> tuple[tuple[torch.optim.Optimizer, float], ...]:
-    """Muon for the matrices inside the layers, AdamW for the embeddings and the norms, each with its peak learning rate."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    outside = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(inside, config.muon_peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(outside, config.peak, betas=(0.9, 0.98), weight_decay=0.0)
-    return (muon, config.muon_peak), (adam, config.peak)
-
-
 def most_objects(step: int, config: Config) -> int | None:
     """How many objects a scene has at most at this step; None when scenes are as they come.
 
-    >>> config = Config(one_until=10, two_until=50)
-    >>> [most_objects(step, config) for step in (9, 10, 49, 50)]
+    >>> config = Config(one_until=10, relations_until=50, two_until=90)
+    >>> [most_objects(step, config) for step in (9, 10, 89, 90)]
     [1, 2, 2, None]
     """
-    if config.start is not None or step >= config.two_until:
-        return None
-    return 1 if step < config.one_until else 2
+    return None if step >= config.two_until else 1 if step < config.one_until else 2
 
 
-def talks_of(indices: np.ndarray, step: int, config: Config, rng: Rng) -> list[Talk | str]:
-    """The texts of one step: talks, and now and then a caption alone."""
+def talks_of(indices: Sequence[int], step: int, config: Config, rng: Rng) -> list[Talk | str]:
+    """The texts of one step: talks, and now and then a caption alone; relations by themselves first."""
     most = most_objects(step, config)
+    relations = config.one_until <= step < config.relations_until
     found: list[Talk | str] = []
     for index in indices:
-        scene, asked = scene_and_questions(int(index), config.seed, rng, most and int(rng.integers(1, most + 1)))
+        if relations:
+            scene = shapes.random_scene(config.seed, index, "train", 2)
+            asked = [q for k in rng.integers(2**31, size=12) for q in questions(scene, int(k)) if q.category in RELATIONAL]
+            if len(asked) > 2:
+                found.append(talk(scene, asked, rng, 0.0))
+            continue
+        scene, asked = scene_and_questions(index, config.seed, rng, most and int(rng.integers(1, most + 1)))
         if rng.random() < config.captions:
             order = [int(i) for i in rng.permutation(len(scene.objects))]
             found.append(shapes.caption(scene, pick(rng, shapes.CAPTION_STYLES), order).text)
@@ -413,42 +402,29 @@ def talks_of(indices: np.ndarray, step: int, config: Config, rng: Rng) -> list[T
 def train_lm(config: Config, folder: Path) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
     """Next-token prediction in which the assistant's turns count most; logged: their loss and accuracy on the batch just seen."""
     torch.manual_seed(config.seed + 4)
-    tokenizer = build_tokenizer(config) if config.start is None else PreTrainedTokenizerFast.from_pretrained(config.start)
-    model = build_lm(tokenizer)
-    if config.start is not None:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(config.start).float().state_dict())
-    (muon, _), (adam, _) = pair = optimizers(model, config)
-    progress = Progress(folder, "lm", {"model": model, "muon": muon}, adam)
-    history: list[tuple[float, ...]] = []
-    for indices in batches(config.scenes, config.batch, config.seed + 4, progress.step):
-        if progress.step >= config.steps:
-            break
-        for optimizer, peak in pair:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate_share(progress.step, config.steps, config.decay_share)
-        rng = np.random.default_rng([config.seed, 4, progress.step])
-        packed = pack(tokenizer, talks_of(indices, progress.step, config, rng), rng, config.other_weight)
-        total = packed.weights[:, 1:].sum()
-        said: list[tuple[Tensor, Tensor]] = []
-        for rows in (packed.branch >= 0).sum(1).argsort().chunk(PARTS):  # of like length together: less padding
-            part = packed.part(rows)
-            wanted, own = part.ids[:, 1:], part.spoken[:, 1:]
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=part.ids, position_ids=part.positions, attention_mask=part.attention()).logits
-            logits = logits[:, :-1].flatten(0, 1).float()
-            losses = functional.cross_entropy(logits, wanted.flatten(), reduction="none").unflatten(0, wanted.shape)
-            ((losses * part.weights[:, 1:]).sum() / total).backward()
-            right = logits.argmax(-1).unflatten(0, wanted.shape) == wanted
-            said.append((losses[own].detach(), right[own].float()))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in pair:
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.step += 1
-        history.append(tuple(torch.cat(column).mean().item() for column in zip(*said, strict=True)))
-        if progress.step % 25 == 0:
-            loss, accuracy = np.mean(history[-25:], axis=0)
-            progress.log({"assistant_loss": loss, "assistant_accuracy": accuracy}, config.steps)
-        if progress.step % config.save_every == 0 or progress.step == config.steps:
-            progress.save()
+    device = config.plan.device
+    tokenizer = build_tokenizer(config)
+    tokenizer.save_pretrained(folder / "lm_tokenizer")
+    model = build_lm(tokenizer).to(device)
+
+    def batch_of(step: int) -> dict[str, Tensor]:
+        rng = step_rng(config.seed, 5, step)
+        indices = [int(i) for i in rng.integers(10**7, size=config.batch)]
+        packed = pack(tokenizer, talks_of(indices, step, config, rng), rng, config.other_weight)
+        return {part.name: getattr(packed, part.name) for part in fields(packed)}
+
+    def loss_of(batch: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        packed = Packed(**batch)
+        wanted, own = packed.ids[:, 1:], packed.spoken[:, 1:]
+        with autocast(device):
+            logits = model(input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.attention()).logits
+        logits = logits[:, :-1].flatten(0, 1).float()
+        losses = functional.cross_entropy(logits, wanted.flatten(), reduction="none").unflatten(0, wanted.shape)
+        weights = packed.weights[:, 1:]
+        right = (logits.argmax(-1).unflatten(0, wanted.shape) == wanted)[own].float().mean()
+        logs = {"assistant_loss": losses[own].mean(), "assistant_accuracy": right}
+        return (losses * weights).sum() / weights.sum(), logs
+
+    optimizers = Optimizers(model, config.peak, config.muon_peak, outer=("embed",), decay=0.01)
+    train("lm", folder, config.plan, {"model": model}, optimizers, batch_of, loss_of)
     return tokenizer, model.eval()
