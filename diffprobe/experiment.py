@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 A = TypeVar("A")
-Verdict = Literal["held", "not held", "undecided"]
+Verdict = Literal["held", "not held", "undecided", "not testable"]
+
+
+READER = ("lm relation", "lm MMVP-like position", "lm MMVP-like orientation", "lm MMVP-like text")
+"""Gates of a language model that can answer from what it is shown."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,44 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     ('undecided', 'not held', 'held', 'undecided')
     """
     return "not held" if "not held" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "held"
+
+
+def gated(claims: Sequence[Claim], needs: Mapping[str, Sequence[str]], gates: pd.DataFrame | None) -> list[Claim]:
+    """The claims, those that failed or stayed open on a model too weak to test them as "not testable".
+
+    Args:
+        needs: Gates by the beginning of a claim's id: what a model must be able to do before the claim says anything of it.
+        gates: Rows of ``zoo_quality.csv`` (gate, what, value, threshold, passed), or None where none were measured.
+
+    >>> gates = pd.DataFrame([{"gate": "shape", "what": "shape", "value": 0.2, "threshold": 0.6, "passed": False}])
+    >>> [one] = gated([Claim("F1", "It is the best.", "not held", "n = 9")], {"F": ["shape"]}, gates)
+    >>> one.verdict, one.evidence
+    ('not testable', 'shape is 0.20, and 0.60 is needed; n = 9')
+    """
+    if gates is None:
+        return list(claims)
+    failed = {str(row["gate"]): row for _, row in gates.iterrows() if row["passed"] in (False, "False")}
+    found = []
+    for claim in claims:
+        wanted = [gate for start, names in needs.items() if claim.id.startswith(start) for gate in names]
+        weak = [failed[gate] for gate in wanted if gate in failed]
+        if weak and claim.verdict in ("not held", "undecided"):
+            reasons = ", ".join(f"{row['what']} is {row['value']:.2f}, and {row['threshold']:.2f} is needed" for row in weak)
+            claim = replace(claim, verdict="not testable", evidence=f"{reasons}; {claim.evidence}")
+        found.append(claim)
+    return found
+
+
+def measured_gates(out: Path, config: Mapping[str, Any]) -> pd.DataFrame | None:
+    """The gates that were measured on the weights that an experiment was run on; None where there are none in `out`."""
+    table, sidecar = out / "zoo_quality.csv", out / "zoo_quality.json"
+    if not table.exists() or not sidecar.exists():
+        return None
+    weights = json.loads(sidecar.read_text(encoding="utf-8"))["config"].get("weights", {})
+    if config.get("weights") not in weights.values():
+        return None
+    rows = read_rows(table)
+    return rows[rows["gate"].notna()] if "gate" in rows else None
 
 
 class OptionError(ValueError):
@@ -148,6 +190,7 @@ class Experiment:
         draw: Figures by suffix: "" is NAME.png, "pca" is NAME_pca.png.
         alt: What each figure shows, by the same suffixes, for readers who cannot see it.
         reference: CSV in ``experiments/reference/`` with the paper's numbers, or empty.
+        needs: Gates of ``zoo_quality`` that a claim needs, by the beginning of the claim's id.
     """
 
     name: str
@@ -159,6 +202,7 @@ class Experiment:
     draw: Callable[[Result], Mapping[str, Figure]]
     alt: Mapping[str, str]
     reference: str = ""
+    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def run(self, options: Options, out: Path = Path("figures")) -> list[Claim]:
         """Measure, keep, draw and judge; gives the verdicts."""
@@ -190,7 +234,7 @@ class Experiment:
         return self._keep(Result(read_rows(table), pictures, config), out)
 
     def _keep(self, result: Result, out: Path) -> list[Claim]:
-        claims = self.judge(result.rows)
+        claims = gated(self.judge(result.rows), self.needs, measured_gates(out, result.config))
         drawn = dict(self.draw(result))
         if "" not in drawn or set(drawn) - set(self.alt):
             raise ValueError(

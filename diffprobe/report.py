@@ -33,7 +33,7 @@ from diffprobe.store import StoreError, site_names, store_info
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
-_MARKS = {"held": "✓", "not held": "✗", "undecided": "?"}
+_MARKS = {"held": "✓", "not held": "✗", "undecided": "?", "not testable": "-"}
 _ORIGIN = ("model", "data", "count", "seed")
 
 

@@ -126,6 +126,7 @@ EXPERIMENT = Experiment(
         "": "Images with the cross-attention of each caption word laid over them, at timesteps 50 and 500.",
         "curves": "ROC-AUC of nouns, colour words and background words against their regions by timestep, with intervals, controls and chance.",
     },
+    needs={"A4": ("pointing",)},
 )
 
 if __name__ == "__main__":

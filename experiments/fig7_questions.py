@@ -188,6 +188,7 @@ EXPERIMENT = Experiment(
         "grid": "Nine heat maps of localization scores of questions' changes, six sites by five timesteps; cells above the other question framed.",
         "controls": "Nine panels of dots with intervals: scores of the change that questions make and of its controls at two timesteps.",
     },
+    needs={"A5": ("pointing",)},
 )
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def measure(options: Options) -> Result:
         train = f"shapes:{60 if options.smoke else 600}?seed={options.seed}"
         together = Benchmark("twins", "winoground", " ".join(specs), items)
         baselines = alignment_score(model, together, scores=learned, seed=options.seed, train=train)
-    parts, config = [], {}
+    parts, config = [], {"weights": model.weights_hash()}
     for spec, benchmark in zip(specs, benchmarks, strict=True):
         kept = options.work / f"tab_alignment_{benchmark.fingerprint()}_{model.weights_hash()}_{options.seed}_{len(noise)}.nc"
         scores = alignment_score(model, benchmark, seed=options.seed, out=kept, **noise)
@@ -156,6 +156,7 @@ EXPERIMENT = Experiment(
         "its features and CLIP, each with its interval beside chance and the paper's number for Stable Diffusion 2.1."
     },
     reference="mmvp_vlm_alignment.csv",
+    needs={"A7": ("attribute late", "relation")},
 )
 
 if __name__ == "__main__":

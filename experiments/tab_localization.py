@@ -100,6 +100,7 @@ EXPERIMENT = Experiment(
         "controls": "Nine panels of dots with intervals: each score of the nouns' maps and of five controls at two timesteps, chance dashed.",
         "heads": "Heat map of ROC-AUC by site and head at one timestep, the mean over heads first, chance marked.",
     },
+    needs={"A4": ("pointing",)},
 )
 
 if __name__ == "__main__":

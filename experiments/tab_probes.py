@@ -78,7 +78,10 @@ def measure(options: Options) -> Result:
                 cells.append(_probe_patches(tree, encoder, options))
     table = pd.concat(cells, ignore_index=True)
     rows = pd.concat([table.drop(columns="rows"), _comparisons(table, options)], ignore_index=True)
-    return Result(rows, config={"penalties": PENALTIES, "grid": GRID, "split": "test", "cross_fit": not options.smoke})
+    weights = encoders[options.model].weights_hash()
+    return Result(
+        rows, config={"weights": weights, "penalties": PENALTIES, "grid": GRID, "split": "test", "cross_fit": not options.smoke}
+    )
 
 
 def _record(options: Options, encoder: str, model: Any, spec: str) -> xr.DataTree:
@@ -301,6 +304,7 @@ EXPERIMENT = Experiment(
         "text": "Dots with intervals: how much a caption, right or mismatched, changes the accuracy of each label at each site.",
     },
     reference="table1_diffusion_only",
+    needs={"P": ("main colour", "main shape")},
 )
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict, worst
+from diffprobe.experiment import READER, Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict, worst
 from diffprobe.mllm.comparison import (
     ACCURACY,
     MAIN_SITE,
@@ -149,6 +149,7 @@ EXPERIMENT = Experiment(
         "changes": "Paired differences between the main site and every other encoder with intervals, a panel a score.",
     },
     reference="table1_diffusion_only",
+    needs={"F1": ("main colour", "main shape", "main direction", *READER)},
 )
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict
+from diffprobe.experiment import READER, Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict
 from diffprobe.mllm.comparison import (
     ACCURACY,
     KEYS,
@@ -211,6 +211,7 @@ EXPERIMENT = Experiment(
         "leakage": "Table of scores of the fused models with irrelevant or no prompts, blank images and no image.",
     },
     reference="table2_fusion",
+    needs={"F": ("clip blind to direction", "clip blind to letters", "main direction", *READER)},
 )
 
 if __name__ == "__main__":

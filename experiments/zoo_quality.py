@@ -18,6 +18,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,7 @@ def pointing(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     table = attention_localization(open_store(out), data, conditioning=conditioning, seed=options.seed)
     for row in table[(table["map"] == "word") & (table["score"] == "pointing")].to_dict("records"):
         kept = {name: row[name] for name in ("value", "low", "high", "n", "chance", "timestep")}
-        yield {"what": f"pointing, {row['site'].removesuffix('-B0-Cross-Map')}", **kept}
+        yield {"what": f"pointing, {row['site'].removesuffix('-B0-Cross-Map')}, t = {row['timestep']}", **kept}
 
 
 # --- what can be read around an object ------------------------------------------------------------
@@ -349,6 +350,8 @@ PARTS: dict[str, Callable[[Any, Options, dict[str, Any]], Rows]] = {
     "samples": samples,
     "matching": matching,
     "pointing": pointing,
+    "main site": main_site,
+    "blindness": blindness,
     "clip": clip,
     "lm": language,
 }
@@ -363,7 +366,7 @@ def measure(options: Options, parts: Sequence[str]) -> Result:
     pictures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for part in parts:
-        own = weights[{"clip": "shapes-clip", "lm": "shapes-lm"}.get(part, "shapes-sd")]
+        own = weights[{"clip": "shapes-clip", "blindness": "shapes-clip", "lm": "shapes-lm"}.get(part, "shapes-sd")]
         kept = options.work / f"zoo_{part}_{own}{'_smoke' * options.smoke}"
         if not kept.with_suffix(".json").exists():
             seen: dict[str, Any] = {}
@@ -376,7 +379,7 @@ def measure(options: Options, parts: Sequence[str]) -> Result:
     for row in rows:
         print(f"{row['part']:9} {row['what']:58} {row['value']:7.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}")
     config = {"parts": list(parts), "weights": weights, "guidance": GUIDANCE, "steps": STEPS}
-    return Result(pd.DataFrame(rows), pictures, config)
+    return Result(with_gates(pd.DataFrame(rows)), pictures, config)
 
 
 def _weights(model: Any, name: str) -> str:
@@ -388,44 +391,89 @@ def _weights(model: Any, name: str) -> str:
     return hashlib.sha256((locate(name) / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def judge(rows: pd.DataFrame) -> list[Claim]:
-    """The targets that the models were built for."""
-    by_name = {row["what"]: row for _, row in rows.iterrows()}
-    targets = [
-        (PSNR, 28.0, "the autoencoder gives held-out drawings back with at least 28 dB"),
-        (ONE, 0.85, "a single object has the asked colour and shape in at least 85% of generated pictures"),
-        (BOTH, 0.60, "both of two objects are there in at least 60%"),
-        ("denoising loss: true caption beats attribute swap", 0.9, "the true caption beats an attribute swap in at least 90%"),
-        ("denoising loss: true caption beats relation swap", 0.7, "the true caption beats a relation swap in at least 70%"),
-        ("CLIP: image from caption, of 100", 0.6, "shapes-clip finds the image among 100 in at least 60%"),
-    ]
-    claims = [
-        Claim(f"Z{number}", text, verdict(by_name[name]["low"], by_name[name]["high"], target), _evidence(by_name[name]))
-        for number, (name, target, text) in enumerate(targets, 1)
-        if name in by_name
-    ]
-    points = rows[rows["what"].str.startswith("pointing")]
-    if len(points):
-        best = points.loc[points["value"].idxmax()]
-        text = "a noun's cross-attention at its best site points into the object's mask at least five times as often as chance"
-        claims.append(Claim("Z7", text, verdict(best["low"], best["high"], 5 * best["chance"]), _evidence(best)))
-    silent = rows[(rows["part"] == "clip") & (rows.get("kind") == "silent")]
-    if len(silent):
-        cosines = silent[silent["what"].str.contains("cosine")]
-        worst = cosines.loc[cosines["value"].idxmin()]
-        text = "images that differ in what shapes-clip's captions leave out have a cosine above 0.95"
-        claims.append(Claim("Z8", text, verdict(worst["low"], worst["high"], 0.95), f"lowest: {_evidence(worst)}"))
-        choices = silent[silent["what"].str.contains("choice")]
-        blind = bool(((choices["low"] <= 0.5) & (choices["high"] >= 0.5)).all())
-        text = "between two such images shapes-clip chooses at chance (every interval holds 50%)"
-        claims.append(
-            Claim("Z9", text, "held" if blind else "not held", "; ".join(_evidence(r) for _, r in choices.iterrows()))
+@dataclass(frozen=True)
+class Gate:
+    """What a model must be able to do before a claim can be tested on it: a row's value, and how far it must reach.
+
+    `what` is the row's name; with `of_chance` the threshold counts in multiples of the row's chance, and a gate "at most" is
+    passed below chance plus the threshold.
+    """
+
+    id: str
+    what: str
+    threshold: float
+    text: str
+    of_chance: bool = False
+    at_most: bool = False
+
+    def limit(self, row: Mapping[str, Any] | pd.Series) -> float:
+        """The threshold in the row's own unit."""
+        return float(
+            self.threshold * row["chance"]
+            if self.of_chance
+            else row["chance"] + self.threshold
+            if self.at_most
+            else self.threshold
         )
-    for name in ("LM: existence", "LM: colour", "LM: shape"):
-        if name in by_name:
-            row = by_name[name]
-            text = f"shapes-lm answers questions of {name[4:]} from a description in at least 90%"
-            claims.append(Claim(f"Z10 {name[4:]}", text, verdict(row["low"], row["high"], 0.9), _evidence(row)))
+
+
+_OBJECT, _PATCH = f"shapes-sd, {MAIN_SITE}: {{}} of an object", "shapes-clip, L5: {} of an object"
+LM_CATEGORIES = (
+    "existence", "count", "colour", "shape", "size", "relation", "comparison", "orientation", "mark", "MMVP-like position",
+    "MMVP-like orientation", "MMVP-like presence", "MMVP-like state", "MMVP-like quantity", "MMVP-like colour",
+    "MMVP-like structure", "MMVP-like text", "MMVP-like viewpoint",
+)  # fmt: skip
+GATES = (
+    Gate("psnr", PSNR, 28.0, "the autoencoder gives held-out drawings back with at least 28 dB"),
+    *(
+        Gate(f"visible {name}", f"autoencoder: {name} read in what it gives back", 0.97, f"{name} can be seen in what the autoencoder gives back")
+        for name in ("count", "colour", "shape", "fill", "size", "direction", "mark")
+    ),
+    Gate("one object", ONE, 0.9, "a generated picture shows the asked object"),
+    Gate("both objects", BOTH, 0.6, "a generated picture shows both of two objects"),
+    Gate("relation", "denoising loss: true caption beats relation swap", 0.7, "the true caption beats a relation swap"),
+    Gate("attribute late", f"denoising loss: true caption beats attribute swap at t = {LATE}", 0.75, "the true caption beats an attribute swap where the prompt decides"),
+    Gate("pointing", "pointing, U-L1-R1, t = 50", 5.0, "a noun's attention at U-L1 points into its object", of_chance=True),
+    Gate("main colour", _OBJECT.format("colour"), 0.8, "an object's colour can be read at the paper's main site"),
+    Gate("main shape", _OBJECT.format("shape"), 0.6, "an object's shape can be read at the paper's main site"),
+    Gate("main direction", _OBJECT.format("direction"), 0.6, "an object's direction can be read at the paper's main site"),
+    Gate("clip finds", "CLIP: image from caption, of 100", 0.6, "shapes-clip finds the image of a caption among 100"),
+    Gate("clip colour", _PATCH.format("colour"), 0.85, "an object's colour can be read in shapes-clip's patches"),
+    Gate("clip shape", _PATCH.format("shape"), 0.85, "an object's shape can be read in shapes-clip's patches"),
+    Gate("clip blind to direction", _PATCH.format("direction"), 0.05, "an object's direction cannot be read in shapes-clip's patches", at_most=True),
+    Gate("clip blind to letters", _PATCH.format("letter"), 0.05, "an object's letter cannot be read in shapes-clip's patches", at_most=True),
+    *(Gate(f"lm {name}", f"LM: {name}", 0.95, f"shapes-lm answers questions of {name} from a perfect description") for name in LM_CATEGORIES),
+)  # fmt: skip
+
+
+def with_gates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with columns gate, threshold and passed, where a row is a gate's."""
+    by_name = {gate.what: gate for gate in GATES}
+    gates = [by_name.get(what) for what in rows["what"]]
+    limits = [np.nan if gate is None else gate.limit(row) for gate, (_, row) in zip(gates, rows.iterrows(), strict=True)]
+    passed = [
+        None if gate is None else bool(value <= limit if gate.at_most else value >= limit)
+        for gate, value, limit in zip(gates, rows["value"], limits, strict=True)
+    ]
+    return rows.assign(gate=[None if gate is None else gate.id for gate in gates], threshold=limits, passed=passed)
+
+
+def judge(rows: pd.DataFrame) -> list[Claim]:
+    """Which gates are passed: by the whole interval (held), by none of it (not held), or by part of it (undecided)."""
+    claims = []
+    for gate in GATES:
+        for _, row in rows[rows["what"] == gate.what].iterrows():
+            limit = gate.limit(row)
+            low, high = (-row["high"], -row["low"]) if gate.at_most else (row["low"], row["high"])
+            decided = verdict(low, high, -limit if gate.at_most else limit)
+            claims.append(
+                Claim(
+                    f"Z {gate.id}",
+                    f"{gate.text} ({'at most' if gate.at_most else 'at least'} {limit:.2f})",
+                    decided,
+                    _evidence(row),
+                )
+            )
     return claims
 
 

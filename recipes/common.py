@@ -24,7 +24,7 @@ from diffprobe.data import shapes
 SIDE = 64
 GROUP = 4  # scenes that are drawn together: one object, two, any number, and the two mirrored
 RELATION, ANY = 1, 2
-PAIR_STYLES = {"relation": 0.76, "place": 0.1, "full": 0.06, "list": 0.04, "count": 0.02, "web": 0.02}
+PAIR_STYLES = {"relation": 0.85, "place": 0.06, "full": 0.04, "list": 0.03, "count": 0.01, "web": 0.01}
 STYLES = {"list": 0.3, "place": 0.3, "full": 0.14, "web": 0.1, "count": 0.1, "partial": 0.06}
 
 
