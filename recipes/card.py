@@ -45,11 +45,14 @@ def write_card(
         stages: Name, steps, rows a step and seconds of each part of the training.
         scores: Rows as `score_table` takes them; when empty the card says how to measure.
     """
-    rows = "\n".join(f"| {stage} | {steps} x {batch} | {seconds / 60:.0f} min |" for stage, steps, batch, seconds in stages)
+    rows = "\n".join(
+        f"| {stage} | {steps}{f' x {batch}' * bool(batch)} | {seconds / 60:.0f} min |"
+        for stage, steps, batch, seconds in stages
+    )
     scores = list(scores)
     measured = score_table(scores) if scores else f"`python experiments/zoo_quality.py --model {folder.name}` measures them."
     text = (
-        f"# {folder.name}\n\n{summary}\n\n**Data.** {data}\n\n**Training** (`diffprobe zoo train`)\n\n"
+        f"# {folder.name}\n\n{summary}\n\n**Data.** {data}\n\n**Training** (`python -m recipes`)\n\n"
         f"| stage | steps x rows | wall time |\n|---|---|---|\n{rows}\n\n**Scores**, on held-out scenes\n\n{measured}\n\n{LICENCE}\n"
     )
     path = folder / "README.md"

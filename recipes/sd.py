@@ -408,7 +408,7 @@ def export(folder: Path, target: Path, unet: UNet2DConditionModel | None = None)
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to("cpu", torch.float16).save_pretrained(target, safe_serialization=True)
+    pipeline.to("cpu", torch.float16).save_pretrained(target, safe_serialization=True, max_shard_size="12MB")
     forget_origin(target)
 
 
