@@ -77,6 +77,74 @@ def test_choices_in_free_text(text: str, expected: int | None) -> None:
     assert read_choice(text, OPTIONS) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B, because it is red", 1),
+        ("B - red is not it", 1),
+        ("B \u2013 red is not it", 1),
+        ("B because the red one is behind it", 1),
+        ("A because it is dark green", 0),
+        ("B\nred is wrong", 1),
+        ("b, not red", 1),
+        ("Answer: **B**", 1),
+        ("**Answer:** B", 1),
+        ("**B** - red is too bright", 1),
+        ("\\boxed{B}", 1),
+        ("The red one is out, so \\boxed{\\text{B}}.", 1),
+        ("$\\boxed{B}$, not red", 1),
+        ("<answer>B</answer> (red is wrong)", 1),
+        ('{"answer": "B", "why": "red is wrong"}', 1),
+        ("C is correct", 2),
+        ("It looks red, yet (C) is the correct answer", 2),
+        ("C is the best choice", 2),
+        ("B\nExplanation: A is wrong", 1),
+        ("B. Option A is wrong, it is not red.", 1),
+        ("The answer is B, not A.", 1),
+        ("A is incorrect: not red. The answer must be B", 1),
+        ("It is red at first sight.\n\nB", 1),
+        ("I choose B, though red is near", 1),
+        ("The correct option is B: red is wrong", 1),
+        ("red", 0),
+        ("Answer: A dark green car", 1),  # an article, and the words of another option
+        ("The red one. Point A is closer", 0),  # a letter in a sentence
+        ("A is left and B is right", None),  # places, not judgements
+        # contradictions, and letters that no option has
+        ("A or B", None),
+        ("A, B", None),
+        ("A and B are correct", None),
+        ("(A) or (B), red", None),
+        ("Answer: A or B, red", None),
+        ("The answer is A. The answer is B.", None),
+        ("A. red\nAnswer: B", None),
+        ("B, C and A", None),
+        ("D, because it is red", None),
+        ("The answer is E: red", None),
+        ("A is wrong", None),
+        ("The answer is not A", None),
+    ],
+)
+def test_a_stated_letter_beats_the_words_of_options(text: str, expected: int | None) -> None:
+    assert read_choice(text, ("red", "dark green", "blue")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("b, a red car", 1),  # what the option says, not a second letter
+        ("B, A red car", 1),
+        ("I think it is the car", 0),
+        ("e.g. the car", 0),
+        ("A red car", 1),
+        ("B. Unlike option A, it is red", 1),
+        ("B) A red car", 1),
+        ("A C-shaped car is the car", 0),
+    ],
+)
+def test_words_that_look_like_letters(text: str, expected: int | None) -> None:
+    assert read_choice(text, ("The car", "A red car", "No car")) == expected
+
+
 def test_options_that_are_words_numbers_or_yes_and_no() -> None:
     assert read_choice("There are 2 dogs", ("1", "2", "12")) == 1
     assert read_choice("12", ("1", "2", "12")) == 2
