@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from diffprobe.mllm.evaluate import (
     split_options,
     vqa_accuracy,
 )
-from diffprobe.stats import wilson_interval
+from diffprobe.stats import bootstrap_interval, wilson_interval
 
 
 def by(rows: pd.DataFrame, name: str = "score") -> pd.Series:
@@ -209,6 +210,40 @@ def test_mmvp_counts_pairs() -> None:
     assert score_mmvp(records).unparsed.tolist() == [1, 1] and by(score_mmvp(records))["pair"] == 0
     with pytest.raises(ValueError, match="got 9 records"):
         score_mmvp(records[:-1])
+
+
+HITS = np.array(
+    [1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+)  # of clusters whose items are all right or all wrong
+SAID = {1: {"output": "yes"}, 0: {"output": "no"}}
+
+
+@pytest.mark.parametrize(
+    ("score", "names", "size", "about"),
+    [
+        (score_mmvp, ("item",), 2, {"options": ("yes", "no"), "answer": "yes"}),
+        (score_naturalbench, ("question", "image", "item"), 4, {"answer": "Yes"}),
+        (score_gqa, ("accuracy",), 3, {"answer": "yes", "image": True}),
+        (score_vqav2, ("accuracy",), 3, {"answers": ["yes"] * 10, "image": True}),
+        (score_textvqa, ("accuracy",), 3, {"answers": ["yes"] * 10, "image": True}),
+        (score_pope, ("accuracy", "yes_share"), 3, {"answer": "yes", "image": True}),
+    ],
+)
+def test_items_of_a_cluster_are_no_independent_evidence(
+    score: Callable[..., pd.DataFrame], names: tuple[str, ...], size: int, about: dict[str, Any]
+) -> None:
+    """Items that always agree tell as much as one of them: the interval is that of the clusters."""
+    records = [
+        {**about, **SAID[hit], **({"image": f"{cluster:02d}"} if "image" in about else {})}
+        for cluster, hit in enumerate(HITS)
+        for _ in range(size)
+    ]
+    rows = score(records).set_index("score")
+    expected = bootstrap_interval(HITS, np.arange(len(HITS)))
+    assert expected[1] - expected[0] > 1.3 * np.subtract(*bootstrap_interval(np.repeat(HITS, size))[::-1])
+    for name in names:
+        assert rows.value[name] == pytest.approx(HITS.mean())
+        assert (rows.low[name], rows.high[name]) == pytest.approx(expected)
 
 
 def official_naturalbench(yes: list[list[int]]) -> dict[str, float]:
