@@ -209,7 +209,7 @@ def llava_v1(turns: list[tuple[str, str]], tokenizer: Any, image: bool) -> tuple
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("image", [True, False])
-@pytest.mark.parametrize("turns", TALKS[:2])
+@pytest.mark.parametrize("turns", TALKS)
 def test_v1_is_token_for_token_llava_s(turns: list[tuple[str, str]], image: bool, legacy: bool) -> None:
     tokenizer = vicuna(legacy)
     ids, labels = spoken(tokenizer, "v1", turns, image)

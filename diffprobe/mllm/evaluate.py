@@ -100,9 +100,9 @@ def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int
             return letters.index(whole)
         stated, *weaker = _said_letters(text, letters, folded)
         if stated:
-            return letters.index(*stated) if len(stated) == 1 and stated <= set(letters) else None
+            return letters.index(min(stated)) if len(stated) == 1 and stated <= set(letters) else None
         if by_letter := next((found for found in weaker if len(found) == 1), None):
-            return letters.index(*by_letter)
+            return letters.index(min(by_letter))
     # an option that is itself a letter ("a") would be found in every sentence
     named = [(k, option) for k, option in enumerate(folded) if len(option) > 1 or option.isdigit()]
     spans = [(m.span(), k) for k, option in named for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", whole)]

@@ -267,7 +267,7 @@ class FeatureCache:
 
 
 def _checksum(name: str, row: Tensor) -> int:
-    return zlib.crc32(row.contiguous().numpy(), zlib.crc32(name.encode()))
+    return zlib.crc32(row.numpy().tobytes(), zlib.crc32(name.encode()))
 
 
 def _damaged(path: Path) -> ValueError:
