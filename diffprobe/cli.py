@@ -993,6 +993,9 @@ def leakage_run(
     language_dtype: Annotated[
         str, typer.Option(help="The language model's: float32, bfloat16, float16; auto is float32 on a CPU, else bfloat16.")
     ] = "auto",
+    template: Annotated[
+        str, typer.Option(help="How the language model is spoken to: v1 for Vicuna; its own chat template when empty.")
+    ] = "",
     arms: Annotated[
         str,
         typer.Option(
@@ -1017,6 +1020,7 @@ def leakage_run(
     candidates: Annotated[int, typer.Option(min=2, help="Texts that the fed one is ranked among.")] = 100,
     ranked: Annotated[int, typer.Option(min=0, help="Test images for which it is ranked; 0 for none.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the features' noise.")] = 0,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows of one forward pass of the diffusion model.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
 ) -> None:
@@ -1030,8 +1034,9 @@ def leakage_run(
     settings = Settings(
         model=model or (origin["request"]["model"] if store else "shapes-sd"),
         data=data or (origin["data"] if store else "shapes:1500?split=train"),
-        test=test, language_model=language_model, language_dtype=language_dtype, request=request, grid=grid, steps=steps,
+        test=test, language_model=language_model, language_dtype=language_dtype, template=template, request=request, grid=grid, steps=steps,
         batch=batch, learning_rate=learning_rate, candidates=candidates, ranked=ranked, noise_seed=origin["request"]["seed"] if store else seed,
+        batch_rows=batch_rows,
     )  # fmt: skip
     start(
         out, settings, arms=_list(arms), sites=_list(sites), timesteps=_numbers(timesteps, int, "--timesteps"),
@@ -1094,6 +1099,12 @@ def mllm_train(
     language_model: Annotated[
         str, typer.Option("--language-model", "-l", help="shapes-lm, smollm2, a folder or a hub id.")
     ] = "shapes-lm",
+    template: Annotated[
+        str,
+        typer.Option(
+            help="How the language model is spoken to: v1 for Vicuna, or plain,v1 as LLaVA's two stages; its own chat template when empty."
+        ),
+    ] = "",
     encoder: Annotated[str, typer.Option(help="CLIP: hub id, folder or embedded name.")] = "shapes-clip",
     model: Annotated[
         str, typer.Option("--model", "-m", help="Diffusion model: hub id, folder or embedded name.")
@@ -1123,7 +1134,11 @@ def mllm_train(
     cache: Annotated[bool, typer.Option(help="Keep what the encoders saw in OUT/features.")] = True,
     seed: Annotated[int, typer.Option(help="Of the first weights and the order.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two checkpoints.", show_default="the recipe's")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the forecast and stop.")] = False,
+    force: Annotated[bool, typer.Option(help="Go on although the disk is too small for the forecast.")] = False,
 ) -> None:
     """Two stages: the fusion on captions, with no prompt; then the language model too, on questions that are the prompt."""
     from dataclasses import replace
@@ -1145,17 +1160,20 @@ def mllm_train(
         for change, value in zip(changes, values, strict=False):
             change[name] = value
     changes[1]["tune"] = "" if tune == "none" else tune
+    *before, spoken = _list(template) or [""]
+    changes[0]["template"] = before[0] if before else ""
     changes = [change | ({"precision": precision} if precision else {}) for change in changes]
+    changes = [change | ({"evaluate_every": checkpoint_every} if checkpoint_every else {}) for change in changes]
     first, second = (replace(stage, **change) for stage, change in zip(RECIPES[recipe], changes, strict=True))
     config = FusedConfig(
-        language_model=language_model, encoder=encoder, diffusion=model, fusion=fusion, sites=tuple(_list(sites)),
+        language_model=language_model, template=spoken, encoder=encoder, diffusion=model, fusion=fusion, sites=tuple(_list(sites)),
         timestep=timestep, guidance=guidance, grid=grid, merge=merge, seed=seed,
     )  # fmt: skip
     data = load_conversations(captions), load_conversations(instructions)
     fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)
     main = os.environ.get("RANK", "0") == "0"
     tell = lambda line: _out.print(line, markup=False, soft_wrap=True) if main else None  # noqa: E731
-    train_fused(fused, *data, out, (first, second), dry_run=dry_run, tell=tell)
+    train_fused(fused, *data, out, (first, second), dry_run=dry_run, force=force, tell=tell)
     if main and not dry_run:
         _next(
             f"diffprobe mllm eval {shlex.quote(str(out))}",

@@ -47,6 +47,8 @@ def test_train_judge_and_ask(
         (("chat", out, tmp_path / "absent.png", "?"), "does not exist"),
         ((*train, "--fusion", "sum"), "'sum' is not one of clip"),
         ((*train, "--tune", "some"), "--tune full, lora or none"),
+        ((*train, "--template", "vicuna"), "Template 'vicuna' is not one of v1, plain"),
+        ((*train, "--template", "chatml,v1"), "template is one of '', 'v1', 'plain'; got 'chatml'"),
         ((*train, "--steps", "3"), "--steps takes one number for each of the two stages"),
         (("train", "-o", out, "--captions", "talk:3"), "names no conversations"),
         ((*train, "--sites", "U-L9*"), "matches none of"),

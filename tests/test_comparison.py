@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_arms_and_benchmarks_that_would_be_merged() -> None:
     for wrong, named in ((("shapes-mmvp:4", "shapes-mmvp:4?seed=1"), "mmvp, mmvp"), (("gqa:folder",), "gqa")):
         with pytest.raises(ValueError, match=f"one benchmark each of .*; found {named}"):
             Comparison("unused", Settings(benchmarks=wrong))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"), [(("",), ("", "")), (("v1",), ("", "v1")), (("plain", "v1"), ("plain", "v1"))]
+)
+def test_templates_of_the_stages(template: tuple[str, ...], expected: tuple[str, str], tmp_path: Path) -> None:
+    settings = Settings(captions="shapes-captions:8", instructions="shapes-instruct:8", template=template)
+    run = Comparison(tmp_path, settings, "cpu")
+    first, second = run.stages(0)
+    assert (first.template, second.template) == (expected[0], "")
+    assert run.model(Arm("clip"), 0).language.template == expected[1]
 
 
 def test_an_arm_alone_is_judged() -> None:
@@ -176,5 +188,15 @@ def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
     told.clear()
     again = Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, [0])
     assert told == [] and again.equals(answers)
+    # questions of the same name that are others, or of other images, are asked; what was trained stays
+    for change in ("question", "images"):
+        asked = Comparison(tmp_path, settings, "cpu", told.append)
+        *first, item, last = asked.benchmarks[1].items
+        other = {"question": f"{item.question} Look.", "images": last.images}[change]
+        asked.benchmarks[1] = replace(asked.benchmarks[1], items=(*first, replace(item, **{change: other}), last))
+        assert len(asked.complete(pieces, [0])) == 66
+        assert sum("seed 0" in line for line in told) == 2 and not [line for line in told if "step" in line]
+        told.clear()
+    assert Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, [0]).equals(answers) and told == []
     with pytest.raises(ValueError, match=r"holds another run.*batch: the store has 4, you ask for 8"):
         Comparison(tmp_path, Settings(**{**settings.__dict__, "batch": 8}), "cpu")

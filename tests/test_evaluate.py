@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from diffprobe.mllm.evaluate import (
     split_options,
     vqa_accuracy,
 )
-from diffprobe.stats import wilson_interval
+from diffprobe.stats import bootstrap_interval, wilson_interval
 
 
 def by(rows: pd.DataFrame, name: str = "score") -> pd.Series:
@@ -75,6 +76,74 @@ OPTIONS = ("The car", "The red car", "No car")
 )
 def test_choices_in_free_text(text: str, expected: int | None) -> None:
     assert read_choice(text, OPTIONS) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B, because it is red", 1),
+        ("B - red is not it", 1),
+        ("B \u2013 red is not it", 1),
+        ("B because the red one is behind it", 1),
+        ("A because it is dark green", 0),
+        ("B\nred is wrong", 1),
+        ("b, not red", 1),
+        ("Answer: **B**", 1),
+        ("**Answer:** B", 1),
+        ("**B** - red is too bright", 1),
+        ("\\boxed{B}", 1),
+        ("The red one is out, so \\boxed{\\text{B}}.", 1),
+        ("$\\boxed{B}$, not red", 1),
+        ("<answer>B</answer> (red is wrong)", 1),
+        ('{"answer": "B", "why": "red is wrong"}', 1),
+        ("C is correct", 2),
+        ("It looks red, yet (C) is the correct answer", 2),
+        ("C is the best choice", 2),
+        ("B\nExplanation: A is wrong", 1),
+        ("B. Option A is wrong, it is not red.", 1),
+        ("The answer is B, not A.", 1),
+        ("A is incorrect: not red. The answer must be B", 1),
+        ("It is red at first sight.\n\nB", 1),
+        ("I choose B, though red is near", 1),
+        ("The correct option is B: red is wrong", 1),
+        ("red", 0),
+        ("Answer: A dark green car", 1),  # an article, and the words of another option
+        ("The red one. Point A is closer", 0),  # a letter in a sentence
+        ("A is left and B is right", None),  # places, not judgements
+        # contradictions, and letters that no option has
+        ("A or B", None),
+        ("A, B", None),
+        ("A and B are correct", None),
+        ("(A) or (B), red", None),
+        ("Answer: A or B, red", None),
+        ("The answer is A. The answer is B.", None),
+        ("A. red\nAnswer: B", None),
+        ("B, C and A", None),
+        ("D, because it is red", None),
+        ("The answer is E: red", None),
+        ("A is wrong", None),
+        ("The answer is not A", None),
+    ],
+)
+def test_a_stated_letter_beats_the_words_of_options(text: str, expected: int | None) -> None:
+    assert read_choice(text, ("red", "dark green", "blue")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("b, a red car", 1),  # what the option says, not a second letter
+        ("B, A red car", 1),
+        ("I think it is the car", 0),
+        ("e.g. the car", 0),
+        ("A red car", 1),
+        ("B. Unlike option A, it is red", 1),
+        ("B) A red car", 1),
+        ("A C-shaped car is the car", 0),
+    ],
+)
+def test_words_that_look_like_letters(text: str, expected: int | None) -> None:
+    assert read_choice(text, ("The car", "A red car", "No car")) == expected
 
 
 def test_options_that_are_words_numbers_or_yes_and_no() -> None:
@@ -141,6 +210,40 @@ def test_mmvp_counts_pairs() -> None:
     assert score_mmvp(records).unparsed.tolist() == [1, 1] and by(score_mmvp(records))["pair"] == 0
     with pytest.raises(ValueError, match="got 9 records"):
         score_mmvp(records[:-1])
+
+
+HITS = np.array(
+    [1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+)  # of clusters whose items are all right or all wrong
+SAID = {1: {"output": "yes"}, 0: {"output": "no"}}
+
+
+@pytest.mark.parametrize(
+    ("score", "names", "size", "about"),
+    [
+        (score_mmvp, ("item",), 2, {"options": ("yes", "no"), "answer": "yes"}),
+        (score_naturalbench, ("question", "image", "item"), 4, {"answer": "Yes"}),
+        (score_gqa, ("accuracy",), 3, {"answer": "yes", "image": True}),
+        (score_vqav2, ("accuracy",), 3, {"answers": ["yes"] * 10, "image": True}),
+        (score_textvqa, ("accuracy",), 3, {"answers": ["yes"] * 10, "image": True}),
+        (score_pope, ("accuracy", "yes_share"), 3, {"answer": "yes", "image": True}),
+    ],
+)
+def test_items_of_a_cluster_are_no_independent_evidence(
+    score: Callable[..., pd.DataFrame], names: tuple[str, ...], size: int, about: dict[str, Any]
+) -> None:
+    """Items that always agree tell as much as one of them: the interval is that of the clusters."""
+    records = [
+        {**about, **SAID[hit], **({"image": f"{cluster:02d}"} if "image" in about else {})}
+        for cluster, hit in enumerate(HITS)
+        for _ in range(size)
+    ]
+    rows = score(records).set_index("score")
+    expected = bootstrap_interval(HITS, np.arange(len(HITS)))
+    assert expected[1] - expected[0] > 1.3 * np.subtract(*bootstrap_interval(np.repeat(HITS, size))[::-1])
+    for name in names:
+        assert rows.value[name] == pytest.approx(HITS.mean())
+        assert (rows.low[name], rows.high[name]) == pytest.approx(expected)
 
 
 def official_naturalbench(yes: list[list[int]]) -> dict[str, float]:

@@ -17,14 +17,15 @@ from accelerate import Accelerator, DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffprobe.data.conversations import Conversation, DrawnInstructions
+from diffprobe.data.conversations import Conversation, DrawnCaptions, DrawnInstructions
 from diffprobe.data.images import read_image
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, load_questions
 from diffprobe.encoders import load_encoder
+from diffprobe.mllm import train
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.judging import answer_items, judge, judge_all
 from diffprobe.mllm.model import FusedConfig, FusedMLLM
-from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, StageConfig, forecast_stage, train_stage
+from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, StageConfig, forecast_stage, train_fused, train_stage
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
 from diffprobe.models import load_model
@@ -181,6 +182,11 @@ def test_saved_and_loaded(parts: dict[str, str], tmp_path: Path) -> None:
         names = {path.name for path in (tmp_path / f"tuned{tune}").rglob("*") if path.is_file()}
         assert not {name for name in names if name.endswith((".pt", ".bin", ".pkl"))}
         assert ("adapter_model.safetensors" in names) == (tune == "lora") and ("model.safetensors" in names) == (tune == "full")
+        for path in (tmp_path / f"tuned{tune}").rglob("*.safetensors"):
+            before = flipped(path, path.stat().st_size - 4000)
+            with pytest.raises(ValueError, match=f"{path.name} is not what was written"):
+                FusedMLLM.from_pretrained(tmp_path / f"tuned{tune}", "cpu")
+            path.write_bytes(before)
 
 
 def test_other_weights_than_in_training_are_refused(parts: dict[str, str], tmp_path: Path) -> None:
@@ -197,6 +203,40 @@ def test_other_weights_than_in_training_are_refused(parts: dict[str, str], tmp_p
         FusedMLLM.from_pretrained(tmp_path / "absent")
     with pytest.raises(ValueError, match="'sum' is not one of clip"):
         FusedMLLM.build(replace(config, fusion="sum"))
+
+
+@pytest.mark.parametrize("tune", ["", "full", "lora"])
+def test_captions_and_talk_in_llava_s_two_formats(
+    fresh_language: Make, parts: dict[str, str], tmp_path: Path, tune: str
+) -> None:
+    """Stage 1 in one format and the model in another, which it keeps when it is loaded."""
+    bare = fresh_language()
+    bare.tokenizer.chat_template = None
+    for name in ("model", "tokenizer"):
+        getattr(bare, name).save_pretrained(tmp_path / "bare")
+    config = FusedConfig(**parts | {"language_model": str(tmp_path / "bare")}, grid=2, heads=2)
+    with pytest.raises(ValueError, match=r"has no chat template.*v1"):
+        FusedMLLM.build(config, "cpu")
+    model, seen = FusedMLLM.build(replace(config, template="v1"), "cpu"), []
+    spell = model.language.tokenizer.decode
+
+    def spy(rows: Any, language: LanguageModel, *more: Any, **options: Any) -> Any:
+        seen.append(spell(language.prompt("?")[1] + language.answers([("?", "a")])[0]))
+        return lay_out(language, rows, *more, **options)
+
+    stage = StageConfig(steps=1, batch=4, tune=tune, lora_rank=2, prompted=True)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            "diffprobe.mllm.stages.lay_out", lambda language, soft, *more, **options: spy(soft, language, *more, **options)
+        )
+        train_stage(model, DrawnCaptions(8), tmp_path / "1", StageConfig(steps=1, batch=4, template="plain"))
+        train_stage(model, DrawnCaptions(8), tmp_path / "2", stage)
+    assert seen[0] == "a\n" and seen[-1] == "\n? ASSISTANT: a<|end|>"
+    loaded = FusedMLLM.from_pretrained(tmp_path / "2", "cpu")
+    assert loaded.config.template == loaded.language.template == model.language.template == "v1"
+    with pytest.raises(ValueError, match="one caption an image"):
+        train_stage(model, DrawnInstructions(8), tmp_path / "3", StageConfig(steps=1, batch=4, template="plain"))
+    assert model.language.template == "v1"
 
 
 # --- the stages -----------------------------------------------------------------------------------
@@ -356,7 +396,9 @@ from conftest import build_language
 from test_fused import Shades, build
 from diffprobe.mllm.stages import StageConfig, train_stage
 model = build(build_language())
-train_stage(model, Shades(), Path({folder!r}), StageConfig(steps=3, batch=8, learning_rate=0.01, tune="full", prompted=True))
+train_stage(model, Shades(), Path({folder!r}), StageConfig(
+    steps=3, batch=8, accumulate={accumulate}, learning_rate=0.01, tune="full", prompted=True
+))
 """
 
 
@@ -417,10 +459,11 @@ def two_stages(model: FusedMLLM, folder: Path, tune: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path: Path, launch: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_two_processes_learn_what_one_learns(tmp_path: Path, launch: Callable[..., Any], accumulate: int) -> None:
     found = []
     for count in (1, 2):
-        text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}"))
+        text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}"), accumulate=accumulate)
         launch(tmp_path / f"{count}.py", text, count).check_returncode()
         found.append([float(x) for x in losses(tmp_path / f"run{count}")])
     assert np.allclose(*found, rtol=1e-4)
@@ -448,6 +491,65 @@ def test_weights_spread_over_processes_learn_the_same(
     for path in paths:
         mine, other = load_file(path), load_file(tmp_path / "spread" / path.relative_to(tmp_path / "alone"))
         assert mine.keys() == other.keys() and all(torch.allclose(mine[k], other[k], atol=1e-4) for k in mine)
+
+
+def test_processes_that_get_too_few_samples_are_refused_before_anything_is_done(
+    own_language: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = StageConfig(steps=1, batch=8), StageConfig(steps=1, batch=8, accumulate=8, tune="full")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "batch of 8 gives each of 2 processes 4 samples, too few for accumulate=8 .* a batch of 16 or accumulate=4"
+    with pytest.raises(ValueError, match=message):
+        train_fused(build(own_language), Shades(), Shades(), tmp_path, stages)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="A batch of 99"):  # of stage 2, before stage 1 is trained
+        train_fused(build(own_language), Shades(), Shades(), tmp_path, (stages[0], StageConfig(batch=99)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tune", ["", "full", "lora"])
+def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
+    fresh_language: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
+) -> None:
+    model, sizes = build(fresh_language(), cache=FeatureCache(tmp_path / "features")), []
+    stage = StageConfig(steps=6, batch=8, tune=tune, lora_rank=2, prompted=True, evaluate_every=5)  # type: ignore[arg-type]
+    data, save = Shades(16), train._save
+    found = forecast_stage(model, data, stage)
+
+    def weigh(value: Any) -> int:
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return value.nbytes if isinstance(value, torch.Tensor) else sum(map(weigh, parts))
+
+    def spy(folder: Path, *more: Any) -> None:
+        save(folder, *more)
+        sizes.append(weigh(torch.load(folder / "checkpoint.pt", weights_only=True)))
+
+    monkeypatch.setattr(train, "_save", spy)
+    train_stage(model, data, tmp_path / "run", stage)
+    assert len(sizes) == 2 and all(0.8 * found.checkpoint < size < 1.02 * found.checkpoint for size in sizes)  # and buffers
+    part = {"": "fusion", "full": "model", "lora": "adapter_model"}[tune]
+    paths = [p for p in (tmp_path / "run").rglob("*.safetensors") if p.stem in ("fusion", part)]
+    assert sum(weigh(load_file(path)) for path in paths) == pytest.approx(found.model, rel=0.02)
+    kept = sum(weigh(load_file(path)) for path in (tmp_path / "features").rglob("*.safetensors"))
+    per_picture = 2 * 6 * 2 * 2
+    assert found.cache == 16 * per_picture * (1 + 1 + 3)  # blind once; untold, and told one question in each of three epochs
+    assert 16 * per_picture * 3 <= kept <= found.cache
+    assert f"every {found.every} steps" in str(found) and found.every == 5
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(
+    own_language: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    stages = StageConfig(steps=1, batch=8), StageConfig(steps=1, batch=8, tune="full")
+    monkeypatch.setattr("diffprobe.mllm.stages._free_bytes", lambda folder: 100_000)
+    with pytest.raises(ValueError, match=r"needs 1.04 MB more and 100 kB are free.*--force goes on"):
+        train_fused(build(own_language), Shades(), Shades(), tmp_path, stages, tell=told.append)
+    assert "a checkpoint of" in told[1] and told[2].startswith("disk: ") and not list(tmp_path.iterdir())
+    train_fused(build(own_language), Shades(), Shades(), tmp_path, stages, dry_run=True)
+    train_fused(build(own_language), Shades(), Shades(), tmp_path, stages, force=True)
+    train_fused(build(own_language), Shades(), Shades(), tmp_path, stages)  # it is finished: nothing more is needed
 
 
 @pytest.mark.parametrize(("engine", "version"), [(DistributedType.DEEPSPEED, 2), (DistributedType.FSDP, 1)])
@@ -498,6 +600,34 @@ def test_a_cache_holds_few_files_open(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.allclose(
         found.float(), torch.cat([eye.look([pictures[k]], [None])["shade"] for k in (0, 1, 2, 3, 4, 0, 4, 2)]), atol=0.01
     )
+
+
+def flipped(path: Path, first: int, count: int = 4000) -> bytes:
+    """Flip a bit of each of some bytes; gives what was there."""
+    before = path.read_bytes()
+    values = np.frombuffer(before, np.uint8).copy()
+    values[first : first + count] ^= 1
+    path.write_bytes(values.tobytes())
+    return before
+
+
+def test_a_damaged_file_of_the_cache_is_found(tmp_path: Path) -> None:
+    cache, eye, pictures = FeatureCache(tmp_path), Planted(True), [Picture.of(shade(True, number)) for number in range(3)]
+    keys = [(picture.id, None) for picture in pictures]
+    cache.write(eye, keys, eye.look(pictures, [None] * 3))
+    (path,) = tmp_path.rglob("*.safetensors")
+    whole, end = path.read_bytes(), path.stat().st_size
+    for first, count in ((end - 3, 1), (end - 60, 40), (200, 10), (8, 1), (0, 2)):
+        flipped(path, first, count)
+        again = FeatureCache(tmp_path)
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged; remove it"):
+            again.read(eye, "shade", keys)
+        path.write_bytes(whole)
+    flipped(path, end - 3, 1)
+    other = FeatureCache(tmp_path)
+    assert len(other.read(eye, "shade", keys[:2])) == 2  # rows that are as they were
+    path.unlink()
+    assert FeatureCache(tmp_path).lacking(eye, keys) == keys
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16"])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,20 @@ def test_another_run_in_the_folder_is_refused(finished: Path, tiny_model: Any, l
     both = Settings(data="shapes:24?split=test", test="shapes:12?split=test")
     with pytest.raises(LeakageError, match="'shapes-test-0-000000' is in training and test"):
         Run(finished.parent / "other", both, model=tiny_model, language=language())
+
+
+def test_the_batch_of_a_run_is_asked_for_and_never_timed(
+    tiny_model: Any, language: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of another batch differ in their last bits, so a timed one would make two equal runs differ."""
+    monkeypatch.setattr("diffprobe.extraction._Run.find_batch", lambda run, seconds: pytest.fail("the batch was timed"))
+    for settings, rows in ((SETTINGS, 16), (replace(SETTINGS, batch_rows=3), 3)):
+        folder = tmp_path / str(rows)
+        asked(Run(folder, settings, model=tiny_model, language=language(), tell=lambda line: None), "M")
+        assert json.loads((folder / "request.json").read_text())["batch_rows"] == rows
+        assert [open_store(path).attrs["batch_rows"] for path in (folder / "stores").glob("*.zarr")] == [rows]
+    with pytest.raises(LeakageError, match="batch_rows: the store has 3, you ask for 16"):
+        Run(tmp_path / "3", SETTINGS, model=tiny_model, language=language())
 
 
 def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_saved_and_loaded(tmp_path: Path, kind: str) -> None:
     projector.standardise(data().features)
     projector.save(tmp_path)
     assert torch.equal(Projector.load(tmp_path)(data().features), projector(data().features))
+    path = tmp_path / "projector.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-9] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"projector\.safetensors is not what was written"):
+        Projector.load(tmp_path)
     assert 0.15 < float(projector(data().features).detach().square().mean().sqrt()) < 0.6  # as large as token embeddings
 
 
@@ -133,6 +139,142 @@ def test_template_and_names(language: Make, tmp_path: Path) -> None:
     assert torch.equal(loaded.embeddings.weight, model.embeddings.weight) and loaded.prompt("What?") == model.prompt("What?")
     with pytest.raises(ValueError, match="No language model at"):
         load_language_model(tmp_path / "absent")
+
+
+# --- LLaVA's formats against its own preprocessing --------------------------------------------------
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TALKS = [
+    [("What is it?", "a red star")],
+    [("What is it?", "a red star"), ("Where?", "on the left."), ("Sure?", "Yes")],
+    [("the red", "star\n\nUSER said: the star"), ("the  star", "the\n")],
+]
+
+
+def vicuna(legacy: bool) -> Any:
+    """A tokenizer of Vicuna's kind: pieces with their spaces in front, bytes, BOS; legacy ones put a space after </s>."""
+    import string
+
+    from transformers import LlamaTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_letters, *".,:?!'"]
+    merges = []
+    for word in ("\u2581red", "\u2581star", "\u2581the", "US", "ER", "ASS", "IST", "ANT"):
+        for cut in range(1, len(word)):
+            merges.append((word[:cut], word[cut]))
+            pieces.append(word[: cut + 1])
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return LlamaTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), legacy=legacy, add_bos_token=True)
+
+
+def spoken(tokenizer: Any, template: str, turns: list[tuple[str, str]], image: bool) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a conversation as a stage lays them out; -200 stands for the image."""
+
+    class Bare(torch.nn.Module):
+        get_input_embeddings = staticmethod(lambda: torch.nn.Embedding(1, 1))
+
+    language = LanguageModel(Bare(), tokenizer, "vicuna", template)
+    before, after = language.prompt(turns[0][0], image)
+    ids, labels = language.answers(turns, image=image)
+    prompt = [*before, *([-200] if image else []), *after]
+    return [*prompt, *ids], [*([-100] * len(prompt)), *labels]
+
+
+def llava_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Chunks around the image, each tokenised by itself, all but the first without their BOS."""
+    first, *others = [tokenizer(chunk).input_ids for chunk in text.split("<image>")]
+    return [*first, *(token for chunk in others for token in (-200, *chunk[1:]))]
+
+
+def llava_v1(turns: list[tuple[str, str]], tokenizer: Any, image: bool) -> tuple[list[int], list[int]]:
+    """What LLaVA's preprocess_v1 does (train.py of LLaVA 1.2): rounds are counted in tokens, each with a BOS of its own."""
+    asked = [f"<image>\n{turns[0][0]}" if image else turns[0][0], *(question for question, _ in turns[1:])]
+    text = f"{SYSTEM} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, (_, a) in zip(asked, turns, strict=True))
+    count = llava_tokens if image else lambda part, tokenizer: tokenizer(part).input_ids
+    ids = count(text, tokenizer)
+    labels, place = list(ids), 1
+    labels[0] = -100
+    for number, part in enumerate(text.split("</s>")[:-1]):
+        question = part.split(" ASSISTANT: ")[0] + " ASSISTANT: "
+        less = number > 0 and not tokenizer.legacy  # no space follows the end token there
+        asked_for = len(count(question, tokenizer)) - 2 - less
+        labels[place : place + asked_for] = [-100] * asked_for
+        place += len(count(part, tokenizer)) - less
+    assert place == len(ids), "LLaVA would leave this conversation out"
+    return ids, labels
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("turns", TALKS)
+def test_v1_is_token_for_token_llava_s(turns: list[tuple[str, str]], image: bool, legacy: bool) -> None:
+    tokenizer = vicuna(legacy)
+    ids, labels = spoken(tokenizer, "v1", turns, image)
+    assert (ids, labels) == llava_v1(turns, tokenizer, image)
+
+
+def test_v1_spelt_out() -> None:
+    for legacy in (True, False):
+        tokenizer = vicuna(legacy)
+        ids, labels = spoken(tokenizer, "v1", [("the?", "red star"), ("star", "the")], True)
+        space = ["\u2581"] * legacy
+        tail = [
+            "\u2581", "<0x0A>", "t", "h", "e", "?", "\u2581", "ASS", "IST", "ANT", ":", "\u2581red", "\u2581star", "</s>",
+            *space, "US", "ER", ":", "\u2581star", "\u2581", "ASS", "IST", "ANT", ":", "\u2581the", "</s>",
+        ]  # fmt: skip
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.convert_ids_to_tokens(ids[ids.index(-200) + 1 :]) == tail
+        learnt = [token for token in labels if token != -100]
+        assert tokenizer.convert_ids_to_tokens(learnt) == ["\u2581red", "\u2581star", "</s>", "\u2581the", "</s>"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_plain_captions_are_token_for_token_llava_s(legacy: bool) -> None:
+    tokenizer = vicuna(legacy)
+    ids, labels = spoken(tokenizer, "plain", [("Describe it.", "the red star")], True)
+    assert ids == llava_tokens("<image>the red star\n", tokenizer)
+    assert labels == [-100, -100, *ids[2:]]
+    with pytest.raises(ValueError, match="plain format has one caption"):
+        spoken(tokenizer, "plain", TALKS[1], True)
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ ' [INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL])
+@pytest.mark.parametrize("turns", TALKS)
+def test_templates_with_a_space_before_the_answer(template: str, turns: list[tuple[str, str]]) -> None:
+    tokenizer = vicuna(False)
+    tokenizer.chat_template = template
+    ids, labels = spoken(tokenizer, "", turns, False)
+    said = [{"role": r, "content": text} for turn in turns for r, text in zip(("user", "assistant"), turn, strict=True)]
+    assert ids == tokenizer(tokenizer.apply_chat_template(said, tokenize=False), add_special_tokens=False).input_ids
+    learnt = "".join(tokenizer.convert_ids_to_tokens([token for token in labels if token != -100]))
+    marked = "".join(
+        f" {answer.strip() if template == LLAMA2 else answer}{' ' * (template == LLAMA2)}</s>" for _, answer in turns
+    )
+    assert learnt.replace("\u2581", " ").replace("<0x0A>", "\n") == marked
+
+
+def test_a_tokenizer_without_a_template_is_refused(language: Make, tmp_path: Path) -> None:
+    model = language()
+    model.model.save_pretrained(tmp_path)
+    vicuna(False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no chat template.*v1 .*plain"):
+        load_language_model(tmp_path, "cpu")
+    assert load_language_model(tmp_path, "cpu", template="v1").template == "v1"
+    with pytest.raises(ValueError, match="'vicuna' is not one of v1, plain"):
+        load_language_model(tmp_path, "cpu", template="vicuna")
 
 
 # --- training -----------------------------------------------------------------------------------------

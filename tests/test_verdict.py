@@ -379,6 +379,19 @@ def test_the_index_lies_between_its_controls_and_is_resampled_jointly() -> None:
     assert normalised_index(middle, low, wobbly)["index_high"] - found["index_low"] > 0.15
 
 
+@pytest.mark.parametrize("spread", [[-0.1, 0.1], [-0.3, 0.0, 0.3]])
+def test_the_index_knows_the_whole_variance_of_its_seeds(spread: list[float]) -> None:
+    """A bootstrap of R seeds has (R - 1) / R of their variance: its deviations are stretched by sqrt(R / (R - 1))."""
+    images = [f"image-{k}" for k in range(6)]
+    leak = pd.DataFrame([[0.5 + one] * 6 for one in spread], columns=images)
+    zero, one = (pd.DataFrame([[value] * 6], columns=images) for value in (0.0, 1.0))
+    found, reach = normalised_index(leak, zero, one), spread[-1] * np.sqrt(len(spread) / (len(spread) - 1))
+    assert found["index"] == pytest.approx(0.5)
+    assert (found["index_low"], found["index_high"]) == pytest.approx(
+        (0.5 - reach, 0.5 + reach)
+    )  # all draws the lowest seed: 4% or 25%
+
+
 # --- without decoding -----------------------------------------------------------------------------
 
 

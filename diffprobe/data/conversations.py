@@ -228,9 +228,9 @@ class LlavaConversations:
         marks = sum(text.count(MARK) for text in texts)
         if names and marks not in (0, len(names)):
             raise ValueError(f"{where} names {len(names)} images and speaks of {marks} ({MARK}).")
-        # LLaVA moves every image to the front of the conversation, whatever the place of its mark; in talk without an image the
-        # mark is text like any other, such as a tag of some markup
-        clean = [text.replace(MARK, "").strip() if names else text.strip() for text in texts]
+        # LLaVA moves every image to the front of the conversation, whatever the place of its mark, and cuts white space there
+        # alone; in talk without an image the mark is text like any other, such as a tag of some markup
+        clean = [text.replace(MARK, "").strip() if names and MARK in text else text for text in texts]
         turns = tuple(zip(clean[::2], clean[1::2], strict=True))
         return str(entry.get("id", number)), [_inside(where, name) for name in names], turns
 

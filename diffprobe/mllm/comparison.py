@@ -5,12 +5,14 @@ questions, so arms are compared item by item and seed by seed.  Stage 1 tells th
 in guidance alone share it; frozen encoders look at each picture once for all arms.
 
 A run lives in a folder and does each piece once: ``request.json`` (what its pieces share), ``features/``, ``stage1/``,
-``stage2/`` (one model for each arm and seed), ``answers/`` (one file for each arm, seed and condition).
+``stage2/`` (one model for each arm and seed), ``answers/`` (one file for each arm, seed and condition, in a folder that is named
+for what was asked: other questions, or other images, are answered anew by the same models).
 `score_rows` and `change_rows` read the answers alone and need no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -79,6 +81,7 @@ class Settings:
 
     Attributes:
         language_model, encoder, diffusion: as in `FusedConfig`.
+        template: how the language model is spoken to, as in `FusedConfig`; two where captions are written another way.
         captions, instructions: of the two stages, as `load_conversations` takes them.
         benchmarks: as `load_questions` takes them.
         steps, batch, rates, precision: of the two stages.
@@ -89,6 +92,7 @@ class Settings:
     """
 
     language_model: str = "shapes-lm"
+    template: tuple[str, ...] = ("",)
     encoder: str = "shapes-clip"
     diffusion: str = "shapes-sd"
     captions: str = "shapes-captions:1500"
@@ -170,7 +174,7 @@ class Comparison:
 
         s = self.settings
         config = FusedConfig(
-            language_model=s.language_model, encoder=s.encoder, diffusion=s.diffusion, fusion=arm.fusion, sites=arm.sites,
+            language_model=s.language_model, template=s.template[-1], encoder=s.encoder, diffusion=s.diffusion, fusion=arm.fusion, sites=arm.sites,
             timestep=arm.timestep, guidance=arm.guidance, grid=s.grid, merge=s.merge, noise_seed=s.noise_seed, seed=seed,
         )  # fmt: skip
         return FusedMLLM.build(config, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
@@ -185,7 +189,7 @@ class Comparison:
             )
             for steps, rate in zip(s.steps, s.rates, strict=True)
         )
-        return first, replace(second, tune=s.tune, prompted=True)
+        return replace(first, template=s.template[-2] if s.template[1:] else ""), replace(second, tune=s.tune, prompted=True)
 
     def trained(self, arm: Arm, seed: int) -> Any:
         """The arm's model after both stages; what is done is loaded."""
@@ -212,8 +216,13 @@ class Comparison:
         # loaded, also when just trained: on a GPU in another dtype, and answers must not depend on where a run was cut off
         return FusedMLLM.from_pretrained(folder, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
 
+    @cached_property
+    def _asked(self) -> str:
+        """Hash of all that the benchmarks hold."""
+        return hashlib.sha256("".join(benchmark.fingerprint() for benchmark in self.benchmarks).encode()).hexdigest()[:12]
+
     def path(self, arm: Arm, seed: int, condition: str) -> Path:
-        return self.folder / "answers" / f"{arm.slug}_seed{seed}_{condition}.csv"
+        return self.folder / "answers" / self._asked / f"{arm.slug}_seed{seed}_{condition}.csv"
 
     def look(self, arms: Sequence[Arm]) -> None:
         """Every site that is looked at untold, in one pass a picture and timestep."""

@@ -61,11 +61,15 @@ def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int
     """Which option a text chooses, as an index, or None.  The first of these rules that finds exactly one option decides:
 
     1. the whole text is an option or an option's letter: "B", "(b)", "b.", "two";
-    2. it begins with a decorated letter: "B. two", "(B) two", "B: two";
-    3. a letter follows "answer", "option" or "choice", as a capital or before a stop: "The answer is B", "option b.";
+    2. it states a letter: at its beginning ("B. two", "B, because", "B - not one"), alone on a line, in LaTeX's box, after
+       "answer", "the option is" or "I choose" ("Answer: **B**"), or as "B is correct";
+    3. a letter follows "option" or "choice", as a capital or before a stop: "I see option B", "option b.";
     4. letters in brackets: "it must be (B)";
     5. options stand in it as whole words, those inside a longer option that is there too left out: "dark red", not "red";
     6. for options yes and no, `read_yes_no`.
+
+    A stated letter beats any option's words: two of them ("A or B"), or one that no option has, are no answer.  Letters that
+    are rejected ("A is wrong", "not A") are not read.
 
     A bare letter inside a sentence is no answer: "a" is an article.  Without letters, options that are letters themselves ("H",
     "L") are looked for as capitals, but for A and I.
@@ -91,8 +95,14 @@ def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int
     if not lettered and all(len(option) == 1 and option.isalpha() for option in folded):
         said = {folded.index(letter) for letter in folded if letter not in "ai" and re.search(rf"\b{letter.upper()}\b", text)}
         return said.pop() if len(said) == 1 else None
-    if lettered and (by_letter := _read_letter(text, whole, letters)) is not None:
-        return by_letter
+    if lettered:
+        if len(whole) == 1 and whole in letters:
+            return letters.index(whole)
+        stated, *weaker = _said_letters(text, letters, folded)
+        if stated:
+            return letters.index(min(stated)) if len(stated) == 1 and stated <= set(letters) else None
+        if by_letter := next((found for found in weaker if len(found) == 1), None):
+            return letters.index(min(by_letter))
     # an option that is itself a letter ("a") would be found in every sentence
     named = [(k, option) for k, option in enumerate(folded) if len(option) > 1 or option.isdigit()]
     spans = [(m.span(), k) for k, option in named for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", whole)]
@@ -114,20 +124,49 @@ def shows_letters(answer: str, options: Sequence[str]) -> bool:
     return folded == list(string.ascii_lowercase[: len(options)]) or _fold(answer) not in folded
 
 
-def _read_letter(text: str, whole: str, letters: str) -> int | None:
-    if len(whole) == 1 and whole in letters:
-        return letters.index(whole)
-    capitals, after = letters.upper(), r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|would\s+be))?)\s*:?\s*[(\[]?"
-    rules = (
-        rf"^\W*([{letters}{capitals}])\s*[).:\]]",
-        rf"{after}([{capitals}]\b(?![-'])|[{letters}](?=\W*$|[).,:;\]]))",
-        rf"[(\[]([{letters}{capitals}])[)\]]",
+def _said_letters(text: str, letters: str, options: Sequence[str]) -> list[set[str]]:
+    """Letters that a text states, those that follow "option" or "choice", and those in brackets.
+
+    Capitals up to H are taken for letters though no option has them, so that "D. red" is not read as "red".
+    """
+    capitals = max("ABCDEFGH", letters.upper(), key=len)
+    capital = rf"(?<![\w'’-])[{capitals}](?!\w|['’-]\w)"  # noqa: RUF001
+    small = rf"(?<![\w'’-])[{letters}](?=\s*(?:$|[)\],:;\n]|\.(?!\w)))"  # noqa: RUF001
+    one = rf"[(\[]?(?:{capital}|{small})[)\]]?"
+    several = rf"{one}(?:\s*(?:,?\s*\b(?:and|or)\b|[/&])\s*[(\[]?{capital}|\s*,\s*[(\[]?{capital}(?!\s+(?!and\b|or\b)[a-z]))*"
+    verb = r"(?:is|are|was|would\s+be|must\s+be|should\s+be|will\s+be|seems|looks)"
+    named = r"(?i:(?:the\s+)?(?:answer|option|choice|letter)\s+)?"
+
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\nAnswer: \1\n", text)
+    text = re.sub(r"[*`$]|(?<!\w)_|_(?!\w)", "", text)
+    for option in options:  # "A" before an option's own words is an article
+        if own := re.sub(r"^(?:an?|the) ", "", option):
+            text = re.sub(rf"(?<!\w)[Aa] (?={re.escape(own)}(?!\w))", "", text, flags=re.IGNORECASE)
+    for rejected in (
+        rf"(?i:\b(?:not|nor|neither|than|instead\s+of|unlike)|n['’]t(?:\s+be)?)\s+{named}{one}",  # noqa: RUF001
+        rf"{named}{several}\s+(?:{verb}\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|\w+n['’]t\b|(?:can|does|do)\s*not\b)",  # noqa: RUF001
+    ):
+        text = re.sub(rejected, ";", text)
+    after = (
+        rf"(?i:\banswers?\b(?:\s+{verb}\b)?|\b(?:option|choice|guess)\b(?:\s+{verb}\b|\s*(?=[:=]))"
+        r"|\b(?:choose|chose|pick|select|go\s+with)\b)[\s:=>\"'–—-]*"  # noqa: RUF001
     )
-    for rule in rules:
-        found = {letter.lower() for letter in re.findall(rule, text)}
-        if len(found) == 1:
-            return letters.index(found.pop())
-    return None
+    rules = (
+        (
+            rf"^\W*({several})(?=[^\S\n]*(?:$|[).,:;!\]\n]|[–—]|-\s|(?:because|since|as|due)\b))",  # noqa: RUF001
+            rf"(?m)^[^\w\n]*({several})[^\w\n]*$",
+            rf"{after}{named}({several})",
+            rf"({several})\s+{verb}\s+(?:\w+\s+){{0,2}}?(?:correct|answer|(?:best|right|true)\s+(?:answer|option|choice))\b",
+        ),
+        (rf"(?i:\b(?:option|choice))\s*({one})",),
+        (r"([(\[][A-Za-z][)\]])",),
+    )
+    return [
+        {letter.lower() for rule in tier for said in re.findall(rule, text) for letter in re.findall(r"\b[A-Za-z]\b", said)}
+        & (set(capitals.lower()) if tier is rules[0] else set(letters))
+        for tier in rules
+    ]
 
 
 def split_options(text: str) -> list[str]:

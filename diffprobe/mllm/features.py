@@ -99,14 +99,15 @@ class Features:
         seed: of the noise.
         others: more stores to look in; those that were recorded otherwise are passed over.
         tell: gets a line before each recording.
+        batch_rows: of one forward pass; found by timing when None, and then not alike in two runs.
     """
 
     def __init__(
         self, model: DiffusionModel, data: Mapping[str, Dataset], folder: Path, grid: int = 6, seed: int = 0,
-        others: Sequence[str | Path] = (), tell: Callable[[str], None] = lambda line: None,
+        others: Sequence[str | Path] = (), tell: Callable[[str], None] = lambda line: None, batch_rows: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.data, self.folder, self.grid, self.seed = model, dict(data), Path(folder), grid, seed
-        self.others, self.tell = list(others), tell
+        self.others, self.tell, self.batch_rows = list(others), tell, batch_rows
         self._eraser = lru_cache(maxsize=4)(self._fit_eraser)
         self._array = lru_cache(maxsize=8)(self._read)
 
@@ -139,7 +140,8 @@ class Features:
         summary = extract(
             self._model(recording["knockout"]), self.data[recording["split"]], self.folder / f"{recording['split']}_{digest}.zarr",
             sites=sites, maps=recording["maps"], timesteps=recording["timesteps"], conditionings=recording["conditionings"],
-            reduce={site: self._rule(site) for site in sites} or "none", seed=self.seed, dry_run=dry_run, progress=progress and not dry_run,
+            reduce={site: self._rule(site) for site in sites} or "none", seed=self.seed, batch_rows=self.batch_rows,
+            dry_run=dry_run, progress=progress and not dry_run,
         )  # fmt: skip
         self.__dict__.pop("_stores", None)
         return (summary.forecast.seconds or 0.0) if summary.forecast else 0.0

@@ -150,7 +150,7 @@ class Settings:
     Attributes:
         model: the diffusion model: id, folder or embedded name.
         data, test: datasets of the training and of the held-out images; no image may be in both.
-        language_model, language_dtype: for `diffprobe.mllm.train.load_language_model`.
+        language_model, language_dtype, template: for `diffprobe.mllm.train.load_language_model`.
         request: what the user asks the language model for.
         grid: soft tokens on a side.
         steps, batch, learning_rate, kind, patience: of `TrainConfig`.
@@ -158,6 +158,7 @@ class Settings:
         max_new_tokens: of a generated text.
         candidates, ranked: the fed text is ranked among so many, for so many of the test images; 0 images rank nothing.
         noise_seed: of the features.
+        batch_rows: of one forward pass of the diffusion model; fixed, for features of other batches differ in their last bits.
     """
 
     model: str = "shapes-sd"
@@ -165,6 +166,7 @@ class Settings:
     test: str = "shapes:100?split=test"
     language_model: str = "shapes-lm"
     language_dtype: str = "auto"
+    template: str = ""
     request: str = "Describe the image."
     grid: int = 6
     kind: str = "mlp2x_gelu"
@@ -177,6 +179,7 @@ class Settings:
     candidates: int = 100
     ranked: int = 64
     noise_seed: int = 0
+    batch_rows: int = 16
 
 
 @dataclass(frozen=True)
@@ -265,11 +268,20 @@ class Run:
                 f"Image {min(twice)!r} is in training and test ({len(twice)} are); give datasets that share none."
             )
         self.model = model or load_model(settings.model, device)
-        self.language = language or load_language_model(settings.language_model, device, settings.language_dtype)
+        self.language = language or load_language_model(
+            settings.language_model, device, settings.language_dtype, template=settings.template
+        )
         self._settle()
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         self.features: Features = Features(
-            self.model, splits, self.folder / "stores", settings.grid, settings.noise_seed, stores, self.tell
+            self.model,
+            splits,
+            self.folder / "stores",
+            settings.grid,
+            settings.noise_seed,
+            stores,
+            self.tell,
+            settings.batch_rows,
         )
 
     def _settle(self) -> None:

@@ -9,6 +9,7 @@ as a name with a hash of its weights, and loading refuses an encoder whose weigh
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,6 +40,7 @@ class FusedConfig:
 
     Attributes:
         language_model: hub id, folder or name, as for `load_language_model`.
+        template: how it is spoken to, likewise; "" is its tokenizer's chat template.
         encoder: a vision encoder's; not loaded where the fusion has no use for it.
         diffusion: a diffusion model's; likewise.
         fusion: of `FUSIONS`.
@@ -56,6 +58,7 @@ class FusedConfig:
     """
 
     language_model: str = "shapes-lm"
+    template: str = ""
     encoder: str = "shapes-clip"
     diffusion: str = "shapes-sd"
     fusion: str = "cross_attention"
@@ -110,7 +113,7 @@ class FusedMLLM:
         """
         config = config or FusedConfig()
         streams = _streams(config, device, encoder, diffusion, cache)
-        language = language or load_language_model(config.language_model, device)
+        language = language or load_language_model(config.language_model, device, template=config.template)
         fusion = Fusion(
             config.fusion, streams.channels(), language.width, projector=config.projector, rms=language.rms, heads=config.heads,
             seed=config.seed,
@@ -188,7 +191,9 @@ class FusedMLLM:
                 self.language.tokenizer.save_pretrained(part)
         fusion = weights.get("fusion") or self.fusion.state_dict()
         save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
-        kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins()}
+        written = [folder / WEIGHTS, *(sorted(part.rglob("*")) if self.tuned else [])]
+        files = {path.relative_to(folder).as_posix(): _digest(path) for path in written if path.is_file()}
+        kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins(), "files": files}
         write_whole(folder / CONFIG, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")  # last: it says that all is there
 
     @classmethod
@@ -199,14 +204,21 @@ class FusedMLLM:
         """A saved model, its encoders loaded by name.
 
         Raises:
-            ValueError: there is none, a part of it is not there, or an encoder's weights are not those it was trained with.
+            ValueError: there is none, a part of it is not there or not as it was written, or an encoder's weights are not those
+                it was trained with.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
             raise ValueError(f"{folder} holds no fused model: {CONFIG} and {WEIGHTS} are needed.")
         kept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config, tuned = read_config(kept["config"], folder / CONFIG), kept["tuned"]
-        language = load_language_model(folder / "language" if tuned == "full" else config.language_model, device)
+        for name, digest in kept.get("files", {}).items():  # earlier versions kept none
+            if not (folder / name).is_file() or _digest(folder / name) != digest:
+                raise ValueError(
+                    f"{folder / name} is not what was written there (its checksum differs); copy it anew, or train again."
+                )
+        source = folder / "language" if tuned == "full" else config.language_model
+        language = load_language_model(source, device, template=config.template)
         if tuned == "lora":
             from peft import PeftModel
 
@@ -214,6 +226,7 @@ class FusedMLLM:
                 PeftModel.from_pretrained(language.model, str(folder / "adapter"), torch_device=str(language.device)),
                 language.tokenizer,
                 language.name,
+                language.template,
             )
         model = cls.build(config, device, language=language, encoder=encoder, diffusion=diffusion, cache=cache)
         model.fusion.load_state_dict(load_file(folder / WEIGHTS))
@@ -250,6 +263,11 @@ def _streams(
         model = diffusion or load_model(config.diffusion, device)
         eyes[DIFFUSION] = DiffusionEye(model, config.sites, config.timestep, config.noise_seed, config.fit)
     return Streams(eyes, config.grid, config.merge, config.guidance, cache)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _absolute(config: FusedConfig) -> FusedConfig:

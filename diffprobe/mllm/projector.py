@@ -6,12 +6,13 @@ features (UNet features have channels with massive values), so the projector lea
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 KINDS = ("linear", "mlp2x_gelu")
@@ -73,23 +74,30 @@ class Projector(nn.Module):
         return projected
 
     def save(self, folder: str | Path) -> None:
-        """Weights and moments as ``projector.safetensors``, their shape as ``config.json``."""
+        """Weights and moments as ``projector.safetensors``, their shape and the file's checksum as ``config.json``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(
-            json.dumps({"channels": self.channels, "width": self.width, "kind": self.kind}, indent=2) + "\n", encoding="utf-8"
-        )
-        save_file(self.state_dict(), folder / "projector.tmp")
+        weights = save(self.state_dict())
+        shape = {"channels": self.channels, "width": self.width, "kind": self.kind}
+        kept = {**shape, "sha256": hashlib.sha256(weights).hexdigest()}
+        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (folder / "projector.tmp").write_bytes(weights)
         (folder / "projector.tmp").replace(folder / "projector.safetensors")  # whole or not at all: it means "finished"
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:
-        """Raise ValueError where there is no saved projector."""
+        """Raise ValueError where there is no saved projector, or its weights are not those that were written."""
         folder = Path(folder)
         if not (folder / "projector.safetensors").is_file() or not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no projector: config.json and projector.safetensors are needed.")
-        projector = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        projector.load_state_dict(load_file(folder / "projector.safetensors"))
+        kept, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "projector.safetensors"
+        digest = kept.pop("sha256", None)  # earlier versions kept none
+        if digest and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+            raise ValueError(
+                f"{weights} is not what was written there (its checksum differs); remove its folder, and train again."
+            )
+        projector = cls(**kept)
+        projector.load_state_dict(load_file(weights))
         return projector.eval()
 
 

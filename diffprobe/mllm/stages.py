@@ -23,15 +23,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from diffprobe.data.blank import GREY
 from diffprobe.data.conversations import Conversations
+from diffprobe.extraction import _free_bytes, _size
 from diffprobe.mllm.fusion import DIFFUSION, Fusion
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM, Tuned
-from diffprobe.mllm.streams import Picture, image_id
-from diffprobe.mllm.train import LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle, sharded
+from diffprobe.mllm.streams import FeatureCache, Picture, Streams, image_id
+from diffprobe.mllm.train import FORMATS, LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle, sharded
 from diffprobe.store import sole_writer
 
 Precision = Literal["auto", "no", "bf16"]
@@ -48,6 +51,7 @@ class StageConfig(Schedule):
         epochs: where `steps` is 0.
         tune: of the language model: "" leaves it frozen, "full" or "lora".
         prompted: whether the diffusion model is told a question.
+        template: how conversations are written in this stage, as `LanguageModel` takes it; "" is the model's own way.
         max_length: tokens of a conversation behind its first question; longer ones are cut.
         lora_rank, lora_alpha: of the adapter.
         checkpointing: compute the language model's activations again in the backward pass, to save memory.
@@ -60,6 +64,7 @@ class StageConfig(Schedule):
     patience: int = 0
     tune: Tuned = ""
     prompted: bool = False
+    template: str = ""
     max_length: int = 2048
     lora_rank: int = 128
     lora_alpha: int = 256
@@ -67,7 +72,11 @@ class StageConfig(Schedule):
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name, kinds in (("tune", get_args(Tuned)), ("precision", get_args(Precision))):
+        for name, kinds in (
+            ("tune", get_args(Tuned)),
+            ("precision", get_args(Precision)),
+            ("template", ("", *FORMATS)),
+        ):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, kinds))}; got {getattr(self, name)!r}.")
 
@@ -87,6 +96,7 @@ def train_fused(
     stages: tuple[StageConfig, StageConfig] = (STAGE1, STAGE2),
     *,
     dry_run: bool = False,
+    force: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Both stages of a fresh model, or what is left of them: stage 1 into ``folder/stage1``, the finished model into `folder`.
@@ -99,18 +109,25 @@ def train_fused(
         folder: the same again goes on where it was cut off.
         stages: what to do in each.
         dry_run: say what each stage will take, and stop.
+        force: go on although the disk's free space is too small for the forecast.
         tell: gets progress lines.
 
     Raises:
-        ValueError: the folder holds another training, stage 1 is told prompts, or a batch is larger than the data.
+        ValueError: the folder holds another training, stage 1 is told prompts, a batch does not go with the data or the
+            processes, or the disk is too small.
     """
     first, second = stages
     if first.prompted or first.tune:
         raise ValueError(
             "Stage 1 teaches the fusion alone and tells the diffusion model nothing: a prompt would be read, not seen."
         )
-    for number, (data, stage) in enumerate(((captions, first), (instructions, second)), start=1):
-        tell(f"stage {number}, {data.name}: {forecast_stage(model, data, stage)}")
+    asked = ((captions, first), (instructions, second))
+    for data, stage in asked:  # both before either begins
+        check_schedule(_counted(stage, data), len(data))
+    forecasts = [forecast_stage(model, data, stage) for data, stage in asked]
+    for number, ((data, _), forecast) in enumerate(zip(asked, forecasts, strict=True), start=1):
+        tell(f"stage {number}, {data.name}: {forecast}")
+    _check_room(forecasts, Path(folder), model.streams.cache, tell, waived=force or dry_run)
     if dry_run:
         return
     before = Path(folder) / "stage1"
@@ -147,37 +164,42 @@ def train_stage(
             accelerate is set up for another engine than DDP and FSDP 2.
     """
     folder = Path(folder)
-    steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
-    stage = replace(stage, steps=steps)
+    stage = _counted(stage, data)
     check_schedule(stage, len(data))
     settle(folder, {**asdict(stage), **_of(model), "data": data.fingerprint(), "samples": len(data), "start": start})
     if (folder / CONFIG).exists():
         return
     accelerator = accelerated(model.language, stage.precision)
     _tune(model, stage)
-    samples = Samples(model, data, stage)
-    samples.prepare(accelerator, tell)
-    if fresh(model.fusion):
-        samples.standardise()
-    learner = Learner(model.fusion, model.language, short := _short(model.language, stage.precision))
-    spare = _hollow(learner) if sharded(accelerator) else None
-    learner.train()
-    with sole_writer(folder, accelerator.process_index, accelerator.num_processes), _attention(model.language, plain=short):
-        weights = fit(learner, samples.losses, samples.sizes, folder, stage, accelerator, tell=tell)
-        learner.eval()
-        if spare is not None:
-            learner = _filled(spare, learner)
-            model.fusion, (model.language,) = learner.fusion, learner._speaker
-        if accelerator.is_main_process:
-            parts = {
-                name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-                for name in ("fusion", "language")
-            }
-            model.save_pretrained(folder, parts if stage.tune else {"fusion": parts["fusion"]})
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        accelerator.wait_for_everyone()
+    with _writing(model, stage.template):
+        samples = Samples(model, data, stage)
+        samples.prepare(accelerator, tell)
+        if fresh(model.fusion):
+            samples.standardise()
+        learner = Learner(model.fusion, model.language, short := _short(model.language, stage.precision))
+        spare = _hollow(learner) if sharded(accelerator) else None
+        learner.train()
+        with sole_writer(folder, accelerator.process_index, accelerator.num_processes), _attention(model.language, plain=short):
+            weights = fit(learner, samples.losses, samples.sizes, folder, stage, accelerator, tell=tell)
+            learner.eval()
+            if spare is not None:
+                learner = _filled(spare, learner)
+                model.fusion, (model.language,) = learner.fusion, learner._speaker
+            if accelerator.is_main_process:
+                parts = {
+                    name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+                    for name in ("fusion", "language")
+                }
+                model.save_pretrained(folder, parts if stage.tune else {"fusion": parts["fusion"]})
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+            accelerator.wait_for_everyone()
     if model.cut_prompts:
         tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
+
+
+def _counted(stage: StageConfig, data: Conversations) -> StageConfig:
+    """The stage with its number of steps."""
+    return replace(stage, steps=stage.steps or max(1, stage.epochs * (len(data) // stage.batch)))
 
 
 def _of(model: FusedMLLM) -> dict[str, Any]:
@@ -201,6 +223,27 @@ def accelerated(language: LanguageModel, precision: Precision = "auto") -> Accel
 
 def _short(language: LanguageModel, precision: Precision) -> bool:
     return precision == "bf16" and language.device.type == "cpu"
+
+
+@contextmanager
+def _uncached(streams: Streams) -> Iterator[None]:
+    """Streams that neither read nor write their cache."""
+    cache, streams.cache = streams.cache, None
+    try:
+        yield
+    finally:
+        streams.cache = cache
+
+
+@contextmanager
+def _writing(model: FusedMLLM, template: str) -> Iterator[None]:
+    """Conversations written as a stage writes them."""
+    before = model.language.template
+    model.language.template = template or before
+    try:
+        yield
+    finally:
+        model.language.template = before
 
 
 @contextmanager
@@ -311,7 +354,10 @@ class Samples:
         self.model, self.data, self.stage = model, data, stage
         given = [data[index] for index in range(len(data))]
         self.turns, self.images = [one.turns for one in given], [one.images for one in given]
-        told = [model.language.answers(turns, stage.max_length) for turns in self.turns]
+        told = [
+            model.language.answers(turns, stage.max_length, bool(images))
+            for turns, images in zip(self.turns, self.images, strict=True)
+        ]
         self.answers, self.labels = [ids for ids, _ in told], [labels for _, labels in told]
         self.sizes = [sum(label >= 0 for label in labels) for labels in self.labels]
 
@@ -344,7 +390,7 @@ class Samples:
         cache, stage = self.model.streams.cache, self.stage
         if cache is None:
             return
-        epochs = -(-stage.steps * stage.batch // (len(self.data) // stage.batch * stage.batch))
+        epochs = _epochs(stage, len(self.data))
         prompted = DIFFUSION in self.model.streams.eyes and self.model.streams.guidance != 0 and stage.prompted
         mine = range(accelerator.process_index, len(self.data), accelerator.num_processes)
         pictures, prompts = [], []
@@ -409,12 +455,24 @@ class Samples:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What a stage will take on this machine."""
+    """What a stage will take on this machine.
+
+    Attributes:
+        steps, step_seconds: of the training.
+        passes, pass_seconds: of the encoders.
+        cache: bytes of features, at most.
+        checkpoint, every: bytes of a checkpoint, of which two lie there while one takes the other's place, and steps between two.
+        model: bytes of the finished model.
+    """
 
     steps: int
     step_seconds: float
     passes: int
     pass_seconds: float
+    cache: int
+    checkpoint: int
+    every: int
+    model: int
 
     @property
     def seconds(self) -> float:
@@ -425,18 +483,24 @@ class StageForecast:
         total = f"about {minutes:.0f} min" if minutes >= 2 else f"about {self.seconds:.0f} s"
         return (
             f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
-            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}"
+            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}; on disk "
+            + (f"features {_size(self.cache)}, " if self.cache else "")
+            + f"a checkpoint of {_size(self.checkpoint)} every {self.every} steps, the model {_size(self.model)}"
         )
 
 
 def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) -> StageForecast:
-    """Time the encoders on one batch and a few steps of the language model, without a cache and without learning anything."""
-    steps = stage.steps or max(1, stage.epochs * (len(data) // stage.batch))
+    """Time the encoders on one batch and a few steps of the language model, without a cache and without learning anything.
+
+    Bytes are counted: features of every picture under nothing and under a prompt an epoch, as far as the guidance asks for
+    them; of every trained weight its value and Adam's two moments, in float32.
+    """
+    stage = _counted(stage, data)
+    steps = stage.steps
     count = min(8, len(data))
     part = replace(stage, batch=count, steps=1)
-    samples, cache = Samples(model, _First(data, count), part), model.streams.cache
-    model.streams.cache = None
-    try:
+    with _writing(model, stage.template), _uncached(model.streams):
+        samples = Samples(model, _First(data, count), part)
         chosen = list(range(count))
         pictures, prompts = samples._told(chosen, 0, np.zeros(count, bool))
         taken = []
@@ -455,11 +519,60 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
             loss.backward()
             spent.append(time.perf_counter() - started)
         model.fusion.zero_grad(set_to_none=True)
-    finally:
-        model.streams.cache = cache
+    cache = model.streams.cache
     each = min(taken) / max(1, len(pictures))
     total = len(pictures) / count * (len(data) if cache is not None else steps * stage.batch)
-    return StageForecast(steps, min(spent) / count * stage.batch, round(total), each)
+    held = (
+        0.0 if cache is None else total * _bytes_per_picture(model.streams, _epochs(stage, len(data)) if stage.prompted else 0)
+    )
+    trained = 4 * _trained(model, stage)
+    return StageForecast(
+        steps, min(spent) / count * stage.batch, round(total), each, round(held), 3 * trained, stage.evaluate_every, trained
+    )
+
+
+def _epochs(stage: StageConfig, count: int) -> int:
+    """Times through the data, the last one begun."""
+    return -(-stage.steps * stage.batch // (count // stage.batch * stage.batch))
+
+
+def _bytes_per_picture(streams: Streams, prompts: int) -> int:
+    """Of a picture in the cache, which is seen under so many prompts."""
+    found = 0
+    grey = Picture.of(Image.new("RGB", (32, 32), GREY))
+    for name, eye in streams.eyes.items():
+        kinds = streams.passes(name, "a prompt" if prompts else None)
+        passes = sum(prompts if kind else 1 for kind in kinds)
+        found += passes * sum(2 * features[0].numel() for features in eye.look([grey], [None]).values())
+    return found
+
+
+def _trained(model: FusedMLLM, stage: StageConfig) -> int:
+    """Numbers that a stage trains; weights that two layers share are kept twice."""
+    language = model.language.model
+    numbers = sum(p.numel() for p in model.fusion.parameters())
+    if stage.tune == "full":
+        numbers += sum(p.numel() for _, p in language.named_parameters(remove_duplicate=False))
+    if stage.tune == "lora":
+        layers = [m for m in language.modules() if isinstance(m, nn.Linear) and m is not language.get_output_embeddings()]
+        numbers += stage.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+    return numbers
+
+
+def _check_room(
+    forecasts: Sequence[StageForecast], folder: Path, cache: FeatureCache | None, tell: Callable[[str], None], waived: bool
+) -> None:
+    """Say what both stages need of the disk; refuse what does not fit, less what an earlier call has left there."""
+    needed = sum(f.cache + f.model for f in forecasts) + 2 * max(f.checkpoint for f in forecasts)
+    folders = {folder.resolve(), *([] if cache is None else [cache.folder.resolve()])}
+    there = sum(path.stat().st_size for path in {p for f in folders for p in f.rglob("*")} if path.is_file())
+    free = _free_bytes(folder) or 0
+    tell(f"disk: {_size(needed)} at most, {_size(there)} of it there, {_size(free)} free")
+    if not waived and needed - there >= 0.95 * free and not (folder / CONFIG).exists():
+        raise ValueError(
+            f"The training needs {_size(needed - there)} more and {_size(free)} are free. Keep no features (--no-cache), train "
+            "an adapter (--tune lora) or choose another disk; --force goes on regardless."
+        )
 
 
 @dataclass(frozen=True)

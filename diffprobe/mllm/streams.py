@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -180,7 +181,8 @@ class DiffusionEye:
 class FeatureCache:
     """Features by (site, picture, prompt), in float16, in files of at most `ROWS` that appear whole or not at all.
 
-    Several processes may write at once: each file has a name of its own, and what two computed alike is kept twice.
+    Several processes may write at once: each file has a name of its own, and what two computed alike is kept twice.  Every row
+    has a checksum, which is looked at whenever the row is read.
 
     Args:
         folder: one subfolder for each eye's site and settings.
@@ -188,7 +190,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._known: dict[str, dict[str, tuple[Path, int]]] = {}
+        self._known: dict[str, dict[str, tuple[Path, int, int | None]]] = {}
         self._open: dict[Path, Any] = {}
         self.ids: dict[str, dict[int, list[str]]] = {}  # of images by dataset and sample, found once
 
@@ -198,15 +200,22 @@ class FeatureCache:
         return [key for key in dict.fromkeys(keys) if any(_name(*key) not in index for index in indices)]
 
     def read(self, eye: Eye, site: str, keys: Sequence[tuple[str, str | None]]) -> Float[Tensor, "row channel y x"]:
+        """Features of a site under keys that the cache holds.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
         index = self._index(eye, site)
         rows = []
         for key in keys:
-            path, row = index[_name(*key)]
+            path, row, total = index[_name(*key)]
             file = self._open.pop(path, None) or safe_open(path, "pt")
             self._open[path] = file  # the last one used stands last
             if len(self._open) > _OPEN:
                 del self._open[next(iter(self._open))]
             rows.append(file.get_slice("features")[row])
+            if total not in (None, _checksum(_name(*key), rows[-1])):
+                raise _damaged(path)
         return torch.stack(rows)
 
     def write(self, eye: Eye, keys: Sequence[tuple[str, str | None]], seen: Mapping[str, Tensor]) -> None:
@@ -223,9 +232,10 @@ class FeatureCache:
             folder = self._folder(eye, site)
             path = folder / f"{hashlib.sha256(''.join(names).encode()).hexdigest()[:16]}.safetensors"
             beside = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"features": values}, beside, {"keys": json.dumps(names)})
+            totals = [_checksum(name, row) for name, row in zip(names, values, strict=True)]
+            save_file({"features": values}, beside, {"keys": json.dumps(names), "checksums": json.dumps(totals)})
             beside.replace(path)
-            self._index(eye, site).update({name: (path, row) for row, name in enumerate(names)})
+            self._index(eye, site).update({name: (path, row, totals[row]) for row, name in enumerate(names)})
 
     def refresh(self) -> None:
         """Look at the folder again, for what other processes wrote."""
@@ -240,15 +250,28 @@ class FeatureCache:
             (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         return folder
 
-    def _index(self, eye: Eye, site: str) -> dict[str, tuple[Path, int]]:
+    def _index(self, eye: Eye, site: str) -> dict[str, tuple[Path, int, int | None]]:
         key = json.dumps(eye.origin(site), sort_keys=True)
         if key not in self._known:
-            found: dict[str, tuple[Path, int]] = {}
+            found: dict[str, tuple[Path, int, int | None]] = {}
             for path in sorted(self._folder(eye, site).glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    found |= {name: (path, row) for row, name in enumerate(json.loads(file.metadata()["keys"]))}
+                try:
+                    with safe_open(path, "pt") as file:
+                        names, totals = (json.loads(file.metadata().get(part, "null")) for part in ("keys", "checksums"))
+                        totals = totals or [None] * len(names)  # earlier versions kept none
+                        found |= {name: (path, row, total) for row, (name, total) in enumerate(zip(names, totals, strict=True))}
+                except (SafetensorError, ValueError, TypeError) as error:
+                    raise _damaged(path) from error
             self._known[key] = found
         return self._known[key]
+
+
+def _checksum(name: str, row: Tensor) -> int:
+    return zlib.crc32(row.numpy().tobytes(), zlib.crc32(name.encode()))
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged; remove it, and what it held is computed again.")
 
 
 def _name(picture: str, prompt: str | None) -> str:
@@ -285,7 +308,7 @@ class Streams:
         """Every stream's tokens, of each picture under its prompt."""
         found = {}
         for name, eye in self.eyes.items():
-            passes = [self._passes(name, prompt) for prompt in prompts]
+            passes = [self.passes(name, prompt) for prompt in prompts]
             keys = [(p, prompt) for p, kinds in zip(pictures, passes, strict=True) for prompt in kinds]
             seen = self._look(eye, [p for p, _ in keys], [prompt for _, prompt in keys])
             sizes = [len(kinds) for kinds in passes]
@@ -303,7 +326,7 @@ class Streams:
         by_id = {picture.id: picture for picture in pictures}
         wanted = {
             name: self.cache.lacking(
-                eye, [(p.id, k) for p, prompt in zip(pictures, prompts, strict=True) for k in self._passes(name, prompt)]
+                eye, [(p.id, k) for p, prompt in zip(pictures, prompts, strict=True) for k in self.passes(name, prompt)]
             )
             for name, eye in self.eyes.items()
         }
@@ -324,7 +347,7 @@ class Streams:
             for name, sites in seen.items()
         }
 
-    def _passes(self, name: str, prompt: str | None) -> list[str | None]:
+    def passes(self, name: str, prompt: str | None) -> list[str | None]:
         """What a picture has to be looked at under: nothing, its prompt, or both."""
         if name == CLIP or prompt is None or self.guidance == 0:
             return [None]

@@ -12,9 +12,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -43,6 +46,24 @@ REQUEST = "Describe the image."
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
+# How LLaVA writes conversations (Liu et al. 2023, conversation.py and preprocess_v1, preprocess_plain of train.py): a template
+# as tokenizers have them, and the text that ends an answer ("" is the end token).  Tokens begin as the tokenizer's own texts do.
+FORMATS = {
+    "v1": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+        "polite answers to the user's questions. {% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+        "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "",
+    ),
+    "plain": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '\n' }}"
+        "{% elif '<image>' in m.content %}<image>{% endif %}{% endfor %}",
+        "\n",
+    ),
+}
+
+
 # --- the language model -----------------------------------------------------------------------------
 
 
@@ -51,13 +72,25 @@ class LanguageModel:
 
     Args:
         model: any `AutoModelForCausalLM`; its parameters are frozen.
-        tokenizer: its own; without a chat template the request simply follows the soft tokens.
+        tokenizer: its own.
         name: for provenance.
+        template: how conversations are written: "" is the tokenizer's chat template, "v1" LLaVA's for Vicuna, "plain" LLaVA's for
+            captions, which asks nothing (`FORMATS`).
+
+    Raises:
+        ValueError: the template is none of these, or the tokenizer has none of its own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
-        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str = "") -> None:
+        self.model, self.tokenizer, self.name, self.template = model.eval().requires_grad_(False), tokenizer, name, template
         self.embeddings: nn.Embedding = model.get_input_embeddings()
+        if template and template not in FORMATS:
+            raise ValueError(f"Template {template!r} is not one of {', '.join(FORMATS)}; '' is the tokenizer's own.")
+        if not template and not tokenizer.chat_template:
+            raise ValueError(
+                f"The tokenizer of {name or 'this model'} has no chat template, so how it was taught to converse is not known; "
+                "name a template: v1 (Vicuna, and LLaVA-1.5 on it) or plain (captions alone, as in LLaVA's stage 1)."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -79,48 +112,69 @@ class LanguageModel:
     def prompt(self, request: str, image: bool = True) -> tuple[list[int], list[int]]:
         """Token numbers before and after the soft tokens, up to where the answer begins; all are "after" without an image."""
         before, after = self._parted(self._written([(request, "")], image)[0], image)
-        return self._ids(before), self._ids(after)
+        first = self.tokenizer("").input_ids if self.template else []  # a tokenizer's own template writes its first token
+        first = first[: first[:1] == [self.tokenizer.bos_token_id]]
+        return ([*first, *self._ids(before)], self._ids(after)) if image else ([], [*first, *self._ids(after)])
 
-    def answers(self, turns: Sequence[tuple[str, str]], limit: int = 2048) -> tuple[list[int], list[int]]:
+    def answers(self, turns: Sequence[tuple[str, str]], limit: int = 2048, image: bool = True) -> tuple[list[int], list[int]]:
         """What follows the prompt of a conversation's first question: answers, and the questions between them.
+
+        The conversation is tokenised as one text, for many tokenizers write a word otherwise where a text begins.
 
         Returns:
             Token numbers, and the same as labels, `IGNORED` where the user speaks; both cut at `limit`.
 
         Raises:
-            ValueError: the chat template writes the beginning of a conversation otherwise once it goes on.
+            ValueError: the chat template writes a conversation otherwise once it goes on.
         """
-        written = self._written(turns, True)
-        ids: list[int] = []
-        labels: list[int] = []
-        end = self.tokenizer.eos_token_id
-        for number, (_, answer) in enumerate(turns):
-            said = [*self._ids(answer), end]
-            ids, labels = ids + said, labels + said
-            if number + 1 < len(turns):
-                head = written[number] + answer
-                if not written[number + 1].startswith(head):
-                    raise ValueError(f"The chat template of {self.name or 'this tokenizer'} rewrites turns that are over.")
-                between = self._ids(written[number + 1][len(head) :])
-                between = between[1:] if between[:1] == [end] else between  # templates write the end token, or leave it out
-                ids, labels = ids + between, labels + [IGNORED] * len(between)
-        return ids[:limit], labels[:limit]
+        if self.template == "plain" and len(turns) > 1:
+            raise ValueError(f"LLaVA's plain format has one caption an image; this conversation has {len(turns)} turns.")
+        text, spans = self._spans(turns, image)
+        _, talk = self._parted(text, image)
+        shift = len(text) - len(talk)
+        spans = [(start - shift, end - shift) for start, end in spans]
+        begin = spans[0][0]
+        head, (ids, ends) = self._ids(talk[:begin]), self._placed(talk)
+        if ids[: len(head)] != head:  # a token reaches over the end of the prompt, which is a text of its own where it is asked
+            spans = [(start - begin, end - begin) for start, end in spans]
+            head, (ids, ends) = [], self._placed(talk[begin:])
+        labels = [IGNORED] * len(ids)
+        for start, end in spans:
+            said = slice(*np.searchsorted(ends, (start, end), side="right"))
+            labels[said] = ids[said]
+        return ids[len(head) :][:limit], labels[len(head) :][:limit]
+
+    def _spans(self, turns: Sequence[tuple[str, str]], image: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The whole conversation as text, up to its last answer's end, and where each answer stands, its end token included."""
+        *prompts, whole = self._written(turns, image)
+        close = (FORMATS[self.template][1] if self.template else "") or self.tokenizer.eos_token
+        text, spans, place = "", [], 0
+        for (_, answer), prompt in zip(turns, prompts, strict=True):
+            said = re.compile(rf"\s*{re.escape(answer.strip())}").match(whole, len(prompt))
+            if not whole.startswith(prompt) or said is None:
+                raise ValueError(f"The chat template of {self.name or 'this tokenizer'} rewrites turns that are over.")
+            closed = re.compile(rf"\s*?{re.escape(close)}").match(whole, said.end())
+            end = closed.end() if closed else said.end()
+            text += whole[place : len(prompt)]
+            start = len(text)
+            # templates may end an answer otherwise; what is learnt, and stops an answer, is the end token
+            text += whole[len(prompt) : end] + ("" if closed else close)
+            spans.append((start, len(text)))
+            place = end
+        return text, spans
 
     def _written(self, turns: Sequence[tuple[str, str]], image: bool) -> list[str]:
-        """The conversation as text, up to where each answer begins."""
-        texts, messages, plain = [], [], ""
+        """The conversation as text, up to where each answer begins, and as a whole."""
+        messages: list[dict[str, str]] = []
+        texts = []
+        template = FORMATS[self.template][0] if self.template else None
+        write = partial(self.tokenizer.apply_chat_template, messages, chat_template=template, tokenize=False)
         for number, (question, answer) in enumerate(turns):
-            content = f"{IMAGE}\n{question}" if image and number == 0 else question
+            content = f"{IMAGE}\n{question}".strip() if image and number == 0 else question
             messages.append({"role": "user", "content": content})
-            plain += content
-            texts.append(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                if self.tokenizer.chat_template
-                else plain
-            )
+            texts.append(write(add_generation_prompt=True))
             messages.append({"role": "assistant", "content": answer})
-            plain += f"{answer}\n"
-        return texts
+        return [*texts, write()]
 
     def _parted(self, text: str, image: bool) -> tuple[str, str]:
         if not image:
@@ -137,20 +191,27 @@ class LanguageModel:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
+    def _placed(self, text: str) -> tuple[list[int], list[int]]:
+        """Token numbers, and where in the text each of them ends."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found.input_ids), [end for _, end in found.offset_mapping]
+
 
 def load_language_model(
     id_or_dir: str | Path = "shapes-lm",
     device: str | torch.device | None = None,
     dtype: str = "auto",
     revision: str | None = None,
+    template: str = "",
 ) -> LanguageModel:
     """Load a causal language model by hub id, folder or name: "shapes-lm" (embedded) or "smollm2" (`diffprobe zoo fetch`).
 
     Args:
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        template: as `LanguageModel` takes it.
 
     Raises:
-        ValueError: nothing is there, or it is no causal language model with a tokenizer.
+        ValueError: nothing is there, it is no causal language model with a tokenizer, or it has no chat template.
     """
     source = str(smollm2.fetched()) if str(id_or_dir) == smollm2.NAME else resolve(id_or_dir)
     place = choose_device(device)
@@ -166,7 +227,7 @@ def load_language_model(
             f"No language model at {source!r}: neither a folder that transformers reads as a causal language model with its "
             f"tokenizer, nor an id that the hub or its cache can give here ({reason})."
         ) from error
-    return LanguageModel(model.to(place), tokenizer, str(id_or_dir))
+    return LanguageModel(model.to(place), tokenizer, str(id_or_dir), template)
 
 
 @dataclass(frozen=True)
@@ -248,7 +309,7 @@ class Schedule:
     Attributes:
         steps: optimizer steps at most.
         batch: samples of a step, over all processes.
-        accumulate: forward passes that share a step.
+        accumulate: forward passes of each process that share a step.
         learning_rate: after a warm-up over 3% of the steps; it then falls to zero along a cosine.
         dropout: share of samples that are shown their unconditional features instead, drawn anew in each step.
         evaluate_every: steps between checkpoints, and looks at the dev split where there is one.
@@ -464,13 +525,20 @@ def _check(train: Captioned, dev: Captioned, config: TrainConfig) -> None:
 
 
 def check_schedule(config: Schedule, samples: int) -> None:
-    """Raise ValueError where a batch or a share of dropout cannot be."""
+    """Raise ValueError where a batch or a share of dropout cannot be; the processes are those that were launched."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 <= config.dropout < 1:
         raise ValueError(f"Caption dropout is a share from 0 to below 1; got {config.dropout}.")
     if config.batch % config.accumulate or config.batch > samples:
         raise ValueError(
             f"A batch of {config.batch} must be divisible by accumulate={config.accumulate} and not exceed the "
             f"{samples} training samples."
+        )
+    if config.batch // ranks < config.accumulate:
+        raise ValueError(
+            f"A batch of {config.batch} gives each of {ranks} processes {config.batch // ranks} samples, too few for "
+            f"accumulate={config.accumulate} forward passes; a batch of {ranks * config.accumulate} or "
+            f"accumulate={max(1, config.batch // ranks)} would do."
         )
 
 
@@ -532,7 +600,12 @@ def _weights(learner: nn.Module) -> dict[str, Any]:
     """Weights that are trained, and buffers, gathered from all processes onto the CPU of the first."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state: dict[str, Any] = get_model_state_dict(learner, options=options)
-    return {name: value.detach().clone() for name, value in state.items()}  # on a CPU they would go on changing
+    # torch leaves frozen weights in where two names share one, as tied embeddings do
+    frozen = {
+        name.removeprefix("module.") for name, p in learner.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
+    # on a CPU they would go on changing
+    return {name: value.detach().clone() for name, value in state.items() if name not in frozen}
 
 
 def _save(
