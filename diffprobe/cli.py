@@ -1117,8 +1117,8 @@ def mllm_train(
     ] = "U-L1-R1-B0-Cross-Q",
     timestep: Annotated[int, typer.Option("--timestep", "-t", min=0, help="Of the noise on the image.")] = 50,
     guidance: Annotated[float, typer.Option(help="s of f_u + s (f_c - f_u); 0 never reads the question.")] = 4.0,
-    grid: Annotated[int, typer.Option(min=1, help="Tokens on a side of an image.")] = 6,
-    merge: Annotated[str, typer.Option(help="Places of a token: mean, or stack (side by side).")] = "stack",
+    grid: Annotated[int, typer.Option(min=1, help="Tokens on a side of an image.")] = 8,
+    merge: Annotated[str, typer.Option(help="Places of a token: mean, or stack (side by side).")] = "mean",
     tune: Annotated[str, typer.Option(help="Of the language model in stage 2: full, lora or none.")] = "full",
     recipe: Annotated[
         str, typer.Option(help="llava, or small for the embedded models.", show_default="small for shapes-lm, else llava")

@@ -52,6 +52,7 @@ FINER = Arm(
 )  # places of the main site are coarse in shapes-sd
 # table 1's best site, chosen after it was measured: another --seed has other questions, noise and first weights
 SEEING = (Arm("cross_attention", "U-L2-R2-Res-Out"), Arm("cross_attention", "U-L2-R2-Res-Out", guidance=4.0))
+CONTROLS = (Arm("diffusion", "truth"), Arm("diffusion", "latent"), Arm("diffusion", "text", guidance=1.0))
 OURS = (Arm("sequence", guidance=4.0), Arm("interleave", guidance=4.0), FINER, *SEEING)
 CHECKED = (CONCAT[1], CROSS[1], FINER, SEEING[1])  # asked under every condition
 SCORES = {  # ours, the paper's column
@@ -61,7 +62,7 @@ MARGIN = 0.05  # a blind answer this much above chance would be read from the pr
 
 
 def arms(smoke: bool) -> list[Arm]:
-    return [CLIP, *CROSS] if smoke else [CLIP, *DIFFUSION, *CONCAT, *CROSS, *OURS]
+    return [CLIP, *CROSS] if smoke else [CLIP, *CONTROLS, *DIFFUSION, *CONCAT, *CROSS, *OURS]
 
 
 def pairs(chosen: list[Arm]) -> list[tuple[tuple[str, str], tuple[str, str]]]:

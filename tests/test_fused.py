@@ -25,7 +25,7 @@ from diffprobe.mllm import train
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.judging import answer_items, judge, judge_all
 from diffprobe.mllm.model import FusedConfig, FusedMLLM
-from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, StageConfig, forecast_stage, train_fused, train_stage
+from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, Samples, StageConfig, forecast_stage, train_fused, train_stage
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
 from diffprobe.models import load_model
@@ -372,16 +372,28 @@ def test_a_cache_changes_what_is_computed_and_not_what_is_learnt(fresh_language:
     train_stage(cached, Shades(8), tmp_path / "kept", stage)
     eye = cached.streams.eyes["diffusion"]
     assert isinstance(eye, Planted)
-    # each image with nothing, and with the question or two of four epochs
-    assert 8 + 8 < len(eye.told) <= 8 + 16
+    assert len(eye.told) == 8 + 16  # each image with nothing, and with each of its two questions
     assert np.allclose([float(x) for x in losses(tmp_path / "live")], [float(x) for x in losses(tmp_path / "kept")], rtol=0.02)
+
+
+def test_each_turn_is_read_from_features_that_its_own_question_prompted(own_language: LanguageModel) -> None:
+    """A turn whose features were prompted with another question would teach the model to ignore its prompt."""
+    told = Samples(build(own_language), Shades(4), replace(STAGE2, batch=2, steps=1))
+    assert [told.prompt(k) for k in range(8)] == ["is it bright?", "?"] * 4
+    assert all(len(turns) == 1 and turns[0][0] == told.prompt(k) for k, turns in enumerate(told.turns))
+    pictures, prompts = told._told([0, 1, 6], np.zeros(3, bool))
+    assert prompts == ["is it bright?", "?", "is it bright?"]
+    assert pictures[0].id == pictures[1].id != pictures[2].id
+    untold = Samples(build(own_language), Shades(4), replace(STAGE1, batch=2, steps=1))
+    assert len(untold.turns) == 4 and all(len(turns) == 2 for turns in untold.turns) and untold.prompt(0) is None
 
 
 def test_forecast_learns_nothing(own_language: LanguageModel, tmp_path: Path) -> None:
     model = build(own_language, cache=FeatureCache(tmp_path))
     before = {name: value.clone() for name, value in model.fusion.state_dict().items()}
     found = forecast_stage(model, Shades(48), replace(STAGE2, batch=16, epochs=2))
-    assert found.steps == 6 and found.passes == 48 and found.seconds > 0 and "6 steps of" in str(found)
+    # two turns a conversation, each a sample that is told its own question
+    assert found.steps == 12 and found.passes == 96 and found.seconds > 0 and "12 steps of" in str(found)
     assert all(torch.equal(value, before[name]) for name, value in model.fusion.state_dict().items())
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -533,7 +545,7 @@ def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
     assert sum(weigh(load_file(path)) for path in paths) == pytest.approx(found.model, rel=0.02)
     kept = sum(weigh(load_file(path)) for path in (tmp_path / "features").rglob("*.safetensors"))
     per_picture = 2 * 6 * 2 * 2
-    assert found.cache == 16 * per_picture * (1 + 1 + 3)  # blind once; untold, and told one question in each of three epochs
+    assert found.cache == 2 * 16 * per_picture * 3  # of each turn: blind, untold, and told its question
     assert 16 * per_picture * 3 <= kept <= found.cache
     assert f"every {found.every} steps" in str(found) and found.every == 5
 
@@ -707,3 +719,31 @@ def test_attention_of_a_question_is_the_recorded_maps_mean(parts: dict[str, str]
         question_attention(model, image, "is it?!")
     with pytest.raises(ValueError, match="'clip' has no diffusion model"):
         question_attention(FusedMLLM.build(FusedConfig(**parts, fusion="clip", grid=2), "cpu"), image, question)
+
+
+# --- controls -------------------------------------------------------------------------------------
+
+
+def test_the_oracle_sees_what_the_scene_says_and_nothing_elsewhere() -> None:
+    scene = shapes.random_scene(0, 3, "test", 2)
+    eye = TruthEye()
+    seen = eye.look([Picture.of(shapes.picture(scene)), Picture.of(Image.new("RGB", (64, 64)))], [None, None])["truth"]
+    assert seen.shape == (2, 38, 8, 8) and not seen[1].any()
+    for obj in scene.objects:
+        cell = seen[0, :, int(obj.y * 8), int(obj.x * 8)]
+        assert cell[0] == 1 and cell[1:3].tolist() == pytest.approx([obj.x, obj.y])
+        assert cell[4 + list(shapes.COLOURS).index(obj.colour)] == 1 and cell[4:].sum() == 6
+    assert (seen[0, 0] > 0).sum() == len(scene.objects)
+    assert to_rgb(shapes.picture(scene)).info["scene"] == scene  # what evaluation does with an image keeps it
+
+
+def test_inputs_of_the_diffusion_model_stand_in_for_its_features(tiny_model: Any) -> None:
+    picture = Picture.of(shade(True, 0))
+    latent = InputEye(tiny_model, "latent").look([picture], [None])["latent"]
+    assert latent.shape == (1, 4, 16, 16)
+    text = InputEye(tiny_model, "text").look([picture, picture], ["a red star", None])["text"]
+    assert text.shape == (2, 128, 8, 8)
+    assert torch.equal(text[0, :, 0, 3], tiny_model.encode_text(["a red star"]).embeddings[0, 3].float())
+    for site in ("latent", "text", "truth"):
+        model = FusedMLLM.build(FusedConfig(fusion="diffusion", sites=(site,), grid=4), diffusion=tiny_model)
+        assert set(model.streams.eyes) == {"diffusion"} and model.streams.eyes["diffusion"].sites == (site,)

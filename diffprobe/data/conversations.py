@@ -24,7 +24,7 @@ from diffprobe.data.folder import _inside
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.several import several_images
-from diffprobe.data.shapes import Scene, render
+from diffprobe.data.shapes import Scene, picture
 from diffprobe.data.twins import KINDS, PATTERNS
 
 MARK = "<image>"  # where LLaVA's texts name an image
@@ -69,7 +69,7 @@ class Conversations(Protocol):
 
 def loader(scene: Scene) -> Callable[[], Image.Image]:
     """Draws a scene when called."""
-    return lambda: Image.fromarray(render(scene)[0])
+    return lambda: picture(scene)
 
 
 # --- drawn ------------------------------------------------------------------------------------------

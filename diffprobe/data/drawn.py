@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from PIL import Image
-
 from diffprobe.data.questions import questions
 from diffprobe.data.samples import Question, Sample
-from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, random_scene, relation, render
+from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, picture, random_scene, relation, render
 
 
 def scene_labels(scene: Scene) -> dict[str, str | int | float]:
@@ -65,7 +63,7 @@ class ShapesDataset:
         scene = self.scene(index)
         return Sample(
             id=f"{self.name}-{index:06d}",
-            load=lambda: Image.fromarray(render(scene)[0]),
+            load=lambda: picture(scene),
             masks=lambda: render(scene)[1],
             captions=tuple(caption(scene, style) for style in CAPTION_STYLES),
             labels=scene_labels(scene),

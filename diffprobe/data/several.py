@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from diffprobe.data.questions import article, name
-from diffprobe.data.shapes import COLOURS, SHAPES, SIDE, Scene, held_out, render
+from diffprobe.data.shapes import COLOURS, SHAPES, SIDE, Scene, held_out, picture
 from diffprobe.data.twins import Rng, _cast, _stage, mmvp_pair
 
 ORDINALS: tuple[str, ...] = ("first", "second", "third", "fourth")
@@ -39,17 +39,13 @@ class Several:
     answer: str
 
 
-def _picture(scene: Scene) -> Image.Image:
-    return Image.fromarray(render(scene)[0])
-
-
 def _placed(right: Scene, wrong: Sequence[Scene], place: int) -> list[Scene]:
     """The wrong scenes with the right one put in at `place`."""
     return [*wrong[:place], right, *wrong[place:]]
 
 
 def _shown(scenes: Sequence[Scene]) -> list[Load]:
-    return [partial(_picture, scene) for scene in scenes]
+    return [partial(picture, scene) for scene in scenes]
 
 
 def _arranged(rng: Rng, scene: Scene) -> Scene:
@@ -113,11 +109,14 @@ def _jigsaw(rng: Rng, place: int) -> Drawn:
 
 
 def _quarter(scene: Scene) -> Image.Image:
-    return _picture(scene).crop((SIDE // 2, SIDE // 2, SIDE, SIDE))
+    piece = picture(scene).crop((SIDE // 2, SIDE // 2, SIDE, SIDE))
+    del piece.info["scene"]  # of which a piece shows a part
+    return piece
 
 
 def _without_quarter(scene: Scene) -> Image.Image:
-    image = _picture(scene)
+    image = picture(scene)
+    del image.info["scene"]
     image.paste(GREY, (SIDE // 2, SIDE // 2, SIDE, SIDE))
     return image
 

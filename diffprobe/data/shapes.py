@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from diffprobe.data.samples import Caption, Span
 
@@ -344,6 +345,36 @@ def render(scene: Scene, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
             _draw_mark(patch, obj, u, v, pixels)
         masks[index, y0:y1, x0:x1] = distance < 0
     return np.clip(canvas, 0, 255).astype(np.uint8), masks
+
+
+def picture(scene: Scene) -> Image.Image:
+    """The drawing as an image that carries its scene in `info`, for whoever needs the truth behind the pixels."""
+    image = Image.fromarray(render(scene)[0])
+    image.info["scene"] = scene
+    return image
+
+
+def truth_grid(scene: Scene | None, cells: int) -> np.ndarray:
+    """(channel, cells, cells): each object's attributes one-hot in the cell of its centre, with the centre's place.
+
+    Channels: presence, x, y, zoom, then every value of colour, shape, fill, size, direction and mark.  Of no scene, as of a
+    photograph or a blank image, nothing is known.
+
+    >>> truth_grid(random_scene(0, 0, n_objects=2), 8).shape
+    (38, 8, 8)
+    """
+    values = (tuple(COLOURS), SHAPES, FILLS, tuple(SIZES), tuple(DIRECTIONS), MARKS)
+    grid = np.zeros((4 + sum(map(len, values)), cells, cells), np.float32)
+    for obj in scene.objects if scene else ():
+        x, y = (0.5 + (place - 0.5) * scene.zoom for place in (obj.x, obj.y))
+        cell = grid[:, min(cells - 1, int(y * cells)), min(cells - 1, int(x * cells))]
+        cell[:4] = 1, x, y, scene.zoom
+        start = 4
+        own = (obj.colour, obj.shape, obj.fill, obj.size, obj.direction, obj.mark)
+        for options, value in zip(values, own, strict=True):
+            cell[start + options.index(value)] = 1
+            start += len(options)
+    return grid
 
 
 # --- saying what is there -------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from PIL import Image
 
 from diffprobe.data.questions import YES_NO, article, between, name, pick, plural, side
 from diffprobe.data.samples import Caption, Question, Sample
@@ -35,6 +34,7 @@ from diffprobe.data.shapes import (
     Scene,
     caption,
     held_out,
+    picture,
     place,
     random_object,
     random_pair,
@@ -349,7 +349,7 @@ class TwinsDataset:
         scene = pair.scenes[image]
         return Sample(
             id=f"{self.name}-{number:06d}-{'ab'[image]}",
-            load=lambda: Image.fromarray(render(scene)[0]),
+            load=lambda: picture(scene),
             masks=lambda: render(scene)[1],
             captions=(pair.captions[image],),
             labels={"pattern": pair.pattern, "pair": number, "side": "ab"[image]},

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from diffprobe.mllm.stages import Precision, StageConfig
 
 MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
+CONTROLS = {"truth": "oracle", "latent": "VAE latent", "text": "text alone"}  # in place of a site
 WAIT = 10.0  # seconds between two looks at what another process trains
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
 
@@ -58,6 +59,8 @@ class Arm:
         """
         if self.fusion == "clip":
             return "CLIP"
+        if self.fusion == "diffusion" and self.site in CONTROLS:
+            return CONTROLS[self.site]
         if self.fusion == "diffusion" and self.guidance == 0:
             return f"{self.site} t={self.timestep}"
         more = f" {self.site.removeprefix(MAIN_SITE)}" if self.site != MAIN_SITE else ""
@@ -99,12 +102,12 @@ class Settings:
     instructions: str = "shapes-instruct:6000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
     steps: tuple[int, int] = (150, 500)
-    batch: int = 20
+    batch: int = 32
     rates: tuple[float, float] = (2e-3, 1e-3)
     precision: Precision = "bf16"
     tune: Tuned = "full"
-    grid: int = 6
-    merge: str = "stack"
+    grid: int = 8
+    merge: str = "mean"
     max_new_tokens: int = 6
     noise_seed: int = 0
 
@@ -229,7 +232,7 @@ class Comparison:
         from diffprobe.mllm.stages import Samples
         from diffprobe.mllm.streams import DiffusionEye, Picture, Streams
 
-        arms = [arm for arm in arms if arm.fusion != "clip"]
+        arms = [arm for arm in arms if arm.fusion != "clip" and arm.site not in CONTROLS]
         if not arms:
             return
         stages = self.stages(0)

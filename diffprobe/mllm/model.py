@@ -25,7 +25,7 @@ from torch import Tensor
 from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
-from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
+from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, InputEye, Picture, Streams, TruthEye
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
 from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
 from diffprobe.store import write_whole
@@ -45,7 +45,8 @@ class FusedConfig:
         diffusion: a diffusion model's; likewise.
         fusion: of `FUSIONS`.
         layer: of the encoder; its second-to-last by default.
-        sites: of the diffusion model; the channels of several stand side by side.
+        sites: of the diffusion model; the channels of several stand side by side. Controls in their place: "latent" (the
+            image before the network), "text" (the prompt alone) and "truth" (the oracle: what a drawn scene says).
         timestep: of the diffusion model's noise.
         guidance: s in f_u + s (f_c - f_u); 0 never reads the question.
         grid: tokens on a side that every stream is brought to.
@@ -66,8 +67,8 @@ class FusedConfig:
     sites: tuple[str, ...] = ("U-L1-R1-B0-Cross-Q",)
     timestep: int = 50
     guidance: float = 4.0
-    grid: int = 6
-    merge: str = "stack"
+    grid: int = 8
+    merge: str = "mean"
     projector: str = "mlp2x_gelu"
     heads: int = 4
     fit: str = "pad"
@@ -260,8 +261,14 @@ def _streams(
     if CLIP in FUSIONS[config.fusion]:
         eyes[CLIP] = EncoderEye(encoder or load_encoder(config.encoder, device), config.layer, config.fit)
     if DIFFUSION in FUSIONS[config.fusion]:
-        model = diffusion or load_model(config.diffusion, device)
-        eyes[DIFFUSION] = DiffusionEye(model, config.sites, config.timestep, config.noise_seed, config.fit)
+        if config.sites == TruthEye.sites:
+            eyes[DIFFUSION] = TruthEye()
+        else:
+            model = diffusion or load_model(config.diffusion, device)
+            if config.sites in (("latent",), ("text",)):
+                eyes[DIFFUSION] = InputEye(model, config.sites[0], config.fit)
+            else:
+                eyes[DIFFUSION] = DiffusionEye(model, config.sites, config.timestep, config.noise_seed, config.fit)
     return Streams(eyes, config.grid, config.merge, config.guidance, cache)
 
 

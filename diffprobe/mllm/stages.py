@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from diffprobe.data.blank import GREY
 from diffprobe.data.conversations import Conversations
 from diffprobe.extraction import _free_bytes, _size
-from diffprobe.mllm.fusion import DIFFUSION, Fusion
+from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM, Tuned
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams, image_id
 from diffprobe.mllm.train import FORMATS, LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle, sharded
@@ -123,7 +123,7 @@ def train_fused(
         )
     asked = ((captions, first), (instructions, second))
     for data, stage in asked:  # both before either begins
-        check_schedule(_counted(stage, data), len(data))
+        check_schedule(_counted(stage, data), samples_of(stage, data))
     forecasts = [forecast_stage(model, data, stage) for data, stage in asked]
     for number, ((data, _), forecast) in enumerate(zip(asked, forecasts, strict=True), start=1):
         tell(f"stage {number}, {data.name}: {forecast}")
@@ -164,9 +164,9 @@ def train_stage(
             accelerate is set up for another engine than DDP and FSDP 2.
     """
     folder = Path(folder)
-    stage = _counted(stage, data)
-    check_schedule(stage, len(data))
-    settle(folder, {**asdict(stage), **_of(model), "data": data.fingerprint(), "samples": len(data), "start": start})
+    stage, count = _counted(stage, data), samples_of(stage, data)
+    check_schedule(stage, count)
+    settle(folder, {**asdict(stage), **_of(model), "data": data.fingerprint(), "samples": count, "start": start})
     if (folder / CONFIG).exists():
         return
     accelerator = accelerated(model.language, stage.precision)
@@ -197,9 +197,14 @@ def train_stage(
         tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
 
 
+def samples_of(stage: StageConfig, data: Conversations) -> int:
+    """How many samples a stage makes of conversations: one each, or one a turn where the diffusion model is told the question."""
+    return sum(len(data[index].turns) for index in range(len(data))) if stage.prompted else len(data)
+
+
 def _counted(stage: StageConfig, data: Conversations) -> StageConfig:
     """The stage with its number of steps."""
-    return replace(stage, steps=stage.steps or max(1, stage.epochs * (len(data) // stage.batch)))
+    return replace(stage, steps=stage.steps or max(1, stage.epochs * (samples_of(stage, data) // stage.batch)))
 
 
 def _of(model: FusedMLLM) -> dict[str, Any]:
@@ -348,12 +353,22 @@ class Learner(nn.Module):
 
 
 class Samples:
-    """Conversations as a stage reads them."""
+    """Conversations as a stage reads them; where the diffusion model is told a question, each turn is a sample of its own.
+
+    A turn read from features that were prompted with another turn's question would teach the language model to ignore
+    what the prompt brings out.
+    """
 
     def __init__(self, model: FusedMLLM, data: Conversations, stage: StageConfig) -> None:
         self.model, self.data, self.stage = model, data, stage
-        given = [data[index] for index in range(len(data))]
-        self.turns, self.images = [one.turns for one in given], [one.images for one in given]
+        given = [(index, data[index]) for index in range(len(data))]
+        parts = [
+            (index, turns, one.images)
+            for index, one in given
+            for turns in ([(turn,) for turn in one.turns] if stage.prompted else [one.turns])
+        ]
+        self.source = [index for index, _, _ in parts]  # the conversation that a sample belongs to
+        self.turns, self.images = [turns for _, turns, _ in parts], [images for _, _, images in parts]
         told = [
             model.language.answers(turns, stage.max_length, bool(images))
             for turns, images in zip(self.turns, self.images, strict=True)
@@ -361,11 +376,9 @@ class Samples:
         self.answers, self.labels = [ids for ids, _ in told], [labels for _, labels in told]
         self.sizes = [sum(label >= 0 for label in labels) for labels in self.labels]
 
-    def prompt(self, index: int, epoch: int) -> str | None:
-        """What the diffusion model is told of a conversation, whatever the training's seed."""
-        if not self.stage.prompted:
-            return None
-        return self.turns[index][int(np.random.default_rng([epoch, index]).integers(len(self.turns[index])))][0]
+    def prompt(self, index: int) -> str | None:
+        """What the diffusion model is told of a sample: its own question."""
+        return self.turns[index][0][0] if self.stage.prompted else None
 
     def pictures(self, indices: Sequence[int]) -> list[list[Picture]]:
         """The pictures of conversations; with a cache each image's id is found once."""
@@ -376,28 +389,26 @@ class Samples:
             loaders = self.images[index]
             if cache is None:
                 return [Picture.of(load()) for load in loaders]
-            if index not in known:
-                known[index] = [image_id(load()) for load in loaders]
-            return [Picture(name, load) for name, load in zip(known[index], loaders, strict=True)]
+            own = self.source[index]
+            if own not in known:
+                known[own] = [image_id(load()) for load in loaders]
+            return [Picture(name, load) for name, load in zip(known[own], loaders, strict=True)]
 
-        unknown = [index for index in indices if index not in known]
+        unknown = [index for index in indices if self.source[index] not in known]
         with ThreadPoolExecutor(_READERS) as readers:
             found = dict(zip(unknown, readers.map(look, unknown), strict=True))
         return [found[index] if index in found else look(index) for index in indices]
 
     def prepare(self, accelerator: Accelerator, tell: Callable[[str], None]) -> None:
         """Fill the cache, each process with its share of the conversations."""
-        cache, stage = self.model.streams.cache, self.stage
+        cache = self.model.streams.cache
         if cache is None:
             return
-        epochs = _epochs(stage, len(self.data))
-        prompted = DIFFUSION in self.model.streams.eyes and self.model.streams.guidance != 0 and stage.prompted
-        mine = range(accelerator.process_index, len(self.data), accelerator.num_processes)
+        mine = range(accelerator.process_index, len(self.turns), accelerator.num_processes)
         pictures, prompts = [], []
         for index, found in zip(mine, self.pictures(mine), strict=True):
-            for epoch in range(epochs if prompted else 1):
-                pictures += found
-                prompts += [self.prompt(index, epoch)] * len(found)
+            pictures += found
+            prompts += [self.prompt(index)] * len(found)
         started, said = time.perf_counter(), 0.0
 
         def report(done: int, total: int) -> None:
@@ -419,7 +430,7 @@ class Samples:
             raise ValueError("No conversation of this data has an image, so there is nothing that a fusion could learn from.")
         device, parts = self.model.language.device, []
         for start in range(0, len(chosen), 32):
-            pictures, prompts = self._told(chosen[start : start + 32], 0, np.zeros(32, bool))
+            pictures, prompts = self._told(chosen[start : start + 32], np.zeros(32, bool))
             parts.append(self.model.streams(pictures, prompts))
         self.model.fusion.standardise({name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]})
 
@@ -427,7 +438,7 @@ class Samples:
         self, learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: np.ndarray
     ) -> tuple[Tensor, int]:
         indices = [int(index) for index in chosen]
-        pictures, prompts = self._told(indices, epoch, dropped)
+        pictures, prompts = self._told(indices, dropped)
         device = self.model.language.device
         with torch.autocast(device.type, enabled=False):  # features are those of the cache, whatever the training computes in
             streams = self.model.streams(pictures, prompts) if pictures else {}
@@ -440,13 +451,13 @@ class Samples:
         )
         return found
 
-    def _told(self, indices: Sequence[int], epoch: int, dropped: np.ndarray) -> tuple[list[Picture], list[str | None]]:
+    def _told(self, indices: Sequence[int], dropped: np.ndarray) -> tuple[list[Picture], list[str | None]]:
         """Pictures of a batch one after the other, and each one's prompt."""
         pictures: list[Picture] = []
         prompts: list[str | None] = []
         for index, found, drop in zip(indices, self.pictures(indices), dropped, strict=False):
             pictures += found
-            prompts += [None if drop else self.prompt(index, epoch)] * len(found)
+            prompts += [None if drop else self.prompt(index)] * len(found)
         return pictures, prompts
 
 
@@ -492,17 +503,17 @@ class StageForecast:
 def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) -> StageForecast:
     """Time the encoders on one batch and a few steps of the language model, without a cache and without learning anything.
 
-    Bytes are counted: features of every picture under nothing and under a prompt an epoch, as far as the guidance asks for
+    Bytes are counted: features of every sample under nothing and under its question, as far as the guidance asks for
     them; of every trained weight its value and Adam's two moments, in float32.
     """
     stage = _counted(stage, data)
     steps = stage.steps
-    count = min(8, len(data))
-    part = replace(stage, batch=count, steps=1)
+    everything = samples_of(stage, data)
     with _writing(model, stage.template), _uncached(model.streams):
-        samples = Samples(model, _First(data, count), part)
-        chosen = list(range(count))
-        pictures, prompts = samples._told(chosen, 0, np.zeros(count, bool))
+        samples = Samples(model, _First(data, min(8, len(data))), replace(stage, steps=1))
+        chosen = list(range(min(8, len(samples.turns))))
+        count = len(chosen)
+        pictures, prompts = samples._told(chosen, np.zeros(count, bool))
         taken = []
         for _ in range(2):  # the first pays for what is made once
             started = time.perf_counter()
@@ -514,36 +525,30 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
             started = time.perf_counter()
             loss, _ = learner(
                 {name: tokens.to(model.language.device) for name, tokens in streams.items()},
-                [samples.turns[k][0][0] for k in chosen], [len(images) for images in samples.images], samples.answers, samples.labels,
+                [samples.turns[k][0][0] for k in chosen], [len(images) for images in samples.images[:count]],
+                samples.answers[:count], samples.labels[:count],
             )  # fmt: skip
             loss.backward()
             spent.append(time.perf_counter() - started)
         model.fusion.zero_grad(set_to_none=True)
     cache = model.streams.cache
     each = min(taken) / max(1, len(pictures))
-    total = len(pictures) / count * (len(data) if cache is not None else steps * stage.batch)
-    held = (
-        0.0 if cache is None else total * _bytes_per_picture(model.streams, _epochs(stage, len(data)) if stage.prompted else 0)
-    )
+    total = len(pictures) / count * (everything if cache is not None else steps * stage.batch)
+    held = 0.0 if cache is None else total * _bytes_per_picture(model.streams, stage.prompted)
     trained = 4 * _trained(model, stage)
     return StageForecast(
         steps, min(spent) / count * stage.batch, round(total), each, round(held), 3 * trained, stage.evaluate_every, trained
     )
 
 
-def _epochs(stage: StageConfig, count: int) -> int:
-    """Times through the data, the last one begun."""
-    return -(-stage.steps * stage.batch // (count // stage.batch * stage.batch))
-
-
-def _bytes_per_picture(streams: Streams, prompts: int) -> int:
-    """Of a picture in the cache, which is seen under so many prompts."""
+def _bytes_per_picture(streams: Streams, prompted: bool) -> int:
+    """Of a picture in the cache, with what it is seen under for one question."""
     found = 0
     grey = Picture.of(Image.new("RGB", (32, 32), GREY))
     for name, eye in streams.eyes.items():
-        kinds = streams.passes(name, "a prompt" if prompts else None)
-        passes = sum(prompts if kind else 1 for kind in kinds)
-        found += passes * sum(2 * features[0].numel() for features in eye.look([grey], [None]).values())
+        found += len(streams.passes(name, "a prompt" if prompted else None)) * sum(
+            2 * features[0].numel() for features in eye.look([grey], [None]).values()
+        )
     return found
 
 

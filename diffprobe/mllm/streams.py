@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffprobe.data import shapes
 from diffprobe.data.images import fit_image
 from diffprobe.encoders import VisionEncoder
 from diffprobe.mllm.fusion import CLIP, to_grid
@@ -173,6 +175,48 @@ class DiffusionEye:
         text = self.model.encode_text(unique)
         self.cut |= {str(prompt) for prompt, cut in zip(unique, text.truncated, strict=True) if cut}
         return text.take([unique.index(prompt) for prompt in prompts])
+
+
+class InputEye:
+    """What goes into a diffusion model, as a control: "latent", the image without noise, or "text", the prompt without image.
+
+    The text's token embeddings stand on a square grid, row by row, so that they go through the same fusion as features.
+    """
+
+    def __init__(self, model: DiffusionModel, site: str, fit: str = "pad") -> None:
+        self.model, self.sites, self.fit = model, (site,), fit
+
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
+        return {"weights": self.model.weights_hash(), "site": site, "fit": self.fit, "size": self.model.resolution}
+
+    def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        if self.sites == ("text",):
+            tokens = self.model.encode_text(list(prompts)).embeddings
+            side = math.isqrt(tokens.shape[1])
+            return {"text": tokens[:, : side * side].transpose(1, 2).unflatten(2, (side, side)).float()}
+        side = self.model.resolution
+        pixels = to_pixels([picture.load() for picture in pictures], (side, side), self.fit)
+        return {"latent": self.model.encode_image(pixels).float()}
+
+
+class TruthEye:
+    """The oracle: what stands where in a drawn image, as its scene says, one-hot in the cell of each object's centre.
+
+    A language model that cannot answer from this cannot judge what any features hold.  Only drawn images carry their scene;
+    any other image shows nothing.
+    """
+
+    sites = ("truth",)
+
+    def __init__(self, cells: int = 8) -> None:
+        self.cells = cells
+
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
+        return {"site": site, "cells": self.cells}
+
+    def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        found = [shapes.truth_grid(picture.load().info.get("scene"), self.cells) for picture in pictures]
+        return {"truth": torch.from_numpy(np.stack(found))}
 
 
 # --- the cache --------------------------------------------------------------------------------------
