@@ -60,7 +60,7 @@ def parse_knockout(text: str) -> Knockout:
 def cross_attentions(network: Network) -> dict[str, nn.Module]:
     """The network's cross-attentions by path, in the order in which they run."""
     stages = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
-    found = {path: module for path, module in network.named_modules() if path.endswith(".attn2")}
+    found = {path: module for path, module in network.named_modules() if getattr(module, "is_cross_attention", False)}
     return dict(sorted(found.items(), key=lambda item: stages.index(item[0].partition(".")[0])))
 
 
@@ -100,8 +100,8 @@ class KnockedOut(DiffusionModel):
         self.attentions = chosen_attentions(self.network, self.knockout.where)
         self._null = self._null_input() if self.knockout.what == "empty" else None
 
-    def weights_hash(self) -> str:
-        return f"{super().weights_hash()} without {self.knockout}"
+    def weights_hash(self, portable: bool = False) -> str:
+        return f"{super().weights_hash(portable)} without {self.knockout}"
 
     def denoise(
         self, noised: Float[Tensor, "row channel y x"], timesteps: Int[Tensor, " row"], text: EncodedText
