@@ -55,7 +55,7 @@ def parse_conditionings(text: str) -> list[str]:
                 names[-1] += f",{part}"
                 continue
         names.append(part.strip())
-    return [name for name in names if name]
+    return [name.strip() for name in names if name]
 
 
 def check_unicode(what: str, text: object) -> None:
