@@ -161,7 +161,7 @@ def sites(
     network, factor, tokens = load_network_config(model, revision)
     size = (resolution // factor,) * 2 if resolution else stated_size(network, model)
     chosen = select_sites(sites_of(network), pattern)
-    shapes = site_shapes(network, size, tokens)  # type: ignore[arg-type]
+    shapes = site_shapes(network, size, tokens)
     table = Table("name", "path", "kind", "channels", "height x width", box=None, pad_edge=False)
     for site in chosen:
         shape = shapes[site.name]

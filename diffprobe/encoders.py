@@ -294,14 +294,19 @@ def _settings(processor: Mapping[str, Any], name: str) -> tuple[tuple[int, int],
     size = processor["crop_size"] if crops else processor.get("size")
     if isinstance(size, Mapping):  # of a square image, which ours are, any edge is both
         size = [size.get(edge) or size.get("shortest_edge") or size.get("longest_edge") for edge in ("height", "width")]
-    sides = list(size) if isinstance(size, Sequence) else [size, size]
+    sides: list[Any] = list(size) if isinstance(size, Sequence) else [size, size]
     normalizes = processor.get("do_normalize", True)
+    mean: Any
+    std: Any
     mean, std = (processor.get(key) if normalizes else [even] for key, even in (("image_mean", 0.0), ("image_std", 1.0)))
     lacking = [key for key, value in (("size", all(sides) or None), ("image_mean", mean), ("image_std", std)) if value is None]
     if lacking:
-        raise ValueError(f"The image processor of {name} states no {' and no '.join(lacking)}; add it to preprocessor_config.json.")
+        raise ValueError(
+            f"The image processor of {name} states no {' and no '.join(lacking)}; add it to preprocessor_config.json."
+        )
     scale = 255.0 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
-    return (int(sides[0]), int(sides[1])), scale, *([float(v) for v in np.atleast_1d(values)] for values in (mean, std))
+    mean, std = ([float(value) for value in np.atleast_1d(values)] for values in (mean, std))
+    return (int(sides[0]), int(sides[1])), scale, mean, std
 
 
 def load_encoder(
@@ -325,7 +330,9 @@ def load_encoder(
     dtype = as_dtype(dtype, device) if isinstance(dtype, str) else dtype
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
-        with contextlib.suppress(ValueError, ImportError):  # what the file leaves out is the default of its class, if that is known
+        with contextlib.suppress(
+            ValueError, ImportError
+        ):  # what the file leaves out is the default of its class, if that is known
             processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False).to_dict()
         with quiet(source):
             options: dict[str, Any] = {"use_safetensors": True} if use_safetensors else {}

@@ -112,15 +112,12 @@ class KnockedOut(DiffusionModel):
 
     def cut_tokens(self, text: EncodedText) -> Bool[Tensor, "prompt token"]:
         """Which tokens of each prompt the knock-out names; none for ``empty``."""
-        words = text.spans[..., 1] > text.spans[..., 0]
-        starts = torch.zeros_like(words)
-        if self.family != "pixart":  # T5 has no start token
-            starts[:, 0] = True
-        if self.knockout.what == "start":
-            return starts
-        if self.knockout.what == "ending":
-            return ~words & ~starts
-        cut = torch.zeros_like(words)
+        spelled, special = text.spans[..., 1] > text.spans[..., 0], self.special_tokens()
+        cut = torch.zeros_like(spelled)
+        if self.knockout.what == "start":  # which T5 has not
+            cut[:, 0] = text.ids[:, 0] == special.get("start", -1)
+        if self.knockout.what == "ending":  # from the first end token on that nobody typed
+            cut = ((text.ids == special.get("end", special.get("padding"))) & ~spelled).cumsum(1).bool()
         if self.knockout.what == "content":
             for row, (numbers, spans) in enumerate(zip(text.ids.tolist(), text.spans.tolist(), strict=True)):
                 tokens = self.pipeline.tokenizer.convert_ids_to_tokens(numbers)

@@ -19,6 +19,7 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import diffusers.utils.logging
 import torch
@@ -46,6 +47,7 @@ Network: TypeAlias = UNet2DConditionModel | PixArtTransformer2DModel
 SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
 )  # fmt: skip
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 _DIGESTS: dict[bool, WeakTensorKeyDictionary] = {False: WeakTensorKeyDictionary(), True: WeakTensorKeyDictionary()}
 
 
@@ -168,8 +170,14 @@ class DiffusionModel:
         Raises:
             ValueError: the network's config states none.
         """
-        height, width = (side * self.vae_factor for side in stated_size(self.network, self.model_id))
+        height, width = self.size
         return height if height == width else (height, width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`resolution` as (height, width)."""
+        y, x = stated_size(self.network, self.model_id)
+        return y * self.vae_factor, x * self.vae_factor
 
     @property
     def sites(self) -> list[Site]:
@@ -225,7 +233,8 @@ class DiffusionModel:
         finally:
             if overflows:
                 vae.to(dtype)
-        posterior, latents = getattr(encoded, "latent_dist", None), getattr(encoded, "latents", None)
+        posterior: Any = getattr(encoded, "latent_dist", None)
+        latents: Any = getattr(encoded, "latents", None)
         if posterior is None and (latents is None or rule == "sample"):
             lacks = "no latents that are known here" if latents is None else "no distribution to sample from; take 'mean'"
             raise ValueError(f"The {type(vae).__name__} of {self.model_id} gives {lacks}.")
@@ -291,11 +300,16 @@ class DiffusionModel:
             )
         found: Any = (None,) * 4
         heard = _Heard(self.model_id, texts, pipeline.tokenizer)
-        with evaluating(*(getattr(pipeline, name) for name in self._parts if "encoder" in name)), _overhear(pipeline, heard, stop):
+        with (
+            evaluating(*(getattr(pipeline, name) for name in self._parts if "encoder" in name)),
+            _overhear(pipeline, heard, stop),
+        ):
             if self.family == "pixart":
                 found = pipeline.encode_prompt(texts, False, device=self.device, clean_caption=False)
             else:
-                found = pipeline.encode_prompt(texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+                found = pipeline.encode_prompt(
+                    texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
         embeddings = found[0]
         return embeddings, found[1] if self.family == "pixart" else None, found[2] if self.family == "sdxl" else None, heard
 
@@ -369,8 +383,7 @@ class DiffusionModel:
         digest = hashlib.sha256()
         for name in self._parts:
             part: Any = getattr(self.pipeline, name)
-            words = None if isinstance(part, nn.Module) else json.dumps(sorted(part.get_vocab().items())).encode()
-            found = weights_hash(part, portable) if words is None else hashlib.sha256(words).hexdigest()
+            found = weights_hash(part, portable) if isinstance(part, nn.Module) else _vocabulary_hash(part)
             digest.update(f"{name} {found}\n".encode())
         config = self.pipeline.scheduler.config
         digest.update(json.dumps({name: config.get(name) for name in SCHEDULE}, default=list).encode())
@@ -502,7 +515,7 @@ def _places(given: str, typed: str) -> list[tuple[int, int] | None]:
     if letters[0] == letters[1]:
         blocks = [(0, 0, len(ours))]
     else:
-        blocks = [tuple(block) for block in SequenceMatcher(None, *letters, autojunk=False).get_matching_blocks()]
+        blocks = [(m.a, m.b, m.size) for m in SequenceMatcher(None, *letters, autojunk=False).get_matching_blocks()]
     places: list[tuple[int, int] | None] = [None] * len(given)
     for a, b, size in blocks:
         for k in range(size):
@@ -561,6 +574,15 @@ def weights_hash(network: nn.Module, portable: bool = False) -> str:
         kind = "" if portable else f"{tensor.dtype} "
         digest.update(f"{name} {kind}{tuple(tensor.shape)} ".encode() + _digest(tensor, portable))
     return digest.hexdigest()[:16]
+
+
+def _vocabulary_hash(tokenizer: Any) -> str:
+    """A hash of a tokenizer's words and their numbers, kept until it has more."""
+    known = _VOCABULARIES.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        known = _VOCABULARIES[tokenizer] = (len(tokenizer), hashlib.sha256(words).hexdigest())
+    return known[1]
 
 
 def _digest(tensor: Tensor, portable: bool) -> bytes:

@@ -210,7 +210,9 @@ class Recorder:
                 rows[name] = len(value)
         if any(count != len(sample) and (name, count) != ("timesteps", 1) for name, count in rows.items()):
             found = ", ".join(f"{count} {name}" for name, count in rows.items())
-            self._refuse(f"A pass with {found} cannot be recorded: it is not known which belong together; give one of each a row.")
+            self._refuse(
+                f"A pass with {found} cannot be recorded: it is not known which belong together; give one of each a row."
+            )
 
     def _attach(self) -> None:
         add = self._handles.append
@@ -220,7 +222,7 @@ class Recorder:
             add(self._modules[path].register_forward_pre_hook(partial(self._note_grid, path), with_kwargs=True))
         for site in self.sites:
             if site.is_map:
-                attention = self._modules[site.module_path]
+                attention: Any = self._modules[site.module_path]
                 add(attention.to_q.register_forward_hook(partial(self._hold, (site.name, "query"))))
                 add(attention.to_k.register_forward_hook(partial(self._hold, (site.name, "key"))))
                 add(attention.register_forward_pre_hook(partial(self._hold_mask, site), with_kwargs=True))
@@ -310,7 +312,9 @@ class Recorder:
             return
         silent = [site.name for site in self.sites if site.name not in self._step.tensors and site.kind != "prediction"]
         if silent:
-            self._refuse(f"Site {silent[0]} had no part in this pass ({len(silent)} in all), so there is nothing to record there.")
+            self._refuse(
+                f"Site {silent[0]} had no part in this pass ({len(silent)} in all), so there is nothing to record there."
+            )
         if self.sites[-1].kind == "prediction":
             raw = (output[0] if isinstance(output, tuple) else output.sample).detach()
             if raw.is_meta:

@@ -238,19 +238,28 @@ def test_pixels_are_what_the_processor_says(encoder_folder: Callable[[str], Path
 
     model, array = plain("ViT"), np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
     ours = torch.from_numpy(array.transpose(2, 0, 1)[None] / np.float32(127.5) - np.float32(1))
-    for options in ({"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]}, {"rescale_factor": 1 / 127.5}, {"do_rescale": False}):
+    for options in (
+        {"do_normalize": False},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+    ):
         processor = ViTImageProcessorPil(size={"height": 28, "width": 28}, **options)
         wanted = torch.as_tensor(processor(Image.fromarray(array), return_tensors="pt")["pixel_values"])
         encoder = VisionEncoder(model, processor.to_dict(), "tiny")
         torch.testing.assert_close(encoder.encode_image(ours), wanted, atol=1e-4, rtol=1e-5)
     assert VisionEncoder(model, {"size": {"longest_edge": 28}, "do_normalize": False}).size == (28, 28)
     for lacking in ("size", "image_mean", "image_std"):
-        settings = {name: value for name, value in {"size": 28, "image_mean": [0.5], "image_std": [0.5]}.items() if name != lacking}
+        settings = {
+            name: value for name, value in {"size": 28, "image_mean": [0.5], "image_std": [0.5]}.items() if name != lacking
+        }
         with pytest.raises(ValueError, match=f"The image processor of tiny states no {lacking}"):
             VisionEncoder(model, settings, "tiny")
     folder = tmp_path / "sparse"  # a file may leave out what its class has by default
     shutil.copytree(encoder_folder("siglip"), folder)
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}')
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}'
+    )
     assert torch.equal(load_encoder(folder).encode_image(ours), load_encoder(encoder_folder("siglip")).encode_image(ours))
 
 

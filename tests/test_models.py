@@ -441,14 +441,12 @@ def heard(model: DiffusionModel, prompts: list[str]) -> tuple[Tensor, EncodedTex
     ids, spans, _ = model.tokens(prompts)
     assert torch.equal(ids, text.ids) and torch.equal(spans, text.spans)
     assert "__call__" not in vars(type(model.pipeline.tokenizer)), "the tokenizer is of its own class again"
-    return torch.cat([call.get("input_ids", call.get("0")) for call in calls]), text
+    return torch.cat([call["input_ids"] if "input_ids" in call else call["0"] for call in calls]), text
 
 
 def spelled(text: EncodedText, prompts: list[str]) -> list[list[str]]:
     """What each prompt's tokens with a span spell."""
-    return [
-        [prompt[a:b] for a, b in row if b > a] for prompt, row in zip(prompts, text.spans.tolist(), strict=True)
-    ]
+    return [[prompt[a:b] for a, b in row if b > a] for prompt, row in zip(prompts, text.spans.tolist(), strict=True)]
 
 
 def test_an_inversion_of_several_vectors_is_one_word(fresh_pipeline: Callable[[str], Any]) -> None:
@@ -495,7 +493,9 @@ def test_a_template_moves_no_word(fresh_pipeline: Callable[[str], Any]) -> None:
 
 def test_tokens_from_elsewhere_are_refused(fresh_pipeline: Callable[[str], Any]) -> None:
     model = DiffusionModel(derived(Scrambled, fresh_pipeline("sd1")), "odd")
-    with pytest.raises(ValueError, match="text encoder of odd is given 2 rows for 2 prompts, of which 0 come from its tokenizer"):
+    with pytest.raises(
+        ValueError, match="text encoder of odd is given 2 rows for 2 prompts, of which 0 come from its tokenizer"
+    ):
         model.encode_text(["a", "red"])
 
 
@@ -597,7 +597,10 @@ def test_stated_sizes(fresh_pipeline: Callable[..., Any]) -> None:
 def test_an_encoder_without_a_distribution(fresh_pipeline: Callable[[str], Any]) -> None:
     pipeline = fresh_pipeline("sd2")
     pipeline.vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
     ).eval()
     model = DiffusionModel(pipeline, "tiny")
     wanted = pipeline.vae.encode(images()).latents * pipeline.vae.config.scaling_factor
@@ -636,7 +639,12 @@ def test_weights_hash_is_kept_until_a_value_changes(
     before = model.weights_hash()
     read: list[int] = []
     whole = diffprobe.models._bytes
-    monkeypatch.setattr(diffprobe.models, "_bytes", lambda flat, portable: (read.append(flat.numel()), whole(flat, portable))[1])
+
+    def counted(flat: Tensor, portable: bool) -> bytes:
+        read.append(flat.numel())
+        return whole(flat, portable)
+
+    monkeypatch.setattr(diffprobe.models, "_bytes", counted)
     assert model.weights_hash() == before and max(read) < 128, "of each tensor some values are read again"
     half = DiffusionModel(fresh_pipeline("sd2").to(torch.bfloat16))
     assert half.weights_hash() != before and half.weights_hash(portable=True) == model.weights_hash(portable=True)

@@ -649,7 +649,7 @@ def test_rows_of_two_guided_prompts_with_one_noise_are_named(sd2: DiffusionModel
 def test_rows_that_do_not_belong_together_are_refused(sd2: DiffusionModel) -> None:
     text = sd2.encode_text(["a red star"]).embeddings
     for texts, timesteps in ((text, 10), (text.expand(3, -1, -1), torch.tensor([10, 20]))):
-        with Recorder(sd2.network, QUERY), pytest.raises(ValueError, match="A pass with 3 latents, .* cannot be recorded"):
+        with Recorder(sd2.network, QUERY), pytest.raises(ValueError, match=r"A pass with 3 latents, .* cannot be recorded"):
             sd2.network(noised(sd2), timesteps, texts)
 
 

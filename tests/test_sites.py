@@ -173,9 +173,9 @@ def test_attentions_are_named_by_what_they_attend_to(fresh_pipeline: Callable[..
     foretold = site_shapes(model.network, (8, 8), 77)
     assert set(foretold) == set(found)
     assert all(foretold[name] == tuple(found[name].shape[1:]) for name in found if not name.endswith("-Map"))
-    assert set(cross_attentions(model.network)) == {
-        site.module_path for site in model.sites if site.kind == "cross_map"
-    }, "a knock-out cuts every way by which the prompt gets in"
+    assert set(cross_attentions(model.network)) == {site.module_path for site in model.sites if site.kind == "cross_map"}, (
+        "a knock-out cuts every way by which the prompt gets in"
+    )
 
 
 def test_shapes_of_a_network_with_one_text_width_a_block(fresh_pipeline: Callable[..., Any]) -> None:

@@ -156,8 +156,7 @@ class DiffusionEye:
     def pass_through(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> None:
         """One forward pass, for whoever is recording."""
         model, unique = self.model, list({picture.id: picture for picture in pictures}.values())
-        side = (model.resolution, model.resolution)
-        latents = model.encode_image(to_pixels([picture.load() for picture in unique], side, self.fit))
+        latents = model.encode_image(to_pixels([picture.load() for picture in unique], model.size, self.fit))
         noise = torch.stack(
             [sample_noise(self.noise_seed, picture.id, self.timestep, 0, latents.shape[1:]) for picture in unique]
         )
