@@ -470,7 +470,8 @@ class _Heard:
         ids = torch.cat(self.given).cpu().long() if self.given else torch.zeros(0, 0, dtype=torch.long)
         made = defaultdict(list)
         for text, encoding in reversed(self.said):
-            made[tuple(encoding.ids)].append((text, encoding))
+            if len(encoding) == ids.shape[1]:
+                made[tuple(encoding.ids)].append((text, encoding))
         rows = [made[tuple(row)].pop() for row in ids.tolist() if made[tuple(row)]]
         if len(rows) != len(self.prompts) or len(ids) != len(rows):
             raise ValueError(
@@ -486,6 +487,8 @@ class _Heard:
 
     def _spans(self, typed: str, given: str, encoding: Any) -> list[tuple[int, int]]:
         """For each token its start and end in the prompt as typed."""
+        if given == typed:
+            return [(start, end) if end > start else (0, 0) for start, end in encoding.offsets]
         places = _places(given, typed)
         spans: list[tuple[int, int]] = []
         for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
@@ -507,8 +510,6 @@ def _places(given: str, typed: str) -> list[tuple[int, int] | None]:
     >>> _places("of a", "a")
     [None, None, None, (0, 1)]
     """
-    if given == typed:
-        return [(place, place + 1) for place in range(len(given))]
     # Letter by letter, since a lower-cased text need not have as many characters (U+0130).
     ours, theirs = ([(part, place) for place, letter in enumerate(t) for part in letter.casefold()] for t in (given, typed))
     letters = [part for part, _ in ours], [part for part, _ in theirs]
