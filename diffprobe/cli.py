@@ -154,15 +154,14 @@ def sites(
     revision: Revision = None,
 ) -> None:
     """List the places of a model that can be recorded."""
-    from diffprobe.models import load_network_config
+    from diffprobe.models import load_network_config, sites_of, stated_size
     from diffprobe.recorder import site_shapes
-    from diffprobe.sites import list_sites, select_sites
+    from diffprobe.sites import select_sites
 
     network, factor, tokens = load_network_config(model, revision)
-    side = resolution // factor if resolution else int(network.config.sample_size)  # type: ignore[union-attr,arg-type]
-    available = list_sites(name for name, _ in network.named_modules())
-    chosen = select_sites(available, pattern)
-    shapes = site_shapes(network, (side, side), tokens)
+    size = (resolution // factor,) * 2 if resolution else stated_size(network, model)
+    chosen = select_sites(sites_of(network), pattern)
+    shapes = site_shapes(network, size, tokens)
     table = Table("name", "path", "kind", "channels", "height x width", box=None, pad_edge=False)
     for site in chosen:
         shape = shapes[site.name]
@@ -232,12 +231,13 @@ def extract(
     force: Annotated[bool, typer.Option(help="Go on although the forecast does not fit on the disk.")] = False,
 ) -> None:
     """Record features and attention maps into a store."""
+    from diffprobe.conditioning import parse_conditionings
     from diffprobe.data import load_dataset
     from diffprobe.encoders import load_extractor
     from diffprobe.extraction import describe_forecast
     from diffprobe.extraction import extract as run
 
-    conditionings = [conditioning] if conditioning.startswith("fixed:") else _list(conditioning)
+    conditionings = parse_conditionings(conditioning)
     sides = _numbers(resolution.replace("x", ","), int, "--resolution")
     if len(sides) > 2:
         raise ValueError(f"--resolution takes one side or HEIGHTxWIDTH; got {resolution!r}.")

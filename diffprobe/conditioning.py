@@ -40,6 +40,24 @@ def check_conditioning(name: str) -> None:
         raise ValueError(f"Conditioning {name!r} is not one of: {FORMS}.")
 
 
+def parse_conditionings(text: str) -> list[str]:
+    """Names parted by commas; a comma before anything but another name belongs to the text of a ``fixed:``.
+
+    >>> parse_conditionings("fixed:a red star, on the left,null")
+    ['fixed:a red star, on the left', 'null']
+    """
+    names: list[str] = []
+    for part in text.split(","):
+        try:
+            check_conditioning(part.strip())
+        except ValueError:
+            if names and names[-1].startswith("fixed:"):
+                names[-1] += f",{part}"
+                continue
+        names.append(part.strip())
+    return [name.strip() for name in names if name]
+
+
 def check_unicode(what: str, text: object) -> None:
     r"""Raise ValueError, naming `what`, where a text holds half of a surrogate pair: a byte that was no UTF-8, or bad JSON.
 

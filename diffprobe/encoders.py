@@ -3,22 +3,28 @@
 Any transformer with an image tower that transformers can load (CLIP, SigLIP, DINOv2, ...).  An encoder has no noise and
 no text: its store has the one timestep 0 and the one conditioning ``null``.  Sites are its layers, ``L1`` to ``Ln``, and
 ``last``, the last layer after the final norm; class and register tokens are dropped, patches are (channel, y, x).
+
+That a layer's tokens are the image's patches, row by row, is not taken for granted: a pass with two patches changed shows
+where they are.  Encoders that shuffle, drop or merge patches are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from diffprobe.models import (
@@ -26,16 +32,18 @@ from diffprobe.models import (
     EncodedText,
     as_dtype,
     choose_device,
+    evaluating,
     fresh_weights,
+    kept_name,
     load_model,
     model_index,
+    out_of_memory,
     quiet,
     resolve,
     weights_hash,
 )
 from diffprobe.sites import Site
 
-NORMS = ("post_layernorm", "layernorm", "norm", "final_layer_norm")
 ABSENT = (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
@@ -44,12 +52,12 @@ class VisionEncoder:
 
     Args:
         model: a transformers model that has an image tower or is one.
-        processor: its image processor's settings: image_mean, image_std, and crop_size or size.
+        processor: its image processor's settings: crop_size or size, and image_mean and image_std unless do_normalize is false.
         model_id: what to write into a store's provenance.
         random_weights: the seed that its weights were drawn with, if they were.
 
     Raises:
-        ValueError: the model takes no images.
+        ValueError: the model takes no images, its tokens are not the image's patches in order, or a setting is missing.
     """
 
     latent_channels = 3
@@ -68,13 +76,18 @@ class VisionEncoder:
         self.network: Any = getattr(model, "vision_model", model)
         if "pixel_values" not in inspect.signature(self.network.forward).parameters:
             raise ValueError(f"{model_id or type(model).__name__} takes no images, so it is no vision encoder.")
-        self.size = _input_size(processor)
-        self._mean, self._std = (torch.tensor(processor[key]).view(-1, 1, 1) for key in ("image_mean", "image_std"))
-        modules = dict(self.network.named_modules())
-        stack = max((name for name, m in modules.items() if isinstance(m, nn.ModuleList)), key=lambda name: len(modules[name]))
-        self._layers = [f"{stack}.{number}" for number in range(len(modules[stack]))]
-        self._norm = next((name for name in NORMS if name in modules), "")
+        self._settings = _settings(processor, model_id or type(model).__name__)
+        self.size, scale, mean, std = self._settings
+        self._scale, self._mean, self._std = scale, *(torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._grid = (0, 0)
+        modules = dict(self.network.named_modules())
+        stacks = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+        if not stacks or not getattr(self.network.config, "patch_size", None):
+            self._refuse("it has no patches and layers")
+        stack = max(stacks, key=lambda name: len(modules[name]))
+        self._layers = [f"{stack}.{number}" for number in range(len(modules[stack]))]
+        self._norm = _final_norm(self.network, stack)
+        self._first, self._others = self._find_patches()
 
     @property
     def device(self) -> torch.device:
@@ -118,9 +131,47 @@ class VisionEncoder:
         patch = self.network.config.patch_size
         return int(patch if isinstance(patch, int) else patch[0])
 
-    def weights_hash(self) -> str:
-        """`weights_hash` of the image tower."""
-        return weights_hash(self.network)
+    def weights_hash(self, portable: bool = False) -> str:
+        """A short hash of all that decides the features: the image tower's weights, size, mean and spread of its input."""
+        return hashlib.sha256(f"{weights_hash(self.network, portable)} {self._settings}".encode()).hexdigest()[:16]
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise ValueError(
+            f"{self.model_id or 'The encoder'} is a {type(self.network).__name__}, which cannot be recorded: {why}. Supported are "
+            "vision transformers whose layers all keep one token for each patch, such as CLIP, SigLIP, DINOv2 and ViT."
+        )
+
+    def _find_patches(self) -> tuple[int, int]:
+        """Where the patches begin among the tokens, and how many tokens are none; from a pass with two patches changed."""
+        (height, width), patch = self.size, self._patch
+        rows, columns = height // patch, width // patch
+        places = sorted({min(1, rows * columns - 1), rows * columns - 1})
+        images = torch.zeros(2, 3, height, width, device=self.device, dtype=self.dtype)
+        for place in places:
+            y, x = place // columns * patch, place % columns * patch
+            images[1, :, y : y + patch, x : x + patch] = 1
+        tokens: list[Tensor] = []
+        layers = [self.network.get_submodule(path) for path in self._layers]
+        handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(_hidden(a, k)), with_kwargs=True)]
+        handles += [layer.register_forward_hook(lambda m, a, output: tokens.append(_first_of(output))) for layer in layers]
+        try:
+            self.denoise(images, torch.zeros(2), None)
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+            if out_of_memory(error):
+                raise
+            self._refuse(f"it cannot be given images alone ({error})")
+        finally:
+            for handle in handles:
+                handle.remove()
+        shapes = {tuple(t.shape[:-1]) for t in tokens}
+        if len(shapes) != 1 or tokens[0].ndim != 3:
+            self._refuse(f"its layers have different numbers of tokens ({', '.join(str(tuple(t.shape)) for t in tokens[:3])})")
+        change = (tokens[0][1] - tokens[0][0]).float().abs().amax(-1)
+        changed = (change > 1e-3 * change.max()).nonzero().flatten().tolist()
+        first = changed[-1] - places[-1] if changed else -1
+        if first < 0 or changed != [first + place for place in places]:
+            self._refuse("its tokens are not the patches of the image in order")
+        return first, tokens[0].shape[1] - rows * columns
 
     # --- what a diffusion model has and an encoder has not ----------------------------------------
 
@@ -154,29 +205,32 @@ class VisionEncoder:
         self, images: Float[Tensor, "image 3 y x"], rule: str = "mean", generator: Any = None
     ) -> Float[Tensor, "image 3 y x"]:
         """Images in [-1, 1] brought to the mean and spread that the image processor states."""
-        return (((images + 1) / 2 - self._mean) / self._std).to(self.device, self.dtype)
+        return (((images + 1) / 2 * self._scale - self._mean) / self._std).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def denoise(self, noised: Float[Tensor, "row 3 y x"], timesteps: Tensor, text: EncodedText) -> None:
+    def denoise(self, noised: Float[Tensor, "row 3 y x"], timesteps: Tensor, text: EncodedText | None) -> None:
         """One forward pass over normalised images; its layers go to the recorder that is listening."""
         height, width = noised.shape[-2:]
         self._grid = (height // self._patch, width // self._patch)
-        own = self.network.config.image_size
+        own = getattr(self.network.config, "image_size", None)
         options: dict[str, Any] = {}
-        if "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters:
+        if own is not None and "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters:
             options["interpolate_pos_encoding"] = (height, width) != ((own, own) if isinstance(own, int) else tuple(own))
-        self.network(pixel_values=noised, **options)
+        with evaluating(self.network):
+            self.network(pixel_values=noised, **options)
 
     def recorder(self, sites: Sequence[str], reduce: Callable[[Site, Tensor], Tensor] | None = None) -> EncoderRecorder:
         """Listens to layers, inside a ``with`` block."""
         return EncoderRecorder(self, [s for s in self.sites if s.name in sites], reduce)
 
     def patches(self, site: Site, tokens: Float[Tensor, "row token channel"]) -> Float[Tensor, "row channel y x"]:
-        """The places of a layer's output; what stands before them (class token, registers) is dropped."""
+        """The places of a layer's output; what stands before or after them (class token, registers) is dropped."""
         if site.name == "last" and self._norm:
             tokens = self.network.get_submodule(self._norm)(tokens)
-        height, width = self._grid
-        return tokens[:, -height * width :].transpose(1, 2).unflatten(-1, self._grid)
+        count = self._grid[0] * self._grid[1]
+        if tokens.shape[1] != count + self._others:
+            self._refuse(f"{count} patches came out as {tokens.shape[1]} tokens, of which {self._others} are none")
+        return tokens[:, self._first : self._first + count].transpose(1, 2).unflatten(-1, self._grid)
 
 
 class EncoderRecorder:
@@ -199,23 +253,60 @@ class EncoderRecorder:
             self._handles.pop().remove()
 
     def _keep(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        patches = self._encoder.patches(site, output[0] if isinstance(output, tuple) else output)
+        patches = self._encoder.patches(site, _first_of(output))
         self.last[site.name] = patches if self._reduce is None else self._reduce(site, patches)
 
 
-def _input_size(processor: Mapping[str, Any]) -> tuple[int, int]:
-    """The (height, width) that an image processor's settings end at.
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is given: its first argument, whatever its name is."""
+    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
-    >>> _input_size({"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}})
-    (336, 336)
-    >>> _input_size({"do_center_crop": False, "crop_size": 224, "size": {"height": 384, "width": 384}})
+
+def _first_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _final_norm(network: nn.Module, stack: str) -> str:
+    """Path of the norm that follows a stack of layers, whatever its name is; "" where none does."""
+    parts = stack.split(".")
+    for depth in range(len(parts) - 1, -1, -1):  # beside the layers first, then beside what holds them
+        path = ".".join(parts[:depth])
+        children = [name for name, _ in network.get_submodule(path).named_children()]
+        for name in children[children.index(parts[depth]) + 1 :]:
+            found = f"{path}.{name}".lstrip(".")
+            if "norm" in type(network.get_submodule(found)).__name__.lower():
+                return found
+    return ""
+
+
+def _settings(processor: Mapping[str, Any], name: str) -> tuple[tuple[int, int], float, list[float], list[float]]:
+    """What an image processor's settings come to: (height, width), and scale, mean and spread of pixels in [0, 1].
+
+    Raises:
+        ValueError: the size, mean or spread is not among them.
+
+    >>> _settings({"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 300}, "do_normalize": False}, "")
+    ((336, 336), 1.0, [0.0], [1.0])
+    >>> _settings({"do_center_crop": False, "crop_size": 224, "size": {"longest_edge": 384}, "do_normalize": False}, "")[0]
     (384, 384)
     """
     crops = processor.get("do_center_crop", True) and processor.get("crop_size")
-    size = processor["crop_size"] if crops else processor["size"]
-    if isinstance(size, Mapping):
-        return (int(size["height"]), int(size["width"])) if "height" in size else (int(size["shortest_edge"]),) * 2
-    return int(size), int(size)
+    size = processor["crop_size"] if crops else processor.get("size")
+    if isinstance(size, Mapping):  # of a square image, which ours are, any edge is both
+        size = [size.get(edge) or size.get("shortest_edge") or size.get("longest_edge") for edge in ("height", "width")]
+    sides: list[Any] = list(size) if isinstance(size, Sequence) else [size, size]
+    normalizes = processor.get("do_normalize", True)
+    mean: Any
+    std: Any
+    mean, std = (processor.get(key) if normalizes else [even] for key, even in (("image_mean", 0.0), ("image_std", 1.0)))
+    lacking = [key for key, value in (("size", all(sides) or None), ("image_mean", mean), ("image_std", std)) if value is None]
+    if lacking:
+        raise ValueError(
+            f"The image processor of {name} states no {' and no '.join(lacking)}; add it to preprocessor_config.json."
+        )
+    scale = 255.0 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
+    mean, std = ([float(value) for value in np.atleast_1d(values)] for values in (mean, std))
+    return (int(sides[0]), int(sides[1])), scale, mean, std
 
 
 def load_encoder(
@@ -239,6 +330,10 @@ def load_encoder(
     dtype = as_dtype(dtype, device) if isinstance(dtype, str) else dtype
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
+        with contextlib.suppress(
+            ValueError, ImportError
+        ):  # what the file leaves out is the default of its class, if that is known
+            processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False).to_dict()
         with quiet(source):
             options: dict[str, Any] = {"use_safetensors": True} if use_safetensors else {}
             model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False, **options)
@@ -246,7 +341,7 @@ def load_encoder(
         raise ValueError(f"The vision encoder at {source!r} could not be read: {error}") from error
     if random_weights is not None:
         model = fresh_weights(lambda: AutoModel.from_config(model.config, dtype=dtype), random_weights)
-    return VisionEncoder(model.to(device).eval(), processor, str(id_or_dir), revision, random_weights)
+    return VisionEncoder(model.to(device).eval(), processor, kept_name(id_or_dir), revision, random_weights)
 
 
 def load_extractor(

@@ -610,7 +610,9 @@ def extract(
         tell(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
         timesteps, conditionings = (0,), (NULL,)
         sites = [
-            name for s in ([sites] if isinstance(sites, str) else sites) for name in (model.preset if s == "paper" else [s])
+            name
+            for s in (sites.split(",") if isinstance(sites, str) else sites)
+            for name in (model.preset if s == "paper" else [s])
         ]
     for timestep in timesteps:
         model.check_timestep(timestep)

@@ -60,7 +60,7 @@ def parse_knockout(text: str) -> Knockout:
 def cross_attentions(network: Network) -> dict[str, nn.Module]:
     """The network's cross-attentions by path, in the order in which they run."""
     stages = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
-    found = {path: module for path, module in network.named_modules() if path.endswith(".attn2")}
+    found = {path: module for path, module in network.named_modules() if getattr(module, "is_cross_attention", False)}
     return dict(sorted(found.items(), key=lambda item: stages.index(item[0].partition(".")[0])))
 
 
@@ -100,8 +100,8 @@ class KnockedOut(DiffusionModel):
         self.attentions = chosen_attentions(self.network, self.knockout.where)
         self._null = self._null_input() if self.knockout.what == "empty" else None
 
-    def weights_hash(self) -> str:
-        return f"{super().weights_hash()} without {self.knockout}"
+    def weights_hash(self, portable: bool = False) -> str:
+        return f"{super().weights_hash(portable)} without {self.knockout}"
 
     def denoise(
         self, noised: Float[Tensor, "row channel y x"], timesteps: Int[Tensor, " row"], text: EncodedText
@@ -112,15 +112,12 @@ class KnockedOut(DiffusionModel):
 
     def cut_tokens(self, text: EncodedText) -> Bool[Tensor, "prompt token"]:
         """Which tokens of each prompt the knock-out names; none for ``empty``."""
-        words = text.spans[..., 1] > text.spans[..., 0]
-        starts = torch.zeros_like(words)
-        if self.family != "pixart":  # T5 has no start token
-            starts[:, 0] = True
-        if self.knockout.what == "start":
-            return starts
-        if self.knockout.what == "ending":
-            return ~words & ~starts
-        cut = torch.zeros_like(words)
+        spelled, special = text.spans[..., 1] > text.spans[..., 0], self.special_tokens()
+        cut = torch.zeros_like(spelled)
+        if self.knockout.what == "start":  # which T5 has not
+            cut[:, 0] = text.ids[:, 0] == special.get("start", -1)
+        if self.knockout.what == "ending":  # from the first end token on that nobody typed
+            cut = ((text.ids == special.get("end", special.get("padding"))) & ~spelled).cumsum(1).bool()
         if self.knockout.what == "content":
             for row, (numbers, spans) in enumerate(zip(text.ids.tolist(), text.spans.tolist(), strict=True)):
                 tokens = self.pipeline.tokenizer.convert_ids_to_tokens(numbers)

@@ -474,14 +474,14 @@ def alignment_score(
     benchmark = load_benchmark(data) if isinstance(data, str) else data
     model = load_model(model) if isinstance(model, str) else model
     _check_arguments(model, benchmark, scores, timesteps, draws, prune)
-    side = resolution or model.resolution
-    model.latent_size(side, side)
+    size = (resolution, resolution) if resolution else model.size
+    model.latent_size(*size)
     passing = any(name in DIFFUSION_SCORES for name in scores)
     contrast = _Clip(clip, model.device) if CLIP in scores else None
     request = Request(
         model=model.model_id, weights=model.weights_hash(), benchmark=benchmark.name, fingerprint=benchmark.fingerprint(),
         scores=[name for name in SCORES if name in scores], timesteps=list(timesteps) if passing else [],
-        draws=draws if passing else 0, seed=seed, resolution=[side, side], fit=fit, prune=prune,
+        draws=draws if passing else 0, seed=seed, resolution=list(size), fit=fit, prune=prune,
         site=site if POOLED in scores else "", site_timestep=site_timestep if POOLED in scores else 0,
         train=train if POOLED in scores else "", clip=clip if contrast else "",
         clip_weights=weights_hash(contrast.model) if contrast else "",

@@ -1,20 +1,25 @@
 """Any supported diffusers pipeline as one small object: encode image, encode text, add noise, ONE denoising call.
 
 The library's own classes do the work.  Nothing about a model is assumed that its config states: scaling and shift of
-the latents, prediction type, noise schedule, prompt length.
+the latents, prediction type, noise schedule.  What is said of a prompt (tokens, words, truncation) is heard from the
+pipeline while it encodes.  Every pass runs in evaluation mode, whatever mode the pipeline was left in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
+import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import diffusers.utils.logging
 import torch
@@ -23,6 +28,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffprobe.sites import Site, list_sites
 
@@ -38,6 +44,11 @@ SUPPORTED = "Stable Diffusion 1.x and 2.x (epsilon and v), Stable Diffusion XL, 
 EMBEDDED = Path(__file__).parent / "zoo" / "weights"
 LatentRule = Literal["mean", "mode", "sample"]
 Network: TypeAlias = UNet2DConditionModel | PixArtTransformer2DModel
+SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
+)  # fmt: skip
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+_DIGESTS: dict[bool, WeakTensorKeyDictionary] = {False: WeakTensorKeyDictionary(), True: WeakTensorKeyDictionary()}
 
 
 class StopForward(Exception):
@@ -52,8 +63,9 @@ class EncodedText:
         embeddings: (prompt, token, width).
         mask: (prompt, token), 1 at real tokens, for families that mask; None for those that attend to padding.
         pooled: (prompt, width) for SDXL, else None.
-        ids: (prompt, token) token numbers of the first tokenizer.
-        spans: (prompt, token, 2) start and end characters; (0, 0) for start, end and padding tokens.
+        ids: (prompt, token) token numbers that the first text encoder was given.
+        spans: (prompt, token, 2) start and end characters in the prompt as typed; (0, 0) for start, end and padding
+            tokens and for words that the pipeline put in.
         truncated: for each prompt whether it was cut at the encoder's limit.
     """
 
@@ -108,10 +120,14 @@ class DiffusionModel:
     def __init__(
         self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None, random_weights: int | None = None
     ) -> None:
-        self.family = family_of(type(pipeline).__name__)
+        self.family = family_of(*(cls.__name__ for cls in type(pipeline).__mro__))
         self.pipeline, self.model_id, self.revision = pipeline, model_id or type(pipeline).__name__, revision
         self.random_weights = random_weights
         self.network: Network = pipeline.transformer if self.family == "pixart" else pipeline.unet
+        self._parts = ["transformer" if self.family == "pixart" else "unet", "vae", "text_encoder", "tokenizer"]
+        self._parts += ["text_encoder_2", "tokenizer_2"] if self.family == "sdxl" else []
+        if absent := [name for name in [*self._parts, "scheduler"] if getattr(pipeline, name) is None]:
+            raise ValueError(f"{self.model_id} has no {' and no '.join(absent)}; load the pipeline with all its parts.")
         if self.network.config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
                 f"{self.model_id} takes {self.network.config.in_channels} latent channels where its VAE gives "
@@ -124,6 +140,7 @@ class DiffusionModel:
             raise ValueError(
                 f"{self.model_id} has a {kind}, whose noise levels have no alphas_cumprod. Supported: {SUPPORTED}."
             )
+        refuse_unknown_inputs(self.network, self.family, self.model_id)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.float().cpu()
         self.prediction_type: str = pipeline.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -135,7 +152,8 @@ class DiffusionModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        """What the network computes in, which need not be what its weights are kept in."""
+        return self.network.dtype
 
     @property
     def latent_channels(self) -> int:
@@ -146,12 +164,24 @@ class DiffusionModel:
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
     @property
-    def resolution(self) -> int:
-        return int(self.network.config.sample_size) * self.vae_factor
+    def resolution(self) -> int | tuple[int, int]:
+        """The image side in pixels that the model was made for, or (height, width) where they differ.
+
+        Raises:
+            ValueError: the network's config states none.
+        """
+        height, width = self.size
+        return height if height == width else (height, width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`resolution` as (height, width)."""
+        y, x = stated_size(self.network, self.model_id)
+        return y * self.vae_factor, x * self.vae_factor
 
     @property
     def sites(self) -> list[Site]:
-        return list_sites(name for name, _ in self.network.named_modules())
+        return sites_of(self.network)
 
     @property
     def granularity(self) -> int:
@@ -187,26 +217,36 @@ class DiffusionModel:
         """Scaled latents of images in [-1, 1].
 
         Args:
-            rule: what of the encoder's distribution is taken; "sample" draws with one CPU generator an image.
+            rule: what of the encoder's distribution is taken; "sample" draws with one CPU generator an image.  An encoder
+                without a distribution, such as TAESD, has one latent, which is its mean and its mode.
+
+        Raises:
+            ValueError: the rule is unknown, or asks for a draw where there is no distribution.
         """
         vae, dtype = self.pipeline.vae, self.pipeline.vae.dtype
-        overflows = dtype == torch.float16 and vae.config.force_upcast  # SDXL's encoder gives NaN in float16
+        overflows = dtype == torch.float16 and vae.config.get("force_upcast")  # SDXL's encoder gives NaN in float16
         if overflows:
             vae.to(torch.float32)
         try:
-            posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
+            with evaluating(vae):
+                encoded = vae.encode(images.to(self.device, vae.dtype))
         finally:
             if overflows:
                 vae.to(dtype)
+        posterior: Any = getattr(encoded, "latent_dist", None)
+        latents: Any = getattr(encoded, "latents", None)
+        if posterior is None and (latents is None or rule == "sample"):
+            lacks = "no latents that are known here" if latents is None else "no distribution to sample from; take 'mean'"
+            raise ValueError(f"The {type(vae).__name__} of {self.model_id} gives {lacks}.")
         if rule == "sample":
             if generator is None:
                 raise ValueError("The latent rule 'sample' needs one generator for each image.")
             noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generator])
             latents = posterior.mean + posterior.std * noise.to(self.device, posterior.std.dtype)
-        elif rule in ("mean", "mode"):
-            latents = posterior.mean if rule == "mean" else posterior.mode()
-        else:
+        elif rule not in ("mean", "mode"):
             raise ValueError(f"Latent rule {rule!r} is not one of mean, mode, sample.")
+        elif posterior is not None:
+            latents = posterior.mean if rule == "mean" else posterior.mode()
         latents = latents.float()
         centre, spread = vae.config.get("latents_mean"), vae.config.get("latents_std")
         if centre is not None and spread is not None:
@@ -221,53 +261,57 @@ class DiffusionModel:
 
         For most families that is the encoding of the empty text; SDXL's config can ask for zeros instead.
         """
-        ids, spans, lengths = self.tokens(prompts)
-        truncated = tuple(length > self.prompt_tokens for length in lengths)
-        texts = ["" if prompt is None else prompt for prompt in prompts]
-        mask = pooled = None
-        if self.family == "sdxl":
-            embeddings, _, pooled, _ = self.pipeline.encode_prompt(texts, device=self.device, do_classifier_free_guidance=False)
-            if self.pipeline.config.force_zeros_for_empty_prompt:
-                empty = torch.tensor([prompt is None for prompt in prompts], device=self.device)
-                embeddings = embeddings.masked_fill(empty[:, None, None], 0)
-                pooled = pooled.masked_fill(empty[:, None], 0)
-        elif self.family == "pixart":
-            options = {"clean_caption": False, "max_sequence_length": self.prompt_tokens}
-            embeddings, mask, _, _ = self.pipeline.encode_prompt(texts, False, device=self.device, **options)
-        else:
-            embeddings, _ = self.pipeline.encode_prompt(texts, self.device, 1, False)
-        return EncodedText(embeddings, mask, pooled, ids, spans, truncated)
+        embeddings, mask, pooled, heard = self._encode(prompts)
+        if self.family == "sdxl" and self.pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([prompt is None for prompt in prompts], device=self.device)
+            embeddings = embeddings.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        ids, spans, lengths = heard.tokens()
+        truncated = tuple(length > ids.shape[1] for length in lengths)
+        pooled = None if pooled is None else pooled.to(self.dtype)
+        return EncodedText(embeddings.to(self.dtype), mask, pooled, ids, spans, truncated)
 
-    @property
+    @cached_property
     def prompt_tokens(self) -> int:
         """How many tokens every prompt is padded or cut to."""
-        if self.family != "pixart":
-            return int(self.pipeline.tokenizer.model_max_length)
-        return int(inspect.signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default)
+        return self.tokens([None])[0].shape[1]
 
     def tokens(
         self, prompts: Sequence[str | None]
     ) -> tuple[Int[Tensor, "prompt token"], Int[Tensor, "prompt token 2"], list[int]]:
-        """Token numbers and their (start, end) in the text, padded and cut as the text encoder is given them.
+        """What `encode_text` says of prompts, without running a text encoder: its `ids` and `spans`.
 
         The third value is each prompt's own number of tokens, start and end included, before it is padded or cut.
         """
-        tokenizer, limit = self.pipeline.tokenizer, self.prompt_tokens
-        texts = ["" if prompt is None else prompt for prompt in prompts]
-        starts = [0] * len(texts)
-        if self.family == "pixart":  # whose pipeline tokenizes text.lower().strip()
-            starts = [len(text) - len(text.lstrip()) for text in texts]
-            texts = [text.lower().strip() for text in texts]
-        found = tokenizer(texts, truncation=False, verbose=False, return_offsets_mapping=True)
-        ids = torch.full((len(prompts), limit), tokenizer.pad_token_id)
-        spans = torch.zeros(len(prompts), limit, 2, dtype=torch.long)
-        for row, (numbers, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
-            if len(numbers) > limit:
-                numbers, offsets = [*numbers[: limit - 1], numbers[-1]], [*offsets[: limit - 1], (0, 0)]
-            ids[row, : len(numbers)] = torch.tensor(numbers)
-            stripped = starts[row]
-            spans[row, : len(numbers)] = torch.tensor([(a + stripped, b + stripped) if b > a else (0, 0) for a, b in offsets])
-        return ids, spans, [len(numbers) for numbers in found["input_ids"]]
+        return self._encode(prompts, stop=True)[-1].tokens()
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str | None], stop: bool = False) -> tuple[Any, Any, Any, _Heard]:
+        """Embeddings, mask and pooled embeddings as the pipeline makes them, and what was heard meanwhile.
+
+        Args:
+            stop: end where the first text encoder is called; the embeddings are then None.
+        """
+        pipeline, texts = self.pipeline, ["" if prompt is None else prompt for prompt in prompts]
+        if (limit := getattr(pipeline.tokenizer, "model_max_length", 0)) > 2**20 and self.family != "pixart":
+            raise ValueError(
+                f"The tokenizer of {self.model_id} states no prompt length (its model_max_length is {limit:g}); set "
+                "pipeline.tokenizer.model_max_length to what the text encoder takes, 77 for CLIP."
+            )
+        found: Any = (None,) * 4
+        heard = _Heard(self.model_id, texts, pipeline.tokenizer)
+        with (
+            evaluating(*(getattr(pipeline, name) for name in self._parts if "encoder" in name)),
+            _overhear(pipeline, heard, stop),
+        ):
+            if self.family == "pixart":
+                found = pipeline.encode_prompt(texts, False, device=self.device, clean_caption=False)
+            else:
+                found = pipeline.encode_prompt(
+                    texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+        embeddings = found[0]
+        return embeddings, found[1] if self.family == "pixart" else None, found[2] if self.family == "sdxl" else None, heard
 
     def special_tokens(self) -> dict[str, int]:
         """Token numbers of the start, end and padding token, by those names, where the tokenizer has them."""
@@ -303,13 +347,19 @@ class DiffusionModel:
         """
         arguments = self.network_arguments(noised, text)
         try:
-            output = self.network(noised, timestep=timesteps.to(noised.device), return_dict=False, **arguments)[0]
+            with evaluating(self.network):
+                output = self.network(noised, timestep=timesteps.to(noised.device), return_dict=False, **arguments)[0]
         except StopForward:
             return None
         return predicted_noise(output, noised, timesteps, self.alphas_cumprod, self.prediction_type)
 
     def network_arguments(self, noised: Tensor, text: EncodedText) -> dict[str, Any]:
-        """What the network wants besides latents and timesteps."""
+        """What the network wants besides latents and timesteps.
+
+        Raises:
+            ValueError: since it was loaded, something was added to the network that wants more (an IP-Adapter).
+        """
+        refuse_unknown_inputs(self.network, self.family, self.model_id)
         rows, (height, width) = len(noised), (side * self.vae_factor for side in noised.shape[-2:])
         arguments: dict[str, Any] = {"encoder_hidden_states": text.embeddings}
         if self.family == "sdxl":
@@ -324,58 +374,283 @@ class DiffusionModel:
             arguments["added_cond_kwargs"] = added
         return arguments
 
-    def weights_hash(self) -> str:
-        """`weights_hash` of the network."""
-        return weights_hash(self.network)
+    def weights_hash(self, portable: bool = False) -> str:
+        """A short hash of all that decides the features: networks, tokenizers, noise schedule.
+
+        Args:
+            portable: as for the function `weights_hash`.
+        """
+        digest = hashlib.sha256()
+        for name in self._parts:
+            part: Any = getattr(self.pipeline, name)
+            found = weights_hash(part, portable) if isinstance(part, nn.Module) else _vocabulary_hash(part)
+            digest.update(f"{name} {found}\n".encode())
+        config = self.pipeline.scheduler.config
+        digest.update(json.dumps({name: config.get(name) for name in SCHEDULE}, default=list).encode())
+        return digest.hexdigest()[:16]
+
+
+def sites_of(network: nn.Module) -> list[Site]:
+    """`list_sites` of a network; its attentions say themselves whether they attend to the prompt."""
+    modules = dict(network.named_modules())
+    crossing = {path: bool(m.is_cross_attention) for path, m in modules.items() if hasattr(m, "is_cross_attention")}
+    return list_sites(modules, crossing)
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while (no dropout); each module's own mode comes back afterwards."""
+    training = [module for network in networks for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def refuse_unknown_inputs(network: nn.Module, family: str, name: str) -> None:
+    """Raise ValueError, naming it, where a network needs an input that `DiffusionModel.network_arguments` does not give."""
+    config: Any = network.config
+    if family == "pixart":
+        return
+    known = (None, "text", *(["text_time"] if family == "sdxl" else []))
+    needs = {
+        "a guidance scale (time_cond_proj_dim), as consistency models do": config.time_cond_proj_dim is not None,
+        "class labels (class_embed_type, num_class_embeds)": getattr(network, "class_embedding", None) is not None,
+        f"more than text (addition_embed_type {config.addition_embed_type})": config.addition_embed_type not in known,
+        f"images (encoder_hid_dim_type {config.encoder_hid_dim_type}), as an IP-Adapter does; unload_ip_adapter() removes it":
+            config.encoder_hid_dim_type not in (None, "text_proj"),
+    }  # fmt: skip
+    if found := [what for what, needed in needs.items() if needed]:
+        raise ValueError(
+            f"The network of {name} also takes {'; and '.join(found)}: this is not given here, and without it its features "
+            f"would not be its own. Supported: {SUPPORTED}."
+        )
+
+
+def stated_size(network: nn.Module, name: str) -> tuple[int, int]:
+    """Latent (y, x) that a network's config says it was made for.
+
+    Raises:
+        ValueError: it says nothing.
+    """
+    size: Any = network.config.sample_size  # type: ignore[union-attr]
+    if size is None:
+        raise ValueError(f"The config of {name} states no sample_size; give the resolution in pixels.")
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+# --- what is said of a prompt -----------------------------------------------------------------------
+
+
+@dataclass
+class _Heard:
+    """What a pipeline's first tokenizer said, and what its first text encoder was given, while it encoded prompts.
+
+    Attributes:
+        prompts: as typed.
+        said: each text that the tokenizer was given, with what it made of it.
+        given: token numbers (row, token) of each call of the text encoder.
+    """
+
+    model_id: str
+    prompts: list[str]
+    tokenizer: Any
+    said: list[tuple[str, Any]] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
+
+    def tokens(self) -> tuple[Int[Tensor, "prompt token"], Int[Tensor, "prompt token 2"], list[int]]:
+        """As `DiffusionModel.tokens`.
+
+        Raises:
+            ValueError: the text encoder was given other tokens than the tokenizer made, or not one row a prompt.
+        """
+        ids = torch.cat(self.given).cpu().long() if self.given else torch.zeros(0, 0, dtype=torch.long)
+        made = defaultdict(list)
+        for text, encoding in reversed(self.said):
+            if len(encoding) == ids.shape[1]:
+                made[tuple(encoding.ids)].append((text, encoding))
+        rows = [made[tuple(row)].pop() for row in ids.tolist() if made[tuple(row)]]
+        if len(rows) != len(self.prompts) or len(ids) != len(rows):
+            raise ValueError(
+                f"The text encoder of {self.model_id} is given {len(ids)} rows for {len(self.prompts)} prompts, of which "
+                f"{len(rows)} come from its tokenizer, so it cannot be said which token is which word."
+            )
+        spans = [self._spans(typed, text, encoding) for typed, (text, encoding) in zip(self.prompts, rows, strict=True)]
+        lengths = [
+            sum(encoding.attention_mask) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
+            for _, encoding in rows
+        ]
+        return ids, torch.tensor(spans).view(*ids.shape, 2), lengths
+
+    def _spans(self, typed: str, given: str, encoding: Any) -> list[tuple[int, int]]:
+        """For each token its start and end in the prompt as typed."""
+        if given == typed:
+            return [(start, end) if end > start else (0, 0) for start, end in encoding.offsets]
+        places = _places(given, typed)
+        spans: list[tuple[int, int]] = []
+        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+            at = places[start:end]
+            span = (0, 0) if not at or None in at else (min(p[0] for p in at if p), max(p[1] for p in at if p))
+            word, _, number = token.rpartition("_")
+            # An inversion of several vectors: the pipeline writes <cat> as "<cat> <cat>_1 <cat>_2", which all stand for <cat>.
+            if span == (0, 0) and number.isdigit() and {word, token} <= self.tokenizer.added_tokens_encoder.keys():
+                span = spans[-1]
+            spans.append(span)
+        return spans
+
+
+def _places(given: str, typed: str) -> list[tuple[int, int] | None]:
+    """For each character of a rewritten text its start and end in the text as typed; None for what was put in.
+
+    >>> _places("a Cat", " A cat")
+    [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+    >>> _places("of a", "a")
+    [None, None, None, (0, 1)]
+    """
+    # Letter by letter, since a lower-cased text need not have as many characters (U+0130).
+    ours, theirs = ([(part, place) for place, letter in enumerate(t) for part in letter.casefold()] for t in (given, typed))
+    letters = [part for part, _ in ours], [part for part, _ in theirs]
+    if letters[0] == letters[1]:
+        blocks = [(0, 0, len(ours))]
+    else:
+        blocks = [(m.a, m.b, m.size) for m in SequenceMatcher(None, *letters, autojunk=False).get_matching_blocks()]
+    places: list[tuple[int, int] | None] = [None] * len(given)
+    for a, b, size in blocks:
+        for k in range(size):
+            place = theirs[b + k][1]
+            places[ours[a + k][1]] = (place, place + 1)
+    return places
+
+
+@contextlib.contextmanager
+def _overhear(pipeline: Any, heard: _Heard, stop: bool) -> Iterator[None]:
+    """Note what the first tokenizer says and the first text encoder is given, and end there if asked.
+
+    A tokenizer has no hooks, so for a while it is an object of a subclass of its own class.
+    """
+    tokenizer, kind = pipeline.tokenizer, type(pipeline.tokenizer)
+
+    class Overheard(kind):  # type: ignore[misc,valid-type]
+        def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+            found = super().__call__(text, *args, **kwargs)
+            heard.said.extend(zip([text] if isinstance(text, str) else text, found.encodings or (), strict=False))
+            return found
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard.given.append(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        if stop and sum(map(len, heard.given)) >= len(heard.prompts):
+            raise StopForward
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)  # they warn of cut prompts, which are counted here
+    levels = [log.get_verbosity() for log in logs]
+    handle = pipeline.text_encoder.register_forward_pre_hook(note, with_kwargs=True)
+    tokenizer.__class__ = Overheard
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+        yield
+    except StopForward:
+        pass
+    finally:
+        tokenizer.__class__ = kind
+        handle.remove()
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+
+
+# --- weights ----------------------------------------------------------------------------------------
 
 
 def weights_hash(network: nn.Module, portable: bool = False) -> str:
-    """A short hash of a network's parameter names, shapes and a slice of each one's values.
+    """A short hash of a network's parameters and buffers: names, shapes, types and every value.
 
     Args:
         portable: of the values in bfloat16, so that a CPU's float32 and a GPU's bfloat16 of the same weights agree.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        flat = tensor.detach().flatten()
-        part = flat[:: max(1, flat.numel() // 64)][:64].cpu()
-        values = (part.to(torch.bfloat16) if portable and part.is_floating_point() else part).float().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    for name, tensor in sorted(network.state_dict(keep_vars=True).items()):
+        kind = "" if portable else f"{tensor.dtype} "
+        digest.update(f"{name} {kind}{tuple(tensor.shape)} ".encode() + _digest(tensor, portable))
     return digest.hexdigest()[:16]
+
+
+def _vocabulary_hash(tokenizer: Any) -> str:
+    """A hash of a tokenizer's words and their numbers, kept until it has more."""
+    known = _VOCABULARIES.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        known = _VOCABULARIES[tokenizer] = (len(tokenizer), hashlib.sha256(words).hexdigest())
+    return known[1]
+
+
+def _digest(tensor: Tensor, portable: bool) -> bytes:
+    """Digest of a tensor's values, kept for as long as the tensor is the same.
+
+    That is told from its memory, torch's count of writes and, since writes through ``.data`` are not counted, 64 values.
+    """
+    flat = tensor.detach().flatten()
+    some = _bytes(flat[:: max(1, flat.numel() // 64)], portable)
+    now = (tensor.data_ptr(), tensor._version, some)
+    known = _DIGESTS[portable].get(tensor)
+    if known is None or known[0] != now:
+        known = _DIGESTS[portable][tensor] = (now, hashlib.sha256(_bytes(flat, portable)).digest())
+    return bytes(known[1])
+
+
+def _bytes(flat: Tensor, portable: bool) -> bytes:
+    values = flat.to(torch.bfloat16) if portable and flat.is_floating_point() else flat
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def predicted_noise(
     output: Float[Tensor, "row out_channel y x"],
-    noised: Float[Tensor, "row channel y x"],
+    noised: Float[Tensor, "row in_channel y x"],
     timesteps: Int[Tensor, " row"],
     alphas_cumprod: Float[Tensor, " train_step"],
     prediction_type: str,
 ) -> Float[Tensor, "row channel y x"]:
     """A network's output as noise: velocities v = sqrt(a) e - sqrt(1 - a) x turned back, extra variance channels dropped.
 
+    Of an input with more channels than the output (masks, images beside the latents) the first are the latents.
+
     Raises:
         ValueError: the prediction type is neither epsilon nor v_prediction.
     """
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"Prediction type {prediction_type!r} is not one of epsilon, v_prediction.")
-    output = output[:, : noised.shape[1]]
+    channels = min(output.shape[1], noised.shape[1])
+    output, noised = output[:, :channels], noised[:, :channels]
     if prediction_type == "epsilon":
         return output
     alpha = alphas_cumprod.to(output.device)[timesteps.to(output.device)].view(-1, 1, 1, 1)
     return (alpha.sqrt() * output.float() + (1 - alpha).sqrt() * noised.float()).to(output.dtype)
 
 
-def family_of(class_name: str) -> str:
-    """Raise ValueError naming the supported families unless the pipeline class is of one."""
-    if class_name not in FAMILIES:
-        raise ValueError(f"A {class_name} is not supported. Supported: {SUPPORTED}.")
-    return FAMILIES[class_name]
+def family_of(*class_names: str) -> str:
+    """The family of a pipeline's class, given by name with the classes that it derives from.
+
+    Raises:
+        ValueError: none is supported.
+    """
+    families = [FAMILIES[name] for name in class_names if name in FAMILIES]
+    if not families:
+        raise ValueError(f"A {class_names[0]} is not supported. Supported: {SUPPORTED}.")
+    return families[0]
 
 
 def resolve(id_or_dir: str | Path) -> str:
     """The folder of an embedded model's name, else the id or folder as given."""
     embedded = EMBEDDED / str(id_or_dir)
     return str(embedded) if str(id_or_dir) and embedded.is_dir() and "/" not in str(id_or_dir) else str(id_or_dir)
+
+
+def kept_name(id_or_dir: str | Path) -> str:
+    """How a model is called in what is kept of a run: a folder by its whole path, so that it is found from elsewhere too."""
+    name = str(id_or_dir)
+    return str(Path(name).resolve()) if resolve(name) == name and Path(name).is_dir() else name
 
 
 def model_index(source: str, revision: str | None) -> dict[str, Any]:
@@ -435,7 +710,7 @@ def load_model(
         trained.load_state_dict(drawn.state_dict())
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return DiffusionModel(pipeline, str(id_or_dir), revision, random_weights)
+    return DiffusionModel(pipeline, kept_name(id_or_dir), revision, random_weights)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -504,6 +779,7 @@ def load_network_config(id_or_dir: str | Path, revision: str | None = None) -> t
     cls, folder = (PixArtTransformer2DModel, "transformer") if family == "pixart" else (UNet2DConditionModel, "unet")
     with torch.device("meta"):
         network = cls.from_config(cls.load_config(source, subfolder=folder, revision=revision))
+    refuse_unknown_inputs(network, family, str(id_or_dir))
     vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision)
     tokens = 77 if family != "pixart" else 300 if index["_class_name"] == "PixArtSigmaPipeline" else 120
     return network, 2 ** (len(vae["block_out_channels"]) - 1), tokens

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +21,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffprobe.models import SUPPORTED, DiffusionModel, Network, StopForward, predicted_noise
-from diffprobe.sites import PREDICTION, Site, list_sites, select_sites
+from diffprobe.models import FAMILIES, SUPPORTED, DiffusionModel, Network, StopForward, predicted_noise, sites_of
+from diffprobe.sites import PREDICTION, Site, select_sites
 
 Reduce = Callable[[Site, Tensor], Tensor]
 _CHUNK_BYTES = 32 * 2**20  # float32 scores held at once; larger is no faster and shows in the peak memory
@@ -62,7 +62,8 @@ class Recorder:
 
     Raises:
         ValueError: a pattern matches nothing, or a module cannot be recorded faithfully (it is compiled, its
-            projections are fused, or its attention processor is unknown).
+            projections are fused, or its attention processor is unknown).  A pipeline can change all this on its way, so
+            each pass is checked again: one that cannot be recorded ends in this error, and the hooks are gone.
 
     >>> with Recorder(model, "paper", maps="cross") as recorder:  # doctest: +SKIP
     ...     model.denoise(noised, timesteps, text)
@@ -93,15 +94,15 @@ class Recorder:
             raise ValueError(f"tokens={list(tokens)} must be positions from 0 on, at least one; None keeps all.")
         self.heads, self.tokens, self.stop_early = heads, tokens, stop_early
         self._reduce, self._keep_steps, self._reuse = reduce, keep_steps, reuse
-        available = list_sites(name for name, _ in self.network.named_modules())
+        available = sites_of(self.network)
         features = select_sites([s for s in available if not s.is_map], sites) if sites else []
         wanted_maps = select_sites([s for s in available if s.is_map], maps) if maps else []
         if not features and not wanted_maps:
             raise ValueError("Nothing to record: give sites, maps, or both.")
         wanted = {s.name for s in [*features, *wanted_maps]}
         self.sites = [site for site in available if site.name in wanted]
-        self._modules = dict(self.network.named_modules())
-        self._check()
+        self._modules: dict[str, nn.Module] = {}
+        self._find()
         self.steps: list[Step] = []
         self._step: Step | None = None
         self._grid: dict[str, tuple[int, int]] = {}
@@ -127,6 +128,7 @@ class Recorder:
         if self._handles:
             raise RuntimeError("This recorder is already recording; make a second one to nest them.")
         try:
+            self._find()
             self._attach()
         except BaseException:
             self._detach()
@@ -144,6 +146,19 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self._held.clear()
+
+    def _find(self) -> None:
+        """Take the modules as they are now: adapters replace some."""
+        self._modules = dict(self.network.named_modules())
+        if lost := [site for site in self.sites if site.module_path not in self._modules]:
+            raise ValueError(f"Site {lost[0].name} was taken out of the network; make a new recorder.")
+        self._check()
+
+    def _refuse(self, why: str) -> NoReturn:
+        """End a pass that cannot be recorded."""
+        self._detach()
+        self._step = None
+        raise ValueError(why)
 
     def _check(self) -> None:
         """Refuse, by name, what could not be recorded faithfully."""
@@ -176,6 +191,29 @@ class Recorder:
 
     # --- hooks ------------------------------------------------------------------------------------
 
+    def _check_pass(self, given: Mapping[str, Any], sample: Tensor) -> None:
+        """What may have changed since the recorder was entered, and what only a pass shows."""
+        try:
+            there = [self.network.get_submodule(site.module_path) for site in self.sites]
+            self._check()
+        except (AttributeError, ValueError) as error:
+            self._refuse(str(error))
+        for site, module in zip(self.sites, there, strict=True):
+            if module is not self._modules[site.module_path]:
+                self._refuse(
+                    f"Module {site.module_path!r} was replaced while it was recorded; change the network (load adapters) before "
+                    "the recorder is entered."
+                )
+        rows = {"latents": len(sample)}
+        for name, value in (("texts", given.get("encoder_hidden_states")), ("timesteps", given["timestep"])):
+            if isinstance(value, Tensor) and value.ndim:
+                rows[name] = len(value)
+        if any(count != len(sample) and (name, count) != ("timesteps", 1) for name, count in rows.items()):
+            found = ", ".join(f"{count} {name}" for name, count in rows.items())
+            self._refuse(
+                f"A pass with {found} cannot be recorded: it is not known which belong together; give one of each a row."
+            )
+
     def _attach(self) -> None:
         add = self._handles.append
         add(self.network.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -184,10 +222,10 @@ class Recorder:
             add(self._modules[path].register_forward_pre_hook(partial(self._note_grid, path), with_kwargs=True))
         for site in self.sites:
             if site.is_map:
-                attention = self._modules[site.module_path]
+                attention: Any = self._modules[site.module_path]
                 add(attention.to_q.register_forward_hook(partial(self._hold, (site.name, "query"))))
                 add(attention.to_k.register_forward_hook(partial(self._hold, (site.name, "key"))))
-                add(attention.register_forward_pre_hook(partial(self._hold_mask, site.name), with_kwargs=True))
+                add(attention.register_forward_pre_hook(partial(self._hold_mask, site), with_kwargs=True))
                 add(attention.register_forward_hook(partial(self._keep_map, site)))
             elif site.path:
                 add(self._modules[site.module_path].register_forward_hook(partial(self._keep_feature, site)))
@@ -196,6 +234,7 @@ class Recorder:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
+        self._check_pass(given, sample)
         patch = self.network.config.patch_size if isinstance(self.network, PixArtTransformer2DModel) else 1
         self._grid[""] = (sample.shape[-2] // patch, sample.shape[-1] // patch)
         self._sample = sample
@@ -209,13 +248,24 @@ class Recorder:
         """Pipelines that guide put the negative prompts before the prompts, on the same latents twice.
 
         Both are asked: PixArt's pipeline does not say whether it guides, and a network called by hand after a
-        guided run is not guided.
+        guided run is not guided.  Some pipelines have other rows (InstructPix2Pix three, perturbed attention its own), which
+        shows in how often the latents are repeated.
         """
-        rows = len(sample)
-        guides = self._pipeline is not None and getattr(self._pipeline, "do_classifier_free_guidance", True)
-        if guides and rows % 2 == 0 and torch.equal(*sample.chunk(2)):
-            return ("negative",) * (rows // 2) + ("prompt",) * (rows // 2)
-        return ("prompt",) * rows
+        rows, pipeline = len(sample), self._pipeline
+        if pipeline is None or sample.is_meta:
+            return ("prompt",) * rows
+        latents = sample[:, : self.network.config.out_channels]  # beside them stand masks and images, which may differ
+        parts = [n for n in range(2, rows + 1) if rows % n == 0 and torch.equal(latents[rows // n :], latents[: -rows // n])]
+        known = any(cls.__name__ in FAMILIES for cls in type(pipeline).__mro__)
+        guides = getattr(pipeline, "do_classifier_free_guidance", True)
+        if not parts or (known and not guides):
+            return ("prompt",) * rows
+        if not guides or 2 not in parts or (not known and parts != [2]):
+            self._refuse(
+                f"A {type(pipeline).__name__} gives the network {rows} rows with the same latents, and which of them are the "
+                "negative prompts is not known here; record the network instead of the pipeline, whose rows have no names."
+            )
+        return ("negative",) * (rows // 2) + ("prompt",) * (rows // 2)
 
     def _note_grid(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -224,8 +274,12 @@ class Recorder:
     def _hold(self, key: tuple[str, str], module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._held[key] = output.detach()
 
-    def _hold_mask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._held[name, "mask"] = args[2] if len(args) > 2 else kwargs.get("attention_mask")
+    def _hold_mask(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            self._check_attention(site)
+        except ValueError as error:
+            self._refuse(str(error))
+        self._held[site.name, "mask"] = args[2] if len(args) > 2 else kwargs.get("attention_mask")
 
     def _keep_map(self, site: Site, attention: Attention, args: tuple[Any, ...], output: Tensor) -> None:
         query, key, mask = (self._held.pop((site.name, part)) for part in ("query", "key", "mask"))
@@ -256,6 +310,11 @@ class Recorder:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._step is None:
             return
+        silent = [site.name for site in self.sites if site.name not in self._step.tensors and site.kind != "prediction"]
+        if silent:
+            self._refuse(
+                f"Site {silent[0]} had no part in this pass ({len(silent)} in all), so there is nothing to record there."
+            )
         if self.sites[-1].kind == "prediction":
             raw = (output[0] if isinstance(output, tuple) else output.sample).detach()
             if raw.is_meta:
@@ -267,6 +326,7 @@ class Recorder:
             self._finish()
 
     def _schedule(self) -> tuple[Tensor, str]:
+        """Levels of the noise and what the network predicts; ValueError where its output cannot be turned into noise."""
         if isinstance(self.model, DiffusionModel):
             return self.model.alphas_cumprod, self.model.prediction_type
         scheduler: Any = getattr(self._pipeline, "scheduler", None)
@@ -275,6 +335,12 @@ class Recorder:
             raise ValueError(
                 f"Site {PREDICTION} needs a noise schedule with alphas_cumprod, which {given} does not have; "
                 "record a DiffusionModel or a pipeline of a supported family."
+            )
+        kind, config = type(self._pipeline).__name__, self.network.config
+        if config.in_channels > config.out_channels and not kind.startswith("StableDiffusion"):
+            raise ValueError(
+                f"Site {PREDICTION} needs the latents, and which of the {config.in_channels} channels that a {kind} gives the "
+                "network they are is not known; record other sites."
             )
         return scheduler.alphas_cumprod, scheduler.config.prediction_type
 
@@ -371,7 +437,10 @@ def site_shapes(network: Network, latent_size: tuple[int, int], prompt_tokens: i
         twin = type(network).from_config(network.config).eval()
         config = network.config
         rows = torch.zeros(1, config.in_channels, *latent_size)
-        width = config.caption_channels if isinstance(twin, PixArtTransformer2DModel) else config.cross_attention_dim
+        if isinstance(twin, PixArtTransformer2DModel):
+            width = config.caption_channels
+        elif (width := config.encoder_hid_dim) is None:  # cross_attention_dim may be a list, one for each block
+            width = next((m.cross_attention_dim for m in twin.modules() if getattr(m, "is_cross_attention", False)), 1)
         arguments: dict[str, Any] = {"encoder_hidden_states": torch.zeros(1, prompt_tokens, width)}
         if isinstance(twin, PixArtTransformer2DModel):
             extra = torch.zeros(1, 2) if twin.use_additional_conditions else None

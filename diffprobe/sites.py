@@ -4,13 +4,16 @@ A site has a path in the library's own module tree, a short paper name (Meng et 
 Activations Have Been Evaluated as Discriminative Features") and a kind.  ``U-L1-R1-B0-Cross-Q`` is the query of the
 cross-attention in transformer block 0 of the second attention of up block 1.  Transformers without a UNet have
 names that begin with T: ``T-B3-Cross-Q``.
+
+A transformer block's first attention is its self-attention, its second the cross-attention.  Where a network's config turns
+that round, the name says which attention it is: ``Cross1``, ``Self2``.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -25,13 +28,13 @@ PAPER_SITES = (
 PRESETS: dict[str, tuple[str, ...]] = {
     "paper": PAPER_SITES,
     "blocks": ("[DU]-L?-Out", "M-Out", "T-B?-Out", "T-B??-Out"),
-    "cross": ("*-Cross-Map",),
-    "self": ("*-Self-Map",),
+    "cross": ("*-Cross*-Map",),
+    "self": ("*-Self*-Map",),
 }
 PREDICTION = "Noise"
 LATENT = "Noised-Latent"
 
-_ATTENTION = {"attn1": "Self", "attn2": "Cross"}
+_CROSSING = {"attn1": False, "attn2": True}
 _PARTS = {"to_q": ("Q", "query"), "to_k": ("K", "key"), "to_v": ("V", "value")}
 _UNET_PATH = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|(mid_block))(?:\.(attentions|resnets)\.(\d+)(?:\.transformer_blocks\.(\d+))?)?(?:\.|$)"
@@ -92,8 +95,11 @@ def _prefix(path: str) -> tuple[str, str, str]:
     return "-".join(words), anchor, path[match.end() :]
 
 
-def describe(path: str) -> list[Site]:
+def describe(path: str, crossing: Mapping[str, bool] | None = None) -> list[Site]:
     """The sites of one module path; none where a module of that path is not recordable.
+
+    Args:
+        crossing: of attentions by their path, whether they attend to the prompt; by default the second of a block does.
 
     >>> [site.name for site in describe("up_blocks.1.attentions.1.transformer_blocks.0.attn2")]
     ['U-L1-R1-B0-Cross-Out', 'U-L1-R1-B0-Cross-Map']
@@ -112,29 +118,30 @@ def describe(path: str) -> list[Site]:
             return [Site(f"{prefix}-Out", path, "transformer_block", anchor)]
         return [] if ".attentions." in path else [Site(f"{prefix}-Out", path, "block", anchor)]
     attention, _, part = rest.partition(".")
-    if attention not in _ATTENTION or "transformer_blocks." not in path:
+    if attention not in _CROSSING or "transformer_blocks." not in path:
         return []
-    word = _ATTENTION[attention]
+    crosses = (crossing or {}).get(path.removesuffix(f".{part}"), _CROSSING[attention])
+    word, number = ("Cross" if crosses else "Self"), ("" if crosses == _CROSSING[attention] else attention[-1])
     if part in _PARTS:
         letter, kind = _PARTS[part]
-        return [Site(f"{prefix}-{word}-{letter}", path, f"{word.lower()}_{kind}", anchor)]
+        return [Site(f"{prefix}-{word}{number}-{letter}", path, f"{word.lower()}_{kind}", anchor)]
     if part == "":
         return [
-            Site(f"{prefix}-{word}-Out", path, f"{word.lower()}_output", anchor),
-            Site(f"{prefix}-{word}-Map", f"{path}.map", f"{word.lower()}_map", anchor),
+            Site(f"{prefix}-{word}{number}-Out", path, f"{word.lower()}_output", anchor),
+            Site(f"{prefix}-{word}{number}-Map", f"{path}.map", f"{word.lower()}_map", anchor),
         ]
     return []
 
 
-def list_sites(module_paths: Iterable[str]) -> list[Site]:
-    """Every site of a network, from the paths of its modules, in module order.
+def list_sites(module_paths: Iterable[str], crossing: Mapping[str, bool] | None = None) -> list[Site]:
+    """Every site of a network, from the paths of its modules, in module order; `crossing` as for `describe`.
 
     The noised latent, which goes in, comes first; the predicted noise, which comes out, last.
 
     >>> [site.name for site in list_sites(["mid_block", "up_blocks.1.resnets.0", "up_blocks.1.resnets.0.conv1"])]
     ['Noised-Latent', 'M-Out', 'U-L1-R0-Res-Out', 'Noise']
     """
-    found = [site for path in module_paths if path for site in describe(path)]
+    found = [site for path in module_paths if path for site in describe(path, crossing)]
     return [Site(LATENT, "", "input", ""), *found, *describe("")]
 
 
@@ -142,13 +149,13 @@ def select_sites(available: Sequence[Site], patterns: str | Iterable[str]) -> li
     """The sites that any of the patterns names, in the model's order, each once.
 
     A pattern is an exact path, a paper name, a glob over either (case counts), or a preset: paper, blocks,
-    cross, self.
+    cross, self.  In one text, several are parted by commas.
 
     Raises:
         ValueError: a pattern matches nothing; the message names the nearest sites.
     """
     chosen: set[str] = set()
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = [part.strip() for part in patterns.split(",")] if isinstance(patterns, str) else list(patterns)
     for given in patterns:
         found = {pattern: _hits(available, pattern) for pattern in PRESETS.get(given, (given,))}
         # The globs of "blocks" are alternatives, for no model has both a mid block and T-B0; of "paper" each must be there.

@@ -67,7 +67,7 @@ def measure(options: Options) -> Result:
     out = options.work / f"fig2_features_{data.name}_{len(data)}_{options.seed}.zarr"
     extract(model, data, out, sites=("paper", LATENT), timesteps=TIMESTEPS, conditionings=("null",), seed=options.seed)
     tree = open_store(out)
-    size = (model.resolution, model.resolution)
+    size = model.size
     images = np.stack([np.asarray(fit_image(data[i].load(), size, "crop")) for i in range(len(data))])
     if len(images) != tree.sizes["sample"]:
         raise ValueError("Some images could not be recorded; pairs need both. 'diffprobe info' on the store says which.")

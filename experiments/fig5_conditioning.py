@@ -63,7 +63,7 @@ def measure(options: Options) -> Result:
         if site in (STEEPEST, FLATTEST):
             found |= panels(plain.sel(timestep=MAIN), given.sel(timestep=MAIN), site)
     shown = range(min(SHOWN, len(data)))
-    size = (model.resolution, model.resolution)
+    size = model.size
     found["images"] = np.stack([np.asarray(fit_image(data[i].load(), size)) for i in shown])
     frame = pd.DataFrame([row for row in rows if row["what"] != "left out"])
     frame = pd.concat([frame, pd.DataFrame(steepness([r for r in rows if r["what"] == "left out"]))], ignore_index=True)

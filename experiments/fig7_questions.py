@@ -88,7 +88,7 @@ def measure(options: Options) -> Result:
     }  # fmt: skip
     site = SHOWN_SITE if SHOWN_SITE in set(rows["site"]) else str(rows["site"].iloc[0])
     maps = np.stack([difference_at(tree, site, text) for text in TEXTS], axis=1)
-    return Result(rows, pictures(data, model.resolution, maps), {**config, "shown_site": site})
+    return Result(rows, pictures(data, model.size[0], maps), {**config, "shown_site": site})
 
 
 def difference_at(tree: object, site: str, text: str) -> np.ndarray:

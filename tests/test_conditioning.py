@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffprobe.conditioning import check_conditioning, guided_name, prompt_for, prompts_of, word_tokens
+from diffprobe.conditioning import check_conditioning, guided_name, parse_conditionings, prompt_for, prompts_of, word_tokens
 from diffprobe.data.samples import Caption, Question, Sample
 from diffprobe.models import DiffusionModel
 
@@ -161,3 +161,18 @@ def test_words_are_found_among_the_real_tokens_of_every_family(model: DiffusionM
         found = model.pipeline.tokenizer.convert_ids_to_tokens(ids[0, word_tokens(text, word, pairs)].tolist())
         assert [piece.strip("▁").removesuffix("</w>") for piece in found] == pieces
     assert word_tokens(text, "square", pairs) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("fixed:a red star,null", ["fixed:a red star", "null"]),
+        ("null, fixed:a red star, on the left ,caption:list", ["null", "fixed:a red star, on the left", "caption:list"]),
+        ("fixed:a,fixed:b, c", ["fixed:a", "fixed:b, c"]),
+        ("caption, null,", ["caption", "null"]),
+        ("captoin,null", ["captoin", "null"]),
+        ("fixed:,null", ["fixed:", "null"]),
+    ],
+)
+def test_conditionings_of_one_text(given: str, wanted: list[str]) -> None:
+    assert parse_conditionings(given) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,97 @@ def test_noised_latent_is_what_the_network_is_given(tiny_model: DiffusionModel, 
     stored = features(open_store(tmp_path / "s.zarr"), "Noised-Latent")
     assert np.array_equal(stored.sel(conditioning="null").values, stored.sel(conditioning="caption").values)
     assert not np.allclose(stored.sel(timestep=10).values, stored.sel(timestep=900).values, atol=0.1)
+
+
+# --- encoders that are no plain ViT ---------------------------------------------------------------
+
+
+def plain(kind: str, **options: Any) -> Any:
+    """A tiny tower of random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    tower: dict[str, Any] = {} if "depths" in options else {**TOWER, "intermediate_size": 32}
+    tower |= {"image_size": [28, 28]} if kind == "Yolos" else {}
+    config = getattr(transformers, f"{kind}Config")(**tower, **options)
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+SQUARE: dict[str, Any] = {"size": 28, "do_normalize": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "first"),
+    [
+        ("Aimv2Vision", {}, 0),
+        ("ViT", {}, 1),
+        ("DeiT", {}, 2),
+        ("DINOv3ViT", {"num_register_tokens": 2}, 3),
+        ("Yolos", {"num_detection_tokens": 5}, 1),  # whose last five tokens are no patches
+    ],
+)
+def test_the_last_site_is_the_models_own_output(kind: str, options: dict[str, Any], first: int) -> None:
+    model = plain(kind, **options)
+    for parameter in model.parameters():  # a norm of fresh weights changes too little to be missed
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+    encoder = VisionEncoder(model, SQUARE, kind)
+    pixels = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with encoder.recorder(["last"]) as recorder, torch.no_grad():
+        encoder.denoise(encoder.encode_image(pixels * 2 - 1), torch.zeros(2), None)
+        wanted = model(pixel_values=pixels).last_hidden_state[:, first : first + 16]
+    torch.testing.assert_close(recorder.last["last"].flatten(2).mT, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ViTMAE", {}),
+        ("ViTMAE", {"mask_ratio": 0.0}),  # all patches, shuffled
+        ("Swin", {"image_size": 28, "patch_size": 7, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 2}),
+        ("Swin", {"image_size": 28, "patch_size": 7, "embed_dim": 8, "depths": [1, 3], "num_heads": [2, 2], "window_size": 2}),
+        ("ConvNext", {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2}),
+        ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}),
+        ("Siglip2Vision", {"num_patches": 16}),
+    ],
+)
+def test_towers_without_one_token_a_patch_are_refused_by_name(kind: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"tiny is a {kind}Model, which cannot be recorded"):
+        VisionEncoder(plain(kind, **options), SQUARE, "tiny")
+
+
+def test_pixels_are_what_the_processor_says(encoder_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    model, array = plain("ViT"), np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    ours = torch.from_numpy(array.transpose(2, 0, 1)[None] / np.float32(127.5) - np.float32(1))
+    for options in (
+        {"do_normalize": False},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+    ):
+        processor = ViTImageProcessorPil(size={"height": 28, "width": 28}, **options)
+        wanted = torch.as_tensor(processor(Image.fromarray(array), return_tensors="pt")["pixel_values"])
+        encoder = VisionEncoder(model, processor.to_dict(), "tiny")
+        torch.testing.assert_close(encoder.encode_image(ours), wanted, atol=1e-4, rtol=1e-5)
+    assert VisionEncoder(model, {"size": {"longest_edge": 28}, "do_normalize": False}).size == (28, 28)
+    for lacking in ("size", "image_mean", "image_std"):
+        settings = {
+            name: value for name, value in {"size": 28, "image_mean": [0.5], "image_std": [0.5]}.items() if name != lacking
+        }
+        with pytest.raises(ValueError, match=f"The image processor of tiny states no {lacking}"):
+            VisionEncoder(model, settings, "tiny")
+    folder = tmp_path / "sparse"  # a file may leave out what its class has by default
+    shutil.copytree(encoder_folder("siglip"), folder)
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}'
+    )
+    assert torch.equal(load_encoder(folder).encode_image(ours), load_encoder(encoder_folder("siglip")).encode_image(ours))
+
+
+def test_an_encoders_hash_covers_what_it_does_to_pixels() -> None:
+    model = plain("ViT")
+    assert VisionEncoder(model, SQUARE).weights_hash() == VisionEncoder(model, SQUARE).weights_hash()
+    other = VisionEncoder(model, {"size": 28, "image_mean": [0.5], "image_std": [0.5]})
+    assert other.weights_hash() != VisionEncoder(model, SQUARE).weights_hash()

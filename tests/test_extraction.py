@@ -19,7 +19,7 @@ from diffprobe.data import ShapesDataset, load_dataset
 from diffprobe.data.images import fit_image
 from diffprobe.extraction import NotFiniteError, array_specs, extract, make_reduce, parse_reduce, projection, repair
 from diffprobe.models import DiffusionModel
-from diffprobe.noise import sample_noise
+from diffprobe.noise import noise_seed, sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import select_sites
 from diffprobe.store import attention_maps, features, open_store
@@ -102,6 +102,30 @@ def test_guidance_and_noise_draws(tiny_model: DiffusionModel, tmp_path: Path) ->
         singles.append(recorder[SITES[1]][0].double().numpy())
     got = features(open_store(tmp_path / "d.zarr"), SITES[1], timestep=50, conditioning="null").values[1]
     np.testing.assert_allclose(got, np.mean(singles, axis=0), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_computed_in_float32(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    """Bit for bit, so that not even a float16 step on the way passes."""
+    extract(tiny_model, ShapesDataset(2), tmp_path / "g.zarr", guidance=[1.5, 7.5], store_dtype="float32", **QUICK)
+    for site in SITES:
+        null, text, *guided = (features(open_store(tmp_path / "g.zarr"), site).isel(conditioning=i).values for i in range(4))
+        for scale, found in zip((1.5, 7.5), guided, strict=True):
+            np.testing.assert_array_equal(found, null + np.float32(scale) * (text - null))
+
+
+def test_each_samples_latent_is_drawn_with_its_own_seed(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    dataset, side = ShapesDataset(3), tiny_model.resolution
+    options = {**QUICK, "sites": ["Noised-Latent"], "timesteps": (50,)}
+    extract(tiny_model, dataset, tmp_path / "s.zarr", latent_rule="sample", store_dtype="float32", **options)
+    stored = features(open_store(tmp_path / "s.zarr"), "Noised-Latent", timestep=50, conditioning="null")
+    for index in range(3):
+        sample = dataset[index]
+        pixels = np.asarray(fit_image(sample.load(), (side, side)), np.float32) / 127.5 - 1
+        own = torch.Generator().manual_seed(noise_seed(0, sample.id, -1))
+        latent = tiny_model.encode_image(torch.from_numpy(pixels).permute(2, 0, 1)[None], "sample", [own])
+        noise = sample_noise(0, sample.id, 50, 0, latent.shape[1:])[None]
+        wanted = tiny_model.add_noise(latent, noise, torch.tensor([50]))[0]
+        np.testing.assert_allclose(stored.values[index], wanted, atol=1e-4)
 
 
 def test_self_maps_beside_cross_maps(tiny_model: DiffusionModel, tmp_path: Path) -> None:

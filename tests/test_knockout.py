@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from diffprobe.knockout import KnockedOut, chosen_attentions, cross_attentions, parse_knockout
@@ -67,6 +68,20 @@ def test_words_are_told_apart(tiny: Callable[[str], DiffusionModel]) -> None:
     every = [KnockedOut(tiny("sd1"), what).cut_tokens(text)[0] for what in ("start", "ending", "content")]
     assert (sum(part.int() for part in every) <= 1).all()
     assert every[0].nonzero().tolist() == [[0]] and every[1].sum() == 77 - 1 - int((text.spans[0, :, 1] > 0).sum())
+
+
+def test_words_of_a_template_are_no_ending(fresh_pipeline: Callable[[str], Any]) -> None:
+    class Templated(StableDiffusionPipeline):
+        def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().encode_prompt([f"the {text} on the left" for text in prompt], *args, **kwargs)
+
+    model = DiffusionModel(Templated(**fresh_pipeline("sd1").components, requires_safety_checker=False))
+    text = model.encode_text(["red circle"])
+    start, ending, content = (
+        KnockedOut(model, what).cut_tokens(text)[0].nonzero().flatten().tolist() for what in ("start", "ending", "content")
+    )
+    number = model.tokens(["red circle"])[2][0]
+    assert (start, content) == ([0], [2, 3]) and ending == list(range(number - 1, 77))
 
 
 def test_nothing_cut_is_bit_identical(model: DiffusionModel) -> None:

@@ -10,15 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from torch import Tensor, nn
 
+import diffprobe.models
+from diffprobe.conditioning import word_tokens
 from diffprobe.models import (
     FAMILIES,
     SUPPORTED,
     DiffusionModel,
     EncodedText,
     as_dtype,
+    kept_name,
     load_model,
     load_network_config,
     predicted_noise,
@@ -419,3 +429,233 @@ def test_the_pipeline_is_left_as_it_was(fresh_pipeline: Callable[[str], Any]) ->
     model.denoise(model.encode_image(images(1)), torch.tensor([10]), model.encode_text([None]))
     assert dict(pipeline.config) == config and all(torch.equal(before[k], v) for k, v in pipeline.unet.state_dict().items())
     assert {k: type(v) for k, v in pipeline.unet.attn_processors.items()} == processors
+
+
+# --- what is said of a prompt is what the encoder was given ---------------------------------------
+
+
+def heard(model: DiffusionModel, prompts: list[str]) -> tuple[Tensor, EncodedText]:
+    calls, handle = calls_of(model.pipeline.text_encoder)
+    text = model.encode_text(prompts)
+    handle.remove()
+    ids, spans, _ = model.tokens(prompts)
+    assert torch.equal(ids, text.ids) and torch.equal(spans, text.spans)
+    assert "__call__" not in vars(type(model.pipeline.tokenizer)), "the tokenizer is of its own class again"
+    return torch.cat([call["input_ids"] if "input_ids" in call else call["0"] for call in calls]), text
+
+
+def spelled(text: EncodedText, prompts: list[str]) -> list[list[str]]:
+    """What each prompt's tokens with a span spell."""
+    return [[prompt[a:b] for a, b in row if b > a] for prompt, row in zip(prompts, text.spans.tolist(), strict=True)]
+
+
+def test_an_inversion_of_several_vectors_is_one_word(fresh_pipeline: Callable[[str], Any]) -> None:
+    pipeline = fresh_pipeline("sd1")
+    pipeline.tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2"])
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer))
+    model, prompts = DiffusionModel(pipeline), ["a <cat> on the star", "<cat>", "a red star"]
+    given, text = heard(model, prompts)
+    assert torch.equal(text.ids, given)
+    words = [["a", "<cat>", "<cat>", "<cat>", "on", "the", "st", "ar"], ["<cat>"] * 3, ["a", "red", "st", "ar"]]
+    assert spelled(text, prompts) == words
+    assert word_tokens(prompts[0], "<cat>", text.spans[0].tolist()) == [2, 3, 4]
+    assert model.tokens(prompts)[2] == [10, 5, 6]
+    room = " ".join(["red"] * 73)
+    assert model.encode_text([f"<cat> {room}", room]).truncated == (True, False)  # 1 + 3 + 73 + 1 are one too many
+
+
+class Templated(StableDiffusionPipeline):
+    """A user's pipeline that writes words around every prompt."""
+
+    def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().encode_prompt([f"the left of {text}, blue" for text in prompt], *args, **kwargs)
+
+
+class Scrambled(StableDiffusionPipeline):
+    """A user's pipeline that gives the encoder tokens of its own."""
+
+    def encode_prompt(self, prompt: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.text_encoder(torch.full((len(prompt), 77), 5))[0], None
+
+
+def derived(cls: type, pipeline: Any) -> Any:
+    return cls(**pipeline.components, requires_safety_checker=False)
+
+
+def test_a_template_moves_no_word(fresh_pipeline: Callable[[str], Any]) -> None:
+    model, prompts = DiffusionModel(derived(Templated, fresh_pipeline("sd1"))), ["a Red star", "on the circle", ""]
+    assert model.family == "sd"
+    given, text = heard(model, prompts)
+    assert torch.equal(text.ids, given)
+    assert spelled(text, prompts) == [["a", "Red", "st", "ar"], ["on", "the", "circle"], []]
+    assert text.spans[0, 1:4].tolist() == [[0, 0]] * 3, "the template's own words are nowhere in the prompt"
+
+
+def test_tokens_from_elsewhere_are_refused(fresh_pipeline: Callable[[str], Any]) -> None:
+    model = DiffusionModel(derived(Scrambled, fresh_pipeline("sd1")), "odd")
+    with pytest.raises(
+        ValueError, match="text encoder of odd is given 2 rows for 2 prompts, of which 0 come from its tokenizer"
+    ):
+        model.encode_text(["a", "red"])
+
+
+def test_letters_that_grow_when_lowered_move_no_word(tiny: Callable[[str], DiffusionModel]) -> None:
+    prompts = ["  \u0130\u0130 a Red STAR "]
+    _, text = heard(tiny("pixart"), prompts)
+    assert [word.strip() for word in spelled(text, prompts)[0]][-4:] == ["a", "Red", "ST", "AR"]
+
+
+def test_pipelines_that_lack_a_part_are_refused_by_name(fresh_pipeline: Callable[[str], Any]) -> None:
+    for family, part in (("sd1", "text_encoder"), ("sdxl", "tokenizer_2"), ("pixart", "vae")):
+        pipeline = fresh_pipeline(family)
+        setattr(pipeline, part, None)
+        with pytest.raises(ValueError, match=f"tiny has no {part}; load the pipeline with all its parts"):
+            DiffusionModel(pipeline, "tiny")
+
+
+def test_a_tokenizer_without_a_length_or_an_end(fresh_pipeline: Callable[[str], Any]) -> None:
+    pipeline = fresh_pipeline("sd2")
+    pipeline.tokenizer.model_max_length = int(1e30)
+    with pytest.raises(ValueError, match="The tokenizer of tiny states no prompt length"):
+        DiffusionModel(pipeline, "tiny").encode_text(["a star"])
+    pipeline = fresh_pipeline("sd2")
+    pipeline.tokenizer.eos_token = None
+    model = DiffusionModel(pipeline)
+    given, text = heard(model, ["a red star"])
+    assert torch.equal(text.ids, given) and spelled(text, ["a red star"]) == [["a", "red", "st", "ar"]]
+    assert "end" not in model.special_tokens()
+
+
+# --- networks that want more, or are kept otherwise -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim"),
+        ({"class_embed_type": "timestep"}, "class_embed_type"),
+        ({"num_class_embeds": 3}, "num_class_embeds"),
+        ({"addition_embed_type": "image", "encoder_hid_dim": 16}, "addition_embed_type image"),
+    ],
+)
+def test_inputs_that_are_not_passed_are_refused_by_name(
+    fresh_pipeline: Callable[..., Any], tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    pipeline = fresh_pipeline("sd2", **options)
+    with pytest.raises(ValueError, match=rf"The network of tiny also takes .*{named}"):
+        DiffusionModel(pipeline, "tiny")
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        load_network_config(tmp_path)
+
+
+def test_an_adapter_for_images_is_seen_at_the_pass(fresh_pipeline: Callable[..., Any]) -> None:
+    model = DiffusionModel(fresh_pipeline("sd2"), "tiny")
+    text = model.encode_text(["a red star"])
+    model.network.register_to_config(encoder_hid_dim_type="ip_image_proj")  # as load_ip_adapter does
+    with pytest.raises(ValueError, match=r"also takes images .* IP-Adapter does; unload_ip_adapter\(\) removes it"):
+        model.denoise(normal(1, 4, 8, 8), torch.tensor([10]), text)
+
+
+def test_compute_dtype_is_the_networks(fresh_pipeline: Callable[..., Any]) -> None:
+    for family in ("sd2", "sdxl", "pixart"):
+        pipeline = fresh_pipeline(family)
+        (pipeline.transformer if family == "pixart" else pipeline.unet).to(torch.bfloat16)  # its text encoder stays in float32
+        model = DiffusionModel(pipeline)
+        text = model.encode_text(["a red star"])
+        assert text.embeddings.dtype == torch.bfloat16
+        noise = model.denoise(model.encode_image(images(1)), torch.tensor([10]), text)
+        assert noise is not None and noise.dtype == torch.bfloat16 and noise.isfinite().all()
+    pipeline = fresh_pipeline("sd2")
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    model = DiffusionModel(pipeline)
+    assert model.dtype == model.encode_image(images(1)).dtype == torch.bfloat16
+    noise = model.denoise(model.encode_image(images(1)), torch.tensor([10]), model.encode_text(["a red star"]))
+    assert noise is not None and noise.isfinite().all() and len(model.weights_hash()) == 16
+
+
+def test_dropout_is_off_whatever_mode_the_pipeline_was_left_in(fresh_pipeline: Callable[..., Any]) -> None:
+    model = DiffusionModel(fresh_pipeline("sd2", dropout=0.5))
+    text, noised = model.encode_text(["a red star"]), normal(1, 4, 8, 8)
+    wanted = model.denoise(noised, torch.tensor([10]), text)
+    model.network.train()
+    model.network.mid_block.eval()
+    found = model.denoise(noised, torch.tensor([10]), text)
+    assert found is not None and wanted is not None and torch.equal(found, wanted)
+    assert model.network.training and not model.network.mid_block.training
+
+
+def test_stated_sizes(fresh_pipeline: Callable[..., Any]) -> None:
+    assert DiffusionModel(fresh_pipeline("sd2", sample_size=[8, 16])).resolution == (16, 32)
+    assert DiffusionModel(fresh_pipeline("sd2", sample_size=[8, 8])).resolution == 16
+    model = DiffusionModel(fresh_pipeline("sd2", sample_size=None), "tiny")
+    assert model.latent_size(16, 32) == (8, 16)
+    with pytest.raises(ValueError, match="The config of tiny states no sample_size; give the resolution"):
+        model.resolution  # noqa: B018
+
+
+def test_an_encoder_without_a_distribution(fresh_pipeline: Callable[[str], Any]) -> None:
+    pipeline = fresh_pipeline("sd2")
+    pipeline.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+    model = DiffusionModel(pipeline, "tiny")
+    wanted = pipeline.vae.encode(images()).latents * pipeline.vae.config.scaling_factor
+    assert model.resolution == 16 and torch.equal(model.encode_image(images()), wanted)
+    assert torch.equal(model.encode_image(images(), "mode"), wanted)
+    with pytest.raises(ValueError, match="AutoencoderTiny of tiny gives no distribution to sample from; take 'mean'"):
+        model.encode_image(images(1), "sample", [torch.Generator()])
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+
+def test_weights_hash_sees_every_value_of_every_part(fresh_pipeline: Callable[[str], Any]) -> None:
+    pipeline = fresh_pipeline("sdxl")
+    model = DiffusionModel(pipeline)
+    hashes = [model.weights_hash()]
+    assert hashes[0] == DiffusionModel(fresh_pipeline("sdxl")).weights_hash() == model.weights_hash()
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        weight = max(getattr(pipeline, part).parameters(), key=torch.numel)
+        assert weight.numel() > 128
+        weight.view(-1)[1] += 1e-3  # not one of 64 evenly spread values
+        hashes.append(model.weights_hash())
+    weight.data.mul_(2)  # a write that torch does not count
+    hashes.append(model.weights_hash())
+    pipeline.tokenizer.add_tokens(["<cat>"])
+    hashes.append(model.weights_hash())
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, beta_end=0.02)
+    hashes.append(model.weights_hash())
+    assert len(set(hashes)) == len(hashes) == 8
+
+
+def test_weights_hash_is_kept_until_a_value_changes(
+    fresh_pipeline: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DiffusionModel(fresh_pipeline("sd2"))
+    before = model.weights_hash()
+    read: list[int] = []
+    whole = diffprobe.models._bytes
+
+    def counted(flat: Tensor, portable: bool) -> bytes:
+        read.append(flat.numel())
+        return whole(flat, portable)
+
+    monkeypatch.setattr(diffprobe.models, "_bytes", counted)
+    assert model.weights_hash() == before and max(read) < 128, "of each tensor some values are read again"
+    half = DiffusionModel(fresh_pipeline("sd2").to(torch.bfloat16))
+    assert half.weights_hash() != before and half.weights_hash(portable=True) == model.weights_hash(portable=True)
+
+
+def test_a_folder_is_kept_by_its_whole_path_and_an_embedded_model_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shapes-sd").mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert kept_name("shapes-sd") == "shapes-sd", "the embedded model is what is loaded by this name"
+    assert kept_name("mine") == kept_name("./mine") == str(tmp_path / "mine") and kept_name("some/hub-id") == "some/hub-id"
+    assert kept_name("./shapes-sd") == str(tmp_path / "shapes-sd")

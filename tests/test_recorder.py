@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+)
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
@@ -358,9 +364,10 @@ def test_a_recorder_is_entered_once_at_a_time(sd2: DiffusionModel) -> None:
 
 
 def test_attaching_that_fails_half_way_detaches(sd2: DiffusionModel) -> None:
-    recorder = Recorder(sd2, QUERY)
-    del recorder._modules[recorder.sites[0].path]
-    with pytest.raises(KeyError):
+    recorder = Recorder(sd2, [QUERY, OUT])
+    late = sd2.network.get_submodule(recorder.sites[1].path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(late, "register_forward_hook", None)
         recorder.__enter__()
     assert hooks_of(sd2.network) == 0
 
@@ -602,3 +609,106 @@ def test_noise_from_velocity_holds_for_the_exploding_form_too(fresh_pipeline: Ca
         clean = velocity * (-sigma / (sigma**2 + 1).sqrt()) + exploding / (sigma**2 + 1)
         torch.testing.assert_close(step.tensors["Noise"], (exploding - clean) / sigma, atol=1e-4, rtol=1e-4)
     assert [step.timesteps for step in recorder.steps] == [(501.0,), (1.0,)]
+
+
+# --- what changes after the recorder was made -----------------------------------------------------
+
+
+def alone(pipeline: Any, rows: int = 1, channels: int = 4) -> None:
+    """One call of the pipeline's network by hand."""
+    with torch.no_grad():
+        pipeline.unet(torch.randn(rows, channels, 8, 8), 10, torch.randn(rows, 77, 16))
+
+
+def test_three_rows_of_guidance_are_refused_in_the_pass(fresh_pipeline: Callable[..., Any]) -> None:
+    parts = fresh_pipeline("sd1", in_channels=8).components
+    pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16)
+    options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 5.0}
+    for prompts in (["a red star"], ["a red star", "a blue circle"]):
+        with Recorder(pipeline, QUERY) as recorder:
+            with pytest.raises(ValueError, match=r"InstructPix2PixPipeline gives the network (3|6) rows with the same latents"):
+                pipeline(prompts, image=image.expand(len(prompts), -1, -1, -1), **options)
+            assert hooks_of(pipeline.unet) == 0 and not recorder.steps
+    with Recorder(pipeline.unet, QUERY) as recorder:
+        pipeline("a red star", image=image, **options)
+    assert recorder.last[QUERY].shape[0] == 3 and recorder.steps[0].rows == ("prompt",) * 3
+
+
+def test_rows_of_two_guided_prompts_with_one_noise_are_named(sd2: DiffusionModel) -> None:
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with Recorder(sd2.pipeline, QUERY) as recorder:
+        sd2.pipeline(
+            ["a red star", "a circle"], height=16, width=16, num_inference_steps=1, guidance_scale=5.0, output_type="latent",
+            generator=generators,
+        )  # fmt: skip
+    assert recorder.steps[0].rows == ("negative",) * 2 + ("prompt",) * 2
+
+
+def test_rows_that_do_not_belong_together_are_refused(sd2: DiffusionModel) -> None:
+    text = sd2.encode_text(["a red star"]).embeddings
+    for texts, timesteps in ((text, 10), (text.expand(3, -1, -1), torch.tensor([10, 20]))):
+        with Recorder(sd2.network, QUERY), pytest.raises(ValueError, match=r"A pass with 3 latents, .* cannot be recorded"):
+            sd2.network(noised(sd2), timesteps, texts)
+
+
+def test_processors_swapped_on_the_way_are_refused_in_the_pass(fresh_pipeline: Callable[[str], Any]) -> None:
+    pipeline = fresh_pipeline("sd2")
+    with Recorder(pipeline, maps="cross"):
+        alone(pipeline)
+        pipeline.unet.set_attn_processor(SlicedAttnProcessor(1))
+        with pytest.raises(ValueError, match="uses the attention processor SlicedAttnProcessor, whose maps are not known"):
+            alone(pipeline)
+        assert hooks_of(pipeline.unet) == 0
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    middle = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    swap = pipeline.unet.conv_in.register_forward_hook(lambda *_: middle.set_processor(SlicedAttnProcessor(1)))
+    with Recorder(pipeline, maps="M-R0-B0-Cross-Map"), pytest.raises(ValueError, match="SlicedAttnProcessor"):
+        alone(pipeline)
+    swap.remove()
+    middle.set_processor(AttnProcessor2_0())
+    with Recorder(pipeline, QUERY):
+        pipeline.fuse_qkv_projections()
+        with pytest.raises(ValueError, match="has fused projections"):
+            alone(pipeline)
+
+
+def test_modules_are_those_of_the_pass(fresh_pipeline: Callable[[str], Any]) -> None:
+    """An adapter puts a module of its own in the place of a projection."""
+    pipeline = fresh_pipeline("sd2")
+    attention = pipeline.unet.up_blocks[1].attentions[1].transformer_blocks[0].attn2
+    plain, recorder = attention.to_q, Recorder(pipeline, QUERY)
+    attention.to_q = nn.Sequential(plain, nn.Linear(16, 16))
+    copies: list[Tensor] = []
+    with outputs(attention.to_q, copies), recorder:
+        alone(pipeline)
+    assert torch.equal(recorder[QUERY].flatten(2).mT, copies[0])
+    with recorder:
+        attention.to_q = plain
+        with pytest.raises(ValueError, match=r"Module 'up_blocks\.1.*to_q' was replaced while it was recorded"):
+            alone(pipeline)
+        assert hooks_of(pipeline.unet) == 0
+
+
+def test_a_site_that_takes_no_part_is_an_error(fresh_pipeline: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = fresh_pipeline("sd2")
+    monkeypatch.setattr(pipeline.unet.mid_block, "forward", lambda hidden, *args, **kwargs: hidden)
+    with Recorder(pipeline, ["D-L0-Out", "M-R0-Res-Out", "M-R1-Res-Out"]) as recorder:
+        with pytest.raises(ValueError, match=r"Site M-R0-Res-Out had no part in this pass \(2 in all\)"):
+            alone(pipeline)
+        assert hooks_of(pipeline.unet) == 0 and not recorder.steps
+
+
+@pytest.mark.parametrize("channels", [7, 9])
+def test_noise_from_velocity_where_more_than_latents_goes_in(fresh_pipeline: Callable[..., Any], channels: int) -> None:
+    parts = fresh_pipeline("sd2v", in_channels=channels).components
+    pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    inputs: list[Tensor] = []
+    raw: list[Tensor] = []
+    with hooked(pipeline.unet, keep_both(inputs, raw)), Recorder(pipeline, "Noise") as recorder:
+        alone(pipeline, 2, channels)
+    alpha = pipeline.scheduler.alphas_cumprod[10]
+    torch.testing.assert_close(recorder["Noise"], alpha.sqrt() * raw[0] + (1 - alpha).sqrt() * inputs[0][:, :4])
+    with pytest.raises(ValueError, match=f"which of the {channels} channels that a SimpleNamespace gives .* is not known"):
+        Recorder(SimpleNamespace(unet=pipeline.unet, scheduler=pipeline.scheduler), "Noise")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffprobe.knockout import cross_attentions
 from diffprobe.models import DiffusionModel
 from diffprobe.recorder import Recorder, site_shapes
 from diffprobe.sites import PAPER_SITES, Site, describe, list_sites, select_sites
@@ -69,7 +70,7 @@ def test_presets(tiny: Callable[[str], DiffusionModel]) -> None:
     assert {site.kind for site in select_sites(unet, "self")} == {"self_map"}
     # 6 down, 1 middle and 9 up blocks with attention.
     assert len(select_sites(unet, "cross")) == len(select_sites(unet, "self")) == 16
-    with pytest.raises(ValueError, match="Site '\\*-Cross-Map' of the preset 'cross' matches none"):
+    with pytest.raises(ValueError, match="Site '\\*-Cross\\*-Map' of the preset 'cross' matches none"):
         select_sites([site for site in unet if not site.is_map], "cross")
     with pytest.raises(ValueError, match="preset 'blocks' matches none"):
         select_sites([site for site in unet if site.kind == "resnet"], "blocks")
@@ -148,3 +149,35 @@ def test_shapes_of_some_sites_written_out(tiny: Callable[[str], DiffusionModel])
     assert shapes["U-L1-R1-B0-Cross-Map"] == (2, 77, 2, 4)
     assert shapes["U-L1-R1-B0-Self-Map"] == (2, 8, 2, 4)
     assert site_shapes(tiny("pixart").network, (8, 16), 120)["T-B1-Cross-Map"] == (3, 120, 4, 8)
+
+
+def test_several_patterns_in_one_text(tiny: Callable[[str], DiffusionModel]) -> None:
+    sites = tiny("sd2").sites
+    assert names(select_sites(sites, "M-Out, D-L0-Out")) == names(select_sites(sites, ["M-Out", "D-L0-Out"])) != []
+    with pytest.raises(ValueError, match="Site 'nothing' matches none"):
+        select_sites(sites, "M-Out,nothing")
+
+
+def test_attentions_are_named_by_what_they_attend_to(fresh_pipeline: Callable[..., Any]) -> None:
+    """With only_cross_attention the first attention of a block sees the prompt too, in some blocks."""
+    model = DiffusionModel(fresh_pipeline("sd2", only_cross_attention=[True, False, False, False]))
+    text = model.encode_text(["a red star"])
+    with Recorder(model, "*", maps=["cross", "self"], heads="all", tokens=[0, 1]) as recorder:
+        model.denoise(torch.zeros(1, 4, 8, 8), torch.tensor([10]), text)
+    found = recorder.last
+    kinds = {site.name: site.kind for site in recorder.sites}
+    assert kinds["D-L0-R0-B0-Cross1-Map"] == kinds["D-L0-R0-B0-Cross-Map"] == "cross_map"
+    assert kinds["D-L1-R0-B0-Self-Map"] == "self_map" and "D-L0-R0-B0-Self-Map" not in kinds
+    assert found["D-L0-R0-B0-Cross1-K"].shape == (1, 8, 77) and found["D-L0-R0-B0-Cross1-Map"].shape[2] == 2
+    assert found["D-L1-R0-B0-Self-Map"].shape[2] == 16
+    foretold = site_shapes(model.network, (8, 8), 77)
+    assert set(foretold) == set(found)
+    assert all(foretold[name] == tuple(found[name].shape[1:]) for name in found if not name.endswith("-Map"))
+    assert set(cross_attentions(model.network)) == {site.module_path for site in model.sites if site.kind == "cross_map"}, (
+        "a knock-out cuts every way by which the prompt gets in"
+    )
+
+
+def test_shapes_of_a_network_with_one_text_width_a_block(fresh_pipeline: Callable[..., Any]) -> None:
+    network = fresh_pipeline("sd2", cross_attention_dim=[16, 16, 16, 16]).unet
+    assert site_shapes(network, (8, 16), 77) == site_shapes(fresh_pipeline("sd2").unet, (8, 16), 77)

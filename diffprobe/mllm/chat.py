@@ -70,8 +70,7 @@ def save_attention(model: FusedMLLM, image: Image.Image, question: str, answer: 
     heat, path = question_attention(model, image, question), Path(out)
     eye = model.streams.eyes[DIFFUSION]
     assert isinstance(eye, DiffusionEye)
-    side = eye.model.resolution
-    shown = np.asarray(fit_image(image.convert("RGB"), (side, side), eye.fit))
+    shown = np.asarray(fit_image(image.convert("RGB"), eye.model.size, eye.fit))
     figure = plot_heatmaps(shown, heat, title=f"{question} {answer}")
     rows = heat.to_dataframe(name="attention").reset_index()
     about = {"question": question, "answer": answer, "timestep": eye.timestep, "model": model.config.diffusion}

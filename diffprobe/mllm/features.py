@@ -151,8 +151,7 @@ class Features:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        size = self.model.latent_size(self.model.resolution, self.model.resolution)
-        return site_shapes(self.model.network, size, self.model.prompt_tokens)
+        return site_shapes(self.model.network, self.model.latent_size(*self.model.size), self.model.prompt_tokens)
 
     def _rule(self, site: str) -> str:
         """A reduction to the grid while recording; small sites stay as they are."""
@@ -181,7 +180,7 @@ class Features:
         ours = {
             "fingerprint": self.data[split].fingerprint(), "samples": len(self.data[split]), "seed": self.seed, "noise_draws": 1,
             "weights": self._model(knockout).weights_hash() if knockout else self._weights, "latent_rule": "mean", "fit": "crop",
-            "resolution": [self.model.resolution] * 2,
+            "resolution": list(self.model.size),
         }  # fmt: skip
         for tree in self._stores:
             request = tree.attrs["request"]

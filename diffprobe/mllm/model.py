@@ -27,7 +27,7 @@ from diffprobe.encoders import VisionEncoder, load_encoder
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, InputEye, Picture, Streams, TruthEye
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
-from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
+from diffprobe.models import DiffusionModel, kept_name, load_model, quiet, weights_hash
 from diffprobe.store import write_whole
 
 Tuned = Literal["", "full", "lora"]
@@ -279,8 +279,8 @@ def _digest(path: Path) -> str:
 
 def _absolute(config: FusedConfig) -> FusedConfig:
     """Folders by their whole path: a saved model is loaded from elsewhere too."""
-    parts = {name: getattr(config, name) for name in ("language_model", "encoder", "diffusion")}
-    found: dict[str, Any] = {k: str(Path(v).resolve()) for k, v in parts.items() if Path(v).is_dir()}
+    parts = ("language_model", "encoder", "diffusion")
+    found: dict[str, Any] = {name: kept_name(getattr(config, name)) for name in parts}
     return replace(config, **found)
 
 

@@ -31,7 +31,7 @@ from diffprobe.data import shapes
 from diffprobe.data.images import fit_image
 from diffprobe.encoders import VisionEncoder
 from diffprobe.mllm.fusion import CLIP, to_grid
-from diffprobe.models import DiffusionModel, EncodedText, weights_hash
+from diffprobe.models import DiffusionModel, EncodedText
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import select_sites
@@ -105,7 +105,7 @@ class EncoderEye:
 
     @cached_property
     def _weights(self) -> tuple[str, str]:
-        return self.encoder.weights_hash(), weights_hash(self.encoder.network, portable=True)
+        return self.encoder.weights_hash(), self.encoder.weights_hash(portable=True)
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {"weights": self._weights[portable], "site": site, "fit": self.fit, "size": list(self.encoder.resolution)}
@@ -138,12 +138,12 @@ class DiffusionEye:
         model.check_timestep(timestep)
         there = [s for s in model.sites if not s.is_map and not s.over_tokens]
         self.model, self.timestep, self.noise_seed, self.fit = model, timestep, noise_seed, fit
-        self.sites = tuple(s.name for s in select_sites(there, [sites] if isinstance(sites, str) else list(sites)))
+        self.sites = tuple(s.name for s in select_sites(there, sites))
         self.cut: set[str] = set()
 
     @cached_property
     def _weights(self) -> tuple[str, str]:
-        return self.model.weights_hash(), weights_hash(self.model.network, portable=True)
+        return self.model.weights_hash(), self.model.weights_hash(portable=True)
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {
@@ -159,8 +159,7 @@ class DiffusionEye:
     def pass_through(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> None:
         """One forward pass, for whoever is recording."""
         model, unique = self.model, list({picture.id: picture for picture in pictures}.values())
-        side = (model.resolution, model.resolution)
-        latents = model.encode_image(to_pixels([picture.load() for picture in unique], side, self.fit))
+        latents = model.encode_image(to_pixels([picture.load() for picture in unique], model.size, self.fit))
         noise = torch.stack(
             [sample_noise(self.noise_seed, picture.id, self.timestep, 0, latents.shape[1:]) for picture in unique]
         )
