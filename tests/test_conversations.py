@@ -44,6 +44,14 @@ def test_llava_layout(tmp_path: Path) -> None:
     assert len(first) == 1 and first.fingerprint() != data.fingerprint() == load_conversations(spec).fingerprint()
 
 
+def test_white_space_is_cut_where_llava_cuts_it(tmp_path: Path) -> None:
+    talk = said(" <image>\nWhat? ", " Red.\n", " And now?", "Still red. ")
+    data = load_conversations(
+        written(tmp_path, {"image": "2.png", "conversations": talk}, {"conversations": said(" a ", "b\n")})
+    )
+    assert data[0].turns == (("What?", " Red.\n"), (" And now?", "Still red. ")) and data[1].turns == ((" a ", "b\n"),)
+
+
 def test_rows_that_llava_takes_as_well(tmp_path: Path) -> None:
     """No image as null or an empty name, an answer to nothing at the start, the mark as a word of a talk without images."""
     late = [{"from": "gpt", "value": "Welcome."}, *said("What?", "Red.")]
