@@ -17,8 +17,9 @@ from accelerate import Accelerator, DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffprobe.data import shapes
 from diffprobe.data.conversations import Conversation, DrawnCaptions, DrawnInstructions
-from diffprobe.data.images import read_image
+from diffprobe.data.images import read_image, to_rgb
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, load_questions
 from diffprobe.encoders import load_encoder
 from diffprobe.mllm import train
@@ -26,7 +27,7 @@ from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.judging import answer_items, judge, judge_all
 from diffprobe.mllm.model import FusedConfig, FusedMLLM
 from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, Samples, StageConfig, forecast_stage, train_fused, train_stage
-from diffprobe.mllm.streams import FeatureCache, Picture, Streams
+from diffprobe.mllm.streams import FeatureCache, InputEye, Picture, Streams, TruthEye
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
 from diffprobe.models import load_model
 from diffprobe.store import sole_writer
