@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.data.folder import _inside
+from diffprobe.data.files import inside
 from diffprobe.data.images import MAX_PIXELS, ImageError, read_image
 from diffprobe.data.questions import article
 from diffprobe.data.samples import Caption, Sample, Span
@@ -176,7 +176,7 @@ def coco_dataset(
         labels: dict[str, str | int] = {"n_objects": len(categories)}
         records.append(
             Record(
-                id=_inside(f"'{path}'", _get(entry, "file_name", str, path)), file=_inside(f"'{path}'", entry["file_name"]),
+                id=inside(f"'{path}'", _get(entry, "file_name", str, path)), file=inside(f"'{path}'", entry["file_name"]),
                 size=(_get(entry, "height", int, path), _get(entry, "width", int, path)),
                 captions=written or (listing(objects),), categories=categories,
                 segmentations=tuple(s for _, s in instances[number]), labels=labels,
@@ -291,7 +291,7 @@ def refcoco_dataset(
     records = []
     for row in rows[:limit]:
         annotation, image, category = source.of(row, path) if source else _from_row(row, path)
-        file = _inside(f"'{path}'", _get(image, "file_name", str, path))
+        file = inside(f"'{path}'", _get(image, "file_name", str, path))
         said = [" ".join(str(s.get("sent") or s.get("raw")).split()) for s in row["sentences"]]
         nouns = {category: (0,)} if category else {}
         captions = tuple(
@@ -385,7 +385,7 @@ class VocDataset:
             found = f"it has {', '.join(there)}" if there else "that folder has no lists; name the folder VOC2012 itself"
             raise ValueError(f"'{lists}' has no split {split!r}; {found}.")
         lines = [line.strip() for line in _text(lists / f"{split}.txt").splitlines() if line.strip()][:limit]
-        self.ids = [_inside(f"'{lists / split}.txt'", line) for line in lines]
+        self.ids = [inside(f"'{lists / split}.txt'", line) for line in lines]
         for name in self.ids:
             for path in self._paths(name):
                 if not path.is_file() or not path.resolve().is_relative_to(self.root):

@@ -35,7 +35,7 @@ import pandas as pd
 from PIL import Image
 
 from diffprobe.data import load_dataset
-from diffprobe.data.folder import _inside
+from diffprobe.data.files import inside
 from diffprobe.data.images import ImageError, decode_image, read_image
 from diffprobe.data.twins import TwinsDataset
 
@@ -194,7 +194,7 @@ def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Iterator[Item]:
                 f"{where}: each row needs a Question ID of its own (found {number!r}), a Type ({kind!r}) and a "
                 f"Statement ({statement!r})."
             )
-        rows[int(number)] = (_inside(where, kind), statement)
+        rows[int(number)] = (inside(where, kind), statement)
     for first in sorted(number for number in rows if number % 2):
         if first + 1 not in rows or rows[first + 1][0] != rows[first][0]:
             other = rows.get(first + 1)
@@ -256,7 +256,7 @@ class _Pictures:
             self.entries = {Path(name).stem: name for name in entries}
 
     def loader(self, where: str, name: str) -> Loader:
-        stem = Path(_inside(where, name)).stem
+        stem = Path(inside(where, name)).stem
         if stem in self.files:
             return partial(read_image, self.files[stem])
         if stem in self.entries:
@@ -283,7 +283,7 @@ def read_sugarcrepe(folder: Path, images: Path | None = None) -> Iterator[Item]:
         for key, row in _json(source.read_text(encoding="utf-8"), f"'{source}'").items():
             where = f"'{source}', entry {key!r}"
             _check_columns(where, row, ("filename", "caption", "negative_caption"))
-            path = _existing(pictures / _inside(where, str(row["filename"])), source)
+            path = _existing(pictures / inside(where, str(row["filename"])), source)
             texts = (str(row["caption"]), str(row["negative_caption"]))
             yield Item(f"{subset}-{key}", (partial(read_image, path),), texts, subset)
 
@@ -394,7 +394,7 @@ def _parquet_image(path: Path, group: int, row: int, column: str, folder: Path) 
         raise ImageError(f"{where}: an image is {{'bytes': ..., 'path': ...}}; found {type(cell).__name__} without either.")
     if cell.get("bytes"):
         return decode_image(cell["bytes"], where.replace("'", ""))
-    return read_image(folder / _inside(where, cell["path"]))
+    return read_image(folder / inside(where, cell["path"]))
 
 
 DRAWN = {"shapes-mmvp": "mmvp-vlm", "shapes-winoground": "winoground"}

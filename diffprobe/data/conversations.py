@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from diffprobe.data.drawn import ShapesDataset
-from diffprobe.data.folder import _inside
+from diffprobe.data.files import inside
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.several import several_images
@@ -232,7 +232,7 @@ class LlavaConversations:
         # mark is text like any other, such as a tag of some markup
         clean = [text.replace(MARK, "").strip() if names else text.strip() for text in texts]
         turns = tuple(zip(clean[::2], clean[1::2], strict=True))
-        return str(entry.get("id", number)), [_inside(where, name) for name in names], turns
+        return str(entry.get("id", number)), [inside(where, name) for name in names], turns
 
 
 # --- by name ----------------------------------------------------------------------------------------

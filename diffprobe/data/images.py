@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Decoders of photographs only: others (EPS, PDF) run programs or fetch files.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM")
 FITS = ("crop", "squash", "pad")
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)

@@ -66,7 +66,7 @@ from diffprobe.data.benchmarks import (
     _parquet_rows,
     benchmark_folder,
 )
-from diffprobe.data.folder import _inside
+from diffprobe.data.files import inside
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import several_images
@@ -312,7 +312,7 @@ def read_cv_bench(folder: Path, images: Path | None = None) -> Iterator[Question
 def _cv_bench_lines(folder: Path, sources: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for source in sources:
         for where, row in _json_lines(source, columns):
-            name = _inside(where, str(row["filename"]))
+            name = inside(where, str(row["filename"]))
             path = _existing(folder / (name if name.startswith("img/") else f"img/{name}"), source)
             yield row | {"image": partial(read_image, path)}
 
@@ -394,7 +394,7 @@ def _textvqa_official(folder: Path, images: Path | None, columns: Sequence[str])
     source = folder / TEXTVQA_FILE
     pictures = _image_folder("textvqa", folder, images, "TextVQA", [folder / "train_images", folder / "images"])
     for where, row in _entries(source, "data", columns):
-        path = _existing(pictures / f"{_inside(where, str(row['image_id']))}.jpg", source)
+        path = _existing(pictures / f"{inside(where, str(row['image_id']))}.jpg", source)
         yield row | {"image": partial(read_image, path)}
 
 
@@ -429,7 +429,7 @@ def _pope_official(folder: Path, images: Path | None, sources: Sequence[Path]) -
     pictures = _image_folder("pope", folder, images, "COCO val2014", [folder / "val2014", folder / "images"])
     for source in sources:
         for where, row in _json_lines(source, ("question_id", "image", "text", "label")):
-            name = _inside(where, str(row["image"]))
+            name = inside(where, str(row["image"]))
             yield {
                 "question_id": row["question_id"],
                 "question": str(row["text"]),
