@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Decoders of photographs only: others (EPS, PDF) run programs or fetch files.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM")
@@ -39,6 +39,24 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, upright: bool = T
         ImageError: the file is missing, empty, broken, cut off, too large or no image.
     """
     return _read(Path(path), Path(path), max_pixels, upright)
+
+
+def stored_size(path: Path) -> tuple[int, int, int]:
+    """Width and height of the pixels of an image as they are stored, and the EXIF orientation that viewers turn them by.
+
+    Raises:
+        ImageError: as for `read_image`, from what its header says.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                turned = 1
+                with contextlib.suppress(Exception):  # as in `to_rgb`
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+                return image.width, image.height, turned
+    except Exception as error:
+        raise _refusal(path, error) from error
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
