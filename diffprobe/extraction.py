@@ -27,8 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from diffprobe import store
-from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, check_unicode, guided_name
+from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
 from diffprobe.data import load_dataset
+from diffprobe.data.files import check_unicode
 from diffprobe.data.images import ImageError, fit_image
 from diffprobe.data.samples import Dataset, Sample, iterate
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor

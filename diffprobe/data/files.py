@@ -13,6 +13,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -64,6 +65,21 @@ def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], A
         raise ValueError(f"{where} is not JSON ({error}).") from error
 
 
+def check_unicode(what: str, text: object) -> None:
+    r"""Raise ValueError, naming `what`, where a text holds half of a surrogate pair: a byte that was no UTF-8, or bad JSON.
+
+    >>> check_unicode("A caption", "\ud800 star")
+    Traceback (most recent call last):
+    ValueError: A caption is no Unicode text ('\ud800 star', character 0); write it as UTF-8.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is no Unicode text ({str(text)[:40]!a}, character {error.start}); write it as UTF-8."
+        ) from None
+
+
 def listed(faults: Sequence[str]) -> str:
     """All faults of an input in one message, the first ones in words.
 
@@ -97,7 +113,7 @@ def spellings(name: str) -> list[str]:
     >>> [len(form) for form in spellings("café.png")]
     [8, 8, 9]
     """
-    return [name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)]
+    return [name] if name.isascii() else [name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)]
 
 
 def file_inside(root: Path, name: str) -> Path | None:
@@ -111,9 +127,17 @@ def file_inside(root: Path, name: str) -> Path | None:
         ValueError: it is a link that leaves the folder.
     """
     path = next((path for form in spellings(name) if (path := root / form).is_file()), None)
-    if path is not None and not (target := real_path(path)).is_relative_to(root):
+    if path is None:
+        return None
+    target = real_path(path) if path.is_symlink() else _real_folder(path.parent) / path.name
+    if not target.is_relative_to(root):
         raise ValueError(f"'{path}' is a link to '{target}', outside the folder of images; copy the file into the folder.")
     return path
+
+
+@lru_cache(maxsize=1024)  # there are 100,000 names in some of them
+def _real_folder(folder: Path) -> Path:
+    return real_path(folder)
 
 
 # --- contents -------------------------------------------------------------------------------------
