@@ -154,6 +154,17 @@ def test_missing_labels_are_dropped_and_counted(missing):
     assert frame.value.to_list() == fit_probe(kept, "colour").value.to_list()
 
 
+@pytest.mark.parametrize("missing", [None, "", np.nan, np.inf, -np.inf])
+def test_a_gap_leaves_numbers_numbers(missing):
+    features = planted()
+    area = features.area.values.astype(object)
+    area[::4] = missing
+    frame = fit_probe(features, area)
+    kept = features.isel(sample=np.arange(N) % 4 != 0)
+    assert (frame.score == "r2").all() and (frame.n_dropped == 50).all()
+    assert frame.value.to_list() == fit_probe(kept, "area").value.to_list()
+
+
 def test_label_array_is_aligned_by_sample():
     features = planted()
     shuffled = features.colour.isel(sample=np.random.default_rng(0).permutation(N))
