@@ -51,8 +51,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate
 from diffprobe.data.benchmarks import (
     Loader,
@@ -65,8 +63,9 @@ from diffprobe.data.benchmarks import (
     _json_lines,
     _parquet_rows,
     benchmark_folder,
+    pictures_digest,
 )
-from diffprobe.data.files import inside
+from diffprobe.data.files import inside, read_text
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import several_images
@@ -112,13 +111,11 @@ class QuestionBenchmark:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """Hash of every id, question and record, and of the first item's pixels."""
+        """Hash of every id, question and record, and of the pictures."""
         digest = hashlib.sha256(self.scorer.encode())
         for item in self.items:
             digest.update(repr((item.id, item.question, dict(item.record), len(item.images))).encode())
-        for load in self.items[0].images:
-            digest.update(np.asarray(load()).tobytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(f"{digest.hexdigest()}{pictures_digest(self.items)}".encode()).hexdigest()[:16]
 
 
 def load_questions(spec: str) -> QuestionBenchmark:
@@ -473,7 +470,7 @@ def _entries(source: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[
     """The objects in the list `name` of a JSON file, and where each stands."""
     if not source.is_file():
         raise ValueError(f"'{source}' does not exist; is '{source.parent}' a whole copy of the benchmark?")
-    found = _json(source.read_text(encoding="utf-8"), f"'{source}'")
+    found = _json(read_text(source), f"'{source}'")
     _check_columns(f"'{source}'", found, (name,))
     for number, row in enumerate(found[name]):
         where = f"'{source}', entry {number} of {name}"
