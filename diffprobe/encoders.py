@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -36,7 +37,7 @@ from diffprobe.models import (
 from diffprobe.sites import Site
 
 NORMS = ("post_layernorm", "layernorm", "norm", "final_layer_norm")
-ABSENT = (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
 class VisionEncoder:

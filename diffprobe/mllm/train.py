@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -113,11 +114,14 @@ class LanguageModel:
             content = f"{IMAGE}\n{question}" if image and number == 0 else question
             messages.append({"role": "user", "content": content})
             plain += content
-            texts.append(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                if self.tokenizer.chat_template
-                else plain
-            )
+            try:
+                texts.append(
+                    self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                    if self.tokenizer.chat_template
+                    else plain
+                )
+            except Exception as error:  # a template is a program that others wrote
+                raise ValueError(f"The chat template of {self.name or 'this tokenizer'} cannot be filled ({error}).") from error
             messages.append({"role": "assistant", "content": answer})
             plain += f"{answer}\n"
         return texts
@@ -160,7 +164,7 @@ def load_language_model(
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=as_dtype(dtype, place), revision=revision, trust_remote_code=False, use_safetensors=True
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"No language model at {source!r}: neither a folder that transformers reads as a causal language model with its "
