@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffprobe.data import conversations
 from diffprobe.data.conversations import DrawnCaptions, DrawnInstructions, load_conversations
 from diffprobe.data.question_benchmarks import load_questions
 
@@ -178,6 +180,26 @@ def test_drawn_instructions_are_answerable_only_by_looking() -> None:
     assert abs(np.mean([answer == "yes" for answer in yes]) - 0.5) < 0.12  # some 400 tosses: four standard errors and more
     assert data.fingerprint() != DrawnInstructions(600, 1).fingerprint()
     assert DrawnCaptions(8)[0].turns != DrawnCaptions(8)[4].turns
+
+
+@pytest.mark.parametrize(("name", "build"), [("several_images", DrawnInstructions), ("ShapesDataset", DrawnCaptions)])
+def test_fingerprints_of_drawn_conversations_are_of_all_pictures(
+    monkeypatch: pytest.MonkeyPatch, name: str, build: type[DrawnInstructions | DrawnCaptions]
+) -> None:
+    before, made = build(20).fingerprint(), getattr(conversations, name)
+
+    def repainted(*given: Any) -> Any:
+        item = made(*given)
+        if name == "several_images":
+            return replace(item, images=(item.images[0],) * len(item.images)) if given[1] == 1 else item
+        first, call = item[0].load, type(item).__getitem__
+        monkeypatch.setattr(
+            type(item), "__getitem__", lambda data, k: replace(call(data, k), load=first) if k == 19 else call(data, k)
+        )
+        return item
+
+    monkeypatch.setattr(conversations, name, repainted)
+    assert build(20).fingerprint() != before
 
 
 def test_training_shares_no_image_with_the_benchmarks() -> None:

@@ -165,6 +165,14 @@ def test_a_gap_leaves_numbers_numbers(missing):
     assert frame.value.to_list() == fit_probe(kept, "area").value.to_list()
 
 
+def test_objects_without_the_attribute_are_no_class():
+    masks = np.zeros((3, 8, 8), bool)
+    masks[0, :4, :4] = masks[1, 4:, 4:] = masks[2, :4, 4:] = True
+    objects = ({"kind": "cat"}, {"kind": None}, {"name": "x"})
+    found = patch_labels([Sample("a", lambda: None, masks=lambda: masks, objects=objects)], "kind", (2, 2), (8, 8))
+    assert found.tolist() == [[["cat", ""], ["background", ""]]]
+
+
 def test_label_array_is_aligned_by_sample():
     features = planted()
     shuffled = features.colour.isel(sample=np.random.default_rng(0).permutation(N))

@@ -35,7 +35,7 @@ import pandas as pd
 from PIL import Image
 
 from diffprobe.data import load_dataset
-from diffprobe.data.drawn import FINGERPRINTED
+from diffprobe.data.drawn import spread
 from diffprobe.data.files import content_digests, inside, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import ImageError, decode_image, read_image
 from diffprobe.data.twins import TwinsDataset
@@ -90,12 +90,12 @@ class Benchmark:
 def pictures_digest(items: Sequence[Any]) -> str:
     """Hash of the files that hold the items' images, and of the pixels of drawn ones, evenly spread where they are many."""
     loaders = [load for item in items for load in item.images]
-    given = [getattr(load, "args", (None,))[0] for load in loaders]  # the file: an image, an archive or a table of them
+    given = [(getattr(load, "args", ()) or (None,))[0] for load in loaders]  # the file: an image, an archive or a table of them
     files = sorted({str(real_path(path)) for path in given if isinstance(path, Path)})
     root = Path(os.path.commonpath(files)) if files else Path()
     digest = hashlib.sha256(repr(content_digests(root.parent if root.is_file() else root, files)).encode())
     drawn = [load for load, path in zip(loaders, given, strict=True) if not isinstance(path, Path)]
-    for number in sorted({round(place * (len(drawn) - 1) / (FINGERPRINTED - 1)) for place in range(FINGERPRINTED) if drawn}):
+    for number in spread(len(drawn)):
         digest.update(np.asarray(drawn[number]()).tobytes())
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from diffprobe.data.drawn import ShapesDataset
+from diffprobe.data.drawn import ShapesDataset, spread
 from diffprobe.data.files import (
     check_unicode,
     content_digests,
@@ -35,7 +35,7 @@ from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.several import several_images
 from diffprobe.data.shapes import Scene, render
-from diffprobe.data.twins import KINDS, PATTERNS
+from diffprobe.data.twins import KINDS
 
 MARK = "<image>"  # where LLaVA's texts name an image
 TRAIN_SEED = 2**20  # of twins that are learnt from; benchmarks count theirs from 0
@@ -114,7 +114,7 @@ class DrawnCaptions:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return _digest(self, ShapesDataset(self.count, "train", self.seed).fingerprint())
+        return _digest(self)
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,17 @@ class DrawnInstructions:
 
     @cached_property
     def _fingerprint(self) -> str:
-        parts = [ShapesDataset(self.count, "train", self.seed).fingerprint()]
-        parts += [
-            repr(KINDS[kind](TRAIN_SEED + self.seed, k)) for kind in ("mmvp", "naturalbench") for k in range(len(PATTERNS))
-        ]
-        parts += [repr(self[index].turns) for index in range(min(len(FORMS), self.count))]
-        return _digest(self, *parts)
+        return _digest(self)
 
 
-def _digest(data: Any, *parts: str) -> str:
-    return hashlib.sha256("|".join([repr(data), *parts]).encode()).hexdigest()[:16]
+def _digest(data: DrawnCaptions | DrawnInstructions) -> str:
+    """Hash of the parameters, and of turns and pixels from the first conversation to the last."""
+    digest = hashlib.sha256(repr(data).encode())
+    for index in spread(len(data)):
+        digest.update(repr(data[index].turns).encode())
+        for load in data[index].images:
+            digest.update(np.asarray(load()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- LLaVA's layout ---------------------------------------------------------------------------------

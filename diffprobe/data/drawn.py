@@ -15,6 +15,15 @@ from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, ran
 FINGERPRINTED = 256  # scenes that a fingerprint is made of: a quarter of a second
 
 
+def spread(count: int) -> list[int]:
+    """Which of `count` drawn items a fingerprint is made of: all of few, evenly spread ones where drawing all takes minutes.
+
+    >>> spread(3), len(spread(10**6)), spread(10**6)[-1]
+    ([0, 1, 2], 256, 999999)
+    """
+    return sorted({round(place * (count - 1) / (FINGERPRINTED - 1)) for place in range(FINGERPRINTED) if count})
+
+
 def scene_labels(scene: Scene) -> dict[str, str | int | float]:
     """What probes can be asked to read from a scene; object attributes are the first object's."""
     first = scene.objects[0]
@@ -88,8 +97,7 @@ class ShapesDataset:
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self).encode())
-        # a scene is a function of its number: all of a small dataset, evenly spread ones where drawing all takes minutes
-        for index in sorted({round(place * max(self.count - 1, 0) / (FINGERPRINTED - 1)) for place in range(FINGERPRINTED)}):
+        for index in spread(self.count):
             scene = self.scene(index)
             texts = [caption(scene, style).text for style in CAPTION_STYLES]
             texts += [f"{question.text} {question.answer}" for question in self._questions(scene)]
