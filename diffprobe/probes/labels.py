@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from PIL import Image
@@ -70,7 +69,7 @@ def patch_labels(
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{hint}")
         values = [
-            "" if pd.isna(value := o.get(attribute)) else str(value) for o in sample.objects
+            "" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects
         ]  # "": a probe drops the patch
         names = sorted(set(values))
         together = np.stack([np.any([m for m, v in zip(masks, values, strict=True) if v == n], axis=0) for n in names])
