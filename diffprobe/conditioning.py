@@ -58,21 +58,6 @@ def parse_conditionings(text: str) -> list[str]:
     return [name.strip() for name in names if name]
 
 
-def check_unicode(what: str, text: object) -> None:
-    r"""Raise ValueError, naming `what`, where a text holds half of a surrogate pair: a byte that was no UTF-8, or bad JSON.
-
-    >>> check_unicode("A caption", "\ud800 star")
-    Traceback (most recent call last):
-    ValueError: A caption is no Unicode text ('\ud800 star', character 0); write it as UTF-8.
-    """
-    try:
-        str(text).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} is no Unicode text ({str(text)[:40]!a}, character {error.start}); write it as UTF-8."
-        ) from None
-
-
 def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | None:
     """The text that a conditioning gives a sample; None is the pipeline's own unconditional input.
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -44,7 +45,7 @@ from diffprobe.models import (
 )
 from diffprobe.sites import Site
 
-ABSENT = (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
 class VisionEncoder:

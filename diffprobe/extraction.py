@@ -27,8 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from diffprobe import store
-from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, check_unicode, guided_name
+from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
 from diffprobe.data import load_dataset
+from diffprobe.data.files import check_unicode
+from diffprobe.data.folder import known_values
 from diffprobe.data.images import ImageError, fit_image
 from diffprobe.data.samples import Dataset, Sample, iterate
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
@@ -786,7 +788,8 @@ def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]
     """One array a label: numbers with NaN, texts with "" where a sample has none."""
     arrays: dict[str, NDArray[Any]] = {}
     for name in dict.fromkeys(key for row in labels for key in row):
-        values = [row.get(name) for row in labels]
+        given = [row.get(name) for row in labels]
+        values = known_values([value.item() if isinstance(value, np.generic) else value for value in given])
         if name in _TAKEN or name.startswith((".", "__")) or not name.strip() or "/" in name:
             why = (
                 "the store uses that name" if name in _TAKEN else "a name in a store has letters, and no slash or dot in front"

@@ -27,6 +27,7 @@ import transformers.utils.logging
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -702,7 +703,7 @@ def load_model(
             pipeline = DiffusionPipeline.from_pretrained(
                 source, dtype=dtype, revision=revision, trust_remote_code=False, **options
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"The model at {source!r} could not be read: {error}") from error
     if random_weights is not None:
         trained = pipeline.components.get("transformer") or pipeline.components["unet"]

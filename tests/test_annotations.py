@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,23 @@ def test_compressed_runs_are_read_and_broken_ones_refused() -> None:
     found = decode_masks([{"size": [HEIGHT, WIDTH], "counts": text}, []], (HEIGHT, WIDTH), "x")
     np.testing.assert_array_equal(found[0], crowd())
     assert not found[1].any(), "no segmentation, empty mask"
-    with pytest.raises(ValueError, match="RLE"):
-        decode_masks([{"size": [HEIGHT, WIDTH], "counts": text + "zzzzPPPP9"}], (HEIGHT, WIDTH), "x")
+    rng = np.random.default_rng(0)
+    for mask in (rng.random((HEIGHT, WIDTH)) < 0.5, np.ones((HEIGHT, WIDTH)), np.zeros((HEIGHT, WIDTH)), np.eye(HEIGHT, WIDTH)):
+        packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+        for counts in (packed, packed.decode()):
+            found = decode_masks([{"size": [HEIGHT, WIDTH], "counts": counts}], (HEIGHT, WIDTH), "x")
+            np.testing.assert_array_equal(found[0], mask)
+    for broken in (
+        text + "zzzzPPPP9",
+        text[:-1],
+        text[:-3],
+        "",
+        "zzzz",
+        "\xe9",
+        "a",
+    ):  # the decoder fills such with stray memory
+        with pytest.raises(ValueError, match=r"RLE|runs of .* pixels; its image has 768"):
+            decode_masks([{"size": [HEIGHT, WIDTH], "counts": broken}], (HEIGHT, WIDTH), "x")
 
 
 @pytest.mark.parametrize(
@@ -178,6 +194,52 @@ def test_the_spec_makes_the_same_dataset_again_and_limit_takes_the_first(coco: P
     )
 
 
+def test_every_bad_segmentation_is_listed_before_anything_is_read(coco: Path) -> None:
+    def spoil(data: dict[str, Any]) -> None:
+        data["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+        data["annotations"][3]["segmentation"] = {"size": [9, 9], "counts": [81]}
+
+    with pytest.raises(ValueError, match=r"2 segmentations.*polygon of 000000000139\.jpg.*mask of 000000000785\.jpg"):
+        coco_dataset(edited(coco, spoil), coco / "val2017")
+    assert (
+        len(coco_dataset(edited(coco, lambda d: d["annotations"][3].update(segmentation="x")), coco / "val2017", limit=1)) == 1
+    )
+    for wrong in ("x", 7, [3], ["x"], {"size": 3, "counts": "a"}, {"size": [HEIGHT, WIDTH], "counts": "zzzz"}):
+        with pytest.raises(ValueError, match=r"1 segmentations.*of 000000000785\.jpg"):
+            coco_dataset(edited(coco, lambda d: d["annotations"][3].update(segmentation=wrong)), coco / "val2017")  # noqa: B023
+
+
+def test_every_absent_image_is_listed(coco: Path) -> None:
+    for path in (coco / "val2017").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"2 of the 2 annotated images.*'000000000139\.jpg'; '000000000785\.jpg'"):
+        coco_dataset(coco / "instances.json", coco / "val2017")
+    (coco / "val2017" / "000000000139.jpg").symlink_to(coco / "val2017" / "000000000139.jpg")  # a link to itself
+    with pytest.raises(ValueError, match="2 of the 2"):
+        coco_dataset(coco / "instances.json", coco / "val2017")
+
+
+def test_accents_of_names_and_pictures_of_the_same_size(coco: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "caf\xe9.bmp") for form in ("NFC", "NFD"))
+    path = edited(coco, lambda d: d["images"][0].update(file_name=composed))
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(coco / "val2017" / decomposed)
+    dataset = coco_dataset(path, coco / "val2017")
+    before = dataset.fingerprint()
+    assert dataset[1].load().getpixel((0, 0)) == (255, 0, 0)
+    Image.new("RGB", (WIDTH, HEIGHT), "blue").save(coco / "val2017" / decomposed)
+    assert coco_dataset(path, coco / "val2017").fingerprint() != before
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("Dog", "a dog and DOGS", ["dog", "DOGS"]), ("Person", "People and a person", ["People", "person"]),
+    ("TV", "Two tvs", ["tvs"]), ("disk", "a di\u017fk, a dis\u212a", ["di\u017fk", "dis\u212a"]), ("igloo", "\u0130gloo", ["\u0130gloo"]),
+    (" ", "a b", []), ("BUS", "buses", ["buses"]),
+])  # fmt: skip
+def test_categories_match_whatever_their_case(name: str, text: str, words: list[str]) -> None:
+    assert [text[s.start : s.end] for s in category_spans(text, {name: (0,)})] == words
+    assert listing({"Person": (0, 1)}).text == "a photo of people"
+
+
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "a/../../x.jpg", "C:\\x.jpg", "..\\x.jpg"])
 def test_names_that_leave_the_folder_are_refused(coco: Path, name: str) -> None:
     path = edited(coco, lambda d: d["images"][0].update(file_name=name))
@@ -212,10 +274,12 @@ def test_files_that_are_not_coco_are_refused(coco: Path, change: Callable[[dict[
 def test_wrong_files_are_named(coco: Path) -> None:
     (coco / "list.json").write_text("[]")
     (coco / "broken.json").write_text("{")
+    (coco / "deep.json").write_text("[" * 100_000)
     for name, message in (
         ("list.json", "holds a list where a dict"),
         ("broken.json", "is not JSON"),
         ("no.json", "does not exist"),
+        ("deep.json", "nested too deep"),
     ):
         with pytest.raises(ValueError, match=message):
             coco_dataset(coco / name, coco / "val2017")
@@ -229,6 +293,44 @@ def test_an_image_of_another_size_is_not_used(coco: Path) -> None:
     Image.new("RGB", (HEIGHT, WIDTH)).save(coco / "val2017" / "000000000139.jpg")
     with pytest.raises(ImageError, match="has 24 x 32 pixels, its annotations are for 32 x 24"):
         coco_dataset(coco / "instances.json", coco / "val2017")[0].load()
+
+
+ORIENTATIONS = range(1, 9)
+
+
+def save_turned(path: Path, orientation: int, marked: np.ndarray) -> None:
+    """A photograph whose stored pixels are red where the mask is, with a note that viewers turn it by."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.where(marked[..., None], (255, 0, 0), (0, 0, 0)).astype(np.uint8)).save(
+        path, exif=exif, quality=95, subsampling=0
+    )
+
+
+def overlap(image: Image.Image, mask: np.ndarray) -> float:
+    red = np.asarray(image)[..., 0] > 127
+    return float((red & mask).sum() / (red | mask).sum())
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_masks_cover_the_stored_pixels_of_turned_photographs(coco: Path, voc: Path, orientation: int) -> None:
+    mask = coco_dataset(coco / "instances.json", coco / "val2017")[0].masks()[0]
+    save_turned(coco / "val2017" / "000000000139.jpg", orientation, mask)
+    (coco / "refs.json").write_text(json.dumps(refs()))
+    for dataset in (
+        coco_dataset(coco / "instances.json", coco / "val2017"),
+        refcoco_dataset(coco / "refs.json", coco / "val2017", coco / "instances.json"),
+    ):
+        assert overlap(dataset[0].load(), dataset[0].masks()[0]) > 0.95
+    save_turned(voc / "JPEGImages" / "2007_000033.jpg", orientation, VocDataset(voc)[0].masks()[0])
+    assert overlap(VocDataset(voc)[0].load(), VocDataset(voc)[0].masks()[0]) > 0.9
+
+
+def test_annotations_that_fit_only_the_upright_image_are_of_it(coco: Path) -> None:
+    mask = coco_dataset(coco / "instances.json", coco / "val2017")[0].masks()[0]
+    save_turned(coco / "val2017" / "000000000139.jpg", 6, np.rot90(mask))  # turned clockwise, the mask again
+    sample = coco_dataset(coco / "instances.json", coco / "val2017")[0]
+    assert overlap(sample.load(), sample.masks()[0]) > 0.95
 
 
 # --- RefCOCO --------------------------------------------------------------------------------------
@@ -297,6 +399,21 @@ def test_refs_without_masks_ask_for_instances(coco: Path) -> None:
     (coco / "refs.json").write_text(json.dumps(refs()))
     with pytest.raises(ValueError, match=r"give RefCOCO's instances\.json as instances=FILE"):
         refcoco_dataset(coco / "refs.json", coco / "val2017")
+    for wrong in (
+        {"raw_anns": "[" * 100_000},
+        {"raw_anns": "["},
+        {"raw_anns": "3"},
+        {"raw_anns": None},
+        {"sentences": [3]},
+        {"sentences": 3},
+    ):
+        row = refs()[0] | {
+            "raw_anns": json.dumps(instances()["annotations"][0]),
+            "raw_image_info": json.dumps(instances()["images"][1]),
+        }
+        (coco / "row.json").write_text(json.dumps([row | wrong]))
+        with pytest.raises(ValueError, match=r"row\.json"):
+            refcoco_dataset(coco / "row.json", coco / "val2017")
     (coco / "rows.json").write_text('[{"text": "x"}]')
     with pytest.raises(ValueError, match="a row has no sentences"):
         refcoco_dataset(coco / "rows.json", coco / "val2017")
@@ -364,7 +481,7 @@ def test_voc_folders_that_are_not(voc: Path) -> None:
     with pytest.raises(ImageError, match="VOC's are indexed PNGs"):
         VocDataset(voc)[0]
     (voc / "SegmentationClass" / "2007_000033.png").unlink()
-    with pytest.raises(ValueError, match="does not exist in the folder"):
+    with pytest.raises(ValueError, match=r"1 file\(s\) that the split val lists are not in the folder.*2007_000033\.png"):
         VocDataset(voc)
 
 

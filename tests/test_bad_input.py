@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,12 +156,32 @@ def test_labels_with_gaps(rows: list[dict[str, Any]]) -> None:
         assert len(values) == len(rows)
         for row, value in zip(rows, values.tolist(), strict=True):
             given_value = row.get(name)
-            if given_value is None:
+            numbers = all(v is None or isinstance(v, int | float) for v in (other.get(name) for other in rows))
+            if (
+                given_value is None
+                or str(given_value).strip() == ""
+                or given_value != given_value
+                or (numbers and abs(given_value) == np.inf)
+            ):
                 assert value == "" or np.isnan(value)
             elif values.dtype == object:
-                assert value == str(given_value)
+                assert value in ("", str(given_value))
             else:
                 np.testing.assert_allclose(value, float(given_value), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, None, 3], [1, np.nan, 3]), ([1, float("nan"), "", 3], [1, np.nan, np.nan, 3]), ([1.5, float("inf"), "NA"], [1.5, np.nan, np.nan]),
+        (["cat", None, float("nan"), ""], ["cat", "", "", ""]), (["cat", "none"], ["cat", "none"]), ([1, 2], [1, 2]), ([None, None], [np.nan] * 2),
+        ([np.float64("nan"), np.int64(3)], [np.nan, 3]), ([np.str_("a"), None], ["a", ""]),
+    ],
+)  # fmt: skip
+def test_missing_labels_of_a_users_own_dataset(values: list[Any], expected: list[Any]) -> None:
+    found = _label_arrays([{"mood": value} for value in values])["mood"].tolist()
+    assert len(found) == len(expected)
+    assert all(a == b or (a != a and b != b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["timestep", "sample", "prompts", "", " ", "a/b", "..", ".hidden", "__x", "zarr.json", "y"])
@@ -184,6 +205,50 @@ def test_a_labels_file_with_gaps(tiny_model: DiffusionModel, tmp_path: Path) -> 
     tree = open_store(tmp_path / "s.zarr")
     assert tree["mood"].values.tolist() == ["glad", "", "3", ""]
     np.testing.assert_array_equal(tree["size"].values, [1, 2.5, np.nan, np.nan])
+
+
+# --- what models bring along ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_that_are_cut_off(model_folder: Callable[[str], Path], fails: Fails, tmp_path: Path, part: str) -> None:
+    shutil.copytree(model_folder("sd1"), tmp_path / "sd")
+    weights = next((tmp_path / "sd" / part).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    said = fails("extract", "--model", tmp_path / "sd", "--data", "shapes:2", "--out", tmp_path / "x.zarr")
+    assert "could not be read" in said and not (tmp_path / "x.zarr").exists()
+
+
+def test_language_models_and_encoders_that_are_cut_off(fresh_language: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    from diffprobe.encoders import load_extractor
+    from diffprobe.mllm.train import load_language_model
+
+    language = fresh_language()
+    language.model.save_pretrained(tmp_path / "lm")
+    language.tokenizer.save_pretrained(tmp_path / "lm")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=16)).save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor().save_pretrained(tmp_path / "clip")
+    for weights in tmp_path.glob("*/*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"No language model at .*lm'.*incomplete metadata"):
+        load_language_model(tmp_path / "lm", "cpu")
+    with pytest.raises(ValueError, match=r"vision encoder at .*clip' could not be read: .*incomplete metadata"):
+        load_extractor(str(tmp_path / "clip"), "cpu")
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(10**9) %}x{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1/0 }}", "{{ messages.a.b }}", "{% for",
+    "{{ raise_exception('no') }}",
+])  # fmt: skip
+def test_chat_templates_that_cannot_be_filled(fresh_language: Callable[..., Any], template: str) -> None:
+    language = fresh_language()
+    language.tokenizer.chat_template = template
+    for call in (lambda: language.prompt("Is it red?"), lambda: language.answers([("Is it red?", "yes"), ("Where?", "left")])):
+        with pytest.raises(ValueError, match="chat template of tiny cannot be filled"):
+            call()
 
 
 # --- the command line -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -217,6 +218,12 @@ def test_winoground_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder("f") / "examples.jsonl").write_text("{'id': 0}")
     with pytest.raises(ValueError, match="line 1 is not JSON"):
         load_benchmark(f"winoground:{tmp_path / 'f'}")
+    (tmp_path / "f" / "examples.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1 is nested too deep"):
+        load_benchmark(f"winoground:{tmp_path / 'f'}")
+    (tmp_path / "f" / "examples.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load_benchmark(f"winoground:{tmp_path / 'f'}")
     (folder("g") / "x.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(ValueError, match=r"x\.parquet' could not be read as Parquet"):
         load_benchmark(f"winoground:{tmp_path / 'g'}")
@@ -298,7 +305,15 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     Image.new("RGB", (8, 6), COLOURS["blue"]).save(tmp_path / "MLLM_VLM Images" / "Camera Perspective" / "1.jpg")
     repainted = load_benchmark(f"mmvp-vlm:{tmp_path}").fingerprint()
     mmvp(tmp_path, [*MMVP_ROWS[:3], ("2", "Camera Perspective", "other words")])
-    assert len({before, repainted, load_benchmark(f"mmvp-vlm:{tmp_path}").fingerprint()}) == 3
+    reworded = load_benchmark(f"mmvp-vlm:{tmp_path}").fingerprint()
+    Image.new("RGB", (8, 6), "white").save(tmp_path / "MLLM_VLM Images" / "Color" / "4.jpg")  # of the last item
+    assert len({before, repainted, reworded, load_benchmark(f"mmvp-vlm:{tmp_path}").fingerprint()}) == 4
+
+
+def test_fingerprint_of_drawn_items_is_of_more_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load_benchmark("shapes-mmvp:9")
+    last = dataclasses.replace(benchmark.items[-1], images=benchmark.items[0].images)
+    assert dataclasses.replace(benchmark, items=(*benchmark.items[:-1], last)).fingerprint() != benchmark.fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,35 @@ def test_cropped_points_lie_where_the_image_shows_them(spair):
         np.testing.assert_allclose(pairs[0].source_points[0], seen, atol=0.01)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_points_of_turned_photographs_lie_where_the_folder_shows_them(spair, orientation):
+    """Points are of the stored pixels; a folder of photographs shows them upright."""
+    stored = np.zeros((40, 60, 3), np.uint8)
+    stored[9:11, 14:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = spair / "JPEGImages" / "cat" / "2008_1.jpg"
+    Image.fromarray(stored).save(path, exif=exif, quality=95)
+    shown = np.asarray(FolderDataset(spair / "JPEGImages")[1].load(), np.float64).mean(axis=2)
+    y, x = np.mgrid[: shown.shape[0], : shown.shape[1]] + 0.5
+    seen = [np.average(axis, weights=shown * (shown > 60)) for axis in (x, y)]
+    first, second = read_spair(spair, "test", "cat")
+    np.testing.assert_allclose(first.source_points[0] * shown.shape[::-1], seen, atol=0.3)
+    np.testing.assert_allclose(second.target_points[0] * shown.shape[::-1], seen, atol=0.3)
+    assert second.size == shown.shape[::-1] and second.box_side == 60
+    box = np.reshape(second.box, (2, 2)) * second.size
+    assert (box[0] <= seen).all() and (seen <= box[1]).all() and np.prod(box[1] - box[0]) == pytest.approx(60 * 30)
+    if orientation > 4:  # annotated as shown, which the sizes tell
+        for file in (spair / "PairAnnotation" / "test").glob("*.json"):
+            swapped = json.loads(file.read_text())
+            for side in ("src", "trg"):
+                swapped[f"{side}_imsize"] = (
+                    [40, 60, 3] if swapped[f"{side}_imname"] == "2008_1.jpg" else swapped[f"{side}_imsize"]
+                )
+            file.write_text(json.dumps(swapped))
+        np.testing.assert_allclose(read_spair(spair, "test", "cat")[0].source_points[0], [15 / 40, 10 / 60])
+
+
 def test_spair_is_scored_from_features(spair):
     ids = ["bus/2009_3.jpg", "cat/2008_1.jpg", "cat/2008_2.jpg"]
     row = correspondence(array(normal(3, 4, 6, 6), ids), read_spair(spair), grid=24, by_category=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from diffprobe.data import FolderDataset, ImageError, ShapesDataset, TwinsDataset, iterate, load_dataset
+from diffprobe.data import FolderDataset, ImageError, ShapesDataset, TwinsDataset, drawn, files, iterate, load_dataset
 
 
 @pytest.fixture
@@ -62,6 +66,70 @@ def test_csv_captions_and_labels(photos: Path) -> None:
     assert dataset[2].labels == {"year": 2001, "grade": 2.0}
 
 
+@pytest.mark.parametrize("gap", ["", " ", "NaN", "nan", "None", "null", "NA", "inf", "-Infinity", "1e999"])
+def test_a_missing_cell_leaves_a_column_of_numbers_one(photos: Path, gap: str) -> None:
+    (photos / "captions.csv").write_text(f"file,size,share,mood\na.JPG,3,0.5,glad\nb.png,{gap},{gap},none\nsub/c.webp,5,2,\n")
+    labels = [dict(sample.labels) for sample in iterate(FolderDataset(photos))]
+    assert labels == [{"size": 3, "share": 0.5, "mood": "glad"}, {"mood": "none"}, {"size": 5, "share": 2.0}]
+    assert [type(row.get("size")) for row in labels] == [int, type(None), int]
+
+
+def test_a_missing_value_in_json_is_no_label(photos: Path) -> None:
+    rows = [
+        {"file": "a.JPG", "size": 3, "kind": "cat"}, {"file": "b.png", "size": float("nan"), "kind": float("nan"), "caption": None},
+        {"file": "b.png", "size": "NaN", "kind": "", "captions": None}, {"file": "sub/c.webp", "size": float("inf"), "captions": ["x", None]},
+    ]  # fmt: skip
+    (photos / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = FolderDataset(photos)
+    assert [dict(sample.labels) for sample in iterate(dataset)] == [{"size": 3, "kind": "cat"}, {}, {}]
+    assert texts(dataset) == {"a.JPG": [], "b.png": [], "sub/c.webp": ["x"]}
+
+
+def test_words_and_codes_stay_words(photos: Path) -> None:
+    (photos / "captions.csv").write_text("file,code,hat\na.JPG,1_2,None\nb.png,12,NaN\nsub/c.webp,3,cap\n")
+    rows = [dict(sample.labels) for sample in iterate(FolderDataset(photos))]
+    assert rows == [{"code": "1_2", "hat": "None"}, {"code": "12"}, {"code": "3", "hat": "cap"}]
+
+
+@pytest.mark.parametrize("inner", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_ends_end_a_line(photos: Path, inner: str) -> None:
+    text = f"a red{inner}star"
+    (photos / "captions.csv").write_bytes(f"file,caption\r\nb.png,{text}\r\na.JPG,x\r\n".encode())
+    (photos / "sub" / "c.txt").write_bytes(f"{text}\rsecond\r\n".encode())
+    assert texts(FolderDataset(photos)) == {"a.JPG": ["x"], "b.png": [text], "sub/c.webp": []}
+    (photos / "captions.csv").unlink()
+    assert texts(FolderDataset(photos))["sub/c.webp"] == [text, "second"]
+
+
+def test_a_cell_may_be_long(photos: Path) -> None:
+    (photos / "captions.csv").write_text(f"file,caption\nb.png,{'a ' * 100_000}b\n")
+    assert texts(FolderDataset(photos))["b.png"] == ["a " * 100_000 + "b"]
+
+
+def test_names_match_however_their_accents_are_spelt(photos: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "caf\xe9.png") for form in ("NFC", "NFD"))
+    (photos / "b.png").rename(photos / decomposed)
+    (photos / "captions.csv").write_text(f"file,caption\n{composed},theirs\n", encoding="utf-8")
+    assert texts(FolderDataset(photos))[decomposed] == ["theirs"]
+    shutil.copy(photos / decomposed, photos / composed)  # two files then: each line names the one that it spells
+    (photos / "captions.csv").write_text(f"file,caption\n{composed},one\n{decomposed},other\n", encoding="utf-8")
+    found = texts(FolderDataset(photos))
+    assert (found[composed], found[decomposed]) == (["one"], ["other"])
+    (photos / "captions.csv").unlink()
+    (photos / composed).unlink()
+    (photos / composed).with_suffix(".txt").write_text("beside")
+    assert texts(FolderDataset(photos))[decomposed] == ["beside"]
+
+
+def test_every_name_of_a_photograph_is_found(photos: Path) -> None:
+    image = Image.new("RGB", (8, 6), "red")
+    image.save(photos / "d.jfif", format="JPEG")
+    image.save(photos / "e.AVIF", format="AVIF")
+    dataset = FolderDataset(photos)
+    assert [sample.id for sample in iterate(dataset)] == ["a.JPG", "b.png", "d.jfif", "e.AVIF", "sub/c.webp"]
+    assert dataset[3].load().getpixel((0, 0))[0] > 240
+
+
 def test_text_files_beside_the_images(photos: Path) -> None:
     (photos / "sub" / "c.txt").write_text("one line\n\nanother line\n")
     assert texts(FolderDataset(photos))["sub/c.webp"] == ["one line", "another line"]
@@ -92,6 +160,14 @@ def test_a_named_captions_file_may_lie_elsewhere(photos: Path, tmp_path: Path) -
         ),
         ("captions.csv", "file,caption\nb.png,red, and bright\n", "line 2 does not have 2 columns; put quotes"),
         ("captions.csv", "file,caption\n../b.png,x\n", "line 2: '../b.png' leaves the folder"),
+        ("captions.csv", "file,caption,caption\nb.png,x,y\n", "two columns 'caption'.*a line of its own"),
+        ("captions.jsonl", '{"file": "b.png", "caption": "x", "caption": "y"}', "line 1 has 'caption' twice"),
+        ("captions.csv", 'file,caption\na.JPG,x\nb.png,"12" pipe"\n', "line 3 has a stray quote.*two quotes"),
+        ("captions.csv", 'file,caption\na.JPG,"a pipe\nb.png,x\n', "line 3 has a stray quote"),
+        ("captions.jsonl", '{"file": "b.png", "y": ' + "[" * 100_000, "line 1 is nested too deep"),
+        ("captions.jsonl", '{"file": "b.png", "y": ' + "1" * 5000 + "}", "line 1 is not JSON"),
+        ("captions.jsonl", '{"file": "x"}\n{\n{"file": "b.png", "caption": 3}\n{"file": "../y"}', "line 2.*line 3.*line 4"),
+        ("captions.jsonl", '{"file": "x.png"}\n{"file": "y.png"}', "names 2.*'x.png'.*'y.png'"),
     ],
 )
 def test_captions_that_do_not_fit_are_refused(photos: Path, name: str, content: str, message: str) -> None:
@@ -152,6 +228,24 @@ def test_links_out_of_the_folder_are_refused(photos: Path, tmp_path: Path, link:
         FolderDataset(photos)
 
 
+def test_links_that_lead_nowhere_are_listed(photos: Path) -> None:
+    (photos / "x.png").symlink_to(photos / "y.png")
+    (photos / "y.png").symlink_to(photos / "x.png")
+    (photos / "z.png").symlink_to(photos / "gone.png")
+    with pytest.raises(ValueError, match=r"lead nowhere: 'x\.png'; 'y\.png'; 'z\.png'"):
+        FolderDataset(photos)
+    for name in "xyz":
+        (photos / f"{name}.png").unlink()
+    (photos / "captions.csv").symlink_to(photos / "captions.csv")
+    with pytest.raises(ValueError, match=r"lead nowhere: 'captions\.csv'"):
+        FolderDataset(photos)
+    (photos / "captions.csv").unlink()
+    (photos / "loop").symlink_to(photos / "loop")
+    assert len(FolderDataset(photos)) == 3
+    with pytest.raises(ValueError, match="loop' does not exist"):
+        FolderDataset(photos / "loop")
+
+
 def test_links_within_the_folder_are_kept(photos: Path) -> None:
     (photos / "link.png").symlink_to(photos / "b.png")
     dataset = FolderDataset(photos)
@@ -169,6 +263,54 @@ def test_fingerprint_follows_content_not_place_or_time(photos: Path, tmp_path: P
     renamed = FolderDataset(photos).fingerprint()
     Image.new("RGB", (90, 60), "blue").save(photos / "bb.png")
     assert len({before, with_caption, renamed, FolderDataset(photos).fingerprint()}) == 4
+
+
+def test_fingerprint_sees_other_pictures_of_the_same_size(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def painted(colour: str) -> str:
+        for name in ("a.bmp", "sub/d.bmp"):
+            Image.new("RGB", (8, 6), colour).save(photos / name)
+        return FolderDataset(photos).fingerprint()
+
+    before = painted("red")
+    assert painted("blue") != before == painted("red")
+    # the same with digests remembered on the disk
+    monkeypatch.setenv("DIFFPROBE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_REMEMBERED", 0)
+    assert painted("blue") != before == painted("red") and (tmp_path / "cache").is_dir()
+
+
+def test_digests_of_files_that_rest_are_not_made_again(photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIFFPROBE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_REMEMBERED", 0)
+    monkeypatch.setattr(files, "_SETTLED", -1)
+    before, read = FolderDataset(photos).fingerprint(), []
+    digest = files._digest
+    monkeypatch.setattr(files, "_digest", lambda path: read.append(path.name) or digest(path))
+    assert FolderDataset(photos).fingerprint() == before and not read
+    Image.new("RGB", (8, 6), "white").save(photos / "b.png")
+    assert FolderDataset(photos).fingerprint() != before and read == ["b.png"]
+    (photos / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 files cannot be read: '.*b\.png' \(No such file"):
+        files.content_digests(photos, ["a.JPG", "b.png", "sub/c.webp"])
+    next((tmp_path / "cache" / "digests").iterdir()).write_text("[" * 100_000)
+    assert len(files.content_digests(photos, ["a.JPG"])) == 1
+
+
+@pytest.mark.parametrize("what", ["render", "caption", "questions"])
+def test_the_fingerprint_of_drawn_scenes_is_of_more_than_the_first(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    dataset, made = ShapesDataset(6), getattr(drawn, what)
+    before, special = dataset.fingerprint(), dataset.scene(4)
+
+    def changed(scene: Any, *rest: Any) -> Any:
+        found = made(scene, *rest)
+        if scene != special:
+            return found
+        return (np.zeros_like(found[0]), found[1]) if what == "render" else made(dataset.scene(0), *rest)
+
+    monkeypatch.setattr(drawn, what, changed)
+    assert ShapesDataset(6).fingerprint() != before != ShapesDataset(5).fingerprint()
 
 
 def test_load_dataset_knows_every_form(photos: Path) -> None:

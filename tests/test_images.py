@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffprobe.data.images import FITS, ImageError, fit_image, fit_masks, read_image
+from diffprobe.data.images import FITS, ImageError, decode_image, fit_image, fit_masks, read_image
 
 
 def pixel(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
@@ -18,14 +18,31 @@ def pixel(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
     return tuple(int(v) for v in np.asarray(image)[y, x])
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces a size and has next to no data."""
-
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, transparent: bytes = b"") -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header += chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and has next to no data."""
+    return png(width, height, 8, 2, b"\0" * 99)
+
+
+def tiff(values: np.ndarray, kind: int, end: str = "<", photometric: int = 1) -> bytes:
+    """One row of grey in a TIFF; `kind` 1 is unsigned, 2 signed, 3 float."""
+    data, bits = values.tobytes(), 8 * values.itemsize
+    tags = [(256, 3, len(values)), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8), (277, 3, 1),
+            (278, 3, 1), (279, 4, len(data)), (339, 3, kind)]  # fmt: skip
+    head = (b"II*\0" if end == "<" else b"MM\0*") + struct.pack(f"{end}I", 8 + len(data))
+    rows = [
+        struct.pack(f"{end}HHI", n, t, 1) + struct.pack(f"{end}HH" if t == 3 else f"{end}I", v, *[0] * (t == 3))
+        for n, t, v in tags
+    ]
+    return head + data + struct.pack(f"{end}H", len(tags)) + b"".join(rows) + struct.pack(f"{end}I", 0)
 
 
 def test_palette_and_grey(tmp_path: Path) -> None:
@@ -49,6 +66,41 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     palette.putpalette([10, 20, 30] * 8)
     palette.save(tmp_path / "p.png", transparency=3)
     assert pixel(read_image(tmp_path / "p.png")) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("colour", "pixels", "clear", "expected"),
+    [(0, [1000, 40000], [1000], [255, 156]), (2, [1000, 2000, 3000, 40000, 40000, 40000], [1000, 2000, 3000], [255, 156]),
+     (0, [1001, 1000], [1000], [4, 255]), (2, [0, 0, 0, 40000, 40000, 40000], [0, 0, 0], [255, 156])],
+)  # fmt: skip
+def test_the_transparent_colour_of_sixteen_bits(colour: int, pixels: list[int], clear: list[int], expected: list[int]) -> None:
+    numbers = lambda values: struct.pack(f">{len(values)}H", *values)  # noqa: E731
+    image = decode_image(png(2, 1, 16, colour, b"\0" + numbers(pixels), numbers(clear)), "deep.png")
+    assert np.asarray(image)[0, :, 0].tolist() == expected
+
+
+def test_integers_of_32_bits_in_a_tiff() -> None:
+    read = lambda values, kind, **options: np.asarray(decode_image(tiff(values, kind, **options), "x.tif"))[0, :, 0].tolist()  # noqa: E731
+    assert read(np.array([0, 100, 255], "<i4"), 2) == [0, 100, 255], "8 bits in a wide cell"
+    assert read(np.array([0, 32768, 65535], "<u4"), 1) == [0, 128, 255]
+    assert read(np.array([0, 1000, 65535], ">i4"), 2, end=">") == [0, 4, 255]
+    assert read(np.array([0, 1000, 255], "<u2"), 1) == [0, 4, 1], "16 bits say what they are"
+    for values, kind, words in (
+        (np.array([0, 2**31, 2**32 - 1], "<u4"), 1, "grey values from 0 to 4.29497e"),
+        (np.array([-5, 7], "<i4"), 2, "grey values from -5 to 7"),
+        (np.array([0.0, 0.5], "<f8"), 3, "not an image in a known format .* or of a kind of pixel that is not read"),
+        (np.array([0, 7], ">u4"), 1, "or of a kind of pixel"),
+    ):
+        with pytest.raises(ImageError, match=words):
+            read(values, kind, end=">" if values.dtype.byteorder == ">" else "<")
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "P", "I;16", "CMYK", "RGBA"])
+@pytest.mark.parametrize("fit", FITS)
+def test_images_of_a_users_own_dataset_may_have_any_mode(mode: str, fit: str) -> None:
+    grey = Image.new("L", (8, 6), 255)
+    image = Image.fromarray(np.full((6, 8), 65535, np.uint16)) if mode == "I;16" else grey.convert(mode)
+    assert np.asarray(fit_image(image, (4, 4), fit)).tolist() == [[[255, 255, 255]] * 4] * 4
 
 
 def test_cmyk(tmp_path: Path) -> None:

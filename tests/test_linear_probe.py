@@ -154,6 +154,25 @@ def test_missing_labels_are_dropped_and_counted(missing):
     assert frame.value.to_list() == fit_probe(kept, "colour").value.to_list()
 
 
+@pytest.mark.parametrize("missing", [None, "", np.nan, np.inf, -np.inf])
+def test_a_gap_leaves_numbers_numbers(missing):
+    features = planted()
+    area = features.area.values.astype(object)
+    area[::4] = missing
+    frame = fit_probe(features, area)
+    kept = features.isel(sample=np.arange(N) % 4 != 0)
+    assert (frame.score == "r2").all() and (frame.n_dropped == 50).all()
+    assert frame.value.to_list() == fit_probe(kept, "area").value.to_list()
+
+
+def test_objects_without_the_attribute_are_no_class():
+    masks = np.zeros((3, 8, 8), bool)
+    masks[0, :4, :4] = masks[1, 4:, 4:] = masks[2, :4, 4:] = True
+    objects = ({"kind": "cat"}, {"kind": None}, {"name": "x"})
+    found = patch_labels([Sample("a", lambda: None, masks=lambda: masks, objects=objects)], "kind", (2, 2), (8, 8))
+    assert found.tolist() == [[["cat", ""], ["background", ""]]]
+
+
 def test_label_array_is_aligned_by_sample():
     features = planted()
     shuffled = features.colour.isel(sample=np.random.default_rng(0).permutation(N))

@@ -318,6 +318,10 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     assert whole.fingerprint() == load_questions(spec).fingerprint() != part.fingerprint()
     vqav2(tmp_path, answers=["dog"] * 10)
     assert load_questions(spec).fingerprint() != whole.fingerprint()
+    vqav2(tmp_path, official=True)
+    before = load_questions(spec).fingerprint()
+    save(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
+    assert load_questions(spec).fingerprint() != before
 
 
 def test_limits_keep_what_is_scored_together(tmp_path: Path) -> None:

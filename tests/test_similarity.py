@@ -277,6 +277,33 @@ def test_every_comparison_of_a_store(tree):
     assert same.dropna(subset="site")["value"].tolist() == pytest.approx([1] * 8)
 
 
+def test_a_label_may_be_called_site():
+    """Of where a photograph was taken, beside the site in the network."""
+    import diffprobe.probes.similarity as module
+
+    a = maps(normal(12, 2, 3, 2, 2)).assign_coords(site=("sample", np.repeat(["farm", "wood", "town"], 4)))
+    names = {"U": a, "V": a + 1}
+    tree = xr.DataTree.from_dict({name: xr.Dataset({"features": values}) for name, values in names.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "site_names", lambda tree: list(names))
+        patch.setattr(module, "features", lambda tree, site, **choice: names[site].assign_attrs(site=site))
+        rows = store_similarity(tree, "timestep", measures=("cka",), groups="site")
+        between = store_similarity(tree, "site", measures=("cka",), groups="site")
+    assert set(rows["n_groups"]) == {3} and rows["site"].unique().tolist() == ["U", "V"]
+    assert between[["site_a", "site_b"]].drop_duplicates().to_numpy().tolist() == [["U", "V"]]
+    assert set(between["n_groups"]) == {3} and "site" not in between
+
+
+@pytest.mark.parametrize("gap", ["", np.nan, None])
+def test_samples_without_pair_or_side_are_left_out(gap):
+    both = xr.DataArray(normal(5, 3), dims=("sample", "channel"))
+    pair, side = [7.0, 7.0, 8.0, 8.0, np.nan], np.array(["a", "b", "a", gap, "a"], object)
+    first, second = split_pairs(both.assign_coords(pair=("sample", pair), side=("sample", side)))
+    np.testing.assert_array_equal(first, both[:1])
+    np.testing.assert_array_equal(second, both[1:2])
+    assert first["sample"].values.tolist() == [7]
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

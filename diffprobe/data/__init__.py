@@ -1,6 +1,7 @@
 """Datasets: the drawn world, drawn twins of benchmarks, folders of photographs; all yield `Sample`.
 
 samples.py    what every dataset yields
+files.py      texts, JSON, names and contents of files that others wrote
 shapes.py     the drawn world: scenes, pixels, masks and captions
 drawn.py      its scenes as a dataset
 questions.py  questions about drawn scenes

@@ -1,8 +1,9 @@
 """Photographs with annotated objects: COCO instances, RefCOCO expressions, Pascal VOC segmentation.
 
 All yield `Sample` with masks, and captions whose spans say which objects a word speaks of.  The layouts are those of the
-published files; nothing is downloaded.  The invariant: an annotation file can name only images of the folder that is given,
-and reading one never runs code (RefCOCO's pickles are refused).
+published files; nothing is downloaded.  The invariants: masks and images are those of the stored pixels, whatever note
+about turning them a photograph carries; an annotation file can name only images of the folder that is given, and reading
+one never runs code (RefCOCO's pickles are refused).
 
 Sources: Lin et al. 2014 (COCO), Yu et al. 2016 (RefCOCO), Everingham et al. 2010 (VOC).
 """
@@ -11,11 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.data.folder import _inside
+from diffprobe.data.files import content_digests, file_inside, inside, listed, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import MAX_PIXELS, ImageError, read_image
 from diffprobe.data.questions import article
 from diffprobe.data.samples import Caption, Sample, Span
@@ -62,28 +62,27 @@ class AnnotatedDataset:
         records: In order.
 
     Raises:
-        ValueError: there are no records, or their images are missing.
+        ValueError: there are no records, or images are missing, or masks cannot be read; all are listed.
     """
 
     def __init__(self, name: str, spec: str, images: str | Path, records: Sequence[Record]) -> None:
         self.name, self.spec, self.records = name, spec, list(records)
-        self.root = Path(images).expanduser().resolve()
+        self.root = real_path(images)
         if not self.root.is_dir():
             raise ValueError(f"The folder of images '{images}' does not exist; name it with images=FOLDER.")
         if not self.records:
             raise ValueError(f"{spec!r} holds no samples; check the file, or its split.")
-        missing = [r.file for r in self.records if not self._path(r.file).is_file()]
+        named = dict.fromkeys(record.file for record in self.records)
+        self._paths = {file: path for file in named if (path := file_inside(self.root, file)) is not None}
+        missing = [f"'{record.file}'" for record in self.records if record.file not in self._paths]
         if missing:
             raise ValueError(
-                f"{len(missing)} of the {len(self.records)} annotated images are not in '{self.root}', the first '{missing[0]}'; "
+                f"{len(missing)} of the {len(self.records)} annotated images are not in '{self.root}': {listed(missing)}; "
                 "name their folder with images=FOLDER, or take fewer with limit=N."
             )
-
-    def _path(self, file: str) -> Path:
-        path = (self.root / file).resolve()
-        if not path.is_relative_to(self.root):
-            raise ValueError(f"'{file}' is a link to '{path}', outside the folder of images; copy the file into the folder.")
-        return path
+        faults = [fault for record in self.records for fault in _faults(record)]
+        if faults:
+            raise ValueError(f"{len(faults)} segmentations of {spec!r} cannot be read: {listed(faults)}.")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -94,7 +93,7 @@ class AnnotatedDataset:
         record = self.records[index]
         return Sample(
             id=record.id,
-            load=partial(_load, self._path(record.file), record.size),
+            load=partial(_load, self._paths[record.file], record.size),
             masks=partial(decode_masks, record.segmentations, record.size, record.id),
             captions=record.captions,
             labels=dict(record.labels),
@@ -102,25 +101,29 @@ class AnnotatedDataset:
         )
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes in bytes, texts, categories and segmentations."""
+        """Hash of names, contents, texts, categories and segmentations."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        found = {file: path.relative_to(self.root).as_posix() for file, path in self._paths.items()}
+        contents = dict(zip(found, content_digests(self.root, list(found.values())), strict=True))
         digest = hashlib.sha256()
         for record in self.records:
             texts = [c.text for c in record.captions]
-            row = [
-                record.id,
-                record.file,
-                self._path(record.file).stat().st_size,
-                texts,
-                record.categories,
-                record.segmentations,
-            ]
+            row = [record.id, record.file, contents[record.file], texts, record.categories, record.segmentations]
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()[:16]
 
 
 def _load(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The image, if it has the annotated size: masks of another one would lie elsewhere."""
-    image = read_image(path)
+    """The image as its pixels are stored, which is what was annotated; upright where the annotated size fits only so.
+
+    Of any other size it is not used: the masks would lie elsewhere.
+    """
+    image = read_image(path, upright=False)
+    if (image.height, image.width) != size:
+        image = read_image(path)
     if (image.height, image.width) != size:
         raise ImageError(
             f"'{path}' has {image.width} x {image.height} pixels, its annotations are for {size[1]} x {size[0]}; "
@@ -176,7 +179,7 @@ def coco_dataset(
         labels: dict[str, str | int] = {"n_objects": len(categories)}
         records.append(
             Record(
-                id=_inside(f"'{path}'", _get(entry, "file_name", str, path)), file=_inside(f"'{path}'", entry["file_name"]),
+                id=inside(f"'{path}'", _get(entry, "file_name", str, path)), file=inside(f"'{path}'", entry["file_name"]),
                 size=(_get(entry, "height", int, path), _get(entry, "width", int, path)),
                 captions=written or (listing(objects),), categories=categories,
                 segmentations=tuple(s for _, s in instances[number]), labels=labels,
@@ -214,31 +217,31 @@ def plural_forms(name: str) -> tuple[str, ...]:
     (('bus', 'buses'), ('wine glass', 'wine glasses'), ('person', 'people', 'persons'))
     """
     head, _, last = name.rpartition(" ")
-    front = f"{head} " if head else ""
-    if last.endswith(("s", "x", "ch", "sh")):
+    front, small = f"{head} " if head else "", last.lower()
+    if small.endswith(("s", "x", "ch", "sh")):
         regular = f"{last}es"
-    elif last.endswith("y") and last[-2:-1] not in "aeiou":
+    elif small.endswith("y") and small[-2:-1] not in "aeiou":
         regular = f"{last[:-1]}ies"
     else:
         regular = f"{last}s"
-    irregular = IRREGULAR.get(last)
-    plurals = (regular,) if irregular is None else (irregular, regular) if last == "person" else (irregular,)
+    irregular = IRREGULAR.get(small)
+    plurals = (regular,) if irregular is None else (irregular, regular) if small == "person" else (irregular,)
     return tuple(dict.fromkeys([name, *(front + plural for plural in plurals)]))
 
 
 def category_spans(text: str, objects: Mapping[str, tuple[int, ...]]) -> tuple[Span, ...]:
-    """Where a text names categories, as whole words in singular or plural; "hot dog" is no dog.
+    """Where a text names categories, as whole words in singular or plural and any case; "hot dog" is no dog.
 
     >>> category_spans("Dogs eat a hot dog", {"dog": (0, 1), "hot dog": (2,)})
     (Span(start=0, end=4, objects=(0, 1), role='noun'), Span(start=11, end=18, objects=(2,), role='noun'))
     """
-    words = {form: name for name in objects for form in plural_forms(name)}
+    words = sorted(((form, name) for name in objects if name.strip() for form in plural_forms(name)), key=lambda w: -len(w[0]))
     if not words:
         return ()
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"
+    # a group for each form, the longest first: which one matched is then no question of how case is folded
+    pattern = rf"(?<!\w)(?:{'|'.join(f'({re.escape(form)})' for form, _ in words)})(?!\w)"
     return tuple(
-        Span(*match.span(), objects[words[match.group().lower()]], "noun")
+        Span(*match.span(), objects[words[(match.lastindex or 1) - 1][1]], "noun")
         for match in re.finditer(pattern, text, re.IGNORECASE)
     )
 
@@ -253,7 +256,7 @@ def listing(objects: Mapping[str, tuple[int, ...]], words: Mapping[str, str] | N
     for position, (name, indices) in enumerate(objects.items()):
         word = (words or {}).get(name, name)
         several = len(indices) > 1
-        phrase = plural_forms(word)[-1 if word != "person" else 1] if several else article(word)
+        phrase = plural_forms(word)[-1 if word.lower() != "person" else 1] if several else article(word)
         text += " of " if position == 0 else " and " if position == len(objects) - 1 else ", "
         text += phrase
         start = len(text) - len(phrase) if several else len(text) - len(word)
@@ -291,7 +294,7 @@ def refcoco_dataset(
     records = []
     for row in rows[:limit]:
         annotation, image, category = source.of(row, path) if source else _from_row(row, path)
-        file = _inside(f"'{path}'", _get(image, "file_name", str, path))
+        file = inside(f"'{path}'", _get(image, "file_name", str, path))
         said = [" ".join(str(s.get("sent") or s.get("raw")).split()) for s in row["sentences"]]
         nouns = {category: (0,)} if category else {}
         captions = tuple(
@@ -333,7 +336,10 @@ def _from_row(row: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], Ma
         raise ValueError(
             f"'{path}' has refs without masks (no column raw_anns); give RefCOCO's instances.json as instances=FILE."
         )
-    return json.loads(row["raw_anns"]), json.loads(row["raw_image_info"]), ""
+    found = [parse_json(str(row[name]), f"'{path}', {name} of a row") for name in ("raw_anns", "raw_image_info")]
+    if not all(isinstance(value, dict) for value in found):
+        raise ValueError(f"'{path}': raw_anns and raw_image_info of a row must be objects; found {found}.")
+    return found[0], found[1], ""
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
@@ -349,11 +355,12 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
 
         rows: list[Any] = pd.read_parquet(path).to_dict("records")
     elif path.suffix == ".jsonl":
-        rows = [_parsed(line, f"'{path}', line {n}") for n, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
+        rows = [parse_json(line, where) for where, line in numbered_lines(path)]
     else:
         rows = _json(path, list)
     for row in rows:
-        if not isinstance(row, dict) or "sentences" not in row:
+        said = row.get("sentences") if isinstance(row, dict) else None
+        if not isinstance(said, list | np.ndarray) or not all(isinstance(sentence, dict) for sentence in said):
             raise ValueError(f"'{path}': a row has no sentences; rows of RefCOCO have ref_id, image_id, ann_id and sentences.")
     return rows
 
@@ -377,23 +384,23 @@ class VocDataset:
     """
 
     def __init__(self, root: str | Path, split: str = "val", limit: int | None = None) -> None:
-        self.root = Path(root).expanduser().resolve()
+        self.root = real_path(root)
         self.split, self.limit = split, limit
         lists = self.root / "ImageSets" / "Segmentation"
         there = sorted(p.stem for p in lists.glob("*.txt"))
         if split not in there:
             found = f"it has {', '.join(there)}" if there else "that folder has no lists; name the folder VOC2012 itself"
             raise ValueError(f"'{lists}' has no split {split!r}; {found}.")
-        lines = [line.strip() for line in _text(lists / f"{split}.txt").splitlines() if line.strip()][:limit]
-        self.ids = [_inside(f"'{lists / split}.txt'", line) for line in lines]
-        for name in self.ids:
-            for path in self._paths(name):
-                if not path.is_file() or not path.resolve().is_relative_to(self.root):
-                    raise ValueError(
-                        f"'{path}' does not exist in the folder, or is a link out of it; the split {split} lists it."
-                    )
+        lines = [line.strip() for _, line in numbered_lines(lists / f"{split}.txt")][:limit]
+        self.ids = [inside(f"'{lists / split}.txt'", line) for line in lines]
         if not self.ids:
             raise ValueError(f"'{lists / split}.txt' lists no images.")
+        paths = [path for name in self.ids for path in self._paths(name)]
+        bad = [f"'{path}'" for path in paths if not path.is_file() or not real_path(path).is_relative_to(self.root)]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} file(s) that the split {split} lists are not in the folder, or links out of it: {listed(bad)}."
+            )
         self._categories: dict[str, tuple[str, ...]] = {}
 
     @property
@@ -432,8 +439,13 @@ class VocDataset:
         )
 
     def fingerprint(self) -> str:
-        """Hash of names and sizes in bytes of images and segmentations."""
-        rows = [[name, *(path.stat().st_size for path in self._paths(name))] for name in self.ids]
+        """Hash of names and contents of images and segmentations."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        paths = [path.relative_to(self.root).as_posix() for name in self.ids for path in self._paths(name)]
+        rows = [self.ids, content_digests(self.root, paths)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
@@ -491,62 +503,82 @@ def decode_masks(segmentations: Sequence[Any], size: tuple[int, int], where: str
     return masks
 
 
-def _decode(segmentation: Any, size: tuple[int, int], where: str) -> Bools:
-    """One segmentation; what does not fit the image is refused before the decoder, written in C, sees it."""
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise ValueError("COCO's masks need pycocotools; install it with: pip install 'diffprobe[coco]'") from error
+def _faults(record: Record) -> list[str]:
+    """What is wrong with a record's segmentations."""
+    found = []
+    for segmentation in record.segmentations:
+        try:
+            if segmentation:
+                _checked(segmentation, record.size, record.id)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def _checked(segmentation: Any, size: tuple[int, int], where: str) -> Any:
+    """The segmentation, its runs unpacked; what does not fit the image is refused before the decoder, written in C, sees it.
+
+    The decoder would fill what packed runs leave open with whatever lay in the memory.
+    """
     height, width = size
     if height * width > MAX_PIXELS:
         raise ValueError(
             f"The annotations of {where} are for {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}."
         )
     if isinstance(segmentation, dict):
-        if list(segmentation.get("size", ())) != [height, width]:
+        if segmentation.get("size") not in ([height, width], (height, width)):
             raise ValueError(f"A mask of {where} has the size {segmentation.get('size')}; its image has {[height, width]}.")
         counts = segmentation.get("counts")
-        if isinstance(counts, list):
-            if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != height * width:
-                raise ValueError(f"A mask of {where} has runs of {sum(counts)} pixels; its image has {height * width}.")
-            encoded = coco.frPyObjects(segmentation, height, width)
-        elif isinstance(counts, str | bytes):
-            encoded = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-        else:
+        counts = _unpacked(counts, where) if isinstance(counts, str | bytes) else counts
+        if not isinstance(counts, list) or not all(isinstance(n, int) for n in counts):
             raise ValueError(f"A mask of {where} has no counts; COCO's run lengths have size and counts.")
-        return np.asarray(coco.decode(encoded), bool)
-    for polygon in segmentation:
+        if min(counts, default=0) < 0 or sum(counts) != height * width:
+            raise ValueError(f"A mask of {where} has runs of {sum(counts)} pixels; its image has {height * width}.")
+        return {"size": [height, width], "counts": counts}
+    for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
         fits = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not fits or not all(isinstance(v, int | float) and math.isfinite(v) for v in polygon):
+        if not fits or not all(isinstance(v, int | float) and -1e300 < v < 1e300 for v in polygon):
             raise ValueError(f"A polygon of {where} is not a list of at least three x, y pairs.")
         if min(polygon) < -max(size) or max(polygon) > 2 * max(size):
             raise ValueError(
                 f"A polygon of {where} reaches from {min(polygon):g} to {max(polygon):g}; its image is {width} x {height}."
             )
-    return np.asarray(coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width))), bool)
+    return segmentation
+
+
+def _unpacked(packed: str | bytes, where: str) -> list[int]:
+    """Run lengths from COCO's packed form: numbers of five bits a letter, from the fourth on as differences to the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in packed.encode() if isinstance(packed, str) else packed:
+        bits = letter - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError(f"A mask of {where} has packed runs (RLE) with the byte {letter}, which stands for none.")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the number's last letter; its highest bit is the sign
+            value -= (1 << shift) if bits & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError(f"A mask of {where} has packed runs (RLE) that are cut off.")
+    return runs
+
+
+def _decode(segmentation: Any, size: tuple[int, int], where: str) -> Bools:
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise ValueError("COCO's masks need pycocotools; install it with: pip install 'diffprobe[coco]'") from error
+    encoded = coco.frPyObjects(_checked(segmentation, size, where), *size)
+    return np.asarray(coco.decode(coco.merge(encoded) if isinstance(encoded, list) else encoded), bool)
 
 
 # --- files --------------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"'{path}' does not exist; check its name.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}); is it the right file?") from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}).") from error
-
-
 def _json(path: Path, kind: type[Any]) -> Any:
-    data = _parsed(_text(path), f"'{path}'")
+    data = parse_json(read_text(path), f"'{path}'")
     if not isinstance(data, kind):
         raise ValueError(f"'{path}' holds a {type(data).__name__} where a {kind.__name__} was expected; is it the right file?")
     return data
@@ -567,7 +599,7 @@ def _get(entry: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(real_path(path))
 
 
 def _spec(kind: str, path: Path, options: Mapping[str, object]) -> str:

@@ -20,7 +20,7 @@ Layouts as published:
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,8 @@ import pandas as pd
 from PIL import Image
 
 from diffprobe.data import load_dataset
-from diffprobe.data.folder import _inside
+from diffprobe.data.drawn import spread
+from diffprobe.data.files import content_digests, inside, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import ImageError, decode_image, read_image
 from diffprobe.data.twins import TwinsDataset
 
@@ -79,13 +80,24 @@ class Benchmark:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """Hash of every id, caption and pattern, and of the first item's pixels."""
+        """Hash of every id, caption and pattern, and of the pictures."""
         digest = hashlib.sha256(self.protocol.encode())
         for item in self.items:
             digest.update(repr((item.id, item.captions, item.pattern, len(item.images))).encode())
-        for load in self.items[0].images:
-            digest.update(np.asarray(load()).tobytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(f"{digest.hexdigest()}{pictures_digest(self.items)}".encode()).hexdigest()[:16]
+
+
+def pictures_digest(items: Sequence[Any]) -> str:
+    """Hash of the files that hold the items' images, and of the pixels of drawn ones, evenly spread where they are many."""
+    loaders = [load for item in items for load in item.images]
+    given = [(getattr(load, "args", ()) or (None,))[0] for load in loaders]  # the file: an image, an archive or a table of them
+    files = sorted({str(real_path(path)) for path in given if isinstance(path, Path)})
+    root = Path(os.path.commonpath(files)) if files else Path()
+    digest = hashlib.sha256(repr(content_digests(root.parent if root.is_file() else root, files)).encode())
+    drawn = [load for load, path in zip(loaders, given, strict=True) if not isinstance(path, Path)]
+    for number in spread(len(drawn)):
+        digest.update(np.asarray(drawn[number]()).tobytes())
+    return digest.hexdigest()
 
 
 def load_benchmark(spec: str) -> Benchmark:
@@ -194,7 +206,7 @@ def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Iterator[Item]:
                 f"{where}: each row needs a Question ID of its own (found {number!r}), a Type ({kind!r}) and a "
                 f"Statement ({statement!r})."
             )
-        rows[int(number)] = (_inside(where, kind), statement)
+        rows[int(number)] = (inside(where, kind), statement)
     for first in sorted(number for number in rows if number % 2):
         if first + 1 not in rows or rows[first + 1][0] != rows[first][0]:
             other = rows.get(first + 1)
@@ -256,7 +268,7 @@ class _Pictures:
             self.entries = {Path(name).stem: name for name in entries}
 
     def loader(self, where: str, name: str) -> Loader:
-        stem = Path(_inside(where, name)).stem
+        stem = Path(inside(where, name)).stem
         if stem in self.files:
             return partial(read_image, self.files[stem])
         if stem in self.entries:
@@ -280,10 +292,10 @@ def read_sugarcrepe(folder: Path, images: Path | None = None) -> Iterator[Item]:
     pictures = _image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
     for subset in SUGARCREPE_SUBSETS:
         source = root / f"{subset}.json"
-        for key, row in _json(source.read_text(encoding="utf-8"), f"'{source}'").items():
+        for key, row in _json(read_text(source), f"'{source}'").items():
             where = f"'{source}', entry {key!r}"
             _check_columns(where, row, ("filename", "caption", "negative_caption"))
-            path = _existing(pictures / _inside(where, str(row["filename"])), source)
+            path = _existing(pictures / inside(where, str(row["filename"])), source)
             texts = (str(row["caption"]), str(row["negative_caption"]))
             yield Item(f"{subset}-{key}", (partial(read_image, path),), texts, subset)
 
@@ -320,10 +332,7 @@ def _csv_rows(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]
 
 
 def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from error
+    found = parse_json(text, where)
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds a {type(found).__name__}, where an object with named entries was expected.")
     return found
@@ -331,12 +340,10 @@ def _json(text: str, where: str) -> dict[str, Any]:
 
 def _json_lines(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each object of a JSON-lines file stands, and the object; empty lines are passed over."""
-    for number, line in enumerate(source.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            where = f"'{source}', line {number}"
-            row = _json(line, where)
-            _check_columns(where, row, columns)
-            yield where, row
+    for where, line in numbered_lines(source):
+        row = _json(line, where)
+        _check_columns(where, row, columns)
+        yield where, row
 
 
 def _check_columns(where: str, found: Any, wanted: Sequence[str]) -> None:
@@ -394,7 +401,7 @@ def _parquet_image(path: Path, group: int, row: int, column: str, folder: Path) 
         raise ImageError(f"{where}: an image is {{'bytes': ..., 'path': ...}}; found {type(cell).__name__} without either.")
     if cell.get("bytes"):
         return decode_image(cell["bytes"], where.replace("'", ""))
-    return read_image(folder / _inside(where, cell["path"]))
+    return read_image(folder / inside(where, cell["path"]))
 
 
 DRAWN = {"shapes-mmvp": "mmvp-vlm", "shapes-winoground": "winoground"}

@@ -1,7 +1,7 @@
 """What a multimodal language model is taught with: images, and conversations about them.
 
-``llava:FILE.json?images=FOLDER`` reads the layout of LLaVA (a list of {"id", "image", "conversations": [{"from", "value"}]},
-"image" one name or a list of names); ``shapes-captions:N`` and ``shapes-instruct:N`` are drawn.  Drawn instructions are about
+``llava:FILE.json?images=FOLDER`` reads the layout of LLaVA ({"id", "image", "conversations": [{"from", "value"}]} in a list, or
+one a line; "image" or "images" one name or a list of names); ``shapes-captions:N`` and ``shapes-instruct:N`` are drawn.  Drawn instructions are about
 training scenes, twins and several images, of seeds that no benchmark counts to; answers never follow from the text.
 Images are read only when asked for.
 """
@@ -19,13 +19,23 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from diffprobe.data.drawn import ShapesDataset
-from diffprobe.data.folder import _inside
+from diffprobe.data.drawn import ShapesDataset, spread
+from diffprobe.data.files import (
+    check_unicode,
+    content_digests,
+    file_inside,
+    inside,
+    listed,
+    numbered_lines,
+    parse_json,
+    read_text,
+    real_path,
+)
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.several import several_images
 from diffprobe.data.shapes import Scene, picture
-from diffprobe.data.twins import KINDS, PATTERNS
+from diffprobe.data.twins import KINDS
 
 MARK = "<image>"  # where LLaVA's texts name an image
 TRAIN_SEED = 2**20  # of twins that are learnt from; benchmarks count theirs from 0
@@ -100,7 +110,11 @@ class DrawnCaptions:
         return Conversation(sample.id, (sample.load,), ((REQUESTS[style], text),))
 
     def fingerprint(self) -> str:
-        return _digest(self, ShapesDataset(self.count, "train", self.seed).fingerprint())
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return _digest(self)
 
 
 @dataclass(frozen=True)
@@ -139,46 +153,64 @@ class DrawnInstructions:
         return Conversation(name, (loader(pair.scenes[side]),), ((question.text, question.answer),))
 
     def fingerprint(self) -> str:
-        parts = [ShapesDataset(self.count, "train", self.seed).fingerprint()]
-        parts += [
-            repr(KINDS[kind](TRAIN_SEED + self.seed, k)) for kind in ("mmvp", "naturalbench") for k in range(len(PATTERNS))
-        ]
-        parts += [repr(self[index].turns) for index in range(min(len(FORMS), self.count))]
-        return _digest(self, *parts)
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return _digest(self)
 
 
-def _digest(data: Any, *parts: str) -> str:
-    return hashlib.sha256("|".join([repr(data), *parts]).encode()).hexdigest()[:16]
+def _digest(data: DrawnCaptions | DrawnInstructions) -> str:
+    """Hash of the parameters, and of turns and pixels from the first conversation to the last."""
+    digest = hashlib.sha256(repr(data).encode())
+    for index in spread(len(data)):
+        digest.update(repr(data[index].turns).encode())
+        for load in data[index].images:
+            digest.update(np.asarray(load()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- LLaVA's layout ---------------------------------------------------------------------------------
+
+
+_Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
 class LlavaConversations:
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:
-        path: the JSON file.
+        path: the file, JSON or JSON lines.
         images: the folder that image names are relative to; names that leave it are refused.
         limit: conversations at most, the first ones.
 
     Raises:
-        ValueError: the file is not of this layout; the message names the entry.
+        ValueError: the file is not of this layout, or images are missing; the message lists the entries.
     """
 
     def __init__(self, path: str | Path, images: str | Path, limit: int | None = None) -> None:
-        self.path, self.folder = Path(path), Path(images)
+        self.path, self.folder = Path(path), real_path(images)
         if not self.path.is_file():
             raise ValueError(f"'{self.path}' does not exist; give a JSON file in LLaVA's layout.")
         if not self.folder.is_dir():
-            raise ValueError(f"'{self.folder}' is no folder; give the folder that the image names are relative to.")
-        try:
-            entries = json.loads(self.path.read_text(encoding="utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"'{self.path}' is not JSON ({error}).") from error
+            raise ValueError(f"'{images}' is no folder; give the folder that the image names are relative to.")
+        text = read_text(self.path)
+        if text.lstrip()[:1] in ("{", ""):
+            entries = [parse_json(line, where) for where, line in numbered_lines(self.path)]
+        else:
+            entries = parse_json(text, f"'{self.path}'")
         if not isinstance(entries, list) or not entries:
-            raise ValueError(f"'{self.path}' must hold a list of conversations, at least one.")
-        self._entries = [self._read(number, entry) for number, entry in enumerate(entries[:limit])]
+            raise ValueError(f"'{self.path}' must hold a list of conversations, or one a line, at least one.")
+        self._entries: list[_Entry] = []
+        self._files: dict[str, Path] = {}
+        faults = []
+        for number, entry in enumerate(entries[:limit]):
+            try:
+                self._entries.append(self._read(number, entry))
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError(f"{len(faults)} entries of '{self.path}' cannot be used: {listed(faults)}.")
 
     @property
     def name(self) -> str:
@@ -196,26 +228,31 @@ class LlavaConversations:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self._entries, ensure_ascii=False).encode()).hexdigest()[:16]
+        contents = content_digests(self.folder, [path.relative_to(self.folder).as_posix() for path in self._files.values()])
+        return hashlib.sha256(json.dumps([self._entries, contents], ensure_ascii=False).encode()).hexdigest()[:16]
 
     def _loader(self, name: str) -> Callable[[], Image.Image]:
         def load() -> Image.Image:
-            path = (self.folder / name).resolve()
-            if not path.is_relative_to(self.folder.resolve()):
-                raise ValueError(f"'{self.folder / name}' is a link that leaves the folder of images.")
+            path = self._files[name]
+            if not real_path(path).is_relative_to(self.folder):
+                raise ValueError(f"'{path}' is a link to '{real_path(path)}', outside the folder of images.")
             return read_image(path)
 
         return load
 
-    def _read(self, number: int, entry: Any) -> tuple[str, list[str], tuple[tuple[str, str], ...]]:
-        where = f"'{self.path}', entry {number}"
+    def _read(self, number: int, entry: Any) -> _Entry:
+        where = f"entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise ValueError(f'{where} has no list "conversations".')
         where = f"{where} (id {entry.get('id', number)!r})"
-        given = entry.get("image") or []
-        names = [given] if isinstance(given, str) else given
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f'{where}: "image" must be a name or a list of names; found {given!r}.')
+        check_unicode(f"{where}: its id", entry.get("id", number))
+        both = [entry.get(key) or [] for key in ("image", "images")]
+        names, more = ([given] if isinstance(given, str) else given for given in both)
+        if not all(isinstance(given, list) and all(isinstance(name, str) for name in given) for given in (names, more)):
+            raise ValueError(f'{where}: "image" must be a name or a list of names; found {both[0] or both[1]!r}.')
+        if names and more and names != more:
+            raise ValueError(f'{where}: "image" and "images" name other files; keep one of them.')
+        names = [inside(where, name) for name in names or more]
         said = entry["conversations"]
         if said and isinstance(said[0], dict) and said[0].get("from") == "gpt":
             said = said[1:]  # answers nothing; LLaVA leaves it out
@@ -225,6 +262,8 @@ class LlavaConversations:
         texts = [turn.get("value") for turn in said]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f'{where}: each turn needs a text "value".')
+        for kind, said_texts in (("image", names), *((f"text {k}", [text]) for k, text in enumerate(texts))):
+            check_unicode(f"{where}: its {kind}", "".join(said_texts))
         marks = sum(text.count(MARK) for text in texts)
         if names and marks not in (0, len(names)):
             raise ValueError(f"{where} names {len(names)} images and speaks of {marks} ({MARK}).")
@@ -232,7 +271,15 @@ class LlavaConversations:
         # alone; in talk without an image the mark is text like any other, such as a tag of some markup
         clean = [text.replace(MARK, "").strip() if names and MARK in text else text for text in texts]
         turns = tuple(zip(clean[::2], clean[1::2], strict=True))
-        return str(entry.get("id", number)), [_inside(where, name) for name in names], turns
+        for name in names:
+            if name not in self._files:
+                path = file_inside(self.folder, name)
+                if path is None:
+                    raise ValueError(
+                        f"{where}: '{name}' is not in '{self.folder}'; copy it there, or name its folder with images=FOLDER."
+                    )
+                self._files[name] = path
+        return str(entry.get("id", number)), names, turns
 
 
 # --- by name ----------------------------------------------------------------------------------------

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 from diffprobe.data.questions import questions
 from diffprobe.data.samples import Question, Sample
 from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, picture, random_scene, relation, render
+
+FINGERPRINTED = 256  # scenes that a fingerprint is made of: a quarter of a second
+
+
+def spread(count: int) -> list[int]:
+    """Which of `count` drawn items a fingerprint is made of: all of few, evenly spread ones where drawing all takes minutes.
+
+    >>> spread(3), len(spread(10**6)), spread(10**6)[-1]
+    ([0, 1, 2], 256, 999999)
+    """
+    return sorted({round(place * (count - 1) / (FINGERPRINTED - 1)) for place in range(FINGERPRINTED) if count})
 
 
 def scene_labels(scene: Scene) -> dict[str, str | int | float]:
@@ -77,8 +89,15 @@ class ShapesDataset:
         return asked if self.n_objects is None else tuple(q for q in asked if q.category != "count")
 
     def fingerprint(self) -> str:
-        """Hash of the first scene's pixels and words with the parameters: changes when the drawing code does."""
-        image, _ = render(self.scene(0))
-        text = "|".join(caption(self.scene(0), style).text for style in CAPTION_STYLES)
-        text += "|".join(f"{q.text} {q.answer}" for q in self._questions(self.scene(0)))
-        return hashlib.sha256(repr(self).encode() + image.tobytes() + text.encode()).hexdigest()[:16]
+        """Hash of the parameters and of scenes from first to last, pixels and words: changes when the drawing code does."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self).encode())
+        for index in spread(self.count):
+            scene = self.scene(index)
+            texts = [caption(scene, style).text for style in CAPTION_STYLES]
+            texts += [f"{question.text} {question.answer}" for question in self._questions(scene)]
+            digest.update(b"".join(part.tobytes() for part in render(scene)) + repr((scene_labels(scene), texts)).encode())
+        return digest.hexdigest()[:16]

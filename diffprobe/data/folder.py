@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
+from diffprobe.data.files import content_digests, inside, listed, numbered_lines, parse_json, read_text, real_path, spellings
 from diffprobe.data.images import read_image
 from diffprobe.data.samples import Caption, Sample
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
+NOTHING = ("none", "null", "na", "n/a", "<na>")  # beside numbers; among words, "none" may be a class
 Label = str | int | float
 
 
@@ -38,14 +43,15 @@ class FolderDataset:
 
     Args:
         captions: a `.jsonl` file of ``{"file": ..., "caption": ...}`` (or ``"captions": [...]``) or a `.csv` file
-            with columns file and caption; other keys and columns become labels.
+            with columns file and caption; other keys and columns become labels.  A label that is empty, null or NaN is one
+            that this image does not have; beside numbers so are inf and words such as NA.
 
     Raises:
         ValueError: the folder is missing or has no images, or its captions do not fit it.
     """
 
     def __init__(self, root: str | Path, captions: str | Path | None = None) -> None:
-        self.root = Path(root).expanduser().resolve()
+        self.root = real_path(root)
         if not self.root.is_dir():
             found = "is a file" if self.root.exists() else "does not exist"
             raise ValueError(f"A folder of images was asked for, but '{root}' {found}; name an existing folder.")
@@ -63,19 +69,27 @@ class FolderDataset:
         return str(self.root)
 
     def _scan(self) -> list[str]:
-        found = []
+        found, nowhere = [], []
         for path in self.root.rglob("*"):
-            inside = path.relative_to(self.root)
-            if any(part.startswith(".") for part in inside.parts):
+            place = path.relative_to(self.root)
+            if any(part.startswith(".") for part in place.parts):
                 continue
-            if path.is_symlink() and (path.is_dir() or path.suffix.lower() in SUFFIXES):
+            image = path.suffix.lower() in SUFFIXES
+            if path.is_symlink() and (path.is_dir() or image):
                 self._refuse_outside(path)
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                found.append(inside.as_posix())
+            if image and path.is_file():
+                found.append(place.as_posix())
+            elif path.is_symlink() and not path.exists() and (image or path.suffix == ".txt" or path.name in CAPTION_FILES):
+                nowhere.append(f"'{place.as_posix()}'")
+        if nowhere:
+            raise ValueError(
+                f"{len(nowhere)} link(s) of the folder '{self.root}' lead nowhere: {listed(sorted(nowhere))}. Remove them, or "
+                "put the files there."
+            )
         return sorted(found)
 
     def _refuse_outside(self, path: Path) -> None:
-        target = path.resolve()
+        target = real_path(path)
         if not target.is_relative_to(self.root):
             raise ValueError(
                 f"'{path}' is a link to '{target}', outside the folder '{self.root}'; copy what it points to into the folder, "
@@ -95,10 +109,10 @@ class FolderDataset:
     def _sidecars(self) -> dict[str, _Known]:
         known = {}
         for name in self.files:
-            path = (self.root / name).with_suffix(".txt")
-            if path.is_file():
+            beside = [(self.root / form).with_suffix(".txt") for form in spellings(name)]
+            if path := next((path for path in beside if path.is_file()), None):
                 self._refuse_outside(path)
-                known[name] = _Known([line.strip() for line in _read_text(path).splitlines() if line.strip()])
+                known[name] = _Known([line.strip() for _, line in numbered_lines(path)])
         return known
 
     def _read_captions(self, source: Path) -> dict[str, _Known]:
@@ -109,20 +123,27 @@ class FolderDataset:
         if source.suffix.lower() not in readers:
             raise ValueError(f"The captions file '{source}' ends in {source.suffix!r}; write it as .jsonl or .csv.")
         files, known, missing = set(self.files), dict[str, _Known](), []
-        for where, name, captions, labels in readers[source.suffix.lower()](source):
-            name = _inside(where, name)
-            if name not in files:
-                missing.append(name)
+        faults: list[str] = []
+        rows = list(readers[source.suffix.lower()](source, faults))
+        columns: dict[str, list[Any]] = {key: [row.labels.get(key) for row in rows] for row in rows for key in row.labels}
+        columns = {key: known_values(column, source.suffix.lower() == ".csv") for key, column in columns.items()}
+        for number, row in enumerate(rows):
+            name = next((form for form in spellings(row.file) if form in files), None)
+            if name is None:
+                missing.append(f"'{row.file}'")
                 continue
             entry = known.setdefault(name, _Known())
-            for key, value in labels.items():
-                if entry.labels.setdefault(key, value) != value:
-                    raise ValueError(f"{where}: '{name}' has {key} {entry.labels[key]!r} and {value!r}; keep one of them.")
-            entry.captions += captions
+            for key, column in columns.items():
+                value = column[number]
+                if value is not None and entry.labels.setdefault(key, value) != value:
+                    faults.append(f"{row.where}: '{name}' has {key} {entry.labels[key]!r} and {value!r}; keep one of them")
+            entry.captions += row.captions
+        if faults:
+            raise ValueError(f"{listed(faults)}.")
         if missing:
             raise ValueError(
-                f"'{source}' names {len(missing)} file(s) that are no images of '{self.root}', the first '{missing[0]}'; "
-                f"it has {len(files)} images, the first '{self.files[0]}'. Correct the names (they are relative to the "
+                f"'{source}' names {len(missing)} file(s) that are no images of '{self.root}': {listed(missing)}. "
+                f"It has {len(files)} images, the first '{self.files[0]}'. Correct the names (they are relative to the "
                 "folder), or remove those lines."
             )
         return known
@@ -143,89 +164,126 @@ class FolderDataset:
         )
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes in bytes, captions and labels; no times, which a copy changes."""
+        """Hash of names, contents, captions and labels; no times, which a copy changes."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         rows = []
-        for name in self.files:
+        for name, content in zip(self.files, content_digests(self.root, self.files), strict=True):
             known = self._known.get(name, _Known())
-            rows.append([name, (self.root / name).stat().st_size, known.captions, sorted(known.labels.items())])
+            rows.append([name, content, known.captions, sorted(known.labels.items())])
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-# --- captions files: rows of (where it stands, file, captions, labels) ----------------------------
-
-Row = tuple[str, str, list[str], dict[str, Label]]
+# --- captions files -------------------------------------------------------------------------------
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+@dataclass(frozen=True)
+class _Row:
+    """What one line says, and where it stands."""
+
+    where: str
+    file: str
+    captions: list[str]
+    labels: dict[str, Any]
 
 
-def _inside(where: str, name: str) -> str:
-    """A path relative to the folder in its plain form; leaving the folder is refused.
-
-    >>> _inside("captions.csv, line 2", "./cats/1.jpg")
-    'cats/1.jpg'
-    """
-    path = PurePosixPath(name)
-    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or ".." in PureWindowsPath(name).parts:
-        raise ValueError(f"{where}: '{name}' leaves the folder of images; give the path relative to the folder, without '..'.")
-    return path.as_posix()
-
-
-def _jsonl_rows(source: Path) -> Iterator[Row]:
-    for number, line in enumerate(_read_text(source).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"'{source}', line {number}"
+def _jsonl_rows(source: Path, faults: list[str]) -> Iterator[_Row]:
+    for where, line in numbered_lines(source):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON ({error}); write one object a line.") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-            raise ValueError(f'{where} names no image; write {{"file": "NAME", "caption": "TEXT"}}.')
-        single, several = entry.pop("caption", None), entry.pop("captions", [])
-        captions = [*([] if single is None else [single]), *(several if isinstance(several, list) else [several])]
-        if not all(isinstance(text, str) for text in captions):
-            raise ValueError(f"{where}: a caption is a string, and 'captions' a list of strings; found {captions!r}.")
-        name = entry.pop("file")
+            entry = parse_json(line, where, partial(_once, where))
+            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+                raise ValueError(f'{where} names no image; write {{"file": "NAME", "caption": "TEXT"}}.')
+            name, captions = inside(where, entry.pop("file")), [entry.pop("caption", None)]
+            several = entry.pop("captions", None)
+            captions = [c for c in captions + (several if isinstance(several, list) else [several]) if not _absent(c)]
+            if not all(isinstance(text, str) for text in captions):
+                raise ValueError(f"{where}: a caption is a string, and 'captions' a list of strings; found {captions!r}.")
+        except ValueError as error:
+            faults.append(str(error))
+            continue
         labels = {key: value for key, value in entry.items() if isinstance(value, str | int | float)}
-        yield where, name, [text.strip() for text in captions if text.strip()], labels
+        yield _Row(where, name, [text.strip() for text in captions if text.strip()], labels)
 
 
-def _csv_rows(source: Path) -> Iterator[Row]:
-    reader = csv.DictReader(_read_text(source).splitlines(keepends=True), skipinitialspace=True)
-    header = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = header
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f'{where} has {twice!r} twice; give several captions as a list, "captions".')
+    return found
+
+
+def _csv_rows(source: Path, faults: list[str]) -> Iterator[_Row]:
+    text = read_text(source)
+    limit = csv.field_size_limit(len(text) + 1)  # the library's own is 131,072 characters
+    # strict: otherwise a quote that nobody closes swallows all that follows
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(
+            f"'{source}', line {reader.line_num} has a stray quote ({error}); a quote within a quoted cell is written as two quotes."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    header = [name.strip() for name in lines[0][1]] if lines else []
     if "file" not in header:
         raise ValueError(f"'{source}' has the columns {', '.join(header) or 'none'}; its first line must name a column 'file'.")
-    rows = []
-    for row in reader:
-        where = f"'{source}', line {reader.line_num}"
-        if None in row or None in row.values():
-            raise ValueError(f"{where} does not have {len(header)} columns; put quotes around a caption with a comma in it.")
-        rows.append((where, row))
-    columns = {key: _numbers([row[key] for _, row in rows]) for key in header if key not in ("file", "caption")}
-    for index, (where, row) in enumerate(rows):
-        text = row.get("caption", "").strip()
-        # an empty cell is a label that this image does not have
-        labels = {key: values[index] for key, values in columns.items() if row[key].strip()}
-        yield where, row["file"], [text] if text else [], labels
-
-
-def _numbers(cells: list[str]) -> list[Label]:
-    """A column as int or float where every cell that is filled is one; otherwise as it stands.
-
-    >>> _numbers(["3", "", "4"]), _numbers(["1", "2.5"]), _numbers(["1", "two"])
-    ([3, '', 4], [1.0, 2.5], ['1', 'two'])
-    """
-    for kind in (int, float):
+    if twice := [name for number, name in enumerate(header) if name and name in header[:number]]:
+        raise ValueError(
+            f"'{source}' has two columns {twice[0]!r}; name each otherwise, and give each further caption a line of its own."
+        )
+    for number, cells in lines[1:]:
+        where = f"'{source}', line {number}"
+        row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
         try:
-            column = [kind(cell) if cell.strip() else "" for cell in cells]
-        except ValueError:
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{where} does not have {len(header)} columns; put quotes around a caption with a comma in it."
+                )
+            name, caption = inside(where, row.pop("file")), row.pop("caption", "")
+        except ValueError as error:
+            faults.append(str(error))
             continue
-        if all(math.isfinite(value) for value in column if value != ""):  # type: ignore[arg-type]
-            return column
-    return list(cells)
+        yield _Row(where, name, [caption] if caption else [], row)
+
+
+def _absent(value: object) -> bool:
+    """Whether there is no value: null, NaN or an empty text."""
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
+
+
+def known_values(values: Sequence[Any], table: bool = False) -> list[Any]:
+    """One label of all images, None where an image does not have it; a column of numbers stays one beside words for nothing.
+
+    Args:
+        values: Texts and numbers; None, NaN and empty texts where there are none.
+        table: The values are cells of a table, where a number is a text too.
+
+    >>> known_values(["3", "", "inf"], True), known_values(["1", "2.5", "NA"], True), known_values(["1", "two", "none"], True)
+    ([3, None, None], [1.0, 2.5, None], ['1', 'two', 'none'])
+    """
+    known = [None if _absent(value) else value for value in values]
+    try:
+        numbers = [None if value is None else _number(value, table) for value in known]
+    except (ValueError, OverflowError):
+        return known
+    if all(value is None for value in numbers):
+        return known if any(isinstance(value, str) for value in known) else numbers
+    if table and any(isinstance(value, float) for value in numbers):
+        return [None if value is None else float(value) for value in numbers]
+    return numbers
+
+
+def _number(value: Label, table: bool) -> int | float | None:
+    """A number, or None for what stands for none; ValueError for other words."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in NOTHING:
+            return None
+        if not table or "_" in text:  # Python reads 1_2 as 12
+            raise ValueError(value)
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else float(text)
+    return value if isinstance(value, int) or math.isfinite(value) else None

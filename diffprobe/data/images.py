@@ -14,29 +14,49 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Decoders of photographs only: others (EPS, PDF) run programs or fetch files.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM")
 FITS = ("crop", "squash", "pad")
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)
+_SAMPLE_FORMAT = 339  # of TIFF's tags
 
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names the file, the reason and what to do."""
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
     """Read a photograph as RGB: the first frame, upright, transparency on white, 16 bits brought to 8.
 
     Args:
         max_pixels: larger images are refused before they are decoded.
+        upright: turned as its EXIF note says; otherwise as its pixels are stored.
 
     Raises:
         ImageError: the file is missing, empty, broken, cut off, too large or no image.
     """
-    return _read(Path(path), Path(path), max_pixels)
+    return _read(Path(path), Path(path), max_pixels, upright)
+
+
+def stored_size(path: Path) -> tuple[int, int, int]:
+    """Width and height of the pixels of an image as they are stored, and the EXIF orientation that viewers turn them by.
+
+    Raises:
+        ImageError: as for `read_image`, from what its header says.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                turned = 1
+                with contextlib.suppress(Exception):  # as in `to_rgb`
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+                return image.width, image.height, turned
+    except Exception as error:
+        raise _refusal(path, error) from error
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -47,10 +67,10 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
     """
     if not data:
         raise ImageError(f"'{name}' is empty (0 bytes); copy it again or remove it.")
-    return _read(Path(name), io.BytesIO(data), max_pixels)
+    return _read(Path(name), io.BytesIO(data), max_pixels, True)
 
 
-def _read(path: Path, source: Path | IO[bytes], max_pixels: int) -> Image.Image:
+def _read(path: Path, source: Path | IO[bytes], max_pixels: int, upright: bool) -> Image.Image:
     try:
         # Odd metadata makes Pillow warn about files that it reads well; its size warning is our own check below.
         with warnings.catch_warnings():
@@ -59,7 +79,7 @@ def _read(path: Path, source: Path | IO[bytes], max_pixels: int) -> Image.Image:
                 _check_size(path, image, max_pixels)
                 image.load()
                 _check_size(path, image, max_pixels)
-                return to_rgb(image, str(path))
+                return to_rgb(image, str(path), upright)
     except ImageError:
         raise
     except Exception as error:  # a decoder may raise anything on a broken file
@@ -92,37 +112,53 @@ def _refusal(path: Path, error: Exception) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
         if path.is_file() and path.stat().st_size == 0:
             return ImageError(f"'{path}' is empty (0 bytes); copy it again or remove it.")
-        return ImageError(f"'{path}' is not an image in a known format ({', '.join(FORMATS)}); convert it to PNG or remove it.")
+        return ImageError(
+            f"'{path}' is not an image in a known format ({', '.join(FORMATS)}), or of a kind of pixel that is not read; "
+            "convert it to a PNG of 8 bits, or remove it."
+        )
     return ImageError(f"'{path}' is broken or cut off ({type(error).__name__}: {error}); copy it again or remove it.")
 
 
-def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "image", upright: bool = True) -> Image.Image:
     """An RGB copy as `read_image` makes it: upright, transparency on white, 16 bits brought to 8.
 
     Raises:
         ImageError: grey values that are neither; the message calls the image `name`.
     """
-    with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels, which are loaded
-        image = ImageOps.exif_transpose(image)
+    unsigned = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) in (1, (1,))
+    if upright:
+        with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels, which are loaded
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey(image, name).convert("RGB")
+        return _deep_grey(image, name, unsigned).convert("RGB")
     if image.has_transparency_data:
+        clear = image.info.get("transparency")
+        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, of which Pillow keeps the upper 8
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
     # A copy, also of what is RGB already: the original's file closes when `read_image` returns.
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
-def _deep_grey(image: Image.Image, name: str) -> Image.Image:
-    """Grey of 16 bits, or float from 0 to 1, to 8 bits; Pillow's own conversion would clip at 255."""
+def _deep_grey(image: Image.Image, name: str, unsigned: bool) -> Image.Image:
+    """Grey of 16 bits, or float from 0 to 1, to 8 bits on white; Pillow's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.float64)
+    if image.mode == "I" and unsigned:
+        values %= 2.0**32  # Pillow reads unsigned numbers as signed ones
     white = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
         raise ImageError(
             f"'{name}' holds grey values from {values.min():g} to {values.max():g}, where 0 to {white:g} was expected; "
             "convert it to 8 or 16 bits."
         )
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if image.mode == "I" and values.max() <= 255:
+        white = 255.0  # 32 bits do not say where white is: so small they are 8 bits in a wide cell
+    pixels = np.rint(values * (255 / white))
+    if isinstance(clear := image.info.get("transparency"), int):
+        pixels[values == clear] = 255
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 Box = tuple[float, float, float, float]
@@ -149,7 +185,7 @@ def _geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> Image.Image:
-    """Bring an RGB image to `size`, (height, width).
+    """Bring an image to `size`, (height, width), as RGB; its pixels are taken as they lie, because masks are.
 
     Args:
         fit: "crop" scales the shorter side and keeps the middle, "squash" changes the proportions, "pad" adds white.
@@ -157,6 +193,8 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> I
     >>> fit_image(Image.new("RGB", (300, 200)), (64, 96), "pad").size
     (96, 64)
     """
+    if image.mode != "RGB":
+        image = to_rgb(image, upright=False)
     box, drawn, corner = _geometry((image.height, image.width), size, fit)
     # One resampling of the box, not a crop of a resized whole: a 10 x 100000 image would fill the memory.
     scaled = image.resize(drawn, Image.Resampling.LANCZOS, box=box)

@@ -51,8 +51,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate
 from diffprobe.data.benchmarks import (
     Loader,
@@ -65,8 +63,9 @@ from diffprobe.data.benchmarks import (
     _json_lines,
     _parquet_rows,
     benchmark_folder,
+    pictures_digest,
 )
-from diffprobe.data.folder import _inside
+from diffprobe.data.files import inside, read_text
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import several_images
@@ -112,14 +111,11 @@ class QuestionBenchmark:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """Hash of every id, question and record, and of every image's pixels, which takes reading them all."""
+        """Hash of every id, question and record, and of the pictures."""
         digest = hashlib.sha256(self.scorer.encode())
         for item in self.items:
             digest.update(repr((item.id, item.question, dict(item.record), len(item.images))).encode())
-            for load in item.images:
-                pixels = np.asarray(load())
-                digest.update(repr(pixels.shape).encode() + pixels.tobytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(f"{digest.hexdigest()}{pictures_digest(self.items)}".encode()).hexdigest()[:16]
 
 
 def load_questions(spec: str) -> QuestionBenchmark:
@@ -313,7 +309,7 @@ def read_cv_bench(folder: Path, images: Path | None = None) -> Iterator[Question
 def _cv_bench_lines(folder: Path, sources: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for source in sources:
         for where, row in _json_lines(source, columns):
-            name = _inside(where, str(row["filename"]))
+            name = inside(where, str(row["filename"]))
             path = _existing(folder / (name if name.startswith("img/") else f"img/{name}"), source)
             yield row | {"image": partial(read_image, path)}
 
@@ -395,7 +391,7 @@ def _textvqa_official(folder: Path, images: Path | None, columns: Sequence[str])
     source = folder / TEXTVQA_FILE
     pictures = _image_folder("textvqa", folder, images, "TextVQA", [folder / "train_images", folder / "images"])
     for where, row in _entries(source, "data", columns):
-        path = _existing(pictures / f"{_inside(where, str(row['image_id']))}.jpg", source)
+        path = _existing(pictures / f"{inside(where, str(row['image_id']))}.jpg", source)
         yield row | {"image": partial(read_image, path)}
 
 
@@ -430,7 +426,7 @@ def _pope_official(folder: Path, images: Path | None, sources: Sequence[Path]) -
     pictures = _image_folder("pope", folder, images, "COCO val2014", [folder / "val2014", folder / "images"])
     for source in sources:
         for where, row in _json_lines(source, ("question_id", "image", "text", "label")):
-            name = _inside(where, str(row["image"]))
+            name = inside(where, str(row["image"]))
             yield {
                 "question_id": row["question_id"],
                 "question": str(row["text"]),
@@ -474,7 +470,7 @@ def _entries(source: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[
     """The objects in the list `name` of a JSON file, and where each stands."""
     if not source.is_file():
         raise ValueError(f"'{source}' does not exist; is '{source.parent}' a whole copy of the benchmark?")
-    found = _json(source.read_text(encoding="utf-8"), f"'{source}'")
+    found = _json(read_text(source), f"'{source}'")
     _check_columns(f"'{source}'", found, (name,))
     for number, row in enumerate(found[name]):
         where = f"'{source}', entry {number} of {name}"

@@ -2,21 +2,22 @@
 
 ``SPair-71k/PairAnnotation/{trn,val,test}/*.json`` has one file a pair, ``SPair-71k/JPEGImages/CATEGORY/*.jpg`` the images.
 Features come from the images as a folder of photographs: ``diffprobe extract --data SPair-71k/JPEGImages --fit squash``;
-then a sample's id is CATEGORY/NAME.jpg.  The invariant: points and boxes are those of the annotation; nothing is dropped
-unless the model did not see it.
+then a sample's id is CATEGORY/NAME.jpg.  The invariant: points and boxes are those of the annotation, which is of the stored
+pixels, turned as the folder turns a photograph with an EXIF note; nothing is dropped unless the model did not see it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffprobe.data.images import _geometry
+from diffprobe.data.files import file_inside, inside, listed, parse_json, read_text, real_path
+from diffprobe.data.images import _geometry, stored_size
 from diffprobe.data.keypoints import KeypointPair
 
 SPLITS = ("trn", "val", "test")
@@ -58,7 +59,14 @@ def read_spair(
         raise ValueError(f"'{root}' has no folder PairAnnotation; name the folder SPair-71k that was unpacked.")
     if split not in SPLITS:
         raise ValueError(f"Split {split!r} is not one of {', '.join(SPLITS)}.")
-    annotations = {path: _read(path) for path in sorted((folder / split).glob("*.json"))}
+    annotations, faults = {}, []
+    for path in sorted((folder / split).glob("*.json")):
+        try:
+            annotations[path] = _read(path)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(f"{listed(faults)}.")
     if not annotations:
         raise ValueError(f"'{folder / split}' holds no pair; is the dataset unpacked whole?")
     if category is not None:
@@ -66,15 +74,13 @@ def read_spair(
         if category not in found:
             raise ValueError(f"Category {category!r} is not in this split; it has {', '.join(found)}.")
         annotations = {path: a for path, a in annotations.items() if a["category"] == category}
-    pairs = [_pair(path, annotation, resolution, fit) for path, annotation in annotations.items()]
+    turn = cache(partial(_stored, real_path(Path(root) / "JPEGImages")))
+    pairs = [_pair(path, annotation, resolution, fit, turn) for path, annotation in annotations.items()]
     return [pair for pair in pairs if len(pair.source_points)]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        annotation = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' is not JSON ({error}).") from error
+    annotation = parse_json(read_text(path), f"'{path}'")
     missing = [f for f in FIELDS if f not in annotation] if isinstance(annotation, dict) else list(FIELDS)
     if missing:
         raise ValueError(f"'{path}' is not an annotation of SPair-71k: it lacks {', '.join(missing)}.")
@@ -85,25 +91,53 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(annotation)
 
 
-def _pair(path: Path, annotation: dict[str, Any], resolution: tuple[int, int], fit: str) -> KeypointPair:
-    source, target = (np.asarray(annotation[key], np.float64).reshape(-1, 2) for key in ("src_kps", "trg_kps"))
-    corners = np.asarray(annotation["trg_bndbox"], np.float64).reshape(2, 2)
-    shift, unit = _seen_through(annotation["src_imsize"], resolution, fit)
-    source = (source - shift) / unit
-    shift, unit = _seen_through(annotation["trg_imsize"], resolution, fit)
-    target, corners = (target - shift) / unit, (corners - shift) / unit
-    seen = np.all((source >= 0) & (source <= 1) & (target >= 0) & (target <= 1), axis=1)
+def _pair(
+    path: Path, annotation: dict[str, Any], resolution: tuple[int, int], fit: str, turn: Callable[[str], tuple[int, int, int]]
+) -> KeypointPair:
     category = str(annotation["category"])
+    names, points, units = [], [], []
+    for side in ("src", "trg"):
+        names.append(inside(f"'{path}'", f"{category}/{annotation[f'{side}_imname']}"))
+        box = annotation["trg_bndbox"] if side == "trg" else []
+        given = np.concatenate([np.asarray(part, np.float64).reshape(-1, 2) for part in (annotation[f"{side}_kps"], box)])
+        size, given = _upright(given, annotation[f"{side}_imsize"][:2], turn(names[-1]))
+        shift, unit = _seen_through(size, resolution, fit)
+        points.append((given - shift) / unit)
+        units.append(unit)
+    source, (target, corners) = points[0], (points[1][:-2], points[1][-2:])
+    seen = np.all((source >= 0) & (source <= 1) & (target >= 0) & (target <= 1), axis=1)
+    (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
     return KeypointPair(
-        source=f"{category}/{annotation['src_imname']}",
-        target=f"{category}/{annotation['trg_imname']}",
+        source=names[0],
+        target=names[1],
         source_points=source[seen],
         target_points=target[seen],
-        box=(float(corners[0, 0]), float(corners[0, 1]), float(corners[1, 0]), float(corners[1, 1])),
-        size=(float(unit[0]), float(unit[1])),
+        box=(float(x0), float(y0), float(x1), float(y1)),
+        size=(float(units[1][0]), float(units[1][1])),
         group=path.stem,
         category=category,
     )
+
+
+def _stored(folder: Path, name: str) -> tuple[int, int, int]:
+    """Width, height and EXIF orientation of a photograph's stored pixels; of one that is not there, nothing to turn."""
+    path = file_inside(folder, name)
+    return (0, 0, 1) if path is None else stored_size(path)
+
+
+def _upright(
+    points: NDArray[np.float64], size: Sequence[int], stored: tuple[int, int, int]
+) -> tuple[Sequence[int], NDArray[np.float64]]:
+    """The size and points (point, 2) of a photograph as it is shown; annotations that fit only so stay as they are."""
+    (width, height), (x, y) = size, points.T
+    if list(size) != list(stored[:2]) and list(size) == [stored[1], stored[0]]:
+        return size, points
+    placed = {
+        2: (width - x, y), 3: (width - x, height - y), 4: (x, height - y), 5: (y, x), 6: (height - y, x),
+        7: (height - y, width - x), 8: (y, width - x),
+    }  # fmt: skip
+    turned = np.stack(placed.get(stored[2], (x, y)), axis=1)
+    return (height, width) if stored[2] in (5, 6, 7, 8) else (width, height), turned
 
 
 def _seen_through(

@@ -17,7 +17,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -168,7 +168,14 @@ class LanguageModel:
         messages: list[dict[str, str]] = []
         texts = []
         template = FORMATS[self.template][0] if self.template else None
-        write = partial(self.tokenizer.apply_chat_template, messages, chat_template=template, tokenize=False)
+
+        def write(**options: bool) -> str:
+            try:
+                written = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+            except Exception as error:  # a template is a program that others wrote
+                raise ValueError(f"The chat template of {self.name or 'this tokenizer'} cannot be filled ({error}).") from error
+            return str(written)
+
         for number, (question, answer) in enumerate(turns):
             content = f"{IMAGE}\n{question}".strip() if image and number == 0 else question
             messages.append({"role": "user", "content": content})
@@ -221,7 +228,7 @@ def load_language_model(
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=as_dtype(dtype, place), revision=revision, trust_remote_code=False, use_safetensors=True
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"No language model at {source!r}: neither a folder that transformers reads as a causal language model with its "

@@ -63,12 +63,14 @@ def patch_labels(
             raise ValueError(
                 f"Sample {sample.id!r} has {len(masks)} masks and {len(sample.objects)} described objects; patches need both."
             )
-        known = sample.objects[0]
+        known = dict.fromkeys(str(key) for one in sample.objects for key in one)
         if attribute not in known:
-            near = difflib.get_close_matches(attribute, [str(k) for k in known], n=1)
+            near = difflib.get_close_matches(attribute, list(known), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(map(str, known))}.{hint}")
-        values = [str(o[attribute]) for o in sample.objects]
+            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{hint}")
+        values = [
+            "" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects
+        ]  # "": a probe drops the patch
         names = sorted(set(values))
         together = np.stack([np.any([m for m, v in zip(masks, values, strict=True) if v == n], axis=0) for n in names])
         cover = np.stack([_shares(mask, grid) for mask in together])

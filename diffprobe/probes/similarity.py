@@ -159,6 +159,8 @@ def split_pairs(both: xr.DataArray, pair: str = "pair", side: str = "side") -> t
             f"Pairs are told by the labels {pair!r} and {side!r}; {absent[0]!r} is not among this store's. "
             "Datasets such as shapes-mmvp:N have them; for photographs write them into captions.jsonl."
         )
+    known = [not (pd.isna(value) or value == "") for name in (pair, side) for value in both[name].values.tolist()]
+    both = both.isel(sample=np.reshape(known, (2, -1)).all(axis=0))
     sides = sorted(set(both[side].values.tolist()))
     if len(sides) != 2:
         raise ValueError(f"Pairs have two sides; the label {side!r} has {', '.join(map(str, sides))}.")
@@ -455,22 +457,22 @@ def store_similarity(
     names = list(sites) or _sites(tree)
     frames = []
     if between == "pair":
-        frames = [similarity(*split_pairs(_named(tree, name)), **settings) for name in names]
+        frames = [similarity(*split_pairs(features(tree, name)), **settings) for name in names]
     elif between in ("conditioning", "timestep"):
-        frames = [similarity(_named(tree, name), along=between, **settings) for name in names]
+        frames = [similarity(features(tree, name), along=between, **settings) for name in names]
     elif between == "guidance":
         for name in names:
-            plain = _named(tree, name, conditioning="null")
+            plain = features(tree, name, conditioning="null")
             for s in guidance:
-                guided = _named(tree, name, conditioning=conditioning, guidance=s)
+                guided = features(tree, name, conditioning=conditioning, guidance=s)
                 found = similarity(guided, plain, **settings).drop(columns=["conditioning_a", "conditioning_b"])
                 frames.append(found.assign(conditioning=conditioning, guidance=s))
     elif between == "site":
         pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        frames = [similarity(_named(tree, a), _named(tree, b), **settings) for a, b in pairs]
+        frames = [similarity(features(tree, a), features(tree, b), **settings) for a, b in pairs]
     else:
         assert other is not None
-        frames = [similarity(_named(tree, a), _named(other, b), **settings) for a in names for b in _sites(other)]
+        frames = [similarity(features(tree, a), features(other, b), **settings) for a in names for b in _sites(other)]
     if not frames:
         raise ValueError(f"Similarity between {between}s needs at least two; there is only {', '.join(names) or 'nothing'}.")
     return pd.concat(frames, ignore_index=True)
@@ -478,11 +480,6 @@ def store_similarity(
 
 def _sites(tree: xr.DataTree) -> list[str]:
     return [n for n in site_names(tree) if "features" in tree[n].data_vars]
-
-
-def _named(tree: xr.DataTree, site: str, **choice: Any) -> xr.DataArray:
-    found: xr.DataArray = features(tree, site, **choice)
-    return found.assign_coords(site=site)
 
 
 # --- what is compared with what -------------------------------------------------------------------
@@ -551,8 +548,13 @@ def _aligned(a: xr.DataArray, b: xr.DataArray, ids: xr.DataArray) -> tuple[xr.Da
 
 
 def _place(a: xr.DataArray, b: xr.DataArray) -> dict[str, Any]:
-    """The scalar coordinates of two blocks: one entry where they agree or one side has none, two where they differ."""
-    left, right = ({str(n): c.item() for n, c in block.coords.items() if c.ndim == 0} for block in (a, b))
+    """Scalar coordinates and sites of two blocks: one entry where they agree or one side has none, two where they differ."""
+    left, right = (
+        # the site is an attribute of what a store gives: a coordinate of that name may be a label of the samples
+        {str(n): c.item() for n, c in block.coords.items() if c.ndim == 0}
+        | {k: block.attrs[k] for k in ("site",) if k in block.attrs}
+        for block in (a, b)
+    )
     place: dict[str, Any] = {}
     for name in dict.fromkeys([*left, *right]):
         if name in left and name in right and left[name] != right[name]:

@@ -175,7 +175,7 @@ class Problem:
         n_samples = features.sizes["sample"]
         per_sample = features.sizes["y"] * features.sizes["x"] if "y" in features.dims else 1
         name, table = _label_table(features, label)  # (sample, 1 or y * x)
-        known = ~(pd.isna(table) | (table == "")) if table.dtype == object else ~pd.isna(table)
+        known = ~(pd.isna(table) | (table == "")) if table.dtype == object else np.isfinite(table)
         chosen, codes, classes = _encode(name, table, known, task)
         ids = features["sample"].to_numpy() if "sample" in features.coords else np.arange(n_samples)
         sample_index = np.unique(ids, return_inverse=True)[1]
@@ -242,6 +242,9 @@ def _label_table(features: xr.DataArray, label: str | ArrayLike | xr.DataArray) 
         )
     if values.dtype.kind not in "biuf":
         values = values.astype(object)
+        missing = pd.isna(values) | (values == "")
+        if pd.api.types.infer_dtype(values[~missing]) in ("integer", "floating", "mixed-integer-float"):
+            values = np.where(missing, np.nan, values).astype(np.float64)  # numbers with gaps are no words
     return name, values.reshape(len(values), -1)
 
 

@@ -1,0 +1,201 @@
+"""What every reader of files that others wrote shares: texts, JSON, names inside a folder, digests of contents.
+
+The invariant: a text ends its lines with \\n alone, and whatever is wrong with a file is one sentence that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+LISTED = 20  # faults that a message names; it counts the rest
+_REMEMBERED = 2**26  # bytes from which digests are kept on the disk: what is less is read again in a moment
+_SETTLED = 2.0  # seconds after which a change of a file is sure to show in its times
+_Known = dict[str, list[Any]]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text, with or without byte order mark; \\r\\n and \\r become \\n, no other character ends a line.
+
+    Raises:
+        ValueError: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"'{path}' does not exist; check its name.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line that is not empty stands, and the line.
+
+    `str.splitlines` would also cut at U+2028, U+0085 and U+000B, which stand inside captions.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"'{path}', line {number}", line
+
+
+def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text; `pairs` makes the objects.
+
+    Raises:
+        ValueError: it is no JSON, has a number that no computer holds, or is nested too deep.
+
+    >>> parse_json("[" * 100_000, "x.json")
+    Traceback (most recent call last):
+    ValueError: x.json is nested too deep to be read; is it the right file?
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deep to be read; is it the right file?") from None
+    except ValueError as error:  # also of a number with thousands of digits
+        raise ValueError(f"{where} is not JSON ({error}).") from error
+
+
+def check_unicode(what: str, text: object) -> None:
+    r"""Raise ValueError, naming `what`, where a text holds half of a surrogate pair: a byte that was no UTF-8, or bad JSON.
+
+    >>> check_unicode("A caption", "\ud800 star")
+    Traceback (most recent call last):
+    ValueError: A caption is no Unicode text ('\ud800 star', character 0); write it as UTF-8.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is no Unicode text ({str(text)[:40]!a}, character {error.start}); write it as UTF-8."
+        ) from None
+
+
+def listed(faults: Sequence[str]) -> str:
+    """All faults of an input in one message, the first ones in words.
+
+    >>> listed(["a is absent", "b is absent"])
+    'a is absent; b is absent'
+    """
+    more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+    return "; ".join(fault.rstrip(".") for fault in faults[:LISTED]) + more
+
+
+def inside(where: str, name: str) -> str:
+    """A path relative to the folder in its plain form; leaving the folder is refused.
+
+    >>> inside("captions.csv, line 2", "./cats/1.jpg")
+    'cats/1.jpg'
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or ".." in PureWindowsPath(name).parts:
+        raise ValueError(f"{where}: '{name}' leaves the folder of images; give the path relative to the folder, without '..'.")
+    return path.as_posix()
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path behind all links; one link that leads to itself is a path that does not exist."""
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
+def spellings(name: str) -> list[str]:
+    """A name as it is written, then composed and decomposed: systems write the accents of file names either way.
+
+    >>> [len(form) for form in spellings("café.png")]
+    [8, 8, 9]
+    """
+    return [name] if name.isascii() else [name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)]
+
+
+def file_inside(root: Path, name: str) -> Path | None:
+    """The file of a folder that a name means, however its accents are spelt; None where there is none.
+
+    Args:
+        root: The folder, its links followed.
+        name: As `inside` gives it.
+
+    Raises:
+        ValueError: it is a link that leaves the folder.
+    """
+    path = next((path for form in spellings(name) if (path := root / form).is_file()), None)
+    if path is None:
+        return None
+    target = real_path(path) if path.is_symlink() else _real_folder(path.parent) / path.name
+    if not target.is_relative_to(root):
+        raise ValueError(f"'{path}' is a link to '{target}', outside the folder of images; copy the file into the folder.")
+    return path
+
+
+@lru_cache(maxsize=1024)  # there are 100,000 names in some of them
+def _real_folder(folder: Path) -> Path:
+    return real_path(folder)
+
+
+# --- contents -------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where what may be lost is kept: ``$DIFFPROBE_CACHE``, else ``~/.cache/diffprobe``."""
+    return Path(os.environ.get("DIFFPROBE_CACHE") or Path.home() / ".cache" / "diffprobe")
+
+
+def content_digests(root: Path, names: Sequence[str]) -> list[str]:
+    """A hash of the content of each file of a folder.
+
+    Of large folders they are remembered in `cache_folder`; a file is read again when its size or its times, which no
+    program can set back (ctime), are others.
+
+    Raises:
+        ValueError: files cannot be read; the message lists them.
+    """
+    memory = (
+        cache_folder() / "digests" / f"{hashlib.sha256(str(real_path(root)).encode(errors='replace')).hexdigest()[:32]}.json"
+    )
+    known: _Known = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = parse_json(read_text(memory), str(memory))
+    faults, fresh, read = [], {}, 0
+    states: dict[str, list[Any]] = {}
+    for name in names:
+        try:
+            found = (root / name).stat()
+            states[name] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        except OSError as error:
+            faults.append(f"'{root / name}' ({error.strerror})")
+    wanted = [name for name, state in states.items() if known.get(name, [])[:3] != state]
+    with ThreadPoolExecutor(4) as readers:  # hashing and waiting for a disk leave Python free
+        for name, digest in zip(wanted, readers.map(lambda name: _digest(root / name), wanted), strict=True):
+            if isinstance(digest, OSError):
+                faults.append(f"'{root / name}' ({digest.strerror})")
+                continue
+            fresh[name] = [*states[name], digest]
+            read += states[name][0]
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(names)} files cannot be read: {listed(faults)}. Mend them or take them away.")
+    digests = [(fresh.get(name) or known[name])[3] for name in names]
+    if read >= _REMEMBERED:
+        before = (time.time() - _SETTLED) * 1e9
+        known |= {name: entry for name, entry in fresh.items() if max(entry[1:3]) < before}
+        with contextlib.suppress(OSError):  # a home that cannot be written to costs time, not the run
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
+            beside.write_text(json.dumps(known), encoding="utf-8")
+            beside.replace(memory)
+    return digests
+
+
+def _digest(path: Path) -> str | OSError:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        return error
