@@ -262,6 +262,7 @@ class _Run:
         height, width = request.resolution
         self.latent_size = model.latent_size(height, width)
         self.store_dtype = STORE_DTYPES[request.store_dtype]
+        self.exact = bool(request.guidance) or request.noise_draws > 1  # rounded once, after all that is computed from passes
         self.skipped: dict[str, str] = {}
         self._encoder_rows = 0  # images of one encoder pass, once more did not fit
         self._texts: dict[str | None, EncodedText] = {}
@@ -351,13 +352,29 @@ class _Run:
     def checked(
         self, tensors: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], NDArray[np.bool_]]:
-        """The tensors on the CPU in the store's dtype, and which rows hold a value that is not finite."""
-        cast = {name: tensor.to("cpu", self.store_dtype) for name, tensor in tensors.items()}
-        bad = _rows_not_finite(cast)
+        """The tensors on the CPU in the buffers' dtype, and which rows hold a value that is not finite in the store's."""
+        dtype = torch.float32 if self.exact else self.store_dtype
+        kept = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
+        bad = self.rows_not_finite(kept)
         if bad.any() and self.on_nonfinite == "float32" and self.model.dtype != torch.float32:
-            cast = {name: tensor.to("cpu", self.store_dtype) for name, tensor in again().items()}
-            bad = _rows_not_finite(cast)
-        return cast, bad
+            kept = {name: tensor.to("cpu", dtype) for name, tensor in again().items()}
+            bad = self.rows_not_finite(kept)
+        return kept, bad
+
+    def rows_not_finite(self, tensors: dict[str, Tensor]) -> NDArray[np.bool_]:
+        """A row's sum is finite only where all its values are; one pass, no mask of the tensor's size."""
+        sums = torch.stack([t.to(self.store_dtype).flatten(1).sum(1, dtype=torch.float32) for t in tensors.values()])
+        return (~sums.isfinite().all(0)).numpy()
+
+    def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
+        """Mark a sample whose values the store cannot hold, or raise NotFiniteError, as the run was told."""
+        where = f"Sample {unit.ids[sample]!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
+        reason = f"{where}: a value is not finite in {self.request.store_dtype}."
+        if self.on_nonfinite != "mark":
+            hint = "Try --store-dtype float32 or --dtype float32, or --on-nonfinite mark to leave such samples out."
+            raise NotFiniteError(f"{reason} {hint}")
+        unit.status[sample] = store.NOT_FINITE
+        self.skipped[unit.ids[sample]] = reason
 
     # one unit
 
@@ -375,7 +392,7 @@ class _Run:
                 self.skipped[ids[index]] = image
             else:
                 readable[index] = image
-        unit = _Unit(ids, status, self.empty_buffers(count))
+        unit = _Unit(ids, status, self.empty_buffers(count, list(readable)))
         if readable:
             encoded = self.encode_images(list(readable.values()), [ids[i] for i in readable])
             unit.latents = dict(zip(readable, encoded, strict=True))
@@ -392,7 +409,7 @@ class _Run:
             size = -(-len(rows) // -(-len(rows) // self.batch_rows))
             batch, rows = rows[:size], rows[size:]
             self.compute_batch(recorder, unit, batch)
-        return self.finish_buffers(unit.buffers), status
+        return self.finish_buffers(unit), status
 
     def compute_batch(self, recorder: Listener, unit: _Unit, batch: list[tuple[int, int, int, int]]) -> None:
         """Run rows (sample, timestep, conditioning, draw) through the model and put what was recorded into the buffers."""
@@ -406,23 +423,17 @@ class _Run:
         noised = self.model.add_noise(clean, noise.to(clean.device), timesteps)
         text = EncodedText.concatenate([unit.texts[unit.prompts[c][i]] for i, _, c, _ in batch])
         tensors = self.forward(recorder, noised, timesteps, text)
-        cast, bad = self.checked(tensors, lambda: self.in_float32(recorder, noised, timesteps, text))
+        kept, bad = self.checked(tensors, lambda: self.in_float32(recorder, noised, timesteps, text))
         for row in np.flatnonzero(bad):
             i, t, c, _ = batch[row]
-            site = next(name for name, tensor in cast.items() if not tensor[row].isfinite().all())
-            where = f"Sample {unit.ids[i]!r}, site {site}, timestep {request.timesteps[t]}, conditioning {request.conditionings[c]!r}"
-            reason = f"{where}: a value is not finite in {request.store_dtype}."
-            if self.on_nonfinite != "mark":
-                hint = "Try --store-dtype float32 or --dtype float32, or --on-nonfinite mark to leave such samples out."
-                raise NotFiniteError(f"{reason} {hint}")
-            unit.status[i] = store.NOT_FINITE
-            self.skipped[unit.ids[i]] = reason
+            site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
+            self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
         index = tuple(np.array(column) for column in zip(*((i, c, t) for i, t, c, _ in batch), strict=True))
-        for name, tensor in cast.items():
+        for name, tensor in kept.items():
             if request.noise_draws == 1:
                 unit.buffers[name][index] = tensor.numpy()
             else:
-                np.add.at(unit.buffers[name], index, tensor.float().numpy() / request.noise_draws)
+                np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
 
     def in_float32(self, recorder: Listener, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
         """The same pass with the network raised to float32 for as long as it takes."""
@@ -442,23 +453,21 @@ class _Run:
         finally:
             network.to(dtype)
 
-    def empty_buffers(self, count: int) -> dict[str, NDArray[Any]]:
-        """NaN where single noise draws will be put, zero where several are added up."""
-        summed = self.request.noise_draws > 1
-        exact = summed or bool(self.request.guidance)
-        dtype = np.float32 if exact else np.dtype(self.request.store_dtype)
-        base = len(self.request.conditionings)
-        return {
-            s.site: np.full((count, base, len(self.request.timesteps), *s.shape), 0 if summed else np.nan, dtype)
-            for s in self.specs
-        }
+    def empty_buffers(self, count: int, readable: list[int]) -> dict[str, NDArray[Any]]:
+        """NaN everywhere; zero in the samples whose noise draws will be added up."""
+        dtype = np.float32 if self.exact else np.dtype(self.request.store_dtype)
+        before = (count, len(self.request.conditionings), len(self.request.timesteps))
+        buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
+        for values in buffers.values() if self.request.noise_draws > 1 else ():
+            values[readable] = 0
+        return buffers
 
-    def finish_buffers(self, buffers: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
         """Add the guided conditionings, f_u + s (f_c - f_u) from one pair of passes, and cast to the store's dtype."""
         conditionings = self.request.conditionings
         finished = {}
         for spec in self.specs:
-            values = buffers[spec.site]
+            values = unit.buffers[spec.site]
             if spec.variable == "features" and self.request.guidance:
                 null = values[:, conditionings.index(NULL)]
                 guided = [
@@ -468,7 +477,13 @@ class _Run:
                     for s in self.request.guidance
                 ]
                 values = np.concatenate([values, np.stack(guided, axis=1)], axis=1)
-            finished[spec.site] = values.astype(self.request.store_dtype, copy=False)
+            with np.errstate(over="ignore"):  # what does not fit is found below
+                finished[spec.site] = values = values.astype(self.request.store_dtype, copy=False)
+            if self.exact:  # what came from the model was checked; what was computed from it was not
+                bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (unit.status == store.COMPLETE)[:, None, None]
+                for i in np.flatnonzero(bad.any((1, 2))):
+                    c, t = np.argwhere(bad[i])[0]
+                    self.leave_out(unit, int(i), spec.site, self.request.timesteps[t], spec.conditionings[c])
         return finished
 
     # before the work
@@ -531,12 +546,6 @@ class _Run:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-
-def _rows_not_finite(tensors: dict[str, Tensor]) -> NDArray[np.bool_]:
-    """A row's sum is finite only where all its values are; one pass, no mask of the tensor's size."""
-    sums = torch.stack([t.flatten(1).sum(1, dtype=torch.float32) for t in tensors.values()])
-    return (~sums.isfinite().all(0)).numpy()
 
 
 def extract(
