@@ -29,6 +29,7 @@ from diffprobe.models import (
     fresh_weights,
     load_model,
     model_index,
+    model_name,
     quiet,
     resolve,
     weights_hash,
@@ -246,7 +247,7 @@ def load_encoder(
         raise ValueError(f"The vision encoder at {source!r} could not be read: {error}") from error
     if random_weights is not None:
         model = fresh_weights(lambda: AutoModel.from_config(model.config, dtype=dtype), random_weights)
-    return VisionEncoder(model.to(device).eval(), processor, str(id_or_dir), revision, random_weights)
+    return VisionEncoder(model.to(device).eval(), processor, model_name(id_or_dir), revision, random_weights)
 
 
 def load_extractor(

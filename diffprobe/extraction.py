@@ -29,10 +29,10 @@ from torch import Tensor
 from diffprobe import store
 from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, check_unicode, guided_name
 from diffprobe.data import load_dataset
-from diffprobe.data.images import ImageError, fit_image
+from diffprobe.data.images import ImageError, UnavailableError, fit_image
 from diffprobe.data.samples import Dataset, Sample, iterate
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
-from diffprobe.models import DiffusionModel, EncodedText, LatentRule, out_of_memory
+from diffprobe.models import DiffusionModel, EncodedText, LatentRule, model_name, out_of_memory
 from diffprobe.noise import noise_seed, sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
@@ -297,9 +297,12 @@ class _Run:
         for index in range(first, last):
             try:
                 image = fit_image(self.dataset[index].load(), (height, width), self.request.fit)
-                loaded.append(np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1))
+            except UnavailableError as error:  # a fault of the machine, which must not be noted as one of the image
+                raise UnavailableError(f"{error} What was complete is kept; the same command goes on from there.") from error
             except ImageError as error:
                 loaded.append(str(error))
+            else:
+                loaded.append(np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1))
         return loaded
 
     def encode_images(self, images: Sequence[Pixels], ids: Sequence[str]) -> Tensor:
@@ -574,6 +577,7 @@ def extract(
     dry_run: bool = False,
     force: bool = False,
     progress: bool = True,
+    units: Sequence[int] | None = None,
 ) -> Summary:
     """Record a dataset's features and attention maps into a store; the same call again resumes it.
 
@@ -594,6 +598,8 @@ def extract(
         on_nonfinite: "raise", "mark" the sample and go on, or "float32" to run the pass again so.
         dry_run: forecast only; nothing is written.
         force: go on although the disk's free space is too small for the forecast.
+        units: of a store that is there, compute these and no others, whether they are done or not (as `repair` does);
+            each is replaced once its new values are known.  Model and dataset may have other names then, not other content.
 
     Returns:
         What was done. On equal batches, values are bit-identical. Under another batch size, order or number of processes
@@ -652,18 +658,21 @@ def extract(
         resuming = store.exists(out)
         if rank == 0 and not resuming and not store.is_remote(out) and Path(out).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
-        pending = None
         if resuming:
             found = store.StoreWriter(out)
-            differences = store.request_differences(found.attributes["request"], asdict(request))
+            stored = found.attributes["request"]
+            asked = asdict(request)
+            if units is not None:
+                asked |= {name: stored[name] for name in ("model", "revision", "dataset")}
+            differences = store.request_differences(stored | {"model": model_name(stored["model"])}, asked)
             if differences:
-                raise ValueError(
-                    f"{out} holds another request; give another --out, or match it. " + "; ".join(differences) + "."
-                )
+                other = "holds another request; give another --out, or match it."
+                other = other if units is None else "was recorded otherwise; nothing was changed in it:"
+                raise ValueError(f"{out} {other} {'; '.join(differences)}.")
             batch_rows = batch_rows or int(found.attributes["batch_rows"])
-            pending = len(found.pending)
+            units = found.pending if units is None else units
         forecast = None
-        if rank == 0 and (pending is None or pending or dry_run):
+        if rank == 0 and (units is None or units or dry_run):
             if batch_rows:
                 run.batch_rows = batch_rows
             else:
@@ -692,7 +701,7 @@ def extract(
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
         run.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
-        mine = [unit for unit in writer.pending if unit % ranks == rank]
+        mine = [unit for unit in (writer.pending if units is None else units) if unit % ranks == rank]
         _work(run, writer, mine, console if rank == 0 else Console(quiet=True))
         if state:
             state.wait_for_everyone()
@@ -762,6 +771,7 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
             "map_tokens_rule": "all" if kept == model.prompt_tokens else "prompt",
             "batch_rows": run.batch_rows,
             "processes": ranks,
+            "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
             "prediction_type": model.prediction_type,
@@ -840,9 +850,15 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             bar.update(task, advance=last - first, rate=f"{speed:.1f} samples/s")
             if written is not None:
                 written.result()  # at most two units are in memory: the one that was computed, the one being written
-            written = writing.submit(writer.write_unit, unit, arrays, status)
+            written = writing.submit(_replace, writer, unit, arrays, status)
         if written is not None:
             written.result()
+
+
+def _replace(writer: store.StoreWriter, unit: int, arrays: dict[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
+    """Write a unit's new values in the place of what is there, if anything is; one that is cut off in between is pending."""
+    writer.forget_unit(unit)
+    writer.write_unit(unit, arrays, status)
 
 
 def _free_bytes(out: str | Path) -> int | None:
@@ -894,21 +910,41 @@ def repair(
     model: DiffusionModel | VisionEncoder | str | None = None,
     dataset: Dataset | str | None = None,
     *,
+    device: str | None = None,
+    dtype: str | None = None,
+    use_safetensors: bool = True,
+    on_nonfinite: Policy | None = None,
+    retry_unreadable: bool = False,
     progress: bool = True,
 ) -> tuple[list[store.Fault], Summary | None]:
-    """Find the units of a store that cannot be trusted and compute only those again, from the store's own request."""
+    """Find the units of a store that cannot be trusted or are not done, and compute only those, from the store's own request.
+
+    A unit stays as it is until its new values are known, so a repair that is refused or fails loses nothing.
+
+    Args:
+        model, dataset: in the place of those that the store names; where they lie may differ, not what they are.
+        device, dtype: as for `load_extractor`; the number type that the store was computed in by default.
+        on_nonfinite: as for `extract`; what the store was recorded with by default.
+        retry_unreadable: try again the images that could not be read.
+
+    Raises:
+        ValueError: the model, its number type or the dataset is not what the store was recorded from.
+    """
     writer = store.StoreWriter(path)
     with store.sole_writer(path):
         faults = store.verify_store(path)
-        for unit in {fault.unit for fault in faults}:
-            writer.forget_unit(unit)
-    if not writer.pending:
+    request, again = writer.attributes["request"], {fault.unit for fault in faults}
+    wanted = {store.PENDING} | ({store.UNREADABLE} if retry_unreadable else set())
+    for unit in set(range(-(-request["samples"] // writer.unit_samples))) - again:
+        if wanted & set(writer.unit_status(unit).tolist()):
+            again.add(unit)
+    if not again:
         return faults, None
-    request = writer.attributes["request"]
-    if model is None:
+    if model is None or isinstance(model, str):
         model = load_extractor(
-            request["model"], revision=request["revision"], random_weights=writer.attributes.get("random_weights")
-        )
+            model or request["model"], device, dtype or request["compute_dtype"], request["revision"] if model is None else None,
+            use_safetensors=use_safetensors, random_weights=writer.attributes.get("random_weights"),
+        )  # fmt: skip
     summary = extract(
         model, dataset or writer.attributes["data"], path,
         sites=request["sites"], maps=request["maps"], heads=request["heads"],
@@ -916,6 +952,7 @@ def repair(
         timesteps=request["timesteps"], conditionings=request["conditionings"], guidance=request["guidance"],
         noise_draws=request["noise_draws"], reduce=request["reduce"], seed=request["seed"], resolution=tuple(request["resolution"]),
         fit=request["fit"], latent_rule=request["latent_rule"], store_dtype=request["store_dtype"], progress=progress,
+        on_nonfinite=on_nonfinite or writer.attributes.get("on_nonfinite", "raise"), units=sorted(again),
     )  # fmt: skip
     return faults, summary
 

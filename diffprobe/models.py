@@ -378,6 +378,12 @@ def resolve(id_or_dir: str | Path) -> str:
     return str(embedded) if str(id_or_dir) and embedded.is_dir() and "/" not in str(id_or_dir) else str(id_or_dir)
 
 
+def model_name(id_or_dir: str | Path) -> str:
+    """What provenance calls a model: a folder by its whole path, for it is looked for from elsewhere too; others as given."""
+    given = str(id_or_dir)
+    return os.path.abspath(given) if resolve(given) == given and Path(given).is_dir() else given  # noqa: PTH100 (keeps links)
+
+
 def model_index(source: str, revision: str | None) -> dict[str, Any]:
     """What a pipeline's folder or hub page says it is made of; ValueError where there is none."""
     try:
@@ -435,7 +441,7 @@ def load_model(
         trained.load_state_dict(drawn.state_dict())
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return DiffusionModel(pipeline, str(id_or_dir), revision, random_weights)
+    return DiffusionModel(pipeline, model_name(id_or_dir), revision, random_weights)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

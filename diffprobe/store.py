@@ -296,6 +296,12 @@ class StoreWriter:
         """One number a sample, as `STATUS_WORDS` explains."""
         return _read(self.root, "status")
 
+    def unit_status(self, unit: int) -> NDArray[np.uint8]:
+        """`status` of one unit's samples; PENDING where it is not done, whatever its samples say."""
+        first, last = self.bounds(unit)
+        done = _read(self.root, "done", slice(unit, unit + 1))[0]
+        return _read(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
+
     def bounds(self, unit: int) -> tuple[int, int]:
         """First sample of a unit and one past its last."""
         count = _array(self.root, "status").shape[0]

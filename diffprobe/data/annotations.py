@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.data.folder import _inside
-from diffprobe.data.images import MAX_PIXELS, ImageError, read_image
+from diffprobe.data.images import MAX_PIXELS, ImageError, read_image, refusal
 from diffprobe.data.questions import article
 from diffprobe.data.samples import Caption, Sample, Span
 
@@ -445,7 +445,7 @@ def _indices(path: Path) -> NDArray[np.uint8]:
                 raise ImageError(f"'{path}' is a {image.mode} image of {image.width} x {image.height}; VOC's are indexed PNGs.")
             return np.asarray(image, np.uint8)
     except (OSError, SyntaxError) as error:
-        raise ImageError(f"'{path}' is broken or no PNG ({error}); copy it again.") from error
+        raise refusal(path, error) from error
 
 
 def _png_size(path: Path) -> tuple[int, int]:
