@@ -243,7 +243,7 @@ def test_a_repair_that_is_refused_or_fails_changes_nothing(
     extract(tiny_model, ShapesDataset(6), out, **QUICK)
     damage_one_byte(out)
     before = files(out)
-    with pytest.raises(ValueError, match="nothing was changed in it:.* samples: the store has 6, you ask for 7"):
+    with pytest.raises(ValueError, match=r"nothing was changed in it:.* samples: the store has 6, you ask for 7"):
         repair(out, tiny_model, ShapesDataset(7), progress=False)
     with pytest.raises(ValueError, match="names no dataset"):
         repair(out, tiny_model, "nowhere", progress=False)
@@ -287,7 +287,7 @@ def test_repair_computes_in_the_stores_own_number_type(tiny_folder: Path, tmp_pa
     damage_one_byte(out)
     hurt = files(out)
     with pytest.raises(
-        ValueError, match='nothing was changed in it:.* compute_dtype: the store has "bfloat16", you ask for "float32"'
+        ValueError, match=r'nothing was changed in it:.* compute_dtype: the store has "bfloat16", you ask for "float32"'
     ):
         repair(out, dtype="float32", progress=False)
     assert files(out) == hurt

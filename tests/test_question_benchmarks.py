@@ -318,6 +318,9 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     assert whole.fingerprint() == load_questions(spec).fingerprint() != part.fingerprint()
     vqav2(tmp_path, answers=["dog"] * 10)
     assert load_questions(spec).fingerprint() != whole.fingerprint()
+    (tmp_path / "R&D?").mkdir()
+    odd = load_questions(f"vqav2:{vqav2(tmp_path / 'R&D?')}?limit=1")
+    assert len(odd) == 1 and load_questions(odd.spec).fingerprint() == odd.fingerprint()
 
 
 def test_limits_keep_what_is_scored_together(tmp_path: Path) -> None:

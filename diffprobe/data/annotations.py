@@ -26,7 +26,7 @@ from PIL import Image
 from diffprobe.data.folder import _inside
 from diffprobe.data.images import MAX_PIXELS, ImageError, read_image, refusal
 from diffprobe.data.questions import article
-from diffprobe.data.samples import Caption, Sample, Span
+from diffprobe.data.samples import Caption, Sample, Span, join_spec
 
 Bools = NDArray[np.bool_]
 PICKLES = (".p", ".pkl", ".pickle")
@@ -187,7 +187,7 @@ def coco_dataset(
         **({"captions": _absolute(captions)} if captions else {}),
         **({"limit": limit} if limit else {}),
     }
-    return AnnotatedDataset(f"coco-{path.stem}", _spec("coco", path, options), images, records)
+    return AnnotatedDataset(f"coco-{path.stem}", join_spec("coco", path.resolve(), options), images, records)
 
 
 def _coco_captions(path: Path, wanted: set[int]) -> dict[int, list[str]]:
@@ -306,7 +306,7 @@ def refcoco_dataset(
         "images": _absolute(images), **({"instances": _absolute(instances)} if instances else {}),
         **({"split": split} if split else {}), **({"limit": limit} if limit else {}),
     }  # fmt: skip
-    return AnnotatedDataset(f"refcoco-{path.stem}", _spec("refcoco", path, options), images, records)
+    return AnnotatedDataset(f"refcoco-{path.stem}", join_spec("refcoco", path.resolve(), options), images, records)
 
 
 class _Instances:
@@ -402,7 +402,7 @@ class VocDataset:
 
     @property
     def spec(self) -> str:
-        return _spec("voc", self.root, {"split": self.split, **({"limit": self.limit} if self.limit else {})})
+        return join_spec("voc", self.root.resolve(), {"split": self.split, **({"limit": self.limit} if self.limit else {})})
 
     def _paths(self, name: str) -> tuple[Path, Path, Path]:
         """Image, classes, instances."""
@@ -568,7 +568,3 @@ def _get(entry: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any
 
 def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-def _spec(kind: str, path: Path, options: Mapping[str, object]) -> str:
-    return f"{kind}:{path.resolve()}?" + "&".join(f"{name}={value}" for name, value in options.items())
