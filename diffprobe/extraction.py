@@ -30,7 +30,7 @@ from diffprobe import store
 from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, check_unicode, guided_name
 from diffprobe.data import load_dataset
 from diffprobe.data.images import ImageError, UnavailableError, fit_image
-from diffprobe.data.samples import Dataset, Sample, iterate
+from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
 from diffprobe.models import DiffusionModel, EncodedText, LatentRule, model_name, out_of_memory
 from diffprobe.noise import noise_seed, sample_noise
@@ -41,6 +41,7 @@ Policy = Literal["raise", "mark", "float32"]
 Pixels = NDArray[np.float32]
 Listener: TypeAlias = Recorder | EncoderRecorder
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
 _LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
 
 
@@ -89,6 +90,7 @@ class Forecast:
     seconds: float | None
     batch_rows: int
     truncated_prompts: int
+    looked_at: int  # samples whose captions were read for it
 
     @property
     def total_bytes(self) -> int:
@@ -206,12 +208,12 @@ class _Index:
     prompts: dict[str, list[str | None]]
 
     @classmethod
-    def of(cls, dataset: Dataset, conditionings: Sequence[str]) -> _Index:
-        """One pass over the dataset."""
+    def of(cls, dataset: Dataset, conditionings: Sequence[str], rows: Sequence[int]) -> _Index:
+        """One pass over the dataset, or over some rows of it."""
         index = cls([], [], {})
 
         def noted() -> Iterator[Sample]:
-            for sample in iterate(dataset):
+            for sample in map(dataset.__getitem__, rows):
                 _check_texts(sample)
                 index.ids.append(sample.id)
                 index.labels.append(sample.labels)
@@ -499,7 +501,7 @@ class _Run:
         """
         height, width = self.request.resolution
         itemsize = np.dtype(self.request.store_dtype).itemsize
-        samples = len(self.index.ids)
+        samples = self.request.samples
         most = store.samples_per_unit(self.specs, len(self.request.timesteps), itemsize)
         images = store.SHARD_BYTES // (3 * height * width * 4)
         return max(1, min(images, most, samples, max(-(-samples // 16), -(-32 // self.rows_per_sample))))
@@ -596,7 +598,7 @@ def extract(
         batch_rows: rows of one forward pass; found by timing when None, and kept by the store for resuming.
         unit_samples: samples of one shard; chosen so that shards stay near 64 MiB when None.
         on_nonfinite: "raise", "mark" the sample and go on, or "float32" to run the pass again so.
-        dry_run: forecast only; nothing is written.
+        dry_run: forecast only; nothing is written, and of a large dataset only some captions are read.
         force: go on although the disk's free space is too small for the forecast.
         units: of a store that is there, compute these and no others, whether they are done or not (as `repair` does);
             each is replaced once its new values are known.  Model and dataset may have other names then, not other content.
@@ -638,13 +640,14 @@ def extract(
     map_sites = select_sites([s for s in available if s.is_map], maps) if maps else []
     chosen = [s for s in available if s in features or s in map_sites]
     rules = parse_reduce(reduce, features)
-    index = _Index.of(dataset, conditionings)
+    new_forecast = dry_run and not store.exists(out)  # which no request of a store is compared with
+    index = _Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
     lengths = _prompt_lengths(model, index.prompts)
     kept_tokens = model.prompt_tokens if map_tokens == "all" else min(model.prompt_tokens, max(lengths.values()))
     tokens = list(range(kept_tokens))
     request = Request(
         model=model.model_id, revision=model.revision, weights=model.weights_hash(), dataset=dataset.name,
-        fingerprint=dataset.fingerprint(), samples=len(dataset), sites=[s.name for s in features], maps=[s.name for s in map_sites],
+        fingerprint="" if new_forecast else dataset.fingerprint(), samples=len(dataset), sites=[s.name for s in features], maps=[s.name for s in map_sites],
         heads=heads, map_tokens=tokens, timesteps=list(timesteps), conditionings=list(conditionings), guidance=list(guidance),
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
@@ -687,6 +690,7 @@ def extract(
                 seconds=seconds_per_row * passes / ranks,
                 batch_rows=run.batch_rows,
                 truncated_prompts=sum(length > model.prompt_tokens for length in lengths.values()),
+                looked_at=len(index.ids),
             )
             if not resuming:
                 tell(describe_forecast(forecast))
@@ -882,14 +886,18 @@ def _check_room(forecast: Forecast, force: bool, waived: bool) -> None:
 
 def describe_forecast(forecast: Forecast) -> str:
     """The forecast as a person reads it."""
-    lines = [f"{forecast.samples} samples, {forecast.passes} forward passes in batches of {forecast.batch_rows}"]
+    some = "" if forecast.looked_at == forecast.samples else f" (judged by {forecast.looked_at} of them)"
+    lines = [f"{forecast.samples} samples{some}, {forecast.passes} forward passes in batches of {forecast.batch_rows}"]
     lines += [f"  {name:<24} {_size(size):>10}" for name, size in forecast.bytes_by_site.items()]
     free = "" if forecast.free_bytes is None else f", {_size(forecast.free_bytes)} free"
     lines.append(f"  {'total':<24} {_size(forecast.total_bytes):>10}{free}")
     if forecast.seconds is not None:
         lines.append(f"  about {_duration(forecast.seconds)} of forward passes")
     if forecast.truncated_prompts:
-        lines.append(f"  {forecast.truncated_prompts} distinct prompts are longer than the text encoder takes and will be cut")
+        where = f" of those {forecast.looked_at}" if some else ""
+        lines.append(
+            f"  {forecast.truncated_prompts} distinct prompts{where} are longer than the text encoder takes and will be cut"
+        )
     return "\n".join(lines)
 
 

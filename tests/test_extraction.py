@@ -17,7 +17,16 @@ from PIL import Image
 from diffprobe import store
 from diffprobe.data import ShapesDataset, load_dataset
 from diffprobe.data.images import fit_image
-from diffprobe.extraction import NotFiniteError, array_specs, extract, make_reduce, parse_reduce, projection, repair
+from diffprobe.extraction import (
+    NotFiniteError,
+    array_specs,
+    describe_forecast,
+    extract,
+    make_reduce,
+    parse_reduce,
+    projection,
+    repair,
+)
 from diffprobe.models import DiffusionModel
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
@@ -374,6 +383,31 @@ def test_forecast_is_true_and_a_full_disk_is_refused(
     with pytest.raises(ValueError, match=r"The store needs .* and 1 kB are free"):
         extract(tiny_model, ShapesDataset(8), tmp_path / "t.zarr", **QUICK)
     assert extract(tiny_model, ShapesDataset(8), tmp_path / "t.zarr", force=True, **QUICK).complete == 8
+
+
+def test_the_forecast_of_a_large_dataset_looks_at_some_of_it(
+    tiny_model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, get = [], ShapesDataset.__getitem__
+    monkeypatch.setattr(ShapesDataset, "__getitem__", lambda self, index: (looked.append(index), get(self, index))[1])
+    options: dict[str, Any] = {**QUICK, "maps": [MAP], "dry_run": True}
+    many = extract(tiny_model, ShapesDataset(100_000), tmp_path / "s.zarr", **options).forecast
+    assert len(looked) == 500 and max(looked) > 99_000, "spread over the whole"
+    few = extract(tiny_model, ShapesDataset(200), tmp_path / "s.zarr", **options).forecast
+    assert many is not None and few is not None and (few.looked_at, many.looked_at) == (200, 500)
+    assert {site: size / 500 for site, size in many.bytes_by_site.items()} == few.bytes_by_site
+    assert many.passes == 100_000 * 2 * 2
+    assert "(judged by 500 of them)" in describe_forecast(many) and "judged" not in describe_forecast(few)
+    extract(
+        tiny_model,
+        ShapesDataset(1200),
+        tmp_path / "s.zarr",
+        **{**QUICK, "timesteps": (50,), "conditionings": ("null",), "maps": [], "sites": "Noised-Latent"},
+    )
+    looked.clear()
+    with pytest.raises(ValueError, match="fingerprint: the store has"):
+        extract(tiny_model, ShapesDataset(1200, seed=1), tmp_path / "s.zarr", **options)
+    assert len(set(looked)) == 1200, "beside a store the whole request is compared"
 
 
 def test_one_writer_at_a_time(tiny_model: DiffusionModel, tmp_path: Path) -> None:
