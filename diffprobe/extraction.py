@@ -7,6 +7,7 @@ one's images are read and the last one's arrays are written.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -41,6 +42,7 @@ Policy = Literal["raise", "mark", "float32"]
 Pixels = NDArray[np.float32]
 Listener: TypeAlias = Recorder | EncoderRecorder
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_SAY_EVERY = 30.0  # seconds between two lines of a log
 _LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
 _LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
 
@@ -825,23 +827,14 @@ def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]
 
 def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:
     """Compute and write units; the next one's images and the last one's arrays travel in two threads beside."""
-    columns = (
-        TextColumn("extract"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     bounds = [writer.bounds(u) for u in units]
     with (
         ThreadPoolExecutor(1) as reading,
         ThreadPoolExecutor(1) as writing,
-        Progress(*columns, console=console, refresh_per_second=2, disable=console.quiet) as bar,
+        progress_bar(console, "extract", "samples", sum(last - first for first, last in bounds)) as advance,
         run.recorder() as recorder,
     ):
-        task = bar.add_task("extract", total=sum(last - first for first, last in bounds), rate="")
-        start, images = time.perf_counter(), [reading.submit(run.load_images, *b) for b in bounds[:1]]
+        images = [reading.submit(run.load_images, *b) for b in bounds[:1]]
         written: Future[None] | None = None
 
         for number, (unit, (first, last)) in enumerate(zip(units, bounds, strict=True)):
@@ -849,14 +842,45 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             if number + 1 < len(units):
                 images.append(reading.submit(run.load_images, *bounds[number + 1]))
             arrays, status = run.compute(recorder, first, loaded)
-            passed = max(time.perf_counter() - start, 1e-9)  # a clock may stand still
-            speed = (bar.tasks[task].completed + last - first) / passed
-            bar.update(task, advance=last - first, rate=f"{speed:.1f} samples/s")
+            advance(last - first)
             if written is not None:
                 written.result()  # at most two units are in memory: the one that was computed, the one being written
             written = writing.submit(_replace, writer, unit, arrays, status)
         if written is not None:
             written.result()
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, what: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; elsewhere, where a bar appears once it has ended, a plain line each half minute and at the end.
+
+    Args:
+        unit: what is counted, in the plural.
+        done: how many were complete before.
+
+    Yields:
+        What is called with the number of those that are done besides.
+    """
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn(), TimeRemainingColumn())
+    plain = not (console.is_terminal or console.is_jupyter)
+    said = started = time.perf_counter()
+    before = done
+    with Progress(*columns, console=console, refresh_per_second=2, disable=plain or console.quiet) as bar:
+        task = bar.add_task(what, total=total, completed=done, rate="")
+
+        def advance(count: int) -> None:
+            nonlocal said, done
+            done, now = done + count, time.perf_counter()
+            speed = (done - before) / max(now - started, 1e-9)  # a clock may stand still
+            bar.update(task, advance=count, rate=f"{speed:.1f} {unit}/s")
+            if plain and (done >= total or now - said >= _SAY_EVERY):
+                said, left = now, _duration((total - done) / speed) if speed else "?"
+                console.print(
+                    f"{what}: {done} of {total} {unit}, {speed:.1f} a second, {left} left", soft_wrap=True, highlight=False
+                )
+
+        yield advance
 
 
 def _replace(writer: store.StoreWriter, unit: int, arrays: dict[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
