@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -291,23 +292,24 @@ def _show_skipped(skipped: dict[str, str]) -> None:
 
 def _uses(out: str) -> list[str]:
     """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
-    import numpy as np
-
     from diffprobe.store import open_store, site_names
 
     tree, place = open_store(out), shlex.quote(out)
     if tree.sizes["sample"] == 0:
         return []
     recorded = [tree[name].to_dataset() for name in site_names(tree)]
-    grids = [d for d in recorded if "features" in d and {"y", "x"} <= set(d["features"].dims) and d.sizes["channel"] >= 3]
-    lines = []
-    for label in sorted((n for n, c in tree.coords.items() if c.dims == ("sample",)), key=lambda name: name != "colour"):
-        values, counts = np.unique([str(v) for v in tree[label].values], return_counts=True)
+    read = [d["features"] for d in recorded if "features" in d]
+    grids = [features for features in read if {"y", "x"} <= set(features.dims) and features.sizes["channel"] >= 3]
+    lines, root = [], tree.to_dataset()
+    labels = [str(name) for name, values in root.coords.items() if values.dims == ("sample",)] if read else []
+    for label in sorted(labels, key=lambda name: name != "colour"):
+        counts = Counter(str(value) for value in root[label].values)
         # Enough of two classes for every fold of a probe; a missing entry is no class.
-        if (counts[(values != "") & (values != "nan")] >= 5).sum() >= 2 and any("features" in d for d in recorded):
-            lines.append(f"diffprobe probe linear {place} --label {shlex.quote(str(label))}")
+        if sum(n >= 5 for value, n in counts.items() if value not in ("", "nan")) >= 2:
+            lines.append(f"diffprobe probe linear {place} --label {shlex.quote(label)}")
             break
-    texts = {c: str(tree["prompts"]["text"].values[0, k]) for k, c in enumerate(tree.attrs["request"]["conditionings"])}
+    first = tree["prompts"].to_dataset()["text"].values[0]
+    texts = dict(zip(tree.attrs["request"]["conditionings"], map(str, first), strict=True))
     if grids:
         lines.append(f"diffprobe plot pca {place}{_other('null', texts)}")
     if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
