@@ -14,7 +14,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -259,22 +260,56 @@ def extract(
         _out.print(describe_forecast(summary.forecast), markup=False)
         return
     _out.print(f"{summary.complete} of {summary.samples} samples are in {out} ({summary.seconds:.1f} s).", markup=False)
-    for name, reason in list(summary.skipped.items())[:10]:
+    _show_skipped(summary.skipped)
+    _next(f"diffprobe info {shlex.quote(out)}", *_uses(out))
+
+
+def _show_skipped(skipped: dict[str, str]) -> None:
+    for name, reason in list(skipped.items())[:10]:
         _out.print(f"  left out {name}: {reason}", markup=False)
-    if len(summary.skipped) > 10:
-        _out.print(f"  and {len(summary.skipped) - 10} more")
-    place = shlex.quote(out)
-    lines = [f"diffprobe info {place}"]
-    lines += [f"diffprobe probe linear {place} --label colour"] if data.startswith("shapes") and sites else []
-    lines += [f"diffprobe plot pca {place}"] if sites else []
-    lines += [f"diffprobe plot heatmaps {place}"] if maps else []
-    _next(*lines)
+    if len(skipped) > 10:
+        _out.print(f"  and {len(skipped) - 10} more")
+
+
+def _uses(out: str) -> list[str]:
+    """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
+    from diffprobe.store import open_store, site_names
+
+    tree, place = open_store(out), shlex.quote(out)
+    if tree.sizes["sample"] == 0:
+        return []
+    recorded = [tree[name].to_dataset() for name in site_names(tree)]
+    read = [d["features"] for d in recorded if "features" in d]
+    grids = [features for features in read if {"y", "x"} <= set(features.dims) and features.sizes["channel"] >= 3]
+    lines, root = [], tree.to_dataset()
+    labels = [str(name) for name, values in root.coords.items() if values.dims == ("sample",)] if read else []
+    for label in sorted(labels, key=lambda name: name != "colour"):
+        counts = Counter(str(value) for value in root[label].values)
+        # Enough of two classes for every fold of a probe; a missing entry is no class.
+        if sum(n >= 5 for value, n in counts.items() if value not in ("", "nan")) >= 2:
+            lines.append(f"diffprobe probe linear {place} --label {shlex.quote(label)}")
+            break
+    first = tree["prompts"].to_dataset()["text"].values[0]
+    texts = dict(zip(tree.attrs["request"]["conditionings"], map(str, first), strict=True))
+    if grids:
+        lines.append(f"diffprobe plot pca {place}{_other('null', texts)}")
+    if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
+        from diffprobe.gallery import words_of  # with matplotlib, which takes a while
+
+        worded = [c for c, text in texts.items() if c != "null" and words_of(text)]
+        lines += [f"diffprobe plot heatmaps {place}{_other('caption', worded)}"] if worded else []
+    return lines
+
+
+def _other(usual: str, there: Iterable[str]) -> str:
+    """The option that names a conditioning where the usual one is not there."""
+    return "" if usual in there else f" --conditioning {shlex.quote(next(iter(there)))}"
 
 
 @app.command(rich_help_panel=KEEP)
 def info(store: StorePath) -> None:
     """Say what a store holds and where it came from."""
-    from diffprobe.store import store_info
+    from diffprobe.store import STATUS_WORDS, UNREADABLE, store_info
 
     found = store_info(store)
     request = found["request"]
@@ -301,6 +336,8 @@ def info(store: StorePath) -> None:
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     _out.print(f"written with {versions}; commit {found['commit'] or 'unknown'}", markup=False)
+    if STATUS_WORDS[UNREADABLE] in found["status"]:
+        _next(f"diffprobe repair {shlex.quote(store)} --retry-unreadable")
 
 
 @app.command(rich_help_panel=KEEP)
@@ -327,17 +364,32 @@ def repair(
     store: StorePath,
     model: Annotated[str | None, typer.Option(help="Instead of the store's own model id.")] = None,
     data: Annotated[str | None, typer.Option(help="Instead of the store's own dataset.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The model's number type; that of the store by default.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Load weights that are not safetensors. Pickle files can run code.")
+    ] = False,
+    on_nonfinite: Annotated[
+        NotFinite | None, typer.Option(help="As for extract; what the store was recorded with by default.")
+    ] = None,
+    retry_unreadable: Annotated[
+        bool, typer.Option("--retry-unreadable", help="Try the images again that could not be read.")
+    ] = False,
 ) -> None:
-    """Compute what is faulty or missing in a store again."""
+    """Compute what is faulty or missing in a store again; what is there stays until it is known."""
     from diffprobe.extraction import repair as mend
 
-    faults, summary = mend(store, model, data)
+    faults, summary = mend(
+        store, model, data, device=device, dtype=dtype, use_safetensors=not allow_pickle,
+        on_nonfinite=on_nonfinite.value if on_nonfinite else None, retry_unreadable=retry_unreadable,
+    )  # fmt: skip
     if summary is None:
         _out.print("Nothing to repair.")
         return
     _out.print(
         f"{len({f.unit for f in faults})} faulty units computed again; {summary.complete} of {summary.samples} samples are complete."
     )
+    _show_skipped(summary.skipped)
 
 
 # --- probing --------------------------------------------------------------------------------------
@@ -1320,7 +1372,7 @@ def main() -> None:
         app()
     except _Stopped as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks again does not wait for the write that goes on
-        _fail("Stopped. What was complete is kept; the same command goes on from there.", stopped.code)
+        _fail(f"Stopped.{_kept()}", stopped.code)
     except (ValueError, OSError, ImportError) as error:  # an import: of a package that a URL or an option asks for
         if _debug:
             raise
@@ -1332,6 +1384,16 @@ def main() -> None:
         if _debug or known is None:
             raise
         _fail(known, 1)
+
+
+def _kept() -> str:
+    """What is true of a command that was cut off: those that write piece by piece go on, a dry run and the others kept nothing."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    resumes = {" ".join(words[:1]), " ".join(words[:2])} & RESUMED
+    return " What was complete is kept; the same command goes on from there." if resumes and "--dry-run" not in sys.argv else ""
+
+
+RESUMED = {"extract", "repair", "probe alignment", "reproduce", "leakage run", "mllm train", "mllm eval", "zoo train"}
 
 
 class _Stopped(Exception):
@@ -1349,7 +1411,7 @@ def _sentence(error: Exception) -> str:
     """One line; an error of the system without its number, with the file that it is about."""
     if isinstance(error, OSError) and error.strerror:
         about = f"{error.filename}: " if error.filename else ""
-        kept = " What was complete is kept; the same command goes on from there." if error.errno == errno.ENOSPC else ""
+        kept = _kept() if error.errno == errno.ENOSPC else ""
         return f"{about}{error.strerror}.{kept}"
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -1362,13 +1424,10 @@ def _known_failure(error: RuntimeError | MemoryError) -> str | None:
     if isinstance(error, MemoryError) or (models is not None and models.out_of_memory(error)):
         return (
             "Memory ran out, and what was asked cannot be cut smaller. Choose a smaller --resolution, fewer sites, "
-            "--dtype bfloat16 or another --device; what was complete is kept."
+            f"--dtype bfloat16 or another --device.{_kept()}"
         )
     if re.search(r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE):
-        return (
-            "Another process of this run ended early; what it said stands above. "
-            "What was complete is kept; the same command goes on from there."
-        )
+        return f"Another process of this run ended early; what it said stands above.{_kept()}"
     return None
 
 

@@ -40,22 +40,23 @@ def check_conditioning(name: str) -> None:
         raise ValueError(f"Conditioning {name!r} is not one of: {FORMS}.")
 
 
-def parse_conditionings(text: str) -> list[str]:
-    """Names parted by commas; a comma before anything but another name belongs to the text of a ``fixed:``.
+_KINDS = "null|caption|question|mismatched|hard|words|fixed"
 
-    >>> parse_conditionings("fixed:a red star, on the left,null")
-    ['fixed:a red star, on the left', 'null']
+
+def parse_conditionings(text: str) -> list[str]:
+    """Conditionings parted by commas; a comma in the text of a ``fixed:`` one parts nothing unless a conditioning follows.
+
+    >>> parse_conditionings("null, fixed:a star, red,caption:1")
+    ['null', 'fixed:a star, red', 'caption:1']
     """
-    names: list[str] = []
+    # Where no text is given, a comma parts whatever follows, so that a slip is named.
+    parts: list[str] = []
     for part in text.split(","):
-        try:
-            check_conditioning(part.strip())
-        except ValueError:
-            if names and names[-1].startswith("fixed:"):
-                names[-1] += f",{part}"
-                continue
-        names.append(part.strip())
-    return [name.strip() for name in names if name]
+        if parts and parts[-1].startswith("fixed:") and not re.match(rf"\s*({_KINDS})\s*(:|$)", part):
+            parts[-1] += f",{part}"
+        elif part.strip():
+            parts.append(part.lstrip())
+    return [part if part.startswith("fixed:") else part.strip() for part in parts]
 
 
 def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | None:

@@ -49,7 +49,6 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
@@ -57,7 +56,7 @@ from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.images import fit_image
 from diffprobe.data.samples import Dataset, iterate
-from diffprobe.extraction import NotFiniteError
+from diffprobe.extraction import NotFiniteError, progress_bar
 from diffprobe.models import DiffusionModel, EncodedText, load_model, quiet, resolve, weights_hash
 from diffprobe.noise import sample_noise
 from diffprobe.probes.alignment import TextMap, fit_text_map
@@ -592,13 +591,11 @@ def _save(table: xr.Dataset, out: Path) -> None:
 
 def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
     """The items to do, under a progress bar; the first one's time gives the forecast."""
-    columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, refresh_per_second=2, disable=console.quiet) as bar:
-        task = bar.add_task("score", total=len(benchmark), completed=len(benchmark) - len(pending))
+    with progress_bar(console, "score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
         for number, index in enumerate(pending):
             started = time.perf_counter()
             yield index
-            bar.advance(task)
+            advance(1)
             if number == min(1, len(pending) - 1):  # the first item also pays for what is done once
                 minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
                 console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", highlight=False)

@@ -651,7 +651,7 @@ def resolve(id_or_dir: str | Path) -> str:
 def kept_name(id_or_dir: str | Path) -> str:
     """How a model is called in what is kept of a run: a folder by its whole path, so that it is found from elsewhere too."""
     name = str(id_or_dir)
-    return str(Path(name).resolve()) if resolve(name) == name and Path(name).is_dir() else name
+    return os.path.abspath(name) if resolve(name) == name and Path(name).is_dir() else name  # noqa: PTH100 (keeps links)
 
 
 def model_index(source: str, revision: str | None) -> dict[str, Any]:

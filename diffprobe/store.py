@@ -271,10 +271,19 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ..
 
 
 def code_commit() -> str | None:
-    """The commit of the code that ran, when it ran from a checkout."""
-    folder = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    """The commit of the code that ran, when it ran from a checkout of its own and git is there to ask."""
+    checkout = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
+    ours = {
+        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
+    }  # a hook's name another repository
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, env=ours)
+    except OSError:
+        return None
+    top, _, commit = found.stdout.strip().partition("\n")
+    # A virtual environment may lie in somebody else's repository, whose commit says nothing of this code.
+    return commit if found.returncode == 0 and Path(top) == checkout else None
 
 
 class StoreWriter:
@@ -295,6 +304,12 @@ class StoreWriter:
     def status(self) -> NDArray[np.uint8]:
         """One number a sample, as `STATUS_WORDS` explains."""
         return _read(self.root, "status")
+
+    def unit_status(self, unit: int) -> NDArray[np.uint8]:
+        """`status` of one unit's samples; PENDING where it is not done, whatever its samples say."""
+        first, last = self.bounds(unit)
+        done = _read(self.root, "done", slice(unit, unit + 1))[0]
+        return _read(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
 
     def bounds(self, unit: int) -> tuple[int, int]:
         """First sample of a unit and one past its last."""

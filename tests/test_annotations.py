@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -486,6 +487,36 @@ def test_voc_folders_that_are_not(voc: Path) -> None:
 
 
 # --- the command line's words ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["R&D", "what?", "a#1", "100%", "50%25", "a,b", "x?limit=1&split=no", "a=b", "caf\u00e9 au lait", "%41"]
+)
+def test_a_path_may_hold_what_a_spec_is_made_of(coco: Path, voc: Path, tmp_path: Path, name: str) -> None:
+    place = tmp_path / "odd" / name
+    shutil.copytree(coco, place)
+    (tmp_path / "voc").mkdir()
+    shutil.copytree(voc, tmp_path / "voc" / name)
+    given = [
+        coco_dataset(place / "instances.json", place / "val2017", place / "captions.json", 1),
+        VocDataset(tmp_path / "voc" / name, "train"),
+        VocDataset(tmp_path / "voc" / name, "val", 1),
+    ]
+    for dataset in given:
+        for spec in (dataset.spec, f"blank:{dataset.spec}"):
+            again = load_dataset(spec)
+            assert again.spec == spec and [s.id for s in iterate(again)] == [s.id for s in iterate(dataset)]
+        assert "," not in dataset.spec, "specs are parted by commas"
+        assert load_dataset(dataset.spec).fingerprint() == dataset.fingerprint()
+
+
+def test_a_path_with_a_question_mark_or_ampersand_can_be_typed(coco: Path, tmp_path: Path) -> None:
+    for name in ("R&D", "what?", "R&D?", "100%"):
+        place = tmp_path / name
+        shutil.copytree(coco, place)
+        spec = f"coco:{place}/instances.json?images={place}/val2017&limit=1"
+        assert len(load_dataset(spec)) == 1
+        assert len(load_dataset(spec.replace("%", "%25").replace("&D", "%26D").replace("?/", "%3F/"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,9 @@ def test_sugarcrepe_with_images_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "clone" / "data" / "pictures").rename(tmp_path / "coco")
     spec = f"sugarcrepe:{tmp_path / 'clone'}"
     assert colours(load_benchmark(f"{spec}?images={tmp_path / 'coco'}").items[0]) == ["blue"]
+    (tmp_path / "coco").rename(tmp_path / "R&D?")
+    for place in (f"{tmp_path}/R&D?", f"{tmp_path}/R%26D%3F"):
+        assert colours(load_benchmark(f"{spec}?images={place}").items[0]) == ["blue"]
     with pytest.raises(ValueError, match=r"needs the images of COCO val2017, and there is no val2017"):
         load_benchmark(spec)
     with pytest.raises(ValueError, match="nowhere' is no folder"):

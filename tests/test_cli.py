@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ import zarr
 from PIL import Image
 
 from diffprobe.cli import main
+from diffprobe.conditioning import parse_conditionings
 from diffprobe.plotting import read_rows
 
 SITES = "U-L1-R1-B0-Cross-Q,U-L2-R2-Res-Out"
@@ -97,6 +100,107 @@ def test_damage_is_found_and_repaired(run: Run, tiny_folder: Path, tmp_path: Pat
     assert run("repair", store)[1] == "1 faulty units computed again; 4 of 4 samples are complete.\n"
     assert run("verify", store)[0] == 0
     assert run("repair", store)[1] == "Nothing to repair.\n"
+
+
+def suggested(output: str) -> list[list[str]]:
+    """The commands after "Next:", as a shell would take them apart."""
+    lines = output.partition("Next:\n")[2].splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("options", "following"),
+    [
+        (("--data", "shapes:12?objects=1"), ["info", "probe linear", "plot pca", "plot heatmaps"]),
+        (("--data", "shapes:12?objects=1", "--reduce", "mean"), ["info", "probe linear", "plot heatmaps"]),
+        (("--data", "shapes:2", "--reduce", "grid:2x2"), ["info", "plot pca", "plot heatmaps"]),
+        (("--data", "shapes:2", "--reduce", "project:2"), ["info", "plot heatmaps"]),
+        (("--data", "shapes:2", "-c", "fixed:a red star, or blue"), ["info", "plot pca", "plot heatmaps"]),
+        (("--data", "shapes:2", "-c", "fixed:a"), ["info", "plot pca"]),
+        (("--data", "shapes:2", "--sites", ""), ["info", "plot heatmaps"]),
+        (("--data", "shapes:2", "--maps", "U-L1-R1-B0-Self-Map"), ["info", "plot pca"]),
+        (("--data", "shapes-mmvp:1", "--maps", "", "-c", "caption"), ["info", "plot pca"]),
+    ],
+)
+def test_what_extract_suggests_can_be_typed(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], following: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffprobe.plotting.save_figure", lambda figure, out, name, *_: dict.fromkeys(["png"], out / name))
+    given = (
+        "extract",
+        "--model",
+        tiny_folder,
+        "--sites",
+        SITES,
+        "--maps",
+        "U-L1-R1-B0-Cross-Map",
+        "-t",
+        "50",
+        "--batch-rows",
+        "8",
+    )
+    code, output, _ = run(*given, *options, "-o", "a b.zarr")
+    assert code == 0 and "Next:" in output
+    assert [" ".join(words[: 1 + (words[0] != "info")]) for words in suggested(output)] == following
+    for command in suggested(output):
+        code, _, errors = run(*command, *(("--jobs", "1") if command[0] == "probe" else ()))
+        assert code == 0, (command, errors)
+
+
+def test_conditionings_are_parted_by_commas_and_texts_are_not() -> None:
+    assert parse_conditionings("fixed:a red star,null") == ["fixed:a red star", "null"]
+    assert parse_conditionings("null, caption:1 ,fixed:a star, or two,fixed: b") == [
+        "null",
+        "caption:1",
+        "fixed:a star, or two",
+        "fixed: b",
+    ]
+    assert parse_conditionings("null,captoin") == ["null", "captoin"], "a slip is named, not taken for a text"
+    assert parse_conditionings("fixed:null and void, nullify") == ["fixed:null and void, nullify"]
+
+
+def test_unreadable_images_are_tried_again_by_the_command_that_info_names(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (70, 70), "red").save(tmp_path / f"photos/{name}.bmp")
+    whole = (tmp_path / "photos/b.bmp").read_bytes()
+    (tmp_path / "photos/b.bmp").write_bytes(b"?" * len(whole))
+    arguments = ("--model", tiny_folder, "--data", tmp_path / "photos", "--sites", SITES, "-t", "50", "-c", "null")
+    assert "left out b.bmp" in run("extract", *arguments, "-o", tmp_path / "s.zarr")[1]
+    (command,) = suggested(run("info", tmp_path / "s.zarr")[1])
+    code, output, _ = run(*command)
+    assert code == 0 and "1 of 2 samples are complete.\n  left out b.bmp: " in output, "still broken"
+
+
+def test_progress_is_plain_lines_in_a_log(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffprobe.extraction._SAY_EVERY", 0.0)
+    arguments = ("--model", tiny_folder, "--data", "shapes:70", "--sites", "Noised-Latent", "-t", "50", "-c", "null")
+    _, _, errors = run("extract", *arguments, "-o", tmp_path / "s.zarr")
+    lines = [line for line in errors.splitlines() if line.startswith("extract: ")]
+    assert len(lines) > 1 and lines[-1].startswith("extract: 70 of 70 samples, ") and lines[-1].endswith(" a second, 0 s left")
+    assert "\x1b" not in errors and "\u2501" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (("extract", "--data", "shapes:2", "--dry-run"), False),
+        (("extract", "--data", "shapes:2"), True),
+        (("info",), False),
+    ],
+)
+def test_what_is_said_of_a_stopped_command_is_true(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], kept: bool
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffprobe.extraction.extract", stopped)
+    monkeypatch.setattr("diffprobe.store.store_info", stopped)
+    place = (tmp_path / "s.zarr",) if arguments[0] == "info" else ("--model", tiny_folder, "-o", tmp_path / "s.zarr")
+    code, _, errors = run(*arguments, *place)
+    assert (code, "is kept" in errors) == (130, kept) and errors.startswith("diffprobe: Stopped.")
 
 
 def test_probe_and_plots(run: Run, recorded: Path, tmp_path: Path) -> None:

@@ -43,6 +43,10 @@ def test_llava_layout(tmp_path: Path) -> None:
     assert data[1].images == () and data[1].turns == (("Hello", "Hi"),)
     assert [load().getpixel((0, 0)) for load in data[2].images] == [(0, 0, 255), (255, 0, 0)]
     assert data[2].turns[0][0] == "Compare  and"
+    (tmp_path / "R&D, 100%?").mkdir()
+    odd = written(tmp_path / "R&D, 100%?", {"image": "2.png", "conversations": said("What?", "Blue.")})
+    for typed in (odd, odd.replace("%", "%25").replace("?/", "%3F/").replace("&", "%26").replace(",", "%2C")):
+        assert load_conversations(typed)[0].images[0]().getpixel((0, 0)) == (0, 0, 255)
     first = load_conversations(f"{spec}&limit=1")
     assert len(first) == 1 and first.fingerprint() != data.fingerprint() == load_conversations(spec).fingerprint()
 

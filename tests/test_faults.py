@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zarr
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from diffprobe import cli, store
-from diffprobe.data import ShapesDataset
+from diffprobe.data import FolderDataset, ImageError, Sample, ShapesDataset
 from diffprobe.extraction import extract, repair
-from diffprobe.models import DiffusionModel, out_of_memory
+from diffprobe.models import DiffusionModel, load_model, out_of_memory
 from diffprobe.store import StoreError, features, open_store, sole_writer
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +224,180 @@ def test_damage_to_what_belongs_to_no_unit_is_named(tiny_model: DiffusionModel, 
     hurt.write_bytes(bytes(raw))
     with pytest.raises(StoreError, match=rf"The store's {array} cannot be read"):
         store.verify_store(out)
+
+
+# --- repair --------------------------------------------------------------------------------------
+
+
+def damage_one_byte(out: Path, site: str = SITES[0], unit: int = 1) -> None:
+    shard = next(path for path in (out / site / "features" / "c" / str(unit)).rglob("*") if path.is_file())
+    raw = bytearray(shard.read_bytes())
+    raw[40] ^= 1
+    shard.write_bytes(bytes(raw))
+
+
+def test_a_repair_that_is_refused_or_fails_changes_nothing(
+    tiny_model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s.zarr"
+    extract(tiny_model, ShapesDataset(6), out, **QUICK)
+    damage_one_byte(out)
+    before = files(out)
+    with pytest.raises(ValueError, match=r"nothing was changed in it:.* samples: the store has 6, you ask for 7"):
+        repair(out, tiny_model, ShapesDataset(7), progress=False)
+    with pytest.raises(ValueError, match="names no dataset"):
+        repair(out, tiny_model, "nowhere", progress=False)
+    monkeypatch.setattr(tiny_model, "denoise", lambda *_: (_ for _ in ()).throw(RuntimeError("a GPU fell off the bus")))
+    with pytest.raises(RuntimeError, match="fell off"):
+        repair(out, tiny_model, progress=False)
+    assert files(out) == before
+
+
+def test_a_repair_that_is_killed_leaves_each_unit_old_or_new_or_pending(
+    tiny_model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s.zarr"
+    extract(tiny_model, ShapesDataset(6), out, **QUICK)
+    whole = files(out)
+    for unit in (0, 1, 2):
+        damage_one_byte(out, unit=unit)
+    put, shards = zarr.Array.__setitem__, []
+
+    def dies(array: Any, *rest: Any) -> None:
+        shards.extend([1] * array.path.endswith("features"))
+        if len(shards) == len(SITES) + 2:
+            raise SystemExit("killed between two shards of the second unit")
+        put(array, *rest)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", dies)
+    with pytest.raises(SystemExit):
+        repair(out, tiny_model, progress=False)
+    monkeypatch.undo()
+    assert store.StoreWriter(out).pending == [1]
+    assert open_store(out).sizes["sample"] == 4, "the new unit and the one that was not begun; the half unit is not read"
+    assert {fault.unit for fault in store.verify_store(out)} == {2}
+    assert repair(out, tiny_model, progress=False)[1] is not None
+    assert files(out) == whole
+
+
+def test_repair_computes_in_the_stores_own_number_type(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    extract(load_model(tiny_folder, "cpu", "bfloat16"), ShapesDataset(4), out, **QUICK)
+    whole = files(out)
+    damage_one_byte(out)
+    hurt = files(out)
+    with pytest.raises(
+        ValueError, match=r'nothing was changed in it:.* compute_dtype: the store has "bfloat16", you ask for "float32"'
+    ):
+        repair(out, dtype="float32", progress=False)
+    assert files(out) == hurt
+    assert repair(out, device="cpu", progress=False)[1] is not None
+    assert files(out) == whole
+
+
+def test_repair_finds_a_model_that_was_moved_and_keeps_what_was_marked(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, moved = tmp_path / "s.zarr", tmp_path / "moved"
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    extract("model", ShapesDataset(4), out, guidance=[1e6], on_nonfinite="mark", **QUICK)
+    extract("model", ShapesDataset(4), tmp_path / "t.zarr", **QUICK)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path in (out, tmp_path / "t.zarr"):
+        assert store.store_info(path)["request"]["model"] == str(tmp_path / "model"), "known from everywhere"
+        whole = files(path)
+        damage_one_byte(path)
+        assert repair(path, progress=False)[1] is not None, "found from another folder"
+        assert files(path) == whole
+    (tmp_path / "model").rename(moved)
+    damage_one_byte(tmp_path / "t.zarr")
+    with pytest.raises(ValueError, match="No model at"):
+        repair(tmp_path / "t.zarr", progress=False)
+    _, summary = repair(tmp_path / "t.zarr", str(moved), progress=False)
+    assert summary is not None and summary.complete == 4 and files(tmp_path / "t.zarr") == whole
+
+
+class Unsteady(ShapesDataset):
+    """Drawn scenes of which one cannot be read for now."""
+
+    fault: Exception | None = None
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+
+        def load() -> Image.Image:
+            if index == 3 and Unsteady.fault is not None:
+                raise Unsteady.fault
+            return sample.load()
+
+        return replace(sample, load=load)
+
+
+def test_unreadable_images_are_tried_again_when_asked(
+    tiny_model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, data = tmp_path / "s.zarr", Unsteady(6)
+    extract(tiny_model, data, tmp_path / "whole.zarr", **QUICK)
+    monkeypatch.setattr(Unsteady, "fault", ImageError("'3.png' is broken"))
+    assert extract(tiny_model, data, out, **QUICK).complete == 5
+    assert repair(out, tiny_model, data, progress=False) == ([], None)
+    faults, summary = repair(out, tiny_model, data, retry_unreadable=True, progress=False)
+    assert summary is not None and summary.skipped == {data[3].id: "'3.png' is broken"}, "still so"
+    monkeypatch.setattr(Unsteady, "fault", None)
+    times = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    faults, summary = repair(out, tiny_model, data, retry_unreadable=True, progress=False)
+    assert faults == [] and summary is not None and (summary.complete, summary.skipped) == (6, {})
+    assert files(out) == files(tmp_path / "whole.zarr")
+    changed = {name for name in times if (out / name).stat().st_mtime_ns != times[name]}
+    assert {name.split("/c/")[-1].split("/")[0] for name in changed} == {"1"}, "the unit of that image alone"
+
+
+# --- images that are there, and cannot be read now -------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(6):
+        ShapesDataset(6)[index].load().save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("fault", ["away", errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES, "memory", "in the middle"])
+def test_a_fault_of_the_machine_is_no_broken_image(
+    tiny_model: DiffusionModel, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, fault: str | int
+) -> None:
+    out = tmp_path / "s.zarr"
+    given: dict[str, Any] = {**QUICK, "conditionings": ("null",)}
+    extract(tiny_model, FolderDataset(photographs), tmp_path / "whole.zarr", **given)
+    data, opened, loaded = FolderDataset(photographs), Image.open, PngImageFile.load
+
+    def failing(path: Any, *rest: Any, **options: Any) -> Image.Image:
+        if Path(path).name == "4.png":
+            if fault == "away":
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            if fault == "memory":
+                raise MemoryError
+            if isinstance(fault, int):
+                raise OSError(fault, os.strerror(fault), str(path))
+        return opened(path, *rest, **options)
+
+    def load(image: PngImageFile) -> Any:
+        if fault == "in the middle" and Path(image.filename).name == "4.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return loaded(image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", failing)
+        patch.setattr(PngImageFile, "load", load)
+        with pytest.raises(ImageError, match=r"4\.png'.*What was complete is kept; the same command goes on from there"):
+            extract(tiny_model, data, out, **given)
+    assert store.store_info(out)["status"] == {"complete": 4, "pending": 2}
+    assert extract(tiny_model, data, out, **given).complete == 6
+    assert files(out) == files(tmp_path / "whole.zarr")
 
 
 # --- memory and numbers --------------------------------------------------------------------------

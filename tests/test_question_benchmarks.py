@@ -322,6 +322,9 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     before = load_questions(spec).fingerprint()
     save(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
     assert load_questions(spec).fingerprint() != before
+    (tmp_path / "R&D?").mkdir()
+    odd = load_questions(f"vqav2:{vqav2(tmp_path / 'R&D?')}?limit=1")
+    assert len(odd) == 1 and load_questions(odd.spec).fingerprint() == odd.fingerprint()
 
 
 def test_limits_keep_what_is_scored_together(tmp_path: Path) -> None:

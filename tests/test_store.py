@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -239,3 +240,29 @@ def test_a_remote_store(tmp_path: Path) -> None:
     assert isinstance(tree, xr.DataTree)
     np.testing.assert_array_equal(store.features(tree, "U-L1-Out").values, arrays["U-L1-Out"])
     assert store.verify_store("memory://tests/remote.zarr") == []
+
+
+def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repository(folder: Path) -> str:
+        git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+        for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", folder.name]):
+            subprocess.run([*git, *command], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    places = {name: tmp_path / name for name in ("project/.venv/lib/site-packages", "checkout", "unversioned")}
+    for place in places.values():
+        (place / "diffprobe").mkdir(parents=True)
+    commits = [repository(tmp_path / name) for name in ("project", "checkout")]
+    assert commits[0] != commits[1]
+    for (name, place), expected in zip(places.items(), (None, commits[1], None), strict=True):
+        monkeypatch.setattr(store, "__file__", str(place / "diffprobe" / "store.py"))
+        for variable in (None, tmp_path / "project" / ".git"):  # which a hook of that project would set
+            monkeypatch.delenv("GIT_DIR", raising=False)
+            if variable:
+                monkeypatch.setenv("GIT_DIR", str(variable))
+            assert store.code_commit() == expected, (name, variable)
+    monkeypatch.setattr(store, "__file__", str(places["checkout"] / "diffprobe" / "store.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert store.code_commit() is None, "no git on this machine"

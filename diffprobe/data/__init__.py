@@ -25,7 +25,7 @@ from diffprobe.data.blank import BlankDataset
 from diffprobe.data.drawn import ShapesDataset
 from diffprobe.data.folder import FolderDataset
 from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
-from diffprobe.data.samples import Caption, Dataset, Question, Sample, Span, iterate
+from diffprobe.data.samples import Caption, Dataset, Question, Sample, Span, iterate, split_spec
 from diffprobe.data.shapes import COUNT_WORDS, SPLITS
 from diffprobe.data.twins import KINDS, TwinsDataset
 
@@ -71,7 +71,7 @@ def load_dataset(spec: str) -> Dataset:
     are N pairs of drawn images, with the option ``seed``.  ``coco:INSTANCES.json?images=FOLDER`` (with ``captions``),
     ``refcoco:REFS.json?images=FOLDER`` (with ``instances``, ``split``) and ``voc:FOLDER`` (with ``split``) are annotated
     photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with even grey pictures; anything else is
-    the path of a folder of photographs.
+    the path of a folder of photographs.  In a path after a colon or an equals sign, %26 stands for &, and so on.
 
     Raises:
         ValueError: the text names no dataset; the message lists what does.
@@ -85,23 +85,23 @@ def load_dataset(spec: str) -> Dataset:
     Traceback (most recent call last):
     ValueError: 'shapes:256?spilt=test': unknown option 'spilt'; shapes takes split, seed, objects. Did you mean 'split'?
     """
-    kind, colon, rest = spec.partition(":")
+    kind = spec.partition(":")[0]
     if kind == "blank":
-        return BlankDataset(load_dataset(rest))
+        return BlankDataset(load_dataset(spec.removeprefix("blank:")))
     if kind not in OPTIONS:
         if Path(spec).expanduser().is_dir():
             return FolderDataset(spec)
         raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{_closest(kind, OPTIONS)}")
-    if not colon:
+    _, target, given = split_spec(spec)
+    options = _options(spec, kind, given, OPTIONS[kind])
+    if not target:
         example = f"'{kind}:256'" if kind not in ANNOTATED else next(f"'{form}'" for form in _FILES if form.startswith(kind))
         raise ValueError(
             f"{spec!r} does not say {'how many' if kind not in ANNOTATED else 'where'}; write for example {example}."
         )
-    number, _, query = rest.partition("?")
     if kind in ANNOTATED:
-        return _annotated(spec, kind, number, _options(spec, kind, query, OPTIONS[kind]))
-    count = _whole(spec, "the number after ':'", number, at_least=1)
-    options = _options(spec, kind, query, OPTIONS[kind])
+        return _annotated(spec, kind, target, options)
+    count = _whole(spec, "the number after ':'", target, at_least=1)
     seed = _whole(spec, "seed", options.get("seed", "0"))
     if kind != "shapes":
         return TwinsDataset(kind.removeprefix("shapes-"), count, seed)
@@ -130,16 +130,11 @@ def _closest(name: str, valid: tuple[str, ...] | dict[str, tuple[str, ...]]) -> 
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _options(spec: str, kind: str, query: str, known: tuple[str, ...]) -> dict[str, str]:
-    """The ``name=value&name=value`` after a question mark."""
-    options: dict[str, str] = {}
-    for part in query.split("&") if query else []:
-        name, equals, value = part.partition("=")
+def _options(spec: str, kind: str, options: dict[str, str], known: tuple[str, ...]) -> dict[str, str]:
+    """The options of a spec, if the kind has them all."""
+    for name in options:
         if name not in known:
             raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {', '.join(known)}.{_closest(name, known)}")
-        if not equals or name in options:
-            raise ValueError(f"{spec!r}: write option {name!r} once, as {name}=VALUE.")
-        options[name] = value
     return options
 
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.data.files import content_digests, file_inside, inside, listed, numbered_lines, parse_json, read_text, real_path
-from diffprobe.data.images import MAX_PIXELS, ImageError, read_image
+from diffprobe.data.images import MAX_PIXELS, ImageError, read_image, refusal
 from diffprobe.data.questions import article
-from diffprobe.data.samples import Caption, Sample, Span
+from diffprobe.data.samples import Caption, Sample, Span, join_spec
 
 Bools = NDArray[np.bool_]
 PICKLES = (".p", ".pkl", ".pickle")
@@ -190,7 +190,7 @@ def coco_dataset(
         **({"captions": _absolute(captions)} if captions else {}),
         **({"limit": limit} if limit else {}),
     }
-    return AnnotatedDataset(f"coco-{path.stem}", _spec("coco", path, options), images, records)
+    return AnnotatedDataset(f"coco-{path.stem}", join_spec("coco", path.resolve(), options), images, records)
 
 
 def _coco_captions(path: Path, wanted: set[int]) -> dict[int, list[str]]:
@@ -309,7 +309,7 @@ def refcoco_dataset(
         "images": _absolute(images), **({"instances": _absolute(instances)} if instances else {}),
         **({"split": split} if split else {}), **({"limit": limit} if limit else {}),
     }  # fmt: skip
-    return AnnotatedDataset(f"refcoco-{path.stem}", _spec("refcoco", path, options), images, records)
+    return AnnotatedDataset(f"refcoco-{path.stem}", join_spec("refcoco", path.resolve(), options), images, records)
 
 
 class _Instances:
@@ -409,7 +409,7 @@ class VocDataset:
 
     @property
     def spec(self) -> str:
-        return _spec("voc", self.root, {"split": self.split, **({"limit": self.limit} if self.limit else {})})
+        return join_spec("voc", self.root.resolve(), {"split": self.split, **({"limit": self.limit} if self.limit else {})})
 
     def _paths(self, name: str) -> tuple[Path, Path, Path]:
         """Image, classes, instances."""
@@ -457,7 +457,7 @@ def _indices(path: Path) -> NDArray[np.uint8]:
                 raise ImageError(f"'{path}' is a {image.mode} image of {image.width} x {image.height}; VOC's are indexed PNGs.")
             return np.asarray(image, np.uint8)
     except (OSError, SyntaxError) as error:
-        raise ImageError(f"'{path}' is broken or no PNG ({error}); copy it again.") from error
+        raise refusal(path, error) from error
 
 
 def _png_size(path: Path) -> tuple[int, int]:
@@ -600,7 +600,3 @@ def _get(entry: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any
 
 def _absolute(path: str | Path) -> str:
     return str(real_path(path))
-
-
-def _spec(kind: str, path: Path, options: Mapping[str, object]) -> str:
-    return f"{kind}:{path.resolve()}?" + "&".join(f"{name}={value}" for name, value in options.items())

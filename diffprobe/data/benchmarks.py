@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from diffprobe.data import load_dataset
+from diffprobe.data import load_dataset, split_spec
 from diffprobe.data.drawn import spread
 from diffprobe.data.files import content_digests, inside, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import ImageError, decode_image, read_image
@@ -113,22 +113,20 @@ def load_benchmark(spec: str) -> Benchmark:
     >>> len(benchmark), benchmark.protocol, [item.pattern for item in benchmark.items[:2]]
     (4, 'winoground', ['attribute', 'relation'])
     """
-    kind, colon, rest = spec.partition(":")
+    kind, source, options = split_spec(spec)
     if kind in DRAWN:
         dataset = load_dataset(spec)
         assert isinstance(dataset, TwinsDataset)
         return Benchmark(dataset.name, DRAWN[kind], dataset.spec, tuple(_twins(dataset)))
-    if kind not in READERS or not colon or not rest:
+    if kind not in READERS or not source:
         near = get_close_matches(kind, [*DRAWN, *READERS], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{spec!r} names no benchmark; valid are {FORMS}.{hint}")
-    source, _, query = rest.partition("?")
-    images = None
-    if query:
-        name, _, value = query.partition("=")
+    for name, value in options.items():
         if kind != "sugarcrepe" or name != "images" or not value:
-            raise ValueError(f"{spec!r}: {query!r} is no option of {kind}; sugarcrepe takes images=FOLDER, the others none.")
-        images = Path(value).expanduser()
+            given = f"{name}={value}"
+            raise ValueError(f"{spec!r}: {given!r} is no option of {kind}; sugarcrepe takes images=FOLDER, the others none.")
+    images = Path(options["images"]).expanduser() if options else None
     items = tuple(READERS[kind](benchmark_folder(source), images))
     _check_ids(spec, [item.id for item in items])
     return Benchmark(kind, kind, spec, items)

@@ -33,6 +33,7 @@ from diffprobe.data.files import (
 )
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
+from diffprobe.data.samples import split_spec
 from diffprobe.data.several import several_images
 from diffprobe.data.shapes import Scene, picture
 from diffprobe.data.twins import KINDS
@@ -296,11 +297,9 @@ def load_conversations(spec: str) -> Conversations:
     >>> load_conversations("shapes-instruct:100?seed=1").name
     'shapes-instruct-1'
     """
-    kind, colon, rest = spec.partition(":")
-    target, _, query = rest.partition("?")
-    options = dict(part.partition("=")[::2] for part in query.split("&") if part)
+    kind, target, options = split_spec(spec)
     known = {"llava": ("images", "limit"), "shapes-captions": ("seed",), "shapes-instruct": ("seed",)}
-    if kind not in known or not colon or not target:
+    if kind not in known or not target:
         raise ValueError(f"{spec!r} names no conversations; valid are {SPECS}.")
     if unknown := [name for name in options if name not in known[kind]]:
         raise ValueError(f"{spec!r}: unknown option {unknown[0]!r}; {kind} takes {', '.join(known[kind])}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import IO
@@ -26,6 +27,10 @@ _SAMPLE_FORMAT = 339  # of TIFF's tags
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names the file, the reason and what to do."""
+
+
+class UnavailableError(ImageError):
+    """An image that this machine could not read: its disk, folder, memory or open files failed, and it may be whole."""
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
@@ -83,7 +88,7 @@ def _read(path: Path, source: Path | IO[bytes], max_pixels: int, upright: bool) 
     except ImageError:
         raise
     except Exception as error:  # a decoder may raise anything on a broken file
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
 
 
 def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
@@ -97,18 +102,20 @@ def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
         )
 
 
-def _refusal(path: Path, error: Exception) -> ImageError:
-    """Say what is wrong with a file that Pillow could not read."""
+def refusal(path: Path, error: Exception) -> ImageError:
+    """Say what is wrong with a file that Pillow could not read: an `UnavailableError` where the system refused it."""
     if isinstance(error, FileNotFoundError):
-        return ImageError(f"'{path}' does not exist; check the name, or list the folder again.")
+        return UnavailableError(f"'{path}' does not exist; check the name, or list the folder again.")
     if isinstance(error, IsADirectoryError):
         return ImageError(f"'{path}' is a folder, not an image; name a file in it.")
     if isinstance(error, PermissionError):
-        return ImageError(f"'{path}' may not be read by this user; change its permissions.")
+        return UnavailableError(f"'{path}' may not be read by this user; change its permissions.")
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"'{path}' is far too large to decode safely ({error}); make it smaller.")
     if isinstance(error, MemoryError):
-        return ImageError(f"'{path}' needs more memory than there is; make it smaller.")
+        return UnavailableError(f"'{path}' needs more memory than there is; make it smaller, or free some.")
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own; a decoder's have no number
+        return UnavailableError(f"'{path}' could not be read ({os.strerror(error.errno)}); try again once it can.")
     if isinstance(error, UnidentifiedImageError):
         if path.is_file() and path.stat().st_size == 0:
             return ImageError(f"'{path}' is empty (0 bytes); copy it again or remove it.")

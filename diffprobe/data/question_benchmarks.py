@@ -51,7 +51,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate
+from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate, split_spec
 from diffprobe.data.benchmarks import (
     Loader,
     _check_columns,
@@ -136,18 +136,17 @@ def load_questions(spec: str) -> QuestionBenchmark:
     >>> benchmark.items[0].record
     {'options': ('down', 'left'), 'answer': 'left'}
     """
-    kind, colon, rest = spec.partition(":")
-    source, _, query = rest.partition("?")
-    if kind in DRAWN and colon:
+    kind, source, given = split_spec(spec)
+    if kind in DRAWN and source:
         count = _whole(spec, "the number after ':'", source, at_least=1)
-        seed = _whole(spec, "seed", _options(spec, kind, query, ("seed",)).get("seed", "0"))
+        seed = _whole(spec, "seed", _options(spec, kind, given, ("seed",)).get("seed", "0"))
         scorer, draw = DRAWN[kind]
         return QuestionBenchmark(f"{kind}-{seed}", scorer, f"{kind}:{count}?seed={seed}", tuple(draw(count, seed)))
     if kind not in READERS or not source:
         near = get_close_matches(kind, [*DRAWN, *READERS], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{spec!r} names no benchmark of questions; valid are {FORMS}.{hint}")
-    options = _options(spec, kind, query, ("images", "limit") if kind in WITH_IMAGES else ("limit",))
+    options = _options(spec, kind, given, ("images", "limit") if kind in WITH_IMAGES else ("limit",))
     limit = _whole(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
     images = Path(options["images"]).expanduser() if "images" in options else None
     read, patterns = READERS[kind]

@@ -6,9 +6,11 @@ a file name.  The same type serves both, so nothing downstream asks where a samp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -101,3 +103,36 @@ def iterate(dataset: Dataset) -> Iterator[Sample]:
     """Yield every sample in order (a Protocol with ``__getitem__`` alone is not iterable to a type checker)."""
     for index in range(len(dataset)):
         yield dataset[index]
+
+
+def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
+    """Kind, target and options of ``kind:target?name=value&name=value``, as every loader by name reads it.
+
+    %XX stands for a character, as in a URL.  A ? or & that no NAME= follows is part of the path in which it stands.
+
+    Raises:
+        ValueError: an option stands twice.
+
+    >>> split_spec("coco:what?/a.json?images=/data/R&D&limit=2"), split_spec("voc:/data/R%26D")
+    (('coco', 'what?/a.json', {'images': '/data/R&D', 'limit': '2'}), ('voc', '/data/R&D', {}))
+    """
+    kind, _, rest = spec.partition(":")
+    target, *query = re.split(r"\?(?=\w+=)", rest, maxsplit=1)
+    options: dict[str, str] = {}
+    for part in re.split(r"&(?=\w+=)", query[0]) if query else []:
+        name, _, value = part.partition("=")
+        if name in options:
+            raise ValueError(f"{spec!r}: write option {name!r} once, as {name}=VALUE; a & inside a path is %26.")
+        options[name] = unquote(value)
+    return kind, unquote(target), options
+
+
+def join_spec(kind: str, target: object, options: Mapping[str, object]) -> str:
+    """The spec that `split_spec` takes apart again; it has no comma, which parts specs on the command line.
+
+    >>> join_spec("voc", "/data/R&D", {"split": "val"})
+    'voc:/data/R%26D?split=val'
+    """
+    plain = lambda text: re.sub("[%?&#,]", lambda found: f"%{ord(found[0]):02X}", str(text))  # noqa: E731
+    query = "&".join(f"{name}={plain(value)}" for name, value in options.items())
+    return f"{kind}:{plain(target)}" + (f"?{query}" if query else "")
