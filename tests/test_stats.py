@@ -133,3 +133,23 @@ def test_wilson_refuses_what_is_no_share():
         stats.wilson_interval(5, 4)
     with pytest.raises(ValueError, match="0 of 0"):
         stats.wilson_interval(0, 0)
+
+
+def test_ties_of_the_paired_test_survive_rounding_at_every_scale():
+    # only all pluses and all minuses reach the sum, whose terms round differently in every order
+    assert stats.paired_permutation_test([0.6, 0.3, 0.6, 0.3], np.zeros(4)) == (pytest.approx(0.45), 0.125)
+    for scale in (1e-17, 1.0, 1000.1, 1e15):
+        differences = scale * np.array([0.6, 0.3, 0.6, 0.3])
+        assert stats.paired_permutation_test(differences, np.zeros(4))[1] == 0.125, scale
+        cancelled = scale * np.array([0.1, 0.2, -0.3, 0.7, -0.7])
+        assert stats.paired_permutation_test(cancelled, np.zeros(5))[1] == 1.0, scale
+        drawn = np.tile(scale * np.array([0.1, 0.2, -0.3]), 8)
+        assert stats.paired_permutation_test(drawn, np.zeros(24), n_resamples=99)[1] == 1.0, scale
+
+
+def test_values_that_differ_by_rounding_have_an_interval():
+    values = 1 - np.spacing(1.0) * np.array([0, 1, 0, 0, 0, 1, 0, 0, 0, 0])
+    low, high = stats.bootstrap_interval(values)
+    assert 1 - 1e-15 <= low <= high <= 1
+    assert stats.bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+    assert stats.bootstrap_interval([0.0] * 9) == (0.0, 0.0)
