@@ -136,8 +136,13 @@ def test_a_massive_channel_is_disarmed_by_standardising():
 @pytest.mark.parametrize("level", [0.0, 0.1])
 @pytest.mark.parametrize("standardise", [True, False])
 def test_constant_features_find_no_place_and_say_so(level, standardise):
-    pairs = [pair([(0.1, 0.1)], [(0.02, 0.02)], source="a", target="b"), pair([(0.7, 0.3)], [(0.02, 0.02)], source="b", target="a")]
-    table = correspondence(array(np.full((2, 3, 4, 4), level), list("ab")), pairs, alphas=(0.5,), grid=12, standardise=standardise)
+    pairs = [
+        pair([(0.1, 0.1)], [(0.02, 0.02)], source="a", target="b"),
+        pair([(0.7, 0.3)], [(0.02, 0.02)], source="b", target="a"),
+    ]
+    table = correspondence(
+        array(np.full((2, 3, 4, 4), level), list("ab")), pairs, alphas=(0.5,), grid=12, standardise=standardise
+    )
     assert table[["value", "low", "high"]].isna().all().all() and table["reason"].str.startswith("2 of 2 points").all()
     assert table["chance"].notna().all()
 

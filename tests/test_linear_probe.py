@@ -1,9 +1,11 @@
 """Linear probes on planted signals, against plain scikit-learn, and their refusals."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -283,6 +285,61 @@ def test_workers_have_one_blas_thread(monkeypatch):
 def test_processes_change_nothing():
     features = planted(n=80, timesteps=(1, 2, 3, 4), strength=(2.0, 1.0, 0.5, 0.0))
     pd.testing.assert_frame_equal(fit_probe(features, "colour", n_jobs=2), fit_probe(features, "colour", n_jobs=1))
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    code = f"""
+import os, pathlib, time
+import numpy as np, xarray as xr
+from diffprobe.probes.task import Problem, Settings, run_probes
+
+class Slow:
+    converged = True
+    def choose(self, *arguments):
+        (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()
+        time.sleep(60)
+
+features = xr.DataArray(np.ones((40, 4, 2), np.float32), dims=("sample", "timestep", "channel"))
+problem = Problem.of(features, np.arange(40) % 2, "logistic", None, None, 0)
+run_probes(features, problem, Settings("penalty", (1.0, 2.0), False, 0, 10), Slow, 2)
+"""
+
+    def alive():
+        found = []
+        for path in tmp_path.iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.name), 0)
+                found.append(path.name)
+        return found
+
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        assert within(30, lambda: len(alive()) == 2)
+        parent.kill()
+        parent.wait(10)
+        assert within(10, lambda: not alive()), alive()
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_probe_on_one_core_goes_on():
+    code = """
+import time
+import numpy as np, xarray as xr
+from diffprobe import fit_probe
+x = xr.DataArray(np.random.default_rng(0).normal(size=(40, 3)), dims=("sample", "channel"))
+print(len(fit_probe(x, np.arange(40) % 2, n_jobs=-1)))
+time.sleep(0.7)
+print("here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"LOKY_MAX_CPU_COUNT": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["1", "here"], done.stderr
 
 
 def test_every_combination_is_a_row_and_lazy_arrays_are_read():

@@ -454,7 +454,9 @@ def _neighbours(x: Floats, k: int) -> NDArray[np.intp]:
 def _neighbour_row(x: Floats, y: Floats, members: NDArray[Any], k: int, seed: int) -> dict[str, float]:
     overlap = mutual_knn(x, y, k)
     if bare := int(np.isnan(overlap).sum()):
-        raise UndefinedError(f"{bare} of {len(x)} samples have no nearest neighbours: the features of one side are constant or zero")
+        raise UndefinedError(
+            f"{bare} of {len(x)} samples have no nearest neighbours: the features of one side are constant or zero"
+        )
     low, high = bootstrap_interval(overlap, members if len(np.unique(members)) < len(members) else None, seed=seed)
     return _row(float(overlap.mean()), low, high, k / (len(x) - 1))
 

@@ -9,9 +9,13 @@ combinations share one split, so their scores are paired.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,9 +329,27 @@ def run_probes(
     outer = [d for d in features.dims if d not in ("sample", "channel", *SPACE)]
     count = int(np.prod([features.sizes[d] for d in outer]))
     n_jobs = n_jobs if n_jobs is not None else (min(count, joblib.cpu_count()) if count >= 4 else 1)
-    job = joblib.delayed(_fit_combination)
-    jobs = (job(matrix(block), problem, settings, make, place) for place, block in combinations(features, outer))
+    job, parent = joblib.delayed(_fit_in_worker if n_jobs != 1 else _fit_combination), [os.getpid()] * (n_jobs != 1)
+    jobs = (job(*parent, matrix(block), problem, settings, make, place) for place, block in combinations(features, outer))
     return pd.DataFrame(list(joblib.Parallel(n_jobs=n_jobs, backend="loky" if n_jobs != 1 else "sequential")(jobs)))
+
+
+def _fit_in_worker(parent: int, *arguments: Any) -> dict[str, Any]:
+    if os.getpid() != parent:  # joblib stays in this process where it finds one core only
+        _end_with(parent)
+    return _fit_combination(*arguments)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone; joblib's workers would go on for minutes, with nobody to tell."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _fit_combination(
