@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
+
+from diffprobe.console import Console, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +39,10 @@ PANELS = RECORD, KEEP, MEASURE, SHOW, HELP = "Record", "Look after a store", "Me
 class _Group(TyperGroup):
     """Lists commands in the order of the work; hands an interruption on to `main`, where typer would end without a word."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _without_markup(self)
+
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
         return sorted(panels, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
@@ -45,6 +52,18 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise _Stopped(143 if stop.args else 130) from None
+        except Exception as error:
+            if isinstance(said := getattr(error, "message", None), str):  # typer's own, which quotes what was typed
+                error.message = visible(said)  # type: ignore[attr-defined]
+            raise
+
+
+def _without_markup(command: Any) -> None:
+    """typer reads help as markup, and has panels for nothing else; what looks like a tag is marked as text."""
+    for one in (command, *command.params):
+        one.help = escape(one.help) if getattr(one, "help", None) else None
+    for inner in getattr(command, "commands", {}).values():
+        _without_markup(inner)
 
 
 app = typer.Typer(
@@ -64,7 +83,7 @@ app.add_typer(leakage_app, name="leakage", rich_help_panel=MEASURE)
 mllm_app = typer.Typer(no_args_is_help=True, help="A language model that sees by CLIP and a diffusion model.")
 app.add_typer(mllm_app, name="mllm", rich_help_panel=MEASURE)
 
-_out = Console(highlight=False)
+_out = Console(soft_wrap=True)
 _debug = False
 
 
@@ -138,9 +157,14 @@ def _numbers(text: str, kind: type[int] | type[float], name: str) -> list[Any]:
 
 
 def _next(*lines: str) -> None:
+    """Commands that run as they stand."""
     _out.print("Next:")
     for line in lines:
-        _out.print(f"  {line}", markup=False, soft_wrap=True)
+        _out.print(f"  {line}")
+
+
+def _show(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 # --- recording ------------------------------------------------------------------------------------
@@ -169,7 +193,7 @@ def sites(
         channels = f"{shape[0]} heads" if site.is_map else str(shape[0])
         place = f"{shape[1]} tokens" if site.over_tokens else " x ".join(str(n) for n in shape[-2:])
         table.add_row(site.name, site.path or ("(input)" if site.kind == "input" else "(output)"), site.kind, channels, place)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    _show(table)
 
 
 @app.command(rich_help_panel=RECORD)
@@ -314,7 +338,7 @@ def verify(store: StorePath) -> None:
     faults = verify_store(store)
     found = store_info(store)
     for fault in faults:
-        _out.print(f"unit {fault.unit}, {fault.site}: {fault.reason}", markup=False)
+        _out.print(f"unit {fault.unit}, {fault.site}: {fault.reason}")
     pending = found["status"].get("pending", 0)
     _out.print(f"{len(faults)} faults in {found['samples'] - pending} samples; {pending} samples pending.")
     if faults:
@@ -461,7 +485,7 @@ def _probe(
     asked = {"probe": name, "label": label, "sites": names, "conditioning": conditioning, "pool": pool.value, **options}
     save_table(frame, target, store, {str(name): value for name, value in tree.attrs.items()}, asked)
     _show_best(frame)
-    _out.print(f"{len(frame)} probes in {target}", markup=False)
+    _out.print(f"{len(frame)} probes in {target}")
     _next(f"diffprobe plot probe {shlex.quote(str(target))}")
 
 
@@ -486,7 +510,7 @@ def _show_best(frame: pd.DataFrame) -> None:
             str(label), str(conditioning), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
             f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", f"{best['control_accuracy']:.3f}", str(best["n_test"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _show(table)
 
 
 @probe_app.command("alignment")
@@ -542,16 +566,14 @@ def probe_alignment(
     for _, row in frame[frame["pattern"] == "all"].iterrows():
         shares = (f"{row['value']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", str(row["n"]))
         table.add_row(row["score"], row["metric"], *shares)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _show(table)
     if baseline:
         for _, row in compare_scores(found, found.attrs["protocol"], baseline, seed=seed).iterrows():
             _out.print(
                 f"{row['score']} - {baseline}, {row['metric']}: {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], "
                 f"p = {row['p']:.2g}, {row['p_holm']:.2g} after Holm",
-                markup=False,
-                soft_wrap=True,
             )
-    _out.print(f"Scores in {out}, every pattern in {target}", markup=False)
+    _out.print(f"Scores in {out}, every pattern in {target}")
 
 
 @probe_app.command("similarity")
@@ -588,7 +610,7 @@ def probe_similarity(
     target = out if out != Path() else Path(f"{store.rstrip('/')}.similarity-{between}.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
-    _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}", markup=False, soft_wrap=True)
+    _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}")
     _next(f"diffprobe plot similarity {shlex.quote(str(target))}")
 
 
@@ -654,8 +676,8 @@ def probe_correspondence(
             str(row["site"]), str(row.get("timestep", "")), str(row.get("conditioning", "")), f"{row['alpha']:g}", f"{row['value']:.3f}",
             f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", f"{row['chance_box']:.3f}", f"{row['position']:.3f}", str(row["n"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
-    _out.print(f"{len(frame)} scores of {len(pairs)} pairs in {target}", markup=False, soft_wrap=True)
+    _show(table)
+    _out.print(f"{len(frame)} scores of {len(pairs)} pairs in {target}")
 
 
 @probe_app.command("localization")
@@ -698,8 +720,8 @@ def probe_localization(
     save_table(frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **shared})
     _show_localization(frame)
     for reason, number in frame.attrs["left_out"].items():
-        _out.print(f"  left out: {number} {reason}", markup=False)
-    _out.print(f"{len(frame)} scores in {target}", markup=False, soft_wrap=True)
+        _out.print(f"  left out: {number} {reason}")
+    _out.print(f"{len(frame)} scores in {target}")
     _next(f"diffprobe plot localization {shlex.quote(str(target))}")
 
 
@@ -724,7 +746,7 @@ def _show_localization(frame: pd.DataFrame) -> None:
             str(best[by]), str(best["score"]), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
             f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", shown, str(best["n"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    _show(table)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -760,7 +782,7 @@ def plot_pca(
     paths = pca_figure(
         store, data, _list(sites), timestep, conditioning, lambda tree: _samples(tree, samples, count), out, name
     )
-    _out.print(f"Drew {paths}", markup=False)
+    _out.print(f"Drew {paths}")
 
 
 @plot_app.command("heatmaps")
@@ -785,7 +807,7 @@ def plot_heatmaps(
         store, data, _list(words), _list(site), timestep, conditioning, lambda tree: _samples(tree, samples, count), out, name
     )
     for path in drawn:
-        _out.print(f"Drew {path}", markup=False)
+        _out.print(f"Drew {path}")
 
 
 @plot_app.command("probe")
@@ -798,7 +820,7 @@ def plot_probe(
     from diffprobe.gallery import probe_figures
 
     for path in probe_figures(table, out, name):
-        _out.print(f"Drew {path}", markup=False)
+        _out.print(f"Drew {path}")
 
 
 @plot_app.command("similarity")
@@ -811,7 +833,7 @@ def plot_similarity(
     """Curves over timesteps or guidance with intervals and chance, or every two against each other."""
     from diffprobe.gallery import similarity_figure
 
-    _out.print(f"Drew {similarity_figure(table, measure, out, name)}", markup=False)
+    _out.print(f"Drew {similarity_figure(table, measure, out, name)}")
 
 
 @plot_app.command("localization")
@@ -887,7 +909,7 @@ def reproduce(
     check_settings(set_ or ())
     if listed:
         for name, title in list_experiments(files):
-            _out.print(f"{name:<20} {title}", markup=False, soft_wrap=True)
+            _out.print(f"{name:<20} {title}")
         return
     options = Options(
         model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device, trainings=trainings, arms=arms,
@@ -896,7 +918,7 @@ def reproduce(
     if from_csv and options != Options(work=work):
         raise ValueError("--from-csv draws what was measured; it goes only with names, --out and --work.")
     folder = out or Path("runs/smoke" if smoke else "figures")
-    tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    tell = lambda line: _out.print(line)  # noqa: E731
     outcomes = run(files, options, folder, from_csv=from_csv, tell=tell)
     _show_claims([(claim, outcome.name) for outcome in outcomes for claim in outcome.claims])
     stores = [word for path in explorable(work)[:1] for word in ("--store", str(path))]
@@ -919,16 +941,14 @@ def reproduce(
 
 def _show_claims(claims: list[tuple[Claim, str]]) -> None:
     """Each claim, what this run says about it, and from which numbers."""
-    from rich.markup import escape
-
     if not claims:
         return
     table = Table("claim", "verdict", "statement and evidence", "figure", box=None, pad_edge=False)
     for claim, figure in claims:
-        said = f"[bold]{escape(claim.statement)}[/]\n{escape(claim.evidence)}"
-        table.add_row(escape(claim.id), claim.verdict, said, escape(figure), end_section=True)
+        said = Text.assemble((visible(claim.statement), "bold"), "\n", visible(claim.evidence))
+        table.add_row(claim.id, claim.verdict, said, figure, end_section=True)
     _out.print()
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _show(table)
 
 
 @app.command(rich_help_panel=SHOW)
@@ -953,7 +973,6 @@ def report(
     made = write_report(run, out, store or [], samples=samples, data=data, max_bytes=int(max_mb * 1e6))
     _out.print(
         f"{out}: {made.figures} figures, {made.claims} claims, stores to explore: {made.stores}; {made.bytes / 1e6:.1f} MB.",
-        markup=False,
     )
     _next(
         *([] if store else [f"diffprobe report {shlex.quote(str(run))} --store STORE   # to explore attention maps in it"]),
@@ -1037,7 +1056,7 @@ def leakage_run(
         out, settings, arms=_list(arms), sites=_list(sites), timesteps=_numbers(timesteps, int, "--timesteps"),
         guidance=_numbers(guidance, float, "--guidance"), seeds=seeds, conditions=_list(conditions) or CONDITIONS,
         knockouts=_list(knockouts), stores=store or [], device=device, dry_run=dry_run,
-        tell=lambda line: _out.print(line, markup=False, soft_wrap=True),
+        tell=lambda line: _out.print(line),
     )  # fmt: skip
     if not dry_run and os.environ.get("RANK", "0") == "0":
         _next(f"diffprobe leakage report {shlex.quote(str(out))}")
@@ -1052,29 +1071,27 @@ def leakage_report(
     n_examples: Annotated[int, typer.Option("--examples", min=1, help="Images whose texts are shown side by side.")] = 2,
 ) -> None:
     """The verdict in a sentence, scores, examples and figures, from the kept files; needs no torch."""
-    from rich.markup import escape
-
     from diffprobe.mllm.leakage import leakage_report as judge
     from diffprobe.mllm.leakage import save_report
 
     found = judge(run, n_examples=n_examples)
     for line in found.sentences:
-        _out.print(line, markup=False, soft_wrap=True)
+        _out.print(line)
     table = Table(
         "", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False
     )
     for row in found.summary().to_dict("records"):
-        table.add_row(*(escape(str(cell)) for cell in row.values()))
+        table.add_row(*(str(cell) for cell in row.values()))
     _out.print()
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    _show(table)
     for row in found.examples.to_dict("records"):
         _out.print(f"\n{row.pop('condition')}, {row.pop('sample')}", style="bold")
         for name, text in row.items():
-            _out.print(f"  {name:<28} {text}", markup=False, soft_wrap=True)
+            _out.print(f"  {name:<28} {text}")
     paths = save_report(found, out or run / "report")
     _out.print("\nTables and pictures:")
     for path in paths:
-        _out.print(f"  {path}", markup=False, soft_wrap=True)
+        _out.print(f"  {path}")
 
 
 # --- the fused model ------------------------------------------------------------------------------
@@ -1154,7 +1171,7 @@ def mllm_train(
     data = load_conversations(captions), load_conversations(instructions)
     fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)
     main = os.environ.get("RANK", "0") == "0"
-    tell = lambda line: _out.print(line, markup=False, soft_wrap=True) if main else None  # noqa: E731
+    tell = lambda line: _out.print(line) if main else None  # noqa: E731
     train_fused(fused, *data, out, (first, second), dry_run=dry_run, tell=tell)
     if main and not dry_run:
         _next(
@@ -1191,7 +1208,7 @@ def mllm_eval(
 
     benchmarks = [load_questions(spec) for spec in benchmark or DRAWN]
     model = FusedMLLM.from_pretrained(run, device)
-    tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    tell = lambda line: _out.print(line)  # noqa: E731
     folder = out or run / "eval"
     scores = judge_all(model, benchmarks, folder, _list(conditions), batch=batch, max_new_tokens=max_new_tokens, tell=tell)
     if len(scores):
@@ -1202,16 +1219,14 @@ def mllm_eval(
 
 
 def _show_scores(scores: pd.DataFrame) -> None:
-    from rich.markup import escape
-
     table = Table(
         "benchmark", "score", "group", "shown", "value", "95% interval", "chance", "n", "unread", box=None, pad_edge=False
     )
     for row in scores.to_dict("records"):
         cells = [row["benchmark"], row["score"], row["group"], row["condition"], f"{row['value']:.3f}",
                  f"[{row['low']:.3f}, {row['high']:.3f}]", f"{row['chance']:.3f}", row["n"], row["unparsed"]]  # fmt: skip
-        table.add_row(*(escape(str(cell)) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+        table.add_row(*(str(cell) for cell in cells))
+    _show(table)
 
 
 @mllm_app.command("chat")
@@ -1234,11 +1249,11 @@ def mllm_chat(
     images = [read_image(path) for path in (image, *(more or []))]
     model = FusedMLLM.from_pretrained(run, device)
     (answer,) = model.answer([images], [question], max_new_tokens=max_new_tokens)
-    _out.print(answer, markup=False, soft_wrap=True)
+    _out.print(answer)
     if model.cut_prompts:
         _out.print("The diffusion model's text encoder could not take the whole question; it was cut.")
     if attention:
-        _out.print(f"Drew {save_attention(model, images[0], question, answer, attention)}", markup=False, soft_wrap=True)
+        _out.print(f"Drew {save_attention(model, images[0], question, answer, attention)}")
 
 
 # --- the installation ------------------------------------------------------------------------------
@@ -1256,7 +1271,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a 
     from diffprobe.doctor import describe, examine
 
     found = examine()
-    _out.print(json.dumps(found, indent=2) if as_json else describe(found), markup=False, soft_wrap=True)
+    _out.print(json.dumps(found, indent=2) if as_json else describe(found))
     if any(not package["fine"] for package in found["packages"].values()):
         raise typer.Exit(1)
 
@@ -1270,11 +1285,11 @@ def zoo_list() -> None:
     from diffprobe.zoo import embedded, smollm2
 
     for name, folder, size in embedded():
-        _out.print(f"{name:<12} {size / 1e6:6.1f} MB  {folder}", markup=False, soft_wrap=True)
+        _out.print(f"{name:<12} {size / 1e6:6.1f} MB  {folder}")
     try:
-        _out.print(f"{smollm2.NAME:<12} {'':9}  {smollm2.fetched()}", markup=False, soft_wrap=True)
+        _out.print(f"{smollm2.NAME:<12} {'':9}  {smollm2.fetched()}")
     except ValueError as absent:
-        _out.print(f"{smollm2.NAME:<12} {'':9}  {absent}", markup=False, soft_wrap=True)
+        _out.print(f"{smollm2.NAME:<12} {'':9}  {absent}")
 
 
 @zoo_app.command("fetch")
@@ -1284,7 +1299,7 @@ def zoo_fetch(name: Annotated[str, typer.Argument(help="smollm2.")]) -> None:
 
     if name != smollm2.NAME:
         raise ValueError(f"{name!r} cannot be fetched; only {smollm2.NAME} can. Embedded models need no fetching.")
-    _out.print(f"{name} lies in {smollm2.fetch()}", markup=False, soft_wrap=True)
+    _out.print(f"{name} lies in {smollm2.fetch()}")
 
 
 @zoo_app.command("train")
@@ -1313,7 +1328,7 @@ def zoo_train(
         else:
             finished = (build.build_clip if one == "shapes-clip" else build.build_lm)(out, steps, start)
         if finished is not None:
-            _out.print(f"{one} is finished: {finished}", markup=False, soft_wrap=True)
+            _out.print(f"{one} is finished: {finished}")
     if "shapes-sd" in names:
         _next("accelerate launch -m diffprobe.zoo --stage unet spreads the last stage of shapes-sd over processes")
 
@@ -1386,7 +1401,7 @@ def _known_failure(error: RuntimeError | MemoryError) -> str | None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"diffprobe: {message}", file=sys.stderr)
+    print(f"diffprobe: {visible(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffprobe import store
 from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, check_unicode, guided_name
+from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.images import ImageError, fit_image
 from diffprobe.data.samples import Dataset, Sample, iterate
@@ -801,23 +800,14 @@ def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]
 
 def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:
     """Compute and write units; the next one's images and the last one's arrays travel in two threads beside."""
-    columns = (
-        TextColumn("extract"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     bounds = [writer.bounds(u) for u in units]
     with (
         ThreadPoolExecutor(1) as reading,
         ThreadPoolExecutor(1) as writing,
-        Progress(*columns, console=console, refresh_per_second=2, disable=console.quiet) as bar,
+        console.progress("extract", "samples", sum(last - first for first, last in bounds)) as advance,
         run.recorder() as recorder,
     ):
-        task = bar.add_task("extract", total=sum(last - first for first, last in bounds), rate="")
-        start, images = time.perf_counter(), [reading.submit(run.load_images, *b) for b in bounds[:1]]
+        images = [reading.submit(run.load_images, *b) for b in bounds[:1]]
         written: Future[None] | None = None
 
         for number, (unit, (first, last)) in enumerate(zip(units, bounds, strict=True)):
@@ -825,9 +815,7 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             if number + 1 < len(units):
                 images.append(reading.submit(run.load_images, *bounds[number + 1]))
             arrays, status = run.compute(recorder, first, loaded)
-            passed = max(time.perf_counter() - start, 1e-9)  # a clock may stand still
-            speed = (bar.tasks[task].completed + last - first) / passed
-            bar.update(task, advance=last - first, rate=f"{speed:.1f} samples/s")
+            advance(last - first)
             if written is not None:
                 written.result()  # at most two units are in memory: the one that was computed, the one being written
             written = writing.submit(writer.write_unit, unit, arrays, status)

@@ -48,11 +48,10 @@ import scipy.stats
 import torch
 import xarray as xr
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.images import fit_image
@@ -470,7 +469,7 @@ def alignment_score(
     45
     """
     console = Console(stderr=True, quiet=not progress)
-    tell = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
+    tell = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
     benchmark = load_benchmark(data) if isinstance(data, str) else data
     model = load_model(model) if isinstance(model, str) else model
     _check_arguments(model, benchmark, scores, timesteps, draws, prune)
@@ -591,14 +590,12 @@ def _save(table: xr.Dataset, out: Path) -> None:
 
 
 def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
-    """The items to do, under a progress bar; the first one's time gives the forecast."""
-    columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, refresh_per_second=2, disable=console.quiet) as bar:
-        task = bar.add_task("score", total=len(benchmark), completed=len(benchmark) - len(pending))
+    """The items to do, with progress; the first one's time gives the forecast."""
+    with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
         for number, index in enumerate(pending):
             started = time.perf_counter()
             yield index
-            bar.advance(task)
+            advance(1)
             if number == min(1, len(pending) - 1):  # the first item also pays for what is done once
                 minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
-                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", highlight=False)
+                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", soft_wrap=True)

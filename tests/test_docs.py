@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -94,6 +95,49 @@ def test_help_fits_a_screen_and_every_command_a_line() -> None:
     ]
     known = {words[0] for words, _ in docs.commands()}
     assert {line.split()[0] for line in body} == known, "a description runs over its line"
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What `--help` of every command and group prints, by one process that answers as many would."""
+    words = [list(words) for words, _ in docs.commands()]
+    groups = {tuple(one[:length]) for one in words for length in range(len(one))}
+    code = f"""
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from diffprobe.cli import main
+
+said = {{}}
+for words in {[*words, *map(list, groups)]!r}:
+    sys.argv = ["diffprobe", *words, "--help"]
+    with redirect_stdout(StringIO()) as out:
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, words
+    said[" ".join(words)] = " ".join(out.getvalue().split())
+print(json.dumps(said))
+"""
+    environment = os.environ | {"TERMINAL_WIDTH": "1000", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+COMMANDS = dict(docs.commands())
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_says_all_that_the_code_says(helps: dict[str, str], words: tuple[str, ...]) -> None:
+    function = COMMANDS[words]
+    said = helps[" ".join(words)]
+    hints = get_type_hints(function, include_extras=True)
+    texts = [inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]]
+    texts += [get_args(hint)[1].help for name, hint in hints.items() if name != "return"]
+    for text in texts:
+        assert " ".join(text.split()) in said, text
+    assert all(" ".join(words[:length]) in helps for length in range(len(words)))
 
 
 def test_the_shell_completes_commands_and_options() -> None:
