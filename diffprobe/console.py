@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 LINE_SECONDS = 30.0  # between two lines of progress in a log
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and halves of pairs, from names that are no text
 
 
 def visible(text: str) -> str:
@@ -27,7 +27,7 @@ def visible(text: str) -> str:
     >>> print(visible("a \x1b[31mred\x07 star"))
     a \x1b[31mred\x07 star
     """
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Console(rich.console.Console):

@@ -11,11 +11,11 @@ from diffprobe import console
 from diffprobe.console import Console, visible
 
 HOSTILE = "[/red][bold]a\x1b]0;mine\x07 \x9b31m star\r :red_circle: [link=x]"
-SHOWN = r"[/red][bold]a\x1b]0;mine\x07 \x9b31m star\x0d :red_circle: [link=x]"
+SHOWN = r"[/red][bold]a\x1b]0;mine\x07 \x9b31m star\r :red_circle: [link=x]"
 
 
 def test_texts_of_others_are_shown_as_they_are() -> None:
-    assert visible(HOSTILE) == SHOWN and visible("é\tنجمة 🌟\n[1]") == "é\tنجمة 🌟\n[1]"
+    assert visible(HOSTILE) == SHOWN and visible("é\tنجمة 🌟\n[1]") == "é\tنجمة 🌟\n[1]" and visible("\udcff") == r"\udcff"
     for terminal in (False, True):
         out = Console(file=io.StringIO(), width=200, force_terminal=terminal, color_system=None)
         out.print(HOSTILE)
