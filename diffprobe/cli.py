@@ -136,6 +136,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, or em
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
 StorePath = Annotated[str, typer.Argument(help="A store that 'diffprobe extract' wrote.", metavar="STORE")]
 FigureFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the figure's files.")]
+FigureName = Annotated[str, typer.Option(help="Name of the figure's files.", show_default="the store's or the table's")]
 
 
 @app.callback()
@@ -610,6 +611,8 @@ def probe_similarity(
     target = out if out != Path() else Path(f"{store.rstrip('/')}.similarity-{between}.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
+    for reason, rows in frame[frame["reason"] != ""].groupby("reason", sort=False):
+        _out.print(f"  {len(rows)} without a value: {reason}")
     _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}")
     _next(f"diffprobe plot similarity {shlex.quote(str(target))}")
 
@@ -774,7 +777,7 @@ def plot_pca(
     samples: Annotated[str, typer.Option(help="Sample ids, parted by commas.")] = "",
     count: Annotated[int, typer.Option(help="How many samples when none are named.")] = 5,
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "pca",
+    name: FigureName = "",
 ) -> None:
     """First three principal components of the features as colours, one column a site."""
     from diffprobe.gallery import pca_figure
@@ -798,7 +801,7 @@ def plot_heatmaps(
     samples: Annotated[str, typer.Option(help="Sample ids, parted by commas.")] = "",
     count: Annotated[int, typer.Option(help="How many samples when none are named.")] = 3,
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "heatmaps",
+    name: FigureName = "",
 ) -> None:
     """Where each word's cross-attention falls, laid over the image."""
     from diffprobe.gallery import heatmap_figures
@@ -814,7 +817,7 @@ def plot_heatmaps(
 def plot_probe(
     table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe' wrote.", metavar="TABLE")],
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "probe",
+    name: FigureName = "",
 ) -> None:
     """Probe scores by site and timestep, chance marked."""
     from diffprobe.gallery import probe_figures
@@ -828,7 +831,7 @@ def plot_similarity(
     table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe similarity' wrote.", metavar="TABLE")],
     measure: Annotated[str, typer.Option(help="One measure; the table's first by default.")] = "",
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "similarity",
+    name: FigureName = "",
 ) -> None:
     """Curves over timesteps or guidance with intervals and chance, or every two against each other."""
     from diffprobe.gallery import similarity_figure
@@ -841,19 +844,13 @@ def plot_localization(
     table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe localization' wrote.", metavar="TABLE")],
     score: Annotated[str, typer.Option(help="Of the curves and of the picture by head.")] = "auc",
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figures' files.")] = "localization",
+    name: FigureName = "",
 ) -> None:
     """Localization by site and timestep, against controls and chance, and by head where the table has heads."""
-    from diffprobe.plotting import localization_figures, read_rows, save_figure
+    from diffprobe.gallery import localization_figures
 
-    if not table.is_file():
-        raise ValueError(f"No table at {table}; 'diffprobe probe localization STORE' writes one.")
-    frame = read_rows(table)
-    for suffix, figure in localization_figures(frame, score).items():
-        alt = f"Localization scores of maps against masks ({suffix.replace('_', ', ')}) with controls, intervals and chance."
-        _out.print(
-            f"Drew {save_figure(figure, out, f'{name}_{suffix}', frame, {'table': table.name}, alt)['png']}", markup=False
-        )
+    for path in localization_figures(table, score, out, name):
+        _out.print(f"Drew {path}")
 
 
 # --- the whole analysis ---------------------------------------------------------------------------
@@ -931,9 +928,15 @@ def reproduce(
                 tell(f"  {folder / picture}.png")
     for outcome in bad:
         tell(f"Failed: {outcome.name}: {outcome.error} (the traceback is in {work / outcome.name}.error.txt)")
+    places = {"--experiments": experiments, "--out": out, "--work": work if work != Options().work else None}
+    again = [word for option, place in places.items() if place is not None for word in (option, str(place))]
     _next(
         *([shlex.join(["diffprobe", "report", str(folder), "-o", str(folder / "report.html"), *stores])] if good else []),
-        *([command([o.name for o in bad], options) + " --from-csv" * from_csv] if bad else []),
+        *(
+            [shlex.join([*shlex.split(command([o.name for o in bad], options)), *["--from-csv"] * from_csv, *again])]
+            if bad
+            else []
+        ),
     )
     if bad:
         sys.exit(1)
@@ -974,10 +977,9 @@ def report(
     _out.print(
         f"{out}: {made.figures} figures, {made.claims} claims, stores to explore: {made.stores}; {made.bytes / 1e6:.1f} MB.",
     )
-    _next(
-        *([] if store else [f"diffprobe report {shlex.quote(str(run))} --store STORE   # to explore attention maps in it"]),
-        f"open {out} in a browser; it needs no network",
-    )
+    _out.print(f"Open {out} in a browser; it needs no network.")
+    if not store:
+        _out.print("With --store and a store of cross-attention maps the page also lets one explore them.")
 
 
 # --- leakage --------------------------------------------------------------------------------------
@@ -1174,10 +1176,8 @@ def mllm_train(
     tell = lambda line: _out.print(line) if main else None  # noqa: E731
     train_fused(fused, *data, out, (first, second), dry_run=dry_run, tell=tell)
     if main and not dry_run:
-        _next(
-            f"diffprobe mllm eval {shlex.quote(str(out))}",
-            f"diffprobe mllm chat {shlex.quote(str(out))} IMAGE 'Is there a red star?' --attention runs/attention.png",
-        )
+        _next(f"diffprobe mllm eval {shlex.quote(str(out))}")
+        _out.print(f"'diffprobe mllm chat {shlex.quote(str(out))} IMAGE QUESTION' asks about a picture of yours.")
 
 
 @mllm_app.command("eval")
@@ -1330,7 +1330,7 @@ def zoo_train(
         if finished is not None:
             _out.print(f"{one} is finished: {finished}")
     if "shapes-sd" in names:
-        _next("accelerate launch -m diffprobe.zoo --stage unet spreads the last stage of shapes-sd over processes")
+        _out.print("'accelerate launch -m diffprobe.zoo --stage unet' spreads the last stage of shapes-sd over processes.")
 
 
 # --- entry ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffprobe import cli
 from diffprobe.conditioning import assign_prompts, nearest_other, random_words
 from diffprobe.data import BlankDataset, Caption, Sample, load_dataset
 from diffprobe.data.drawn import ShapesDataset
@@ -231,6 +232,17 @@ def test_another_run_in_the_folder_is_refused(finished: Path, tiny_model: Any, l
     both = Settings(data="shapes:24?split=test", test="shapes:12?split=test")
     with pytest.raises(LeakageError, match="'shapes-test-0-000000' is in training and test"):
         Run(finished.parent / "other", both, model=tiny_model, language=language())
+
+
+def test_what_a_run_suggests_runs(
+    finished: Path, follow: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leakage, "run", lambda *_, **__: None)  # all is there
+    monkeypatch.setattr(sys, "argv", ["diffprobe", "leakage", "run", "--out", str(finished)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (said,) = follow(capsys.readouterr().out)
+    assert "Tables and pictures:" in said and (finished / "report" / "scores.csv").exists()
 
 
 def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:
