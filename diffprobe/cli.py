@@ -7,6 +7,7 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import re
@@ -41,7 +42,7 @@ class _Group(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        _without_markup(self)
+        _prepare(self)
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
@@ -58,12 +59,29 @@ class _Group(TyperGroup):
             raise
 
 
-def _without_markup(command: Any) -> None:
-    """typer reads help as markup, and has panels for nothing else; what looks like a tag is marked as text."""
+def _prepare(command: Any) -> None:
+    """Help is text, which typer reads as markup; and a URL where a path is meant is refused, which would make a folder "s3:"."""
     for one in (command, *command.params):
         one.help = escape(one.help) if getattr(one, "help", None) else None
-    for inner in getattr(command, "commands", {}).values():
-        _without_markup(inner)
+    inner = getattr(command, "commands", {})
+    for one in inner.values():
+        _prepare(one)
+    if not inner:
+        command.callback = _with_local_paths(command.callback)
+
+
+def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        for path in values.values():
+            if isinstance(path, Path) and (found := re.match(r"([a-zA-Z][\w.+-]+):/", path.as_posix())):
+                raise ValueError(
+                    f"{found[1]}://{path.as_posix()[found.end() :]} is a URL; stores and probes' tables can lie there, this cannot. "
+                    "Give a path of this machine."
+                )
+        return command(**values)
+
+    return call
 
 
 app = typer.Typer(
@@ -393,7 +411,9 @@ ProbeLabel = Annotated[
 ProbeSites = Annotated[str, typer.Option(help="Sites by name, parted by commas; all features by default.")]
 ProbeConditioning = Annotated[str, typer.Option(help="Conditionings, parted by commas; all by default.")]
 ProbePool = Annotated[Pooling, typer.Option(help="Average the places, lay them side by side, or read each on its own.")]
-ProbeOut = Annotated[Path, typer.Option("--out", "-o", help="The table (CSV); beside the store by default.")]
+ProbeOut = Annotated[
+    str, typer.Option("--out", "-o", help="The table (CSV), a path or an fsspec URL.", show_default="beside the store")
+]
 ProbeSeed = Annotated[int, typer.Option(help="Seed of split, control labels and bootstrap.")]
 ProbeJobs = Annotated[int, typer.Option(help="Worker processes, one thread each; -1 is one a core.")]
 CrossFit = Annotated[
@@ -408,7 +428,7 @@ def probe_linear(
     sites: ProbeSites = "",
     conditioning: ProbeConditioning = "",
     pool: ProbePool = Pooling.mean,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: ProbeSeed = 0,
     jobs: ProbeJobs = -1,
     penalties: Annotated[str, typer.Option(help="Strengths of the squared norm to choose from.")] = "0.1,1,10,100,1000",
@@ -440,7 +460,7 @@ def probe_knn(
     sites: ProbeSites = "",
     conditioning: ProbeConditioning = "",
     pool: ProbePool = Pooling.mean,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: ProbeSeed = 0,
     jobs: ProbeJobs = -1,
     k: Annotated[str, typer.Option("--k", "-k", help="Numbers of neighbours to choose from.")] = "5,20",
@@ -454,8 +474,22 @@ def probe_knn(
     _probe(store, "knn", knn_probe, label, sites, conditioning, pool, out, options)
 
 
+def _table_place(out: str, store: str, name: str) -> str:
+    """Where a table goes; asked before the work, so that nothing is lost to a folder that is not there."""
+    from diffprobe.store import is_remote
+
+    place = out or f"{store.rstrip('/')}.{name}.csv"
+    if place.endswith((".json", "/")) or (not is_remote(place) and Path(place).is_dir()):
+        raise ValueError(
+            f"--out {place!r} cannot be a table: give a file such as {name}.csv; its origin goes beside it as .json."
+        )
+    if not is_remote(place):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def _probe(
-    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: Path,
+    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: str,
     options: dict[str, Any], lazy: bool = False,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
@@ -466,6 +500,7 @@ def _probe(
     from diffprobe.store import features, open_store, site_names
 
     tree = open_store(store)
+    target = _table_place(out, store, name)
     names = _list(sites) or [n for n in site_names(tree) if "features" in tree[n].data_vars]
     masks = [x for x in _list(label) if x.startswith(PREFIX)]
     frames = []
@@ -482,12 +517,11 @@ def _probe(
 
         frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.{name}.csv")
     asked = {"probe": name, "label": label, "sites": names, "conditioning": conditioning, "pool": pool.value, **options}
     save_table(frame, target, store, {str(name): value for name, value in tree.attrs.items()}, asked)
     _show_best(frame)
     _out.print(f"{len(frame)} probes in {target}")
-    _next(f"diffprobe plot probe {shlex.quote(str(target))}")
+    _next(f"diffprobe plot probe {shlex.quote(target)}")
 
 
 def _show_best(frame: pd.DataFrame) -> None:
@@ -594,7 +628,7 @@ def probe_similarity(
     groups: Annotated[str, typer.Option(help="A label of samples that belong together, such as pair.")] = "",
     pool: Annotated[Pooling, typer.Option(help="A row is the whole map (flatten) or its mean.")] = Pooling.flatten,
     k: Annotated[int, typer.Option("--k", "-k", help="Neighbours of mutual_knn.")] = 10,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of minibatches and bootstrap.")] = 0,
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
@@ -603,18 +637,18 @@ def probe_similarity(
     from diffprobe.store import open_store
 
     tree = open_store(store)
+    target = _table_place(out, store, f"similarity-{between}")
     options: dict[str, Any] = {
         "sites": _list(sites), "conditioning": conditioning, "guidance": _numbers(guidance, float, "--guidance"),
         "groups": groups or None, "measures": _list(measures), "pool": pool.value, "k": k, "seed": seed,
     }  # fmt: skip
     frame = store_similarity(tree, between, other=open_store(other) if other else None, **options)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.similarity-{between}.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
     for reason, rows in frame[frame["reason"] != ""].groupby("reason", sort=False):
         _out.print(f"  {len(rows)} without a value: {reason}")
     _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}")
-    _next(f"diffprobe plot similarity {shlex.quote(str(target))}")
+    _next(f"diffprobe plot similarity {shlex.quote(target)}")
 
 
 @probe_app.command("correspondence")
@@ -631,7 +665,7 @@ def probe_correspondence(
     grid: Annotated[int, typer.Option(help="Rows of the upsampled target map.")] = 96,
     raw: Annotated[bool, typer.Option("--raw", help="Cosines of raw features, not standardised per channel.")] = False,
     by_category: Annotated[bool, typer.Option("--by-category", help="Rows for each category too.")] = False,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
     """Find keypoints of one image in another by their features: PCK per point and per image, with chance."""
@@ -645,6 +679,7 @@ def probe_correspondence(
     from diffprobe.store import features, open_store, site_names
 
     tree = open_store(store)
+    target = _table_place(out, store, "correspondence")
     request = tree.attrs["request"]
     if spair is not None:
         pairs = read_spair(spair, split, resolution=tuple(request["resolution"]), fit=request["fit"])
@@ -666,7 +701,6 @@ def probe_correspondence(
     if not frames:
         raise ValueError(f"{store} has no site with a (y, x) grid; record one with --reduce none.")
     frame = pd.concat(frames, ignore_index=True)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.correspondence.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(
         frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options}
@@ -699,7 +733,7 @@ def probe_localization(
     by_head: Annotated[
         bool, typer.Option("--by-head", help="Each head beside their mean (of a store with --heads all).")
     ] = False,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
 ) -> None:
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
@@ -708,6 +742,7 @@ def probe_localization(
     from diffprobe.store import open_store
 
     tree = open_store(store)
+    target = _table_place(out, store, f"localization-{of}")
     steps: list[int] | None = _numbers(timesteps, int, "--timesteps") or None
     shared: dict[str, Any] = {"sites": _list(sites) or None, "timesteps": steps, "seed": seed}
     if of == "attention":
@@ -718,14 +753,13 @@ def probe_localization(
         frame = difference_localization(tree, data or None, **shared)
     else:
         raise ValueError(f"--of {of!r} is not one of attention, difference.")
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.localization-{of}.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **shared})
     _show_localization(frame)
     for reason, number in frame.attrs["left_out"].items():
         _out.print(f"  left out: {number} {reason}")
     _out.print(f"{len(frame)} scores in {target}")
-    _next(f"diffprobe plot localization {shlex.quote(str(target))}")
+    _next(f"diffprobe plot localization {shlex.quote(target)}")
 
 
 def _show_localization(frame: pd.DataFrame) -> None:
@@ -815,7 +849,7 @@ def plot_heatmaps(
 
 @plot_app.command("probe")
 def plot_probe(
-    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe' wrote.", metavar="TABLE")],
+    table: Annotated[str, typer.Argument(help="A table that 'diffprobe probe' wrote.", metavar="TABLE")],
     out: FigureFolder = Path("figures"),
     name: FigureName = "",
 ) -> None:
@@ -828,7 +862,7 @@ def plot_probe(
 
 @plot_app.command("similarity")
 def plot_similarity(
-    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe similarity' wrote.", metavar="TABLE")],
+    table: Annotated[str, typer.Argument(help="A table that 'diffprobe probe similarity' wrote.", metavar="TABLE")],
     measure: Annotated[str, typer.Option(help="One measure; the table's first by default.")] = "",
     out: FigureFolder = Path("figures"),
     name: FigureName = "",
@@ -841,7 +875,7 @@ def plot_similarity(
 
 @plot_app.command("localization")
 def plot_localization(
-    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe localization' wrote.", metavar="TABLE")],
+    table: Annotated[str, typer.Argument(help="A table that 'diffprobe probe localization' wrote.", metavar="TABLE")],
     score: Annotated[str, typer.Option(help="Of the curves and of the picture by head.")] = "auc",
     out: FigureFolder = Path("figures"),
     name: FigureName = "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -161,32 +161,31 @@ def heatmap_figures(
     return paths
 
 
-def _table(path: Path, kind: str) -> pd.DataFrame:
-    if not path.is_file():
-        raise ValueError(f"No table at {path}; 'diffprobe probe {kind} STORE' writes one.")
-    return plotting.read_rows(path)
+def _table(path: str, kind: str) -> tuple[pd.DataFrame, str]:
+    """The rows of a table, at a path or a URL, and the name of its pictures."""
+    try:
+        return plotting.read_rows(path), PurePosixPath(path).stem
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"No table at {path}; 'diffprobe probe {kind} STORE' writes one.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no table: {error}.") from error
 
 
-def probe_figures(table: Path, out: Path, name: str) -> list[Path]:
+def probe_figures(table: str, out: Path, name: str) -> list[Path]:
     """A site x timestep grid of scores, and curves with intervals, from a table of `diffprobe probe linear`."""
-    frame = _table(table, "linear")
+    frame, stem = _table(table, "linear")
     alt = f"Scores of {len(frame)} probes by site and timestep, with chance marked."
     drawn = {"": plotting.plot_probe_grid(frame), "_curves": plotting.plot_probe_curves(frame)}
-    return [
-        _save(figure, out, f"{name or table.stem}{suffix}", frame, {"table": str(table)}, alt)
-        for suffix, figure in drawn.items()
-    ]
+    return [_save(figure, out, f"{name or stem}{suffix}", frame, {"table": table}, alt) for suffix, figure in drawn.items()]
 
 
-def localization_figures(table: Path, score: str, out: Path, name: str) -> list[Path]:
+def localization_figures(table: str, score: str, out: Path, name: str) -> list[Path]:
     """By site and timestep, against controls and chance, and by head, from a table of `diffprobe probe localization`."""
-    frame = _table(table, "localization")
+    frame, stem = _table(table, "localization")
     drawn = plotting.localization_figures(frame, score)
     alt = "Localization scores of maps against masks ({}) with controls, intervals and chance."
     return [
-        _save(
-            figure, out, f"{name or table.stem}_{suffix}", frame, {"table": str(table)}, alt.format(suffix.replace("_", ", "))
-        )
+        _save(figure, out, f"{name or stem}_{suffix}", frame, {"table": table}, alt.format(suffix.replace("_", ", ")))
         for suffix, figure in drawn.items()
     ]
 
@@ -194,13 +193,13 @@ def localization_figures(table: Path, score: str, out: Path, name: str) -> list[
 RESULTS = ("value", "low", "high", "chance", "excess", "excess_low", "excess_high", "n", "n_groups", "seed", "reason")
 
 
-def similarity_figure(table: Path, measure: str, out: Path, name: str) -> Path:
+def similarity_figure(table: str, measure: str, out: Path, name: str) -> Path:
     """From a table of `diffprobe probe similarity`: matrices where timesteps or sites are compared two by two, else curves.
 
     Returns:
         The PNG's path; PDF, CSV and JSON lie beside it.
     """
-    frame = _table(table, "similarity")
+    frame, stem = _table(table, "similarity")
     if absent := {"measure", "value"} - set(frame):
         raise ValueError(f"{table} is no table of similarities: it has no column {', '.join(sorted(absent))}.")
     if measure and measure not in set(frame["measure"]):
@@ -224,4 +223,4 @@ def similarity_figure(table: Path, measure: str, out: Path, name: str) -> Path:
     alt = (
         f"Similarity of features ({', '.join(dict.fromkeys(frame['measure']))}) by site, {len(frame)} comparisons, with chance."
     )
-    return _save(figure, out, name or table.stem, frame, {"table": str(table)}, alt)
+    return _save(figure, out, name or stem, frame, {"table": table}, alt)

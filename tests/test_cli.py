@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 import pytest
 import zarr
 from PIL import Image
 
-from diffprobe.cli import main
+from diffprobe.cli import _table_place, main
 from diffprobe.plotting import read_rows
 
 SITES = "U-L1-R1-B0-Cross-Q,U-L2-R2-Res-Out"
@@ -165,6 +166,41 @@ def test_a_picture_of_something_else_is_not_overwritten(run: Run, recorded: Path
     (tmp_path / "figures" / "one.json").write_text('{"config": {"seed": 0}}')
     code, _, errors = run("plot", "probe", tables[0], "--out", tmp_path / "figures")
     assert code == 2 and "one.png shows something else" in errors
+
+
+def test_a_table_can_lie_at_a_url(
+    run: Run, follow: Callable[[str], list[str]], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = "memory://tables/t.csv"
+    code, output, errors = run(
+        "probe", "linear", recorded, "--label", "size", "--jobs", "1", "--sites", SITES.split(",")[0], "--out", place
+    )
+    assert (code, errors) == (0, "") and place in output
+    assert "Drew figures/t.png" in follow(output)[0]
+    with fsspec.open("memory://tables/t.json") as origin:
+        assert json.load(origin)["store"] == recorded.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures"], "no folder memory:"
+    assert _table_place("", "s3://bucket/a.zarr/", "linear") == "s3://bucket/a.zarr.linear.csv"
+
+
+def test_places_are_checked_before_the_work(run: Run, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffprobe.store.features", lambda *_, **__: pytest.fail("too late"))
+    Path("file").touch()
+    for out, words in ((tmp_path, "cannot be a table"), ("t.json", "cannot be a table"), ("file/t.csv", "file: File exists")):
+        for probe in ("linear", "similarity", "localization", "correspondence"):
+            code, _, errors = run("probe", probe, recorded, "--out", out)
+            assert code == 2 and words in errors, (probe, out, errors)
+    for command in (
+        ("plot", "pca", recorded, "--out", "s3://bucket/figures"),
+        ("mllm", "train", "--out", "s3://bucket/figures"),
+        ("probe", "alignment", "-o", "file:///tmp/x.nc"),
+        ("leakage", "report", "s3://bucket/figures"),
+    ):
+        code, _, errors = run(*command)
+        assert code == 2 and " is a URL; stores" in errors and errors.count("\n") == 1, errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_probe_and_plots(run: Run, recorded: Path, tmp_path: Path) -> None:

@@ -239,3 +239,12 @@ def test_a_remote_store(tmp_path: Path) -> None:
     assert isinstance(tree, xr.DataTree)
     np.testing.assert_array_equal(store.features(tree, "U-L1-Out").values, arrays["U-L1-Out"])
     assert store.verify_store("memory://tests/remote.zarr") == []
+
+
+def test_maps_are_enlarged_with_pixel_centres_in_place():
+    coarse = xr.DataArray(np.array([[[[0.0, 1.0], [0.0, 1.0]]]], np.float32), dims=("sample", "timestep", "y", "x"))
+    fine = store._resize(coarse, 4, 4)
+    # the fine cells' centres lie at -.25, .25, .75 and 1.25 coarse cells from the first centre
+    np.testing.assert_allclose(fine.values[0, 0], np.tile([0.0, 0.25, 0.75, 1.0], (4, 1)), atol=1e-6)
+    wide = store._resize(coarse.transpose("sample", "timestep", "x", "y").rename(x="y", y="x"), 6, 2)
+    np.testing.assert_allclose(wide.values[0, 0, :, 0], [0, 0, 1 / 3, 2 / 3, 1, 1], atol=1e-6)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import fsspec
 import joblib
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
+from diffprobe.store import is_remote, write_whole
 
 Task = Literal["logistic", "ridge"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -571,22 +573,29 @@ def probe_table(
 
 def save_table(
     frame: pd.DataFrame, path: str | Path, store: str | Path, attributes: Mapping[str, Any], options: Mapping[str, Any]
-) -> Path:
+) -> str | Path:
     """Writes a table and, beside it as .json, where it comes from: store, request, options, versions.
 
     Args:
+        path: Of the table: a path or an fsspec URL.
         store: Path of the store that the features came from; only its name is kept.
         attributes: The store's own, as `open_store` gives them.
         options: Those of the probe.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False)
     request = attributes.get("request", {})
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     kept = {name: request.get(name) for name in ("model", "revision", "weights", "dataset", "fingerprint")}
     kept["random_weights"] = attributes.get("random_weights")
     versions = {name: importlib.metadata.version(name) for name in ("diffprobe", "numpy", "scikit-learn", "scipy", "xarray")}
     origin = {"store": Path(str(store)).name, "request": digest, **kept, "options": dict(options), "versions": versions}
-    path.with_suffix(".json").write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(str(path), frame.to_csv(index=False))
+    _write(f"{os.path.splitext(path)[0]}.json", json.dumps(origin, indent=2, ensure_ascii=False) + "\n")  # noqa: PTH122  # of a URL too
     return path
+
+
+def _write(path: str, text: str) -> None:
+    if not is_remote(path):
+        write_whole(path, text)
+        return
+    with fsspec.open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
