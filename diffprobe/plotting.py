@@ -145,8 +145,8 @@ def save_figure(
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; the rows have the words
-        for text in figure.findobj(Text):
-            text.set_text(visible(text.get_text()))
+        for label in figure.findobj(Text):
+            label.set_text(visible(label.get_text()))
         figure.savefig(paths["png"], metadata={"Software": None})
         # the PDF keeps the picture's layout; computing it again costs most of the time
         engine = figure.get_layout_engine()
