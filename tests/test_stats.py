@@ -153,3 +153,24 @@ def test_values_that_differ_by_rounding_have_an_interval():
     assert 1 - 1e-15 <= low <= high <= 1
     assert stats.bootstrap_interval([0.25] * 9) == (0.25, 0.25)
     assert stats.bootstrap_interval([0.0] * 9) == (0.0, 0.0)
+
+
+def test_equal_scores_differ_by_nothing_however_many():
+    for n in (5, 40):
+        assert stats.paired_permutation_test(np.ones(n), np.ones(n)) == (0.0, 1.0)
+
+
+def test_all_patterns_are_visited_up_to_the_number_of_resamples():
+    assert stats.paired_permutation_test([3, 4, 5, 6], np.ones(4), n_resamples=16) == (3.5, 0.125)
+    assert stats.paired_permutation_test([3, 4, 5, 6], np.ones(4), n_resamples=15)[1] * 16 % 1 == 0, "drawn: a share of 16"
+
+
+def test_a_p_value_of_zero_is_one():
+    assert stats.holm([0.0, 0.5]).tolist() == [0.0, 0.5]
+
+
+def test_a_resample_without_a_value_is_left_out():
+    columns = np.c_[[1.0, 0, 0, 0], [1.0, 0, 0, 1]]  # a third of the resamples has nothing to divide by
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = stats.bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1])
+    assert (low, high) == (0.0, 1.0)
