@@ -21,7 +21,20 @@ from diffprobe.data import fit_masks, iterate, load_dataset
 from diffprobe.data.samples import Sample
 from diffprobe.probes.labels import patch_labels, with_mask_labels
 from diffprobe.probes.linear import GramRidge, LinearModel, fit_probe, stream_probe
-from diffprobe.probes.task import best_choice, pool_features, probe_table, save_table, split_folds
+from diffprobe.probes.task import (
+    FOLDS,
+    Problem,
+    Settings,
+    Turn,
+    _overlap,
+    best_choice,
+    make_row,
+    pool_features,
+    probe_table,
+    run_probes,
+    save_table,
+    split_folds,
+)
 
 N = 200
 COLOURS = np.array(["red", "green", "blue"])
@@ -184,6 +197,12 @@ def test_repeated_sample_ids_stay_together():
     ids = np.repeat(np.arange(60), 4)
     features = xr.DataArray(rng.normal(size=(60, 100))[ids], dims=("sample", "channel"), coords={"sample": ids})
     assert fit_probe(features, rng.integers(3, size=60)[ids]).value[0] < 0.65
+
+
+def test_repeated_ids_are_types_of_the_control():
+    features = planted(n=40).isel(timestep=0).assign_coords(sample=np.repeat(np.arange(20), 2))
+    control = Problem.of(features, "colour", "auto", None, None, 0).control.reshape(20, 2)
+    assert (control[:, 0] == control[:, 1]).all() and len(np.unique(control)) > 1
 
 
 def test_folds_are_stratified_and_follow_the_seed():
@@ -584,6 +603,58 @@ def test_a_table_keeps_its_origin(tmp_path):
     other = {"request": {**attributes["request"], "seed": 1}}
     save_table(frame, tmp_path / "b.csv", "a.zarr", other, {})
     assert json.loads((tmp_path / "b.json").read_text())["request"] != origin["request"]
+
+
+def test_a_row_of_several_turns_speaks_for_all_of_them():
+    features = planted(n=40).isel(timestep=0)
+    problem = Problem.of(features, "colour", "auto", None, None, 0)
+    turns = [
+        Turn(problem.parts(k), problem.target[problem.parts(k)[2]], 10.0**k, (0.1 * k, 0.2 * k), k != 1, k)
+        for k in range(FOLDS)
+    ]
+    row = make_row(problem, Settings("penalty", (1.0,), True, 0, 50), turns, {}, 6)
+    assert row["converged"] is False and row["iterations"] == FOLDS - 1 and row["penalty"] == 100
+    assert (row["control_accuracy"], row["control_train_accuracy"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert row["value"] == 1 and row["n_test"] == 40
+
+
+def test_one_fit_that_did_not_converge_is_remembered():
+    model = LinearModel("logistic")
+    model.converged = False
+    model.fit(np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2, np.ones(40, bool), 10.0)
+    assert not model.converged
+
+
+def test_the_control_is_fitted_on_known_labels_only():
+    seen = []
+
+    class Spy:
+        converged = True
+
+        def choose(self, x, y, train, validation, choices):
+            return choices[0]
+
+        def fit(self, x, y, rows, choice):
+            seen.append(rows)
+            return 0
+
+        def predict(self, x):
+            return np.zeros(len(x), np.int64)
+
+    labels = np.random.default_rng(0).integers(3, size=(40, 4, 4)).astype(float)
+    labels[:, 0] = np.nan  # of every image other patches are unknown in the control than in the task
+    labels[::2, 1] = np.nan
+    features = planted(n=40, side=4).isel(timestep=[0])
+    problem = Problem.of(features, labels, "logistic", None, None, 0)
+    run_probes(features, problem, Settings("penalty", (1.0,), True, 0, 20), Spy, 1)
+    assert len(seen) == 2 and (problem.keep != problem.control_keep).any()
+    assert not (seen[0] & ~problem.keep).any() and not (seen[1] & ~problem.control_keep).any()
+
+
+def test_a_class_that_a_resample_lacks_does_not_count_there():
+    truth, images = np.array([0] * 12 + [1, 1]), np.repeat(np.arange(7), 2)  # one image alone has the second class
+    found = _overlap(truth, truth, images, np.array([True, True]), Settings("k", (1,), False, 0, 200))
+    assert found == {"miou": 1.0, "miou_low": 1.0, "miou_high": 1.0}
 
 
 def test_gram_ridge_refuses():

@@ -174,3 +174,9 @@ def test_a_resample_without_a_value_is_left_out():
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = stats.bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1])
     assert (low, high) == (0.0, 1.0)
+
+
+def test_drawn_signs_follow_the_seed():
+    a, b = np.random.default_rng(0).normal(size=(2, 30))
+    found = [stats.paired_permutation_test(a, b, seed=seed, n_resamples=500)[1] for seed in (0, 0, 1, 2, 3)]
+    assert found[0] == found[1] and len(set(found)) > 1
