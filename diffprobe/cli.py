@@ -7,6 +7,7 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import re
@@ -21,9 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
+
+from diffprobe.console import Console, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +41,10 @@ PANELS = RECORD, KEEP, MEASURE, SHOW, HELP = "Record", "Look after a store", "Me
 class _Group(TyperGroup):
     """Lists commands in the order of the work; hands an interruption on to `main`, where typer would end without a word."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _prepare(self)
+
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
         return sorted(panels, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
@@ -46,6 +54,35 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise _Stopped(143 if stop.args else 130) from None
+        except Exception as error:
+            if isinstance(said := getattr(error, "message", None), str):  # typer's own, which quotes what was typed
+                error.message = visible(said)  # type: ignore[attr-defined]
+            raise
+
+
+def _prepare(command: Any) -> None:
+    """Help is text, which typer reads as markup; and a URL where a path is meant is refused, which would make a folder "s3:"."""
+    for one in (command, *command.params):
+        one.help = escape(one.help) if getattr(one, "help", None) else None
+    inner = getattr(command, "commands", {})
+    for one in inner.values():
+        _prepare(one)
+    if not inner:
+        command.callback = _with_local_paths(command.callback)
+
+
+def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        for path in values.values():
+            if isinstance(path, Path) and (found := re.match(r"([a-zA-Z][\w.+-]+):/", path.as_posix())):
+                raise ValueError(
+                    f"{found[1]}://{path.as_posix()[found.end() :]} is a URL; stores and probes' tables can lie there, this cannot. "
+                    "Give a path of this machine."
+                )
+        return command(**values)
+
+    return call
 
 
 app = typer.Typer(
@@ -65,7 +102,7 @@ app.add_typer(leakage_app, name="leakage", rich_help_panel=MEASURE)
 mllm_app = typer.Typer(no_args_is_help=True, help="A language model that sees by CLIP and a diffusion model.")
 app.add_typer(mllm_app, name="mllm", rich_help_panel=MEASURE)
 
-_out = Console(highlight=False)
+_out = Console(soft_wrap=True)
 _debug = False
 
 
@@ -118,6 +155,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, or em
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
 StorePath = Annotated[str, typer.Argument(help="A store that 'diffprobe extract' wrote.", metavar="STORE")]
 FigureFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the figure's files.")]
+FigureName = Annotated[str, typer.Option(help="Name of the figure's files.", show_default="the store's or the table's")]
 
 
 @app.callback()
@@ -139,9 +177,14 @@ def _numbers(text: str, kind: type[int] | type[float], name: str) -> list[Any]:
 
 
 def _next(*lines: str) -> None:
+    """Commands that run as they stand."""
     _out.print("Next:")
     for line in lines:
-        _out.print(f"  {line}", markup=False, soft_wrap=True)
+        _out.print(f"  {line}")
+
+
+def _show(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 # --- recording ------------------------------------------------------------------------------------
@@ -169,7 +212,7 @@ def sites(
         channels = f"{shape[0]} heads" if site.is_map else str(shape[0])
         place = f"{shape[1]} tokens" if site.over_tokens else " x ".join(str(n) for n in shape[-2:])
         table.add_row(site.name, site.path or ("(input)" if site.kind == "input" else "(output)"), site.kind, channels, place)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    _show(table)
 
 
 @app.command(rich_help_panel=RECORD)
@@ -351,7 +394,7 @@ def verify(store: StorePath) -> None:
     faults = verify_store(store)
     found = store_info(store)
     for fault in faults:
-        _out.print(f"unit {fault.unit}, {fault.site}: {fault.reason}", markup=False)
+        _out.print(f"unit {fault.unit}, {fault.site}: {fault.reason}")
     pending = found["status"].get("pending", 0)
     _out.print(f"{len(faults)} faults in {found['samples'] - pending} samples; {pending} samples pending.")
     if faults:
@@ -420,7 +463,9 @@ ProbeLabel = Annotated[
 ProbeSites = Annotated[str, typer.Option(help="Sites by name, parted by commas; all features by default.")]
 ProbeConditioning = Annotated[str, typer.Option(help="Conditionings, parted by commas; all by default.")]
 ProbePool = Annotated[Pooling, typer.Option(help="Average the places, lay them side by side, or read each on its own.")]
-ProbeOut = Annotated[Path, typer.Option("--out", "-o", help="The table (CSV); beside the store by default.")]
+ProbeOut = Annotated[
+    str, typer.Option("--out", "-o", help="The table (CSV), a path or an fsspec URL.", show_default="beside the store")
+]
 ProbeSeed = Annotated[int, typer.Option(help="Seed of split, control labels and bootstrap.")]
 ProbeJobs = Annotated[int, typer.Option(help="Worker processes, one thread each; -1 is one a core.")]
 CrossFit = Annotated[
@@ -435,7 +480,7 @@ def probe_linear(
     sites: ProbeSites = "",
     conditioning: ProbeConditioning = "",
     pool: ProbePool = Pooling.mean,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: ProbeSeed = 0,
     jobs: ProbeJobs = -1,
     penalties: Annotated[str, typer.Option(help="Strengths of the squared norm to choose from.")] = "0.1,1,10,100,1000",
@@ -467,7 +512,7 @@ def probe_knn(
     sites: ProbeSites = "",
     conditioning: ProbeConditioning = "",
     pool: ProbePool = Pooling.mean,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: ProbeSeed = 0,
     jobs: ProbeJobs = -1,
     k: Annotated[str, typer.Option("--k", "-k", help="Numbers of neighbours to choose from.")] = "5,20",
@@ -481,8 +526,22 @@ def probe_knn(
     _probe(store, "knn", knn_probe, label, sites, conditioning, pool, out, options)
 
 
+def _table_place(out: str, store: str, name: str) -> str:
+    """Where a table goes; asked before the work, so that nothing is lost to a folder that is not there."""
+    from diffprobe.store import is_remote
+
+    place = out or f"{store.rstrip('/')}.{name}.csv"
+    if place.endswith((".json", "/")) or (not is_remote(place) and Path(place).is_dir()):
+        raise ValueError(
+            f"--out {place!r} cannot be a table: give a file such as {name}.csv; its origin goes beside it as .json."
+        )
+    if not is_remote(place):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def _probe(
-    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: Path,
+    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: str,
     options: dict[str, Any], lazy: bool = False,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
@@ -493,6 +552,7 @@ def _probe(
     from diffprobe.store import features, open_store, site_names
 
     tree = open_store(store)
+    target = _table_place(out, store, name)
     names = _list(sites) or [n for n in site_names(tree) if "features" in tree[n].data_vars]
     masks = [x for x in _list(label) if x.startswith(PREFIX)]
     frames = []
@@ -509,12 +569,11 @@ def _probe(
 
         frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.{name}.csv")
     asked = {"probe": name, "label": label, "sites": names, "conditioning": conditioning, "pool": pool.value, **options}
     save_table(frame, target, store, {str(name): value for name, value in tree.attrs.items()}, asked)
     _show_best(frame)
-    _out.print(f"{len(frame)} probes in {target}", markup=False)
-    _next(f"diffprobe plot probe {shlex.quote(str(target))}")
+    _out.print(f"{len(frame)} probes in {target}")
+    _next(f"diffprobe plot probe {shlex.quote(target)}")
 
 
 def _show_best(frame: pd.DataFrame) -> None:
@@ -538,7 +597,7 @@ def _show_best(frame: pd.DataFrame) -> None:
             str(label), str(conditioning), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
             f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", f"{best['control_accuracy']:.3f}", str(best["n_test"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _show(table)
 
 
 @probe_app.command("alignment")
@@ -594,16 +653,14 @@ def probe_alignment(
     for _, row in frame[frame["pattern"] == "all"].iterrows():
         shares = (f"{row['value']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", str(row["n"]))
         table.add_row(row["score"], row["metric"], *shares)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _show(table)
     if baseline:
         for _, row in compare_scores(found, found.attrs["protocol"], baseline, seed=seed).iterrows():
             _out.print(
                 f"{row['score']} - {baseline}, {row['metric']}: {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], "
                 f"p = {row['p']:.2g}, {row['p_holm']:.2g} after Holm",
-                markup=False,
-                soft_wrap=True,
             )
-    _out.print(f"Scores in {out}, every pattern in {target}", markup=False)
+    _out.print(f"Scores in {out}, every pattern in {target}")
 
 
 @probe_app.command("similarity")
@@ -623,7 +680,7 @@ def probe_similarity(
     groups: Annotated[str, typer.Option(help="A label of samples that belong together, such as pair.")] = "",
     pool: Annotated[Pooling, typer.Option(help="A row is the whole map (flatten) or its mean.")] = Pooling.flatten,
     k: Annotated[int, typer.Option("--k", "-k", help="Neighbours of mutual_knn.")] = 10,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of minibatches and bootstrap.")] = 0,
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
@@ -632,16 +689,18 @@ def probe_similarity(
     from diffprobe.store import open_store
 
     tree = open_store(store)
+    target = _table_place(out, store, f"similarity-{between}")
     options: dict[str, Any] = {
         "sites": _list(sites), "conditioning": conditioning, "guidance": _numbers(guidance, float, "--guidance"),
         "groups": groups or None, "measures": _list(measures), "pool": pool.value, "k": k, "seed": seed,
     }  # fmt: skip
     frame = store_similarity(tree, between, other=open_store(other) if other else None, **options)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.similarity-{between}.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
-    _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}", markup=False, soft_wrap=True)
-    _next(f"diffprobe plot similarity {shlex.quote(str(target))}")
+    for reason, rows in frame[frame["reason"] != ""].groupby("reason", sort=False):
+        _out.print(f"  {len(rows)} without a value: {reason}")
+    _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}")
+    _next(f"diffprobe plot similarity {shlex.quote(target)}")
 
 
 @probe_app.command("correspondence")
@@ -658,7 +717,7 @@ def probe_correspondence(
     grid: Annotated[int, typer.Option(help="Rows of the upsampled target map.")] = 96,
     raw: Annotated[bool, typer.Option("--raw", help="Cosines of raw features, not standardised per channel.")] = False,
     by_category: Annotated[bool, typer.Option("--by-category", help="Rows for each category too.")] = False,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
     """Find keypoints of one image in another by their features: PCK per point and per image, with chance."""
@@ -672,6 +731,7 @@ def probe_correspondence(
     from diffprobe.store import features, open_store, site_names
 
     tree = open_store(store)
+    target = _table_place(out, store, "correspondence")
     request = tree.attrs["request"]
     if spair is not None:
         pairs = read_spair(spair, split, resolution=tuple(request["resolution"]), fit=request["fit"])
@@ -693,7 +753,6 @@ def probe_correspondence(
     if not frames:
         raise ValueError(f"{store} has no site with a (y, x) grid; record one with --reduce none.")
     frame = pd.concat(frames, ignore_index=True)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.correspondence.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(
         frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options}
@@ -706,8 +765,8 @@ def probe_correspondence(
             str(row["site"]), str(row.get("timestep", "")), str(row.get("conditioning", "")), f"{row['alpha']:g}", f"{row['value']:.3f}",
             f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", f"{row['chance_box']:.3f}", f"{row['position']:.3f}", str(row["n"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
-    _out.print(f"{len(frame)} scores of {len(pairs)} pairs in {target}", markup=False, soft_wrap=True)
+    _show(table)
+    _out.print(f"{len(frame)} scores of {len(pairs)} pairs in {target}")
 
 
 @probe_app.command("localization")
@@ -726,7 +785,7 @@ def probe_localization(
     by_head: Annotated[
         bool, typer.Option("--by-head", help="Each head beside their mean (of a store with --heads all).")
     ] = False,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
 ) -> None:
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
@@ -735,6 +794,7 @@ def probe_localization(
     from diffprobe.store import open_store
 
     tree = open_store(store)
+    target = _table_place(out, store, f"localization-{of}")
     steps: list[int] | None = _numbers(timesteps, int, "--timesteps") or None
     shared: dict[str, Any] = {"sites": _list(sites) or None, "timesteps": steps, "seed": seed}
     if of == "attention":
@@ -745,14 +805,13 @@ def probe_localization(
         frame = difference_localization(tree, data or None, **shared)
     else:
         raise ValueError(f"--of {of!r} is not one of attention, difference.")
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.localization-{of}.csv")
     origin = {str(name): value for name, value in tree.attrs.items()}
     save_table(frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **shared})
     _show_localization(frame)
     for reason, number in frame.attrs["left_out"].items():
-        _out.print(f"  left out: {number} {reason}", markup=False)
-    _out.print(f"{len(frame)} scores in {target}", markup=False, soft_wrap=True)
-    _next(f"diffprobe plot localization {shlex.quote(str(target))}")
+        _out.print(f"  left out: {number} {reason}")
+    _out.print(f"{len(frame)} scores in {target}")
+    _next(f"diffprobe plot localization {shlex.quote(target)}")
 
 
 def _show_localization(frame: pd.DataFrame) -> None:
@@ -776,7 +835,7 @@ def _show_localization(frame: pd.DataFrame) -> None:
             str(best[by]), str(best["score"]), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
             f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", shown, str(best["n"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    _show(table)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -804,7 +863,7 @@ def plot_pca(
     samples: Annotated[str, typer.Option(help="Sample ids, parted by commas.")] = "",
     count: Annotated[int, typer.Option(help="How many samples when none are named.")] = 5,
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "pca",
+    name: FigureName = "",
 ) -> None:
     """First three principal components of the features as colours, one column a site."""
     from diffprobe.gallery import pca_figure
@@ -812,7 +871,7 @@ def plot_pca(
     paths = pca_figure(
         store, data, _list(sites), timestep, conditioning, lambda tree: _samples(tree, samples, count), out, name
     )
-    _out.print(f"Drew {paths}", markup=False)
+    _out.print(f"Drew {paths}")
 
 
 @plot_app.command("heatmaps")
@@ -828,7 +887,7 @@ def plot_heatmaps(
     samples: Annotated[str, typer.Option(help="Sample ids, parted by commas.")] = "",
     count: Annotated[int, typer.Option(help="How many samples when none are named.")] = 3,
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "heatmaps",
+    name: FigureName = "",
 ) -> None:
     """Where each word's cross-attention falls, laid over the image."""
     from diffprobe.gallery import heatmap_figures
@@ -837,53 +896,47 @@ def plot_heatmaps(
         store, data, _list(words), _list(site), timestep, conditioning, lambda tree: _samples(tree, samples, count), out, name
     )
     for path in drawn:
-        _out.print(f"Drew {path}", markup=False)
+        _out.print(f"Drew {path}")
 
 
 @plot_app.command("probe")
 def plot_probe(
-    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe' wrote.", metavar="TABLE")],
+    table: Annotated[str, typer.Argument(help="A table that 'diffprobe probe' wrote.", metavar="TABLE")],
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "probe",
+    name: FigureName = "",
 ) -> None:
     """Probe scores by site and timestep, chance marked."""
     from diffprobe.gallery import probe_figures
 
     for path in probe_figures(table, out, name):
-        _out.print(f"Drew {path}", markup=False)
+        _out.print(f"Drew {path}")
 
 
 @plot_app.command("similarity")
 def plot_similarity(
-    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe similarity' wrote.", metavar="TABLE")],
+    table: Annotated[str, typer.Argument(help="A table that 'diffprobe probe similarity' wrote.", metavar="TABLE")],
     measure: Annotated[str, typer.Option(help="One measure; the table's first by default.")] = "",
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figure's files.")] = "similarity",
+    name: FigureName = "",
 ) -> None:
     """Curves over timesteps or guidance with intervals and chance, or every two against each other."""
     from diffprobe.gallery import similarity_figure
 
-    _out.print(f"Drew {similarity_figure(table, measure, out, name)}", markup=False)
+    _out.print(f"Drew {similarity_figure(table, measure, out, name)}")
 
 
 @plot_app.command("localization")
 def plot_localization(
-    table: Annotated[Path, typer.Argument(help="A table that 'diffprobe probe localization' wrote.", metavar="TABLE")],
+    table: Annotated[str, typer.Argument(help="A table that 'diffprobe probe localization' wrote.", metavar="TABLE")],
     score: Annotated[str, typer.Option(help="Of the curves and of the picture by head.")] = "auc",
     out: FigureFolder = Path("figures"),
-    name: Annotated[str, typer.Option(help="Name of the figures' files.")] = "localization",
+    name: FigureName = "",
 ) -> None:
     """Localization by site and timestep, against controls and chance, and by head where the table has heads."""
-    from diffprobe.plotting import localization_figures, read_rows, save_figure
+    from diffprobe.gallery import localization_figures
 
-    if not table.is_file():
-        raise ValueError(f"No table at {table}; 'diffprobe probe localization STORE' writes one.")
-    frame = read_rows(table)
-    for suffix, figure in localization_figures(frame, score).items():
-        alt = f"Localization scores of maps against masks ({suffix.replace('_', ', ')}) with controls, intervals and chance."
-        _out.print(
-            f"Drew {save_figure(figure, out, f'{name}_{suffix}', frame, {'table': table.name}, alt)['png']}", markup=False
-        )
+    for path in localization_figures(table, score, out, name):
+        _out.print(f"Drew {path}")
 
 
 # --- the whole analysis ---------------------------------------------------------------------------
@@ -939,7 +992,7 @@ def reproduce(
     check_settings(set_ or ())
     if listed:
         for name, title in list_experiments(files):
-            _out.print(f"{name:<20} {title}", markup=False, soft_wrap=True)
+            _out.print(f"{name:<20} {title}")
         return
     options = Options(
         model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device, trainings=trainings, arms=arms,
@@ -948,7 +1001,7 @@ def reproduce(
     if from_csv and options != Options(work=work):
         raise ValueError("--from-csv draws what was measured; it goes only with names, --out and --work.")
     folder = out or Path("runs/smoke" if smoke else "figures")
-    tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    tell = lambda line: _out.print(line)  # noqa: E731
     outcomes = run(files, options, folder, from_csv=from_csv, tell=tell)
     _show_claims([(claim, outcome.name) for outcome in outcomes for claim in outcome.claims])
     stores = [word for path in explorable(work)[:1] for word in ("--store", str(path))]
@@ -961,9 +1014,15 @@ def reproduce(
                 tell(f"  {folder / picture}.png")
     for outcome in bad:
         tell(f"Failed: {outcome.name}: {outcome.error} (the traceback is in {work / outcome.name}.error.txt)")
+    places = {"--experiments": experiments, "--out": out, "--work": work if work != Options().work else None}
+    again = [word for option, place in places.items() if place is not None for word in (option, str(place))]
     _next(
         *([shlex.join(["diffprobe", "report", str(folder), "-o", str(folder / "report.html"), *stores])] if good else []),
-        *([command([o.name for o in bad], options) + " --from-csv" * from_csv] if bad else []),
+        *(
+            [shlex.join([*shlex.split(command([o.name for o in bad], options)), *["--from-csv"] * from_csv, *again])]
+            if bad
+            else []
+        ),
     )
     if bad:
         sys.exit(1)
@@ -971,16 +1030,14 @@ def reproduce(
 
 def _show_claims(claims: list[tuple[Claim, str]]) -> None:
     """Each claim, what this run says about it, and from which numbers."""
-    from rich.markup import escape
-
     if not claims:
         return
     table = Table("claim", "verdict", "statement and evidence", "figure", box=None, pad_edge=False)
     for claim, figure in claims:
-        said = f"[bold]{escape(claim.statement)}[/]\n{escape(claim.evidence)}"
-        table.add_row(escape(claim.id), claim.verdict, said, escape(figure), end_section=True)
+        said = Text.assemble((visible(claim.statement), "bold"), "\n", visible(claim.evidence))
+        table.add_row(claim.id, claim.verdict, said, figure, end_section=True)
     _out.print()
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    _show(table)
 
 
 @app.command(rich_help_panel=SHOW)
@@ -1005,12 +1062,10 @@ def report(
     made = write_report(run, out, store or [], samples=samples, data=data, max_bytes=int(max_mb * 1e6))
     _out.print(
         f"{out}: {made.figures} figures, {made.claims} claims, stores to explore: {made.stores}; {made.bytes / 1e6:.1f} MB.",
-        markup=False,
     )
-    _next(
-        *([] if store else [f"diffprobe report {shlex.quote(str(run))} --store STORE   # to explore attention maps in it"]),
-        f"open {out} in a browser; it needs no network",
-    )
+    _out.print(f"Open {out} in a browser; it needs no network.")
+    if not store:
+        _out.print("With --store and a store of cross-attention maps the page also lets one explore them.")
 
 
 # --- leakage --------------------------------------------------------------------------------------
@@ -1094,7 +1149,7 @@ def leakage_run(
         out, settings, arms=_list(arms), sites=_list(sites), timesteps=_numbers(timesteps, int, "--timesteps"),
         guidance=_numbers(guidance, float, "--guidance"), seeds=seeds, conditions=_list(conditions) or CONDITIONS,
         knockouts=_list(knockouts), stores=store or [], device=device, dry_run=dry_run,
-        tell=lambda line: _out.print(line, markup=False, soft_wrap=True),
+        tell=lambda line: _out.print(line),
     )  # fmt: skip
     if not dry_run and os.environ.get("RANK", "0") == "0":
         _next(f"diffprobe leakage report {shlex.quote(str(out))}")
@@ -1109,29 +1164,27 @@ def leakage_report(
     n_examples: Annotated[int, typer.Option("--examples", min=1, help="Images whose texts are shown side by side.")] = 2,
 ) -> None:
     """The verdict in a sentence, scores, examples and figures, from the kept files; needs no torch."""
-    from rich.markup import escape
-
     from diffprobe.mllm.leakage import leakage_report as judge
     from diffprobe.mllm.leakage import save_report
 
     found = judge(run, n_examples=n_examples)
     for line in found.sentences:
-        _out.print(line, markup=False, soft_wrap=True)
+        _out.print(line)
     table = Table(
         "", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False
     )
     for row in found.summary().to_dict("records"):
-        table.add_row(*(escape(str(cell)) for cell in row.values()))
+        table.add_row(*(str(cell) for cell in row.values()))
     _out.print()
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    _show(table)
     for row in found.examples.to_dict("records"):
         _out.print(f"\n{row.pop('condition')}, {row.pop('sample')}", style="bold")
         for name, text in row.items():
-            _out.print(f"  {name:<28} {text}", markup=False, soft_wrap=True)
+            _out.print(f"  {name:<28} {text}")
     paths = save_report(found, out or run / "report")
     _out.print("\nTables and pictures:")
     for path in paths:
-        _out.print(f"  {path}", markup=False, soft_wrap=True)
+        _out.print(f"  {path}")
 
 
 # --- the fused model ------------------------------------------------------------------------------
@@ -1224,13 +1277,11 @@ def mllm_train(
     data = load_conversations(captions), load_conversations(instructions)
     fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)
     main = os.environ.get("RANK", "0") == "0"
-    tell = lambda line: _out.print(line, markup=False, soft_wrap=True) if main else None  # noqa: E731
+    tell = lambda line: _out.print(line) if main else None  # noqa: E731
     train_fused(fused, *data, out, (first, second), dry_run=dry_run, force=force, tell=tell)
     if main and not dry_run:
-        _next(
-            f"diffprobe mllm eval {shlex.quote(str(out))}",
-            f"diffprobe mllm chat {shlex.quote(str(out))} IMAGE 'Is there a red star?' --attention runs/attention.png",
-        )
+        _next(f"diffprobe mllm eval {shlex.quote(str(out))}")
+        _out.print(f"'diffprobe mllm chat {shlex.quote(str(out))} IMAGE QUESTION' asks about a picture of yours.")
 
 
 @mllm_app.command("eval")
@@ -1261,7 +1312,7 @@ def mllm_eval(
 
     benchmarks = [load_questions(spec) for spec in benchmark or DRAWN]
     model = FusedMLLM.from_pretrained(run, device)
-    tell = lambda line: _out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    tell = lambda line: _out.print(line)  # noqa: E731
     folder = out or run / "eval"
     scores = judge_all(model, benchmarks, folder, _list(conditions), batch=batch, max_new_tokens=max_new_tokens, tell=tell)
     if len(scores):
@@ -1272,16 +1323,14 @@ def mllm_eval(
 
 
 def _show_scores(scores: pd.DataFrame) -> None:
-    from rich.markup import escape
-
     table = Table(
         "benchmark", "score", "group", "shown", "value", "95% interval", "chance", "n", "unread", box=None, pad_edge=False
     )
     for row in scores.to_dict("records"):
         cells = [row["benchmark"], row["score"], row["group"], row["condition"], f"{row['value']:.3f}",
                  f"[{row['low']:.3f}, {row['high']:.3f}]", f"{row['chance']:.3f}", row["n"], row["unparsed"]]  # fmt: skip
-        table.add_row(*(escape(str(cell)) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+        table.add_row(*(str(cell) for cell in cells))
+    _show(table)
 
 
 @mllm_app.command("chat")
@@ -1304,11 +1353,11 @@ def mllm_chat(
     images = [read_image(path) for path in (image, *(more or []))]
     model = FusedMLLM.from_pretrained(run, device)
     (answer,) = model.answer([images], [question], max_new_tokens=max_new_tokens)
-    _out.print(answer, markup=False, soft_wrap=True)
+    _out.print(answer)
     if model.cut_prompts:
         _out.print("The diffusion model's text encoder could not take the whole question; it was cut.")
     if attention:
-        _out.print(f"Drew {save_attention(model, images[0], question, answer, attention)}", markup=False, soft_wrap=True)
+        _out.print(f"Drew {save_attention(model, images[0], question, answer, attention)}")
 
 
 # --- the installation ------------------------------------------------------------------------------
@@ -1326,7 +1375,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a 
     from diffprobe.doctor import describe, examine
 
     found = examine()
-    _out.print(json.dumps(found, indent=2) if as_json else describe(found), markup=False, soft_wrap=True)
+    _out.print(json.dumps(found, indent=2) if as_json else describe(found))
     if any(not package["fine"] for package in found["packages"].values()):
         raise typer.Exit(1)
 
@@ -1340,11 +1389,11 @@ def zoo_list() -> None:
     from diffprobe.zoo import embedded, smollm2
 
     for name, folder, size in embedded():
-        _out.print(f"{name:<12} {size / 1e6:6.1f} MB  {folder}", markup=False, soft_wrap=True)
+        _out.print(f"{name:<12} {size / 1e6:6.1f} MB  {folder}")
     try:
-        _out.print(f"{smollm2.NAME:<12} {'':9}  {smollm2.fetched()}", markup=False, soft_wrap=True)
+        _out.print(f"{smollm2.NAME:<12} {'':9}  {smollm2.fetched()}")
     except ValueError as absent:
-        _out.print(f"{smollm2.NAME:<12} {'':9}  {absent}", markup=False, soft_wrap=True)
+        _out.print(f"{smollm2.NAME:<12} {'':9}  {absent}")
 
 
 @zoo_app.command("fetch")
@@ -1354,7 +1403,7 @@ def zoo_fetch(name: Annotated[str, typer.Argument(help="smollm2.")]) -> None:
 
     if name != smollm2.NAME:
         raise ValueError(f"{name!r} cannot be fetched; only {smollm2.NAME} can. Embedded models need no fetching.")
-    _out.print(f"{name} lies in {smollm2.fetch()}", markup=False, soft_wrap=True)
+    _out.print(f"{name} lies in {smollm2.fetch()}")
 
 
 # --- entry ----------------------------------------------------------------------------------------
@@ -1432,7 +1481,7 @@ def _known_failure(error: RuntimeError | MemoryError) -> str | None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"diffprobe: {message}", file=sys.stderr)
+    print(f"diffprobe: {visible(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -7,7 +7,6 @@ one's images are read and the last one's arrays are written.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import math
 import os
@@ -23,12 +22,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffprobe import store
 from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
+from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode
 from diffprobe.data.folder import known_values
@@ -44,7 +42,6 @@ Policy = Literal["raise", "mark", "float32"]
 Pixels = NDArray[np.float32]
 Listener: TypeAlias = Recorder | EncoderRecorder
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_SAY_EVERY = 30.0  # seconds between two lines of a log
 _LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
 _LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
 
@@ -836,7 +833,7 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
     with (
         ThreadPoolExecutor(1) as reading,
         ThreadPoolExecutor(1) as writing,
-        progress_bar(console, "extract", "samples", sum(last - first for first, last in bounds)) as advance,
+        console.progress("extract", "samples", sum(last - first for first, last in bounds)) as advance,
         run.recorder() as recorder,
     ):
         images = [reading.submit(run.load_images, *b) for b in bounds[:1]]
@@ -853,39 +850,6 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             written = writing.submit(_replace, writer, unit, arrays, status)
         if written is not None:
             written.result()
-
-
-@contextlib.contextmanager
-def progress_bar(console: Console, what: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere, where a bar appears once it has ended, a plain line each half minute and at the end.
-
-    Args:
-        unit: what is counted, in the plural.
-        done: how many were complete before.
-
-    Yields:
-        What is called with the number of those that are done besides.
-    """
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn(), TimeRemainingColumn())
-    plain = not (console.is_terminal or console.is_jupyter)
-    said = started = time.perf_counter()
-    before = done
-    with Progress(*columns, console=console, refresh_per_second=2, disable=plain or console.quiet) as bar:
-        task = bar.add_task(what, total=total, completed=done, rate="")
-
-        def advance(count: int) -> None:
-            nonlocal said, done
-            done, now = done + count, time.perf_counter()
-            speed = (done - before) / max(now - started, 1e-9)  # a clock may stand still
-            bar.update(task, advance=count, rate=f"{speed:.1f} {unit}/s")
-            if plain and (done >= total or now - said >= _SAY_EVERY):
-                said, left = now, _duration((total - done) / speed) if speed else "?"
-                console.print(
-                    f"{what}: {done} of {total} {unit}, {speed:.1f} a second, {left} left", soft_wrap=True, highlight=False
-                )
-
-        yield advance
 
 
 def _replace(writer: store.StoreWriter, unit: int, arrays: dict[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:

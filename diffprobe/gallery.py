@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -50,16 +51,31 @@ def _timestep(tree: xr.DataTree, timestep: int | None) -> int:
     return int(tree.attrs["request"]["timesteps"][0]) if timestep is None else timestep
 
 
-def _save(figure: Any, out: Path, name: str, frame: pd.DataFrame, tree: xr.DataTree, alt: str, **options: Any) -> Path:
+def _save(figure: Any, out: Path, name: str, frame: pd.DataFrame, config: Mapping[str, Any], alt: str) -> Path:
+    """Writes the figure of a store or a table, unless that name is a picture of something else."""
+    kept, source = out / f"{name}.json", _source(config)
+    if kept.is_file():
+        was = _source(json.loads(kept.read_text(encoding="utf-8")).get("config", {}))
+        if Path(was).resolve() != Path(source).resolve():
+            raise ValueError(
+                f"{out / name}.png shows {was or 'something else'}; choose another --name or --out for the picture of {source}."
+            )
+    return plotting.save_figure(figure, out, name, frame, config, alt)["png"]
+
+
+def _source(config: Mapping[str, Any]) -> str:
+    return str(config.get("store", config.get("table", "")))
+
+
+def _origin(tree: xr.DataTree, store: str) -> dict[str, Any]:
     request = tree.attrs["request"]
-    config = {
-        **options,
+    return {
+        "store": store,
         "model": request["model"],
         "data": request["dataset"],
         "seed": request["seed"],
         "commit": tree.attrs.get("commit"),
     }
-    return plotting.save_figure(figure, out, name, frame, config, alt)["png"]
 
 
 def pca_figure(
@@ -87,9 +103,8 @@ def pca_figure(
     )
     kept = [c for c in ("site", "sample", "y", "x", "rgb", "value") if c in frame]
     alt = f"{len(ids)} images and, for each of {len(grids)} sites, the first three principal components of its features as colours."
-    return _save(
-        figure, out, name, frame[kept], tree, alt, store=store, samples=ids, timestep=timestep, conditioning=conditioning
-    )
+    config = {**_origin(tree, store), "samples": ids, "timestep": timestep, "conditioning": conditioning}
+    return _save(figure, out, name or f"{Path(store).name}.pca", frame[kept], config, alt)
 
 
 def words_of(text: str) -> list[str]:
@@ -138,52 +153,53 @@ def heatmap_figures(
         figure = plotting.plot_heatmaps(images[number], stacked, title=f"“{text}”   timestep {timestep}")
         frame = stacked.rename("attention").to_dataframe().reset_index()[["word", "y", "x", "attention"]]
         alt = f"The image of “{text}” and the cross-attention of the words {', '.join(shown)} laid over it."
-        file_name = name if len(ids) == 1 else f"{name}_{number + 1}"
-        paths.append(
-            _save(
-                figure,
-                out,
-                file_name,
-                frame,
-                tree,
-                alt,
-                store=store,
-                sample=sample_id,
-                timestep=timestep,
-                sites=list(sites),
-                words=shown,
-            )
-        )
+        stem = name or f"{Path(store).name}.heatmaps"
+        config = {**_origin(tree, store), "sample": sample_id, "timestep": timestep, "sites": list(sites), "words": shown}
+        paths.append(_save(figure, out, stem if len(ids) == 1 else f"{stem}_{number + 1}", frame, config, alt))
     if not paths:
         raise StoreError(f"None of the chosen samples' prompts has any of the words {', '.join(words)}.")
     return paths
 
 
-def probe_figures(table: Path, out: Path, name: str) -> list[Path]:
+def _table(path: str, kind: str) -> tuple[pd.DataFrame, str]:
+    """The rows of a table, at a path or a URL, and the name of its pictures."""
+    try:
+        return plotting.read_rows(path), PurePosixPath(path).stem
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"No table at {path}; 'diffprobe probe {kind} STORE' writes one.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no table: {error}.") from error
+
+
+def probe_figures(table: str, out: Path, name: str) -> list[Path]:
     """A site x timestep grid of scores, and curves with intervals, from a table of `diffprobe probe linear`."""
-    if not table.is_file():
-        raise ValueError(f"No table at {table}; 'diffprobe probe linear STORE' writes one.")
-    frame = plotting.read_rows(table)
-    alt = f"Scores of {len(frame)} linear probes by site and timestep, with chance marked."
+    frame, stem = _table(table, "linear")
+    alt = f"Scores of {len(frame)} probes by site and timestep, with chance marked."
     drawn = {"": plotting.plot_probe_grid(frame), "_curves": plotting.plot_probe_curves(frame)}
+    return [_save(figure, out, f"{name or stem}{suffix}", frame, {"table": table}, alt) for suffix, figure in drawn.items()]
+
+
+def localization_figures(table: str, score: str, out: Path, name: str) -> list[Path]:
+    """By site and timestep, against controls and chance, and by head, from a table of `diffprobe probe localization`."""
+    frame, stem = _table(table, "localization")
+    drawn = plotting.localization_figures(frame, score)
+    alt = "Localization scores of maps against masks ({}) with controls, intervals and chance."
     return [
-        plotting.save_figure(figure, out, f"{name}{suffix}", frame, {"table": table.name}, alt)["png"]
+        _save(figure, out, f"{name or stem}_{suffix}", frame, {"table": table}, alt.format(suffix.replace("_", ", ")))
         for suffix, figure in drawn.items()
     ]
 
 
-RESULTS = ("value", "low", "high", "chance", "excess", "excess_low", "excess_high", "n", "n_groups", "seed")
+RESULTS = ("value", "low", "high", "chance", "excess", "excess_low", "excess_high", "n", "n_groups", "seed", "reason")
 
 
-def similarity_figure(table: Path, measure: str, out: Path, name: str) -> Path:
+def similarity_figure(table: str, measure: str, out: Path, name: str) -> Path:
     """From a table of `diffprobe probe similarity`: matrices where timesteps or sites are compared two by two, else curves.
 
     Returns:
         The PNG's path; PDF, CSV and JSON lie beside it.
     """
-    if not table.is_file():
-        raise ValueError(f"No table at {table}; 'diffprobe probe similarity STORE' writes one.")
-    frame = plotting.read_rows(table)
+    frame, stem = _table(table, "similarity")
     if absent := {"measure", "value"} - set(frame):
         raise ValueError(f"{table} is no table of similarities: it has no column {', '.join(sorted(absent))}.")
     if measure and measure not in set(frame["measure"]):
@@ -207,4 +223,4 @@ def similarity_figure(table: Path, measure: str, out: Path, name: str) -> Path:
     alt = (
         f"Similarity of features ({', '.join(dict.fromkeys(frame['measure']))}) by site, {len(frame)} comparisons, with chance."
     )
-    return plotting.save_figure(figure, out, name, frame, {"table": table.name}, alt)["png"]
+    return _save(figure, out, name or stem, frame, {"table": table}, alt)

@@ -48,15 +48,15 @@ import scipy.stats
 import torch
 import xarray as xr
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.images import fit_image
 from diffprobe.data.samples import Dataset, iterate
-from diffprobe.extraction import NotFiniteError, progress_bar
+from diffprobe.extraction import NotFiniteError
 from diffprobe.models import DiffusionModel, EncodedText, load_model, quiet, resolve, weights_hash
 from diffprobe.noise import sample_noise
 from diffprobe.probes.alignment import TextMap, fit_text_map
@@ -469,7 +469,7 @@ def alignment_score(
     45
     """
     console = Console(stderr=True, quiet=not progress)
-    tell = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
+    tell = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
     benchmark = load_benchmark(data) if isinstance(data, str) else data
     model = load_model(model) if isinstance(model, str) else model
     _check_arguments(model, benchmark, scores, timesteps, draws, prune)
@@ -590,12 +590,12 @@ def _save(table: xr.Dataset, out: Path) -> None:
 
 
 def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
-    """The items to do, under a progress bar; the first one's time gives the forecast."""
-    with progress_bar(console, "score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
+    """The items to do, with progress; the first one's time gives the forecast."""
+    with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
         for number, index in enumerate(pending):
             started = time.perf_counter()
             yield index
             advance(1)
             if number == min(1, len(pending) - 1):  # the first item also pays for what is done once
                 minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
-                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", highlight=False)
+                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", soft_wrap=True)

@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -28,8 +29,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
+
+from diffprobe.console import visible
 
 P = ParamSpec("P")
 
@@ -95,6 +99,7 @@ def style() -> Iterator[None]:
         "axes.prop_cycle": matplotlib.rcsetup.cycler(color=OKABE_ITO),
         "image.interpolation": "nearest",
         "pdf.fonttype": 42,  # text stays text
+        "text.parse_math": False,  # a dollar in a caption is a dollar
     }
     with matplotlib.rc_context(look):
         yield
@@ -138,7 +143,10 @@ def save_figure(
         raise ValueError(f"A figure's name is a plain file stem; got {name!r}. Give the folder as `folder`.")
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}
-    with style():
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; the rows have the words
+        for label in figure.findobj(Text):
+            label.set_text(visible(label.get_text()))
         figure.savefig(paths["png"], metadata={"Software": None})
         # the PDF keeps the picture's layout; computing it again costs most of the time
         engine = figure.get_layout_engine()
@@ -148,7 +156,7 @@ def save_figure(
     frame.to_csv(paths["csv"], index=False, lineterminator="\n")
     sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": package_versions()}
     text = json.dumps(sidecar, indent=2, sort_keys=True, default=_plain, ensure_ascii=False)
-    paths["json"].write_text(text + "\n", encoding="utf-8")
+    paths["json"].write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a name can be no text
     return paths
 
 

@@ -58,8 +58,8 @@ def bootstrap_interval(
     _check_level(level)
     if rows.size < 2:
         return np.nan, np.nan
-    if np.ptp(rows) == 0:
-        return float(rows[0]), float(rows[0])
+    if np.ptp(rows) <= 1e-13 * np.abs(rows).max():  # equal but for rounding, of which BCa's skewness is not a number
+        return float(rows.min()), float(rows.max())
     result = scipy.stats.bootstrap(
         (rows,),
         np.mean,
@@ -148,7 +148,8 @@ def paired_permutation_test(
         differences = _cluster_sums(differences, clusters)
     flat = differences[:, 0]
     n = flat.size
-    observed = abs(flat.sum()) * (1 - 1e-12) - 1e-14  # rounding must not hide a tie with the observed pattern
+    # rounding must not hide a tie with the observed pattern; it grows with the terms, not with what is left of their sum
+    observed = abs(flat.sum()) - 1e-12 * np.abs(flat).sum()
     if 2**n <= n_resamples:
         patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
         return mean, float(np.mean(np.abs((2 * patterns - 1) @ flat) >= observed))

@@ -8,6 +8,7 @@ axis or head could not be seen.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -276,6 +277,30 @@ def language() -> Callable[..., Any]:
 def fresh_language() -> Callable[..., Any]:
     """`fresh_language(words, width)`: a language model that a test may train."""
     return build_language
+
+
+@pytest.fixture
+def follow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[str], list[str]]:
+    """Types what a command suggests next, each of which must run as it stands; gives their outputs."""
+    from diffprobe.cli import main
+
+    def typed(output: str) -> list[str]:
+        monkeypatch.chdir(tmp_path)
+        suggested = [line.strip() for line in output.partition("Next:\n")[2].splitlines() if line.startswith("  ")]
+        assert suggested, output
+        outputs = []
+        for line in suggested:
+            words = shlex.split(line)
+            assert words[0] == "diffprobe" and not {word for word in words if word.isupper()}, line
+            monkeypatch.setattr(sys, "argv", words)
+            try:
+                main()
+            except SystemExit as stop:
+                assert not stop.code, (line, capsys.readouterr().err)
+            outputs.append(capsys.readouterr().out)
+        return outputs
+
+    return typed
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,17 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas as pd
 import pytest
 import zarr
 from PIL import Image
 
-from diffprobe.cli import main
+from diffprobe.cli import _table_place, main
 from diffprobe.conditioning import parse_conditionings
 from diffprobe.plotting import read_rows
 
@@ -174,11 +176,11 @@ def test_unreadable_images_are_tried_again_by_the_command_that_info_names(run: R
 
 
 def test_progress_is_plain_lines_in_a_log(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffprobe.extraction._SAY_EVERY", 0.0)
+    monkeypatch.setattr("diffprobe.console.LINE_SECONDS", 0.0)
     arguments = ("--model", tiny_folder, "--data", "shapes:70", "--sites", "Noised-Latent", "-t", "50", "-c", "null")
     _, _, errors = run("extract", *arguments, "-o", tmp_path / "s.zarr")
     lines = [line for line in errors.splitlines() if line.startswith("extract: ")]
-    assert len(lines) > 1 and lines[-1].startswith("extract: 70 of 70 samples, ") and lines[-1].endswith(" a second, 0 s left")
+    assert len(lines) > 1 and lines[-1].startswith("extract: 70 of 70 samples, ")
     assert "\x1b" not in errors and "\u2501" not in errors
 
 
@@ -203,6 +205,108 @@ def test_what_is_said_of_a_stopped_command_is_true(
     assert (code, "is kept" in errors) == (130, kept) and errors.startswith("diffprobe: Stopped.")
 
 
+@pytest.fixture(scope="module")
+def unusual(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A store without places, null or caption, with guided features, and one word that no file name should have."""
+    from diffprobe.extraction import extract
+    from diffprobe.models import load_model
+
+    out = tmp_path_factory.mktemp("un usual") / "[red] $x$ it's.zarr"
+    extract(
+        load_model(str(tiny_folder)), "shapes:40?objects=1", out, sites=SITES.split(","), timesteps=[50], reduce="mean",
+        conditionings=["null", "caption", "fixed:a red star"], guidance=[1.5, 4.0], progress=False,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "linear --label size --jobs 1",
+        "knn --label size --jobs 1 --k 3 --sites U-L1-R1-B0-Cross-Q",
+        "similarity --between conditioning --sites U-L1-R1-B0-Cross-Q",
+        "similarity --between guidance --sites U-L1-R1-B0-Cross-Q",
+        "similarity --between site",
+    ],
+)
+def test_what_a_probe_suggests_runs(run: Run, follow: Callable[[str], list[str]], unusual: Path, command: str) -> None:
+    name, *options = command.split()
+    code, output, errors = run("probe", name, unusual, *options)
+    assert (code, errors) == (0, "")
+    assert "Drew figures/[red] $x$ it's.zarr." in follow(output)[0]
+
+
+def test_what_else_is_suggested_runs(
+    run: Run, follow: Callable[[str], list[str]], recorded: Path, unusual: Path, tmp_path: Path
+) -> None:
+    _, output, _ = run("probe", "similarity", recorded, "--between", "store", "--other", unusual, "-o", tmp_path / "two.csv")
+    follow(output)
+    for of in ("attention", "difference"):
+        code, output, errors = run("probe", "localization", recorded, "--of", of, "-o", tmp_path / f"{of}.csv")
+        assert (code, errors) == (0, ""), of
+        assert "Drew figures/" in follow(output)[0]
+    shard = next(p for p in (unusual / SITES.split(",")[0]).rglob("c/*") if p.is_dir())
+    kept = {path: path.read_bytes() for path in shard.rglob("*") if path.is_file()}
+    for path in kept:
+        path.unlink()
+    assert "faulty units computed again" in follow(run("verify", unusual)[1])[0]
+    code, output, errors = run("leakage", "report", unusual)
+    assert code == 2 and "is no folder that 'diffprobe leakage run' filled" in errors and str(unusual) + "'" not in errors
+
+
+def test_a_picture_of_something_else_is_not_overwritten(run: Run, recorded: Path, tmp_path: Path) -> None:
+    tables = [tmp_path / name for name in ("one.csv", "two.csv")]
+    for table in tables:
+        assert run("probe", "linear", recorded, "--label", "size", "--out", table, "--jobs", "1")[0] == 0
+        assert run("plot", "probe", table, "--out", tmp_path / "figures")[0] == 0
+    names = {path.name for path in (tmp_path / "figures").glob("*.png")}
+    assert names == {"one.png", "one_curves.png", "two.png", "two_curves.png"}
+    before = (tmp_path / "figures" / "one.json").read_bytes()
+    for command in (("probe", tables[1]), ("pca", recorded, "--count", "1")):
+        code, _, errors = run("plot", *command, "--out", tmp_path / "figures", "--name", "one")
+        assert code == 2 and f"one.png shows {tables[0]}; choose another --name or --out" in errors
+    assert (tmp_path / "figures" / "one.json").read_bytes() == before
+    assert run("plot", "probe", tables[0], "--out", tmp_path / "figures", "--name", "one")[0] == 0, "the same anew"
+    (tmp_path / "figures" / "one.json").write_text('{"config": {"seed": 0}}')
+    code, _, errors = run("plot", "probe", tables[0], "--out", tmp_path / "figures")
+    assert code == 2 and "one.png shows something else" in errors
+
+
+def test_a_table_can_lie_at_a_url(
+    run: Run, follow: Callable[[str], list[str]], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = "memory://tables/t.csv"
+    code, output, errors = run(
+        "probe", "linear", recorded, "--label", "size", "--jobs", "1", "--sites", SITES.split(",")[0], "--out", place
+    )
+    assert (code, errors) == (0, "") and place in output
+    assert "Drew figures/t.png" in follow(output)[0]
+    with fsspec.open("memory://tables/t.json") as origin:
+        assert json.load(origin)["store"] == recorded.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures"], "no folder memory:"
+    assert _table_place("", "s3://bucket/a.zarr/", "linear") == "s3://bucket/a.zarr.linear.csv"
+
+
+def test_places_are_checked_before_the_work(run: Run, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffprobe.store.features", lambda *_, **__: pytest.fail("too late"))
+    Path("file").touch()
+    for out, words in ((tmp_path, "cannot be a table"), ("t.json", "cannot be a table"), ("file/t.csv", "file: File exists")):
+        for probe in ("linear", "similarity", "localization", "correspondence"):
+            code, _, errors = run("probe", probe, recorded, "--out", out)
+            assert code == 2 and words in errors, (probe, out, errors)
+    for command in (
+        ("plot", "pca", recorded, "--out", "s3://bucket/figures"),
+        ("mllm", "train", "--out", "s3://bucket/figures"),
+        ("probe", "alignment", "-o", "file:///tmp/x.nc"),
+        ("leakage", "report", "s3://bucket/figures"),
+    ):
+        code, _, errors = run(*command)
+        assert code == 2 and " is a URL; stores" in errors and errors.count("\n") == 1, errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
 def test_probe_and_plots(run: Run, recorded: Path, tmp_path: Path) -> None:
     table = tmp_path / "probe.csv"
     code, output, _ = run("probe", "linear", recorded, "--label", "size,n_objects", "--out", table, "--jobs", "1")
@@ -221,7 +325,7 @@ def test_probe_and_plots(run: Run, recorded: Path, tmp_path: Path) -> None:
         code, output, errors = run(*command, "--out", tmp_path / "figures")
         assert (code, errors) == (0, "")
         assert "Drew" in output
-    for name in ("probe", "probe_curves", "pca", "heatmaps"):
+    for name in ("probe", "probe_curves", "scenes.zarr.pca", "scenes.zarr.heatmaps"):
         with Image.open(tmp_path / f"figures/{name}.png") as image:
             assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "an empty picture"
         assert json.loads((tmp_path / f"figures/{name}.json").read_text())["alt"]

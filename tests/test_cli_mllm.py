@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,11 @@ from diffprobe.data import ShapesDataset
 
 
 def test_train_judge_and_ask(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    follow: Callable[[str], list[str]],
 ) -> None:
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["diffprobe", "mllm", *map(str, arguments)])
@@ -30,7 +35,9 @@ def test_train_judge_and_ask(
     code, said, _ = run(*train, "--steps", "1,2", "--dry-run")
     assert code == 0 and "stage 2, shapes-instruct-0: 2 steps of" in said and not out.exists()
     code, said, _ = run(*train, "--steps", "1,2")
-    assert code == 0 and "stage 2  step 2 of 2" in said and "diffprobe mllm eval" in said
+    assert code == 0 and "stage 2  step 2 of 2" in said
+    monkeypatch.setattr("diffprobe.mllm.judging.DRAWN", ("shapes-mmvp:3",))
+    assert "shapes-mmvp-0" in follow(said)[0]
     code, _, errors = run(*train, "--steps", "1,3")
     assert code == 2 and "steps: the store has 2, you ask for 3" in errors and errors.count("\n") == 1
     code, said, _ = run("eval", out, "-b", "shapes-mmvp:9", "--conditions", "own,text", "--max-new-tokens", "2")

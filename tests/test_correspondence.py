@@ -133,6 +133,27 @@ def test_a_massive_channel_is_disarmed_by_standardising():
     assert standard.value > 0.9 > raw.value + 0.3
 
 
+@pytest.mark.parametrize("level", [0.0, 0.1])
+@pytest.mark.parametrize("standardise", [True, False])
+def test_constant_features_find_no_place_and_say_so(level, standardise):
+    pairs = [
+        pair([(0.1, 0.1)], [(0.02, 0.02)], source="a", target="b"),
+        pair([(0.7, 0.3)], [(0.02, 0.02)], source="b", target="a"),
+    ]
+    table = correspondence(
+        array(np.full((2, 3, 4, 4), level), list("ab")), pairs, alphas=(0.5,), grid=12, standardise=standardise
+    )
+    assert table[["value", "low", "high"]].isna().all().all() and table["reason"].str.startswith("2 of 2 points").all()
+    assert table["chance"].notna().all()
+
+
+def test_a_place_of_zeros_is_like_nothing():
+    source, target = np.ones((2, 1, 1)), np.full((2, 3, 3), -1.0)
+    target[:, 0, 0] = 0
+    target[0, 2, 2] = -0.5  # all others point away exactly
+    np.testing.assert_allclose(match(source, target, np.array([[0.5, 0.5]]), grid=3), [[2.5 / 3, 2.5 / 3]])
+
+
 def test_dimensions_tolerances_and_categories_become_rows():
     features, pairs = shifted(count=6)
     both = xr.concat([features, features[:, :, :, ::-1]], "timestep").assign_coords(timestep=[10, 500])

@@ -6,10 +6,13 @@ import importlib.resources
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -39,6 +42,44 @@ def test_the_types_are_shipped() -> None:
     assert "py.typed" in shipped
     names = set(diffprobe.__all__)
     assert names == set(diffprobe._HOMES) and names <= set(dir(diffprobe))
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_works_without_checkout_and_git(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    shutil.copytree(ROOT / "diffprobe", tmp_path / "source" / "diffprobe", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", "."]
+    subprocess.run([*build, "./source"], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("diffprobe-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    shutil.rmtree(tmp_path / "source")
+    files = [path.relative_to(ROOT) for path in (ROOT / "diffprobe").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert [str(path) for path in files if not (tmp_path / "site" / path).is_file()] == []
+    code = """
+import sys
+import diffprobe
+from diffprobe.cli import main
+from diffprobe.store import code_commit
+
+assert diffprobe.__file__.startswith(sys.path[1]), diffprobe.__file__
+assert code_commit() is None
+for words in (["zoo", "list"], ["report", "--help"], ["reproduce", "--list"]):
+    sys.argv = ["diffprobe", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        print(words[0], stop.code)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in done.stdout and "report 0" in done.stdout and "reproduce 2" in done.stdout
+    assert done.stderr.startswith("diffprobe: ") and done.stderr.count("\n") == 1, "the experiments lie in the checkout"
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -94,6 +135,49 @@ def test_help_fits_a_screen_and_every_command_a_line() -> None:
     ]
     known = {words[0] for words, _ in docs.commands()}
     assert {line.split()[0] for line in body} == known, "a description runs over its line"
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What `--help` of every command and group prints, by one process that answers as many would."""
+    words = [list(words) for words, _ in docs.commands()]
+    groups = {tuple(one[:length]) for one in words for length in range(len(one))}
+    code = f"""
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from diffprobe.cli import main
+
+said = {{}}
+for words in {[*words, *map(list, groups)]!r}:
+    sys.argv = ["diffprobe", *words, "--help"]
+    with redirect_stdout(StringIO()) as out:
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, words
+    said[" ".join(words)] = " ".join(out.getvalue().split())
+print(json.dumps(said))
+"""
+    environment = os.environ | {"TERMINAL_WIDTH": "1000", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+COMMANDS = dict(docs.commands())
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_says_all_that_the_code_says(helps: dict[str, str], words: tuple[str, ...]) -> None:
+    function = COMMANDS[words]
+    said = helps[" ".join(words)]
+    hints = get_type_hints(function, include_extras=True)
+    texts = [inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]]
+    texts += [get_args(hint)[1].help for name, hint in hints.items() if name != "return"]
+    for text in texts:
+        assert " ".join(text.split()) in said, text
+    assert all(" ".join(words[:length]) in helps for length in range(len(words)))
 
 
 def test_the_shell_completes_commands_and_options() -> None:

@@ -273,7 +273,9 @@ def test_one_that_fails_does_not_stop_the_others(folder: Path, tmp_path: Path) -
     assert kept[["id", "figure"]].values.tolist() == [["A0", "tab_more"], ["A1", "fig1_good"]]
 
 
-def test_reproduce_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_reproduce_on_the_command_line(
+    run: Callable[..., tuple[int, str, str]], follow: Callable[[str], list[str]], folder: Path, tmp_path: Path
+) -> None:
     code, output, errors = run("fig1", "tab", "--seed", "2")
     assert (code, errors) == (0, "")
     assert "2 of 2  tab_more" in output
@@ -281,10 +283,11 @@ def test_reproduce_on_the_command_line(run: Callable[..., tuple[int, str, str]],
     assert "[2, 7], n = 6" in output
     assert "  figures/fig1_good_grid.png\n" in output
     assert "diffprobe report figures -o figures/report.html" in output
+    assert "4 figures, 2 claims" in follow(output)[0]
     code, output, _ = run("all", "--smoke")
     assert code == 1
     assert "Failed: fig2_bad: RuntimeError: no [luck] (the traceback is in runs/reproduce/fig2_bad.error.txt)" in output
-    assert "diffprobe reproduce fig2_bad fig3_broken --smoke" in output
+    assert f"diffprobe reproduce fig2_bad fig3_broken --smoke --experiments {folder}\n" in output
     assert json.loads(Path("runs/smoke/fig1_good.json").read_text())["config"]["count"] == 2
     assert json.loads(Path("figures/fig1_good.json").read_text())["config"]["count"] == 6
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffprobe import cli
 from diffprobe.conditioning import assign_prompts, nearest_other, random_words
 from diffprobe.data import BlankDataset, Caption, Sample, load_dataset
 from diffprobe.data.drawn import ShapesDataset
@@ -246,6 +247,17 @@ def test_the_batch_of_a_run_is_asked_for_and_never_timed(
         assert [open_store(path).attrs["batch_rows"] for path in (folder / "stores").glob("*.zarr")] == [rows]
     with pytest.raises(LeakageError, match="batch_rows: the store has 3, you ask for 16"):
         Run(tmp_path / "3", SETTINGS, model=tiny_model, language=language())
+
+
+def test_what_a_run_suggests_runs(
+    finished: Path, follow: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leakage, "run", lambda *_, **__: None)  # all is there
+    monkeypatch.setattr(sys, "argv", ["diffprobe", "leakage", "run", "--out", str(finished)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (said,) = follow(capsys.readouterr().out)
+    assert "Tables and pictures:" in said and (finished / "report" / "scores.csv").exists()
 
 
 def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Linear probes on planted signals, against plain scikit-learn, and their refusals."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,20 @@ from diffprobe.data import fit_masks, iterate, load_dataset
 from diffprobe.data.samples import Sample
 from diffprobe.probes.labels import patch_labels, with_mask_labels
 from diffprobe.probes.linear import GramRidge, LinearModel, fit_probe, stream_probe
-from diffprobe.probes.task import best_choice, pool_features, probe_table, save_table, split_folds
+from diffprobe.probes.task import (
+    FOLDS,
+    Problem,
+    Settings,
+    Turn,
+    _overlap,
+    best_choice,
+    make_row,
+    pool_features,
+    probe_table,
+    run_probes,
+    save_table,
+    split_folds,
+)
 
 N = 200
 COLOURS = np.array(["red", "green", "blue"])
@@ -203,6 +218,12 @@ def test_repeated_sample_ids_stay_together():
     assert fit_probe(features, rng.integers(3, size=60)[ids]).value[0] < 0.65
 
 
+def test_repeated_ids_are_types_of_the_control():
+    features = planted(n=40).isel(timestep=0).assign_coords(sample=np.repeat(np.arange(20), 2))
+    control = Problem.of(features, "colour", "auto", None, None, 0).control.reshape(20, 2)
+    assert (control[:, 0] == control[:, 1]).all() and len(np.unique(control)) > 1
+
+
 def test_folds_are_stratified_and_follow_the_seed():
     target = np.repeat([0, 1, 2], [50, 25, 3])
     folds = split_folds(target, np.arange(78), seed=1)
@@ -302,6 +323,61 @@ def test_workers_have_one_blas_thread(monkeypatch):
 def test_processes_change_nothing():
     features = planted(n=80, timesteps=(1, 2, 3, 4), strength=(2.0, 1.0, 0.5, 0.0))
     pd.testing.assert_frame_equal(fit_probe(features, "colour", n_jobs=2), fit_probe(features, "colour", n_jobs=1))
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    code = f"""
+import os, pathlib, time
+import numpy as np, xarray as xr
+from diffprobe.probes.task import Problem, Settings, run_probes
+
+class Slow:
+    converged = True
+    def choose(self, *arguments):
+        (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()
+        time.sleep(60)
+
+features = xr.DataArray(np.ones((40, 4, 2), np.float32), dims=("sample", "timestep", "channel"))
+problem = Problem.of(features, np.arange(40) % 2, "logistic", None, None, 0)
+run_probes(features, problem, Settings("penalty", (1.0, 2.0), False, 0, 10), Slow, 2)
+"""
+
+    def alive():
+        found = []
+        for path in tmp_path.iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.name), 0)
+                found.append(path.name)
+        return found
+
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        assert within(30, lambda: len(alive()) == 2)
+        parent.kill()
+        parent.wait(10)
+        assert within(10, lambda: not alive()), alive()
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_probe_on_one_core_goes_on():
+    code = """
+import time
+import numpy as np, xarray as xr
+from diffprobe import fit_probe
+x = xr.DataArray(np.random.default_rng(0).normal(size=(40, 3)), dims=("sample", "channel"))
+print(len(fit_probe(x, np.arange(40) % 2, n_jobs=-1)))
+time.sleep(0.7)
+print("here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"LOKY_MAX_CPU_COUNT": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["1", "here"], done.stderr
 
 
 def test_every_combination_is_a_row_and_lazy_arrays_are_read():
@@ -546,6 +622,58 @@ def test_a_table_keeps_its_origin(tmp_path):
     other = {"request": {**attributes["request"], "seed": 1}}
     save_table(frame, tmp_path / "b.csv", "a.zarr", other, {})
     assert json.loads((tmp_path / "b.json").read_text())["request"] != origin["request"]
+
+
+def test_a_row_of_several_turns_speaks_for_all_of_them():
+    features = planted(n=40).isel(timestep=0)
+    problem = Problem.of(features, "colour", "auto", None, None, 0)
+    turns = [
+        Turn(problem.parts(k), problem.target[problem.parts(k)[2]], 10.0**k, (0.1 * k, 0.2 * k), k != 1, k)
+        for k in range(FOLDS)
+    ]
+    row = make_row(problem, Settings("penalty", (1.0,), True, 0, 50), turns, {}, 6)
+    assert row["converged"] is False and row["iterations"] == FOLDS - 1 and row["penalty"] == 100
+    assert (row["control_accuracy"], row["control_train_accuracy"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert row["value"] == 1 and row["n_test"] == 40
+
+
+def test_one_fit_that_did_not_converge_is_remembered():
+    model = LinearModel("logistic")
+    model.converged = False
+    model.fit(np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2, np.ones(40, bool), 10.0)
+    assert not model.converged
+
+
+def test_the_control_is_fitted_on_known_labels_only():
+    seen = []
+
+    class Spy:
+        converged = True
+
+        def choose(self, x, y, train, validation, choices):
+            return choices[0]
+
+        def fit(self, x, y, rows, choice):
+            seen.append(rows)
+            return 0
+
+        def predict(self, x):
+            return np.zeros(len(x), np.int64)
+
+    labels = np.random.default_rng(0).integers(3, size=(40, 4, 4)).astype(float)
+    labels[:, 0] = np.nan  # of every image other patches are unknown in the control than in the task
+    labels[::2, 1] = np.nan
+    features = planted(n=40, side=4).isel(timestep=[0])
+    problem = Problem.of(features, labels, "logistic", None, None, 0)
+    run_probes(features, problem, Settings("penalty", (1.0,), True, 0, 20), Spy, 1)
+    assert len(seen) == 2 and (problem.keep != problem.control_keep).any()
+    assert not (seen[0] & ~problem.keep).any() and not (seen[1] & ~problem.control_keep).any()
+
+
+def test_a_class_that_a_resample_lacks_does_not_count_there():
+    truth, images = np.array([0] * 12 + [1, 1]), np.repeat(np.arange(7), 2)  # one image alone has the second class
+    found = _overlap(truth, truth, images, np.array([True, True]), Settings("k", (1,), False, 0, 200))
+    assert found == {"miou": 1.0, "miou_low": 1.0, "miou_high": 1.0}
 
 
 def test_gram_ridge_refuses():

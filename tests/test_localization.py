@@ -561,7 +561,7 @@ def test_command_line(
     assert code == 0 and "lead over wrong word" in output and f"plot localization {table}" in output
     assert len(plotting.read_rows(table)) == 2 * 5 * len(SCORES) and table.with_suffix(".json").exists()
     code, output = run("plot", "localization", table, "--out", tmp_path / "figures")
-    assert code == 0 and (tmp_path / "figures" / "localization_noun.png").exists()
+    assert code == 0 and (tmp_path / "figures" / "t_noun.png").exists()
     code, output = run("probe", "localization", planted_store, "--of", "difference", "--conditioning", "caption:web")
     assert code == 0 and (planted_store.parent / "planted.zarr.localization-difference.csv").exists()
     assert run("probe", "localization", planted_store, "--of", "x") == (

@@ -50,6 +50,18 @@ FIGURES = {
 }
 
 
+def test_captions_of_every_kind_are_drawn_as_they_are(tmp_path):
+    texts = ["costs $5 or $6", r"$\frac{a$", "a\x00red\x07 \x1b[31m star", "نجمة 🌟 星", "a\u2028b\udcff", "[/red] {} %s \\"]
+    figure = plot_heatmaps(pictures()[0][0], heat(texts[:3]), title="\n".join(texts))
+    paths = save_figure(figure, tmp_path, "all", probes(), {"captions": texts}, " ".join(texts))
+    assert json.loads(paths["json"].read_text(encoding="utf-8"))["config"]["captions"] == texts
+    drawn = {text.get_text() for text in figure.findobj(matplotlib.text.Text)}
+    assert not any("\x1b" in text or "\x07" in text for text in drawn)
+    assert r"$\frac{a$" in drawn and not any(
+        text.get_parse_math() for text in figure.findobj(matplotlib.text.Text) if "$" in text.get_text()
+    )
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_saved_twice_the_bytes_are_equal_and_something_is_drawn(name, tmp_path):
     frame = probes()

@@ -9,6 +9,7 @@ import xarray as xr
 from sklearn.neighbors import NearestNeighbors
 
 from diffprobe.probes.similarity import (
+    MEASURES,
     cka,
     cosines,
     jackknife_interval,
@@ -302,6 +303,48 @@ def test_samples_without_pair_or_side_are_left_out(gap):
     np.testing.assert_array_equal(first, both[:1])
     np.testing.assert_array_equal(second, both[1:2])
     assert first["sample"].values.tolist() == [7]
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, -7.3])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_constant_features_have_no_similarity_and_say_why(level, measure):
+    constant, other = maps(np.full((30, 1, 3, 2, 2), level)), maps(normal(30, 1, 3, 2, 2))
+    for pair in ((constant, other), (other, constant), (constant, constant)):
+        (row,) = similarity(*pair, measures=measure, k=3).to_dict("records")
+        if measure == "cosine" and level:  # of the raw vectors a constant is one like any other
+            assert np.isfinite(row["value"]) and row["reason"] == ""
+        elif measure == "cosine_standardised" and pair[0] is not pair[1]:
+            assert np.isfinite(row["value"]) and row["reason"] == "", "the other side's spread gives the channels a scale"
+        else:
+            assert np.isnan([row[name] for name in ("value", "low", "high", "chance", "excess")]).all(), row
+            assert row["reason"], row
+    assert similarity(other, other, measures=measure, k=3)["reason"].tolist() == [""]
+
+
+def test_a_vector_of_zeros_has_no_direction():
+    x, y = normal(12, 1, 3, 2, 2), normal(12, 1, 3, 2, 2)
+    x[4, 0, :, 0, 1] = 0  # one position of four
+    y[4, 0, :, 1, 1] = 0
+    own, met = cosines(maps(x).isel(timestep=0), maps(y).isel(timestep=0))
+    flat = [v[:, 0].transpose(0, 2, 3, 1).reshape(12, 4, 3) for v in (x, y)]
+    unit = [v / np.where((n := np.linalg.norm(v, axis=2, keepdims=True)) > 0, n, np.nan) for v in flat]
+    assert own == pytest.approx(np.nanmean((unit[0] * unit[1]).sum(2), axis=1))
+    pairs = [(unit[0][4] * unit[1][j]).sum(1) for j in range(12) if j != 4]
+    pairs += [(unit[0][j] * unit[1][4]).sum(1) for j in range(12) if j != 4]
+    assert met[4] == pytest.approx(np.nanmean(pairs))
+    x[4] = 0
+    row = similarity(maps(x), maps(y), measures="cosine").iloc[0]
+    assert np.isnan(row["value"]) and row["reason"].startswith("1 of 12 samples have no cosine")
+
+
+def test_neighbours_that_nothing_tells_apart_are_none():
+    x = normal(12, 4)
+    x[5] = 0
+    shares = mutual_knn(x, x, 3)
+    assert np.isnan(shares[5]) and (np.delete(shares, 5) == 1).all()
+    assert np.isnan(mutual_knn(np.eye(6), normal(6, 3), 2)).all(), "every other is equally near"
+    assert np.isnan(mutual_knn(x, normal(12, 4), 11)).all(), "k takes the one without direction too"
+    assert (mutual_knn(np.ones((6, 2)), normal(6, 3), 5) == 1).all(), "all others are neighbours, whatever the order"
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -133,3 +133,50 @@ def test_wilson_refuses_what_is_no_share():
         stats.wilson_interval(5, 4)
     with pytest.raises(ValueError, match="0 of 0"):
         stats.wilson_interval(0, 0)
+
+
+def test_ties_of_the_paired_test_survive_rounding_at_every_scale():
+    # only all pluses and all minuses reach the sum, whose terms round differently in every order
+    assert stats.paired_permutation_test([0.6, 0.3, 0.6, 0.3], np.zeros(4)) == (pytest.approx(0.45), 0.125)
+    for scale in (1e-17, 1.0, 1000.1, 1e15):
+        differences = scale * np.array([0.6, 0.3, 0.6, 0.3])
+        assert stats.paired_permutation_test(differences, np.zeros(4))[1] == 0.125, scale
+        cancelled = scale * np.array([0.1, 0.2, -0.3, 0.7, -0.7])
+        assert stats.paired_permutation_test(cancelled, np.zeros(5))[1] == 1.0, scale
+        drawn = np.tile(scale * np.array([0.1, 0.2, -0.3]), 8)
+        assert stats.paired_permutation_test(drawn, np.zeros(24), n_resamples=99)[1] == 1.0, scale
+
+
+def test_values_that_differ_by_rounding_have_an_interval():
+    values = 1 - np.spacing(1.0) * np.array([0, 1, 0, 0, 0, 1, 0, 0, 0, 0])
+    low, high = stats.bootstrap_interval(values)
+    assert 1 - 1e-15 <= low <= high <= 1
+    assert stats.bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+    assert stats.bootstrap_interval([0.0] * 9) == (0.0, 0.0)
+
+
+def test_equal_scores_differ_by_nothing_however_many():
+    for n in (5, 40):
+        assert stats.paired_permutation_test(np.ones(n), np.ones(n)) == (0.0, 1.0)
+
+
+def test_all_patterns_are_visited_up_to_the_number_of_resamples():
+    assert stats.paired_permutation_test([3, 4, 5, 6], np.ones(4), n_resamples=16) == (3.5, 0.125)
+    assert stats.paired_permutation_test([3, 4, 5, 6], np.ones(4), n_resamples=15)[1] * 16 % 1 == 0, "drawn: a share of 16"
+
+
+def test_a_p_value_of_zero_is_one():
+    assert stats.holm([0.0, 0.5]).tolist() == [0.0, 0.5]
+
+
+def test_a_resample_without_a_value_is_left_out():
+    columns = np.c_[[1.0, 0, 0, 0], [1.0, 0, 0, 1]]  # a third of the resamples has nothing to divide by
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = stats.bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1])
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_drawn_signs_follow_the_seed():
+    a, b = np.random.default_rng(0).normal(size=(2, 30))
+    found = [stats.paired_permutation_test(a, b, seed=seed, n_resamples=500)[1] for seed in (0, 0, 1, 2, 3)]
+    assert found[0] == found[1] and len(set(found)) > 1

@@ -266,3 +266,12 @@ def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(
     monkeypatch.setattr(store, "__file__", str(places["checkout"] / "diffprobe" / "store.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert store.code_commit() is None, "no git on this machine"
+
+
+def test_maps_are_enlarged_with_pixel_centres_in_place():
+    coarse = xr.DataArray(np.array([[[[0.0, 1.0], [0.0, 1.0]]]], np.float32), dims=("sample", "timestep", "y", "x"))
+    fine = store._resize(coarse, 4, 4)
+    # the fine cells' centres lie at -.25, .25, .75 and 1.25 coarse cells from the first centre
+    np.testing.assert_allclose(fine.values[0, 0], np.tile([0.0, 0.25, 0.75, 1.0], (4, 1)), atol=1e-6)
+    wide = store._resize(coarse.transpose("sample", "timestep", "x", "y").rename(x="y", y="x"), 6, 2)
+    np.testing.assert_allclose(wide.values[0, 0, :, 0], [0, 0, 1 / 3, 2 / 3, 1, 1], atol=1e-6)

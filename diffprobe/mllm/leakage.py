@@ -601,6 +601,8 @@ def read_texts(folder: str | Path, tests: Sequence[Test] | None = None) -> pd.Da
     """
     paths = [Path(folder) / "texts" / f"{t.slug}.csv" for t in tests] if tests is not None else [Path(folder) / "texts.csv"]
     if absent := [path for path in paths if not path.exists()]:
+        if not (Path(folder) / "request.json").exists():
+            raise LeakageError(f"{folder} is no folder that 'diffprobe leakage run' filled; its --out names one.")
         raise LeakageError(
             f"{absent[0]} does not exist: 'diffprobe leakage run --out {folder}' makes it, and goes on where it was cut off."
         )

@@ -17,6 +17,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from diffprobe.data.keypoints import KeypointPair
+from diffprobe.probes.similarity import ROUNDING, standardised
 from diffprobe.probes.task import SPACE, combinations
 from diffprobe.stats import bootstrap_interval, wilson_interval
 
@@ -55,7 +56,8 @@ def correspondence(
         The coordinates of the dimensions in between, per ("point" or "image"), category ("all" or one), alpha, value,
         low, high, chance (a random position of the image), chance_box (a random position of the object's box:
         what one gets who finds the object and not the part), position (the source's coordinates) with position_low
-        and position_high, n (points or pairs), n_groups, seed.
+        and position_high, n (points or pairs), n_groups, seed, and the reason where value is NaN because some point has
+        no nearest place.
 
     Raises:
         ValueError: no pair's images are among the samples, missing dimensions, or non-finite features.
@@ -82,7 +84,7 @@ def correspondence(
         found = [match(maps[rows_of[p.source]], maps[rows_of[p.target]], p.source_points, grid) for p in known]
         errors = np.concatenate([_distances(p, guess) / p.box_side for p, guess in zip(known, found, strict=True)])
         for alpha in alphas:
-            points = blind[blind["alpha"] == alpha].assign(right=errors <= alpha)
+            points = blind[blind["alpha"] == alpha].assign(right=np.where(np.isnan(errors), np.nan, errors <= alpha))
             kinds = ["all", *(sorted(set(points["category"])) if by_category else [])]
             for kind in kinds:
                 part = points if kind == "all" else points[points["category"] == kind]
@@ -104,7 +106,7 @@ def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Flo
         grid: Rows and columns of candidates.
 
     Returns:
-        (point, 2), x and y as fractions.
+        (point, 2), x and y as fractions; NaN where the source is zero or all of the target is equally like it.
 
     >>> source = np.eye(4).reshape(4, 2, 2)
     >>> match(source, source[:, :, ::-1], np.array([[0.25, 0.25]]), grid=2)  # what was left is right
@@ -113,20 +115,24 @@ def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Flo
     points = np.asarray(points, np.float64)
     across, down = _weights(points[:, 0], source.shape[2]), _weights(points[:, 1], source.shape[1])
     asked = np.einsum("cyx,py,px->pc", source, down, across, optimize=True)
-    asked /= np.maximum(np.linalg.norm(asked, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    length = np.linalg.norm(asked, axis=1, keepdims=True)
+    asked /= np.where(length > 0, length, 1)
     centres = (np.arange(grid) + 0.5) / grid
     across, down = _weights(centres, target.shape[2]), _weights(centres, target.shape[1])
     wide = target @ across.T  # (channel, y, grid)
-    best, where = np.full(len(asked), -np.inf), np.zeros(len(asked), np.int64)
+    best, worst, where = np.full(len(asked), -np.inf), np.full(len(asked), np.inf), np.zeros(len(asked), np.int64)
     for start in range(0, grid, STRIP):
         strip = (down[start : start + STRIP] @ wide).reshape(len(target), -1)
-        norms = np.maximum(np.linalg.norm(strip, axis=0), np.finfo(np.float64).tiny)
-        likeness = asked @ strip / norms
+        norms = np.linalg.norm(strip, axis=0)
+        cosine = asked @ strip / np.where(norms > 0, norms, 1)
+        likeness = np.where(norms > 0, cosine, -np.inf)  # zeros are like nothing
+        worst = np.minimum(worst, np.where(norms > 0, cosine, np.inf).min(axis=1))
         place = likeness.argmax(axis=1)
         value = likeness[np.arange(len(asked)), place]
         better = value > best
         best[better], where[better] = value[better], place[better] + start * grid
-    return np.stack([centres[where % grid], centres[where // grid]], axis=1)
+    found = np.stack([centres[where % grid], centres[where // grid]], axis=1)
+    return np.where((best - worst > ROUNDING)[:, None], found, np.nan)
 
 
 def _weights(places: Floats, cells: int) -> Floats:
@@ -163,10 +169,11 @@ def _scores(points: pd.DataFrame, per: str, seed: int) -> dict[str, Any]:
     if per == "image":
         rows = rows.assign(pair=points["pair"]).groupby("pair").agg({**dict.fromkeys(columns, "mean"), "group": "first"})
     means = rows[columns].mean()
-    low, high = _interval(rows["right"], rows["group"], seed)
+    lost = int(points["right"].isna().sum())
+    low, high = (np.nan, np.nan) if lost else _interval(rows["right"], rows["group"], seed)
     position_low, position_high = _interval(rows["position"], rows["group"], seed)
     return {
-        "value": float(means["right"]),
+        "value": np.nan if lost else float(means["right"]),
         "low": low,
         "high": high,
         "chance": float(means["chance"]),
@@ -177,6 +184,7 @@ def _scores(points: pd.DataFrame, per: str, seed: int) -> dict[str, Any]:
         "n": len(rows),
         "n_groups": rows["group"].nunique(),
         "seed": seed,
+        "reason": f"{lost} of {len(points)} points have no nearest place: the features are zero or constant" if lost else "",
     }
 
 
@@ -193,7 +201,4 @@ def _maps(block: xr.DataArray, standardise: bool) -> Floats:
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).any(axis=(1, 2, 3)).sum())
         raise ValueError(f"{bad} of {len(values)} samples are not finite; select the finished samples first.")
-    if not standardise:
-        return values
-    scale = values.std(axis=(0, 2, 3), keepdims=True)
-    return np.asarray((values - values.mean(axis=(0, 2, 3), keepdims=True)) / np.where(scale > 0, scale, 1))
+    return standardised(values, axis=(0, 2, 3)) if standardise else values

@@ -30,6 +30,7 @@ BETWEEN = ("pair", "conditioning", "guidance", "timestep", "site", "store")
 
 BATCH = 1024  # rows of one Gram matrix: 8 MB, and an exact result for stores up to this size
 FEWEST = 5  # the unbiased estimator needs four rows, and the jackknife leaves one out
+ROUNDING = 1e-14  # cosines that differ by less are equal
 _ONE = 1 - 1e-15  # Fisher's z of 1 is infinite
 
 
@@ -97,7 +98,8 @@ def similarity(
     Returns:
         One row per comparison and measure.  A coordinate that both sides share stands once (timestep), one that
         differs twice (timestep_a, timestep_b); then measure, value, low, high (95%), chance, excess (value minus
-        chance) with excess_low and excess_high where chance was itself measured, n (samples), n_groups, seed.
+        chance) with excess_low and excess_high where chance was itself measured, n (samples), n_groups, seed, and the
+        reason where a value is NaN because the measure is not defined there.
 
     Raises:
         ValueError: For an unknown measure, no samples in common, or too few.
@@ -124,19 +126,24 @@ def similarity(
     rows = []
     for place, a, b, members in _comparisons(first, other, along, ids):
         for measure in chosen:
-            if measure.startswith("cosine"):
-                found = _cosine_row(a, b, members, measure == "cosine_standardised", seed)
-            elif measure == "mutual_knn":
-                x, y = _matrix(a, pool), _matrix(b, pool)
-                overlap = mutual_knn(x, y, k)
-                low, high = bootstrap_interval(overlap, members if len(np.unique(members)) < len(members) else None, seed=seed)
-                found = _row(float(overlap.mean()), low, high, k / (len(x) - 1))
-            else:
-                estimate = _cka_of(_blocks(a, b, members, batch, pool, seed), unbiased=measure == "cka")
-                found = _row(estimate.value, estimate.low, estimate.high, estimate.chance)
-            counts = {"n": a.sizes["sample"], "n_groups": len(np.unique(members)), "seed": seed}
+            reason = ""
+            try:
+                if measure.startswith("cosine"):
+                    found = _cosine_row(a, b, members, measure == "cosine_standardised", seed)
+                elif measure == "mutual_knn":
+                    found = _neighbour_row(_matrix(a, pool), _matrix(b, pool), members, k, seed)
+                else:
+                    estimate = _cka_of(_blocks(a, b, members, batch, pool, seed), unbiased=measure == "cka")
+                    found = _row(estimate.value, estimate.low, estimate.high, estimate.chance)
+            except UndefinedError as error:
+                found, reason = _row(np.nan, np.nan, np.nan, np.nan), str(error)
+            counts = {"n": a.sizes["sample"], "n_groups": len(np.unique(members)), "seed": seed, "reason": reason}
             rows.append({**place, "measure": measure, **found, **counts})
     return pd.DataFrame(rows)
+
+
+class UndefinedError(ValueError):
+    """Features of which a measure says nothing: a vector of zeros has no direction, equal rows have no nearest one."""
 
 
 def split_pairs(both: xr.DataArray, pair: str = "pair", side: str = "side") -> tuple[xr.DataArray, xr.DataArray]:
@@ -190,8 +197,9 @@ def cosines(a: xr.DataArray, b: xr.DataArray, *, standardise: bool = False, grou
         groups: One id a sample; samples of one group are not each other's strangers.
 
     Returns:
-        (2, sample): with its own partner, and the mean with the partners of all samples outside its group (NaN when
-        there are none).  Every stranger is met, so no random shuffle enters.
+        (2, sample): with its own partner, and the mean with the partners of all samples outside its group.  Every
+        stranger is met, so no random shuffle enters.  Positions where a side is zero have no cosine and are left out;
+        NaN where none is left, or there is no stranger.
 
     >>> a = xr.DataArray([[1.0, 0.0], [0.0, 1.0]], dims=("sample", "channel"))
     >>> cosines(a, a).tolist()
@@ -201,25 +209,42 @@ def cosines(a: xr.DataArray, b: xr.DataArray, *, standardise: bool = False, grou
     if x.shape != y.shape:
         raise ValueError(f"Cosines need features of one shape (position, channel); got {x.shape[1:]} and {y.shape[1:]}.")
     if standardise:
-        both = np.stack([x, y])
-        scale = both.std(axis=(0, 1, 2))
-        x, y = ((v - both.mean(axis=(0, 1, 2))) / np.where(scale > 0, scale, 1) for v in (x, y))
-    x, y = (v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), np.finfo(np.float32).tiny) for v in (x, y))
+        x, y = standardised(np.stack([x, y]), axis=(0, 1, 2))
+    lengths = [np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, y)]
+    x, y = (v / np.where(length > 0, length, 1) for v, length in zip((x, y), lengths, strict=True))
+    there = [(length > 0).astype(np.float64) for length in lengths]  # (sample, position, 1): a direction
     index, counts = np.unique(
         np.arange(len(x)) if groups is None else np.asarray(groups), return_inverse=True, return_counts=True
     )[1:]
-    strangers = len(x) - counts[index]
-    # the mean cosine with many is the product with their sum
-    outside = [np.stack([v[index == g].sum(axis=0) for g in range(len(counts))]) for v in (x, y)]
-    others = [(v.sum(axis=0)[None] - part)[index] for v, part in zip((x, y), outside, strict=True)]
-    places = x.shape[1]
-    own = np.einsum("npc,npc->n", x, y) / places
-    met = (np.einsum("npc,npc->n", x, others[1]) + np.einsum("npc,npc->n", others[0], y)) / (2 * places)
-    return np.stack([own, met / np.where(strangers > 0, strangers, np.nan)])
+
+    def sums(a: Floats, b: Floats) -> Floats:
+        """(2, sample): the products of each sample's two sides, and of each with all others' sides."""
+        # the sum of the products with many is the product with their sum
+        outside = [np.stack([v[index == g].sum(axis=0) for g in range(len(counts))]) for v in (a, b)]
+        others = [(v.sum(axis=0)[None] - part)[index] for v, part in zip((a, b), outside, strict=True)]
+        met = np.einsum("npc,npc->n", a, others[1]) + np.einsum("npc,npc->n", others[0], b)
+        return np.stack([np.einsum("npc,npc->n", a, b), met])
+
+    meetings = sums(*there)
+    return sums(x, y) / np.where(meetings > 0, meetings, np.nan)
+
+
+def standardised(values: Floats, axis: tuple[int, ...]) -> Floats:
+    """Mean 0 and deviation 1 along some axes; what is the same everywhere but for rounding becomes zero.
+
+    >>> standardised(np.full((30, 1), 0.1), axis=(0,)).any()
+    np.False_
+    """
+    mean, scale = values.mean(axis=axis, keepdims=True), values.std(axis=axis, keepdims=True)
+    flat = scale <= 1e-13 * np.abs(mean)
+    return np.asarray(np.where(flat, 0, (values - mean) / np.where(flat, 1, scale)))
 
 
 def _cosine_row(a: xr.DataArray, b: xr.DataArray, members: NDArray[Any], standardise: bool, seed: int) -> dict[str, float]:
     own, met = cosines(a, b, standardise=standardise, groups=members)
+    if bare := int(np.isnan(own).sum()):
+        kind = "constant over all samples and positions" if standardise else "zero"
+        raise UndefinedError(f"{bare} of {len(own)} samples have no cosine: their features are {kind} on one side")
     grouped = len(np.unique(members)) < len(members)
     low, high = bootstrap_interval(own, members if grouped else None, seed=seed)
     index, counts = np.unique(members, return_inverse=True, return_counts=True)[1:]
@@ -314,7 +339,7 @@ def _cka_of(blocks: Iterable[tuple[Floats, Floats, NDArray[Any]]], unbiased: boo
         traces.append(np.trace(k) * np.trace(gram) / (len(x) - 1) ** 3)
         n += len(x)
     if min(totals[1:]) <= 0:
-        raise ValueError("CKA needs features that differ between samples; one side is the same in all of them.")
+        raise UndefinedError("CKA needs features that differ between samples; one side is the same in all of them")
     value = _ratio(totals)
     left_out = _ratio(totals[:, None] + np.concatenate(changes, axis=1))
     # under a random matching the mean of tr(K H L H) is tr(KH) tr(LH) / (n - 1), and that of the unbiased sum is 0
@@ -323,7 +348,9 @@ def _cka_of(blocks: Iterable[tuple[Floats, Floats, NDArray[Any]]], unbiased: boo
 
 
 def _gram(x: Floats) -> Floats:
-    centred = x - x.mean(axis=0)  # changes no HSIC, and keeps its digits
+    mean = x.mean(axis=0)
+    centred = x - mean  # changes no HSIC, and keeps its digits
+    centred[:, np.abs(centred).max(axis=0) <= 1e-13 * np.abs(mean)] = 0  # the same everywhere but for rounding
     return np.asarray(centred @ centred.T, np.float64)
 
 
@@ -391,7 +418,8 @@ def mutual_knn(x: ArrayLike, y: ArrayLike, k: int = 10) -> Floats:
         k: Neighbours, fewer than there are rows.
 
     Returns:
-        (row,) shares.
+        (row,) shares; NaN where a side has no nearest neighbours: a row of zeros, fewer than `k` others that are not,
+        or others that are all equally near.
 
     >>> x = np.random.default_rng(0).normal(size=(30, 4))
     >>> mutual_knn(x, -2 * x, 5).mean()
@@ -403,17 +431,36 @@ def mutual_knn(x: ArrayLike, y: ArrayLike, k: int = 10) -> Floats:
     if not 1 <= k < len(first):
         raise ValueError(f"`k` is at least 1 and less than the number of samples, {len(first)}; got {k}.")
     near = [_neighbours(v, k) for v in (first, second)]
-    return np.asarray((near[0][:, :, None] == near[1][:, None, :]).any(axis=2).mean(axis=1))
+    shares = (near[0][:, :, None] == near[1][:, None, :]).any(axis=2).mean(axis=1)
+    return np.where((near[0][:, 0] < 0) | (near[1][:, 0] < 0), np.nan, shares)
 
 
 def _neighbours(x: Floats, k: int) -> NDArray[np.intp]:
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    """(row, k) of the nearest other rows by cosine; -1 where nothing tells them apart."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    unit, empty = x / np.where(length > 0, length, 1), length[:, 0] == 0
     found = []
     for start in range(0, len(unit), BATCH):
         likeness = unit[start : start + BATCH] @ unit.T
+        likeness[:, empty] = -np.inf  # no direction, nobody's neighbour
         likeness[np.arange(len(likeness)), start + np.arange(len(likeness))] = -np.inf
-        found.append(np.argpartition(-likeness, k - 1, axis=1)[:, :k])
+        near = np.argpartition(-likeness, k - 1, axis=1)[:, :k]
+        lowest = np.where(np.isinf(likeness), np.inf, likeness).min(axis=1)
+        level = likeness.max(axis=1) - lowest <= ROUNDING
+        few = np.isinf(np.take_along_axis(likeness, near, axis=1)).any(axis=1)
+        near[empty[start : start + BATCH] | few | (level & (k < len(unit) - 1))] = -1
+        found.append(near)
     return np.concatenate(found)
+
+
+def _neighbour_row(x: Floats, y: Floats, members: NDArray[Any], k: int, seed: int) -> dict[str, float]:
+    overlap = mutual_knn(x, y, k)
+    if bare := int(np.isnan(overlap).sum()):
+        raise UndefinedError(
+            f"{bare} of {len(x)} samples have no nearest neighbours: the features of one side are constant or zero"
+        )
+    low, high = bootstrap_interval(overlap, members if len(np.unique(members)) < len(members) else None, seed=seed)
+    return _row(float(overlap.mean()), low, high, k / (len(x) - 1))
 
 
 # --- from a store ---------------------------------------------------------------------------------

@@ -9,14 +9,19 @@ combinations share one split, so their scores are paired.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import fsspec
 import joblib
 import numpy as np
 import pandas as pd
@@ -26,6 +31,7 @@ from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
+from diffprobe.store import is_remote, write_whole
 
 Task = Literal["logistic", "ridge"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -328,9 +334,27 @@ def run_probes(
     outer = [d for d in features.dims if d not in ("sample", "channel", *SPACE)]
     count = int(np.prod([features.sizes[d] for d in outer]))
     n_jobs = n_jobs if n_jobs is not None else (min(count, joblib.cpu_count()) if count >= 4 else 1)
-    job = joblib.delayed(_fit_combination)
-    jobs = (job(matrix(block), problem, settings, make, place) for place, block in combinations(features, outer))
+    job, parent = joblib.delayed(_fit_in_worker if n_jobs != 1 else _fit_combination), [os.getpid()] * (n_jobs != 1)
+    jobs = (job(*parent, matrix(block), problem, settings, make, place) for place, block in combinations(features, outer))
     return pd.DataFrame(list(joblib.Parallel(n_jobs=n_jobs, backend="loky" if n_jobs != 1 else "sequential")(jobs)))
+
+
+def _fit_in_worker(parent: int, *arguments: Any) -> dict[str, Any]:
+    if os.getpid() != parent:  # joblib stays in this process where it finds one core only
+        _end_with(parent)
+    return _fit_combination(*arguments)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone; joblib's workers would go on for minutes, with nobody to tell."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _fit_combination(
@@ -552,22 +576,29 @@ def probe_table(
 
 def save_table(
     frame: pd.DataFrame, path: str | Path, store: str | Path, attributes: Mapping[str, Any], options: Mapping[str, Any]
-) -> Path:
+) -> str | Path:
     """Writes a table and, beside it as .json, where it comes from: store, request, options, versions.
 
     Args:
+        path: Of the table: a path or an fsspec URL.
         store: Path of the store that the features came from; only its name is kept.
         attributes: The store's own, as `open_store` gives them.
         options: Those of the probe.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False)
     request = attributes.get("request", {})
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     kept = {name: request.get(name) for name in ("model", "revision", "weights", "dataset", "fingerprint")}
     kept["random_weights"] = attributes.get("random_weights")
     versions = {name: importlib.metadata.version(name) for name in ("diffprobe", "numpy", "scikit-learn", "scipy", "xarray")}
     origin = {"store": Path(str(store)).name, "request": digest, **kept, "options": dict(options), "versions": versions}
-    path.with_suffix(".json").write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(str(path), frame.to_csv(index=False))
+    _write(f"{os.path.splitext(path)[0]}.json", json.dumps(origin, indent=2, ensure_ascii=False) + "\n")  # noqa: PTH122  # of a URL too
     return path
+
+
+def _write(path: str, text: str) -> None:
+    if not is_remote(path):
+        write_whole(path, text)
+        return
+    with fsspec.open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)

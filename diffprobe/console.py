@@ -1,0 +1,90 @@
+"""What is said on a terminal or in a log: texts as they are, progress as a bar or as lines.
+
+Most of what is printed is text of others: file names, captions, labels, answers.  The invariant: none of it is read as
+markup, and no control character of it reaches the terminal, where it could move the cursor or retitle the window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_SECONDS = 30.0  # between two lines of progress in a log
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and halves of pairs, from names that are no text
+
+
+def visible(text: str) -> str:
+    r"""The text with its control characters, line breaks and tabs apart, written out.
+
+    >>> print(visible("a \x1b[31mred\x07 star"))
+    a \x1b[31mred\x07 star
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class Console(rich.console.Console):
+    """rich's console for texts of others: no markup, no emoji codes, no colouring by guess, no control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed or stands in a table passes here."""
+        return super().render_str(visible(text), **options)
+
+    @contextlib.contextmanager
+    def progress(self, task: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal; elsewhere, as in the log of a batch job, a line every `LINE_SECONDS` and one at the end.
+
+        Args:
+            task: What is done.
+            unit: What is counted, in the plural.
+            total: How many there are.
+            done: How many an earlier run did.
+
+        Yields:
+            What takes the number of further ones done.
+        """
+        start = told = time.monotonic()
+        count = done
+
+        def rate() -> float:
+            return (count - done) / max(time.monotonic() - start, 1e-9)  # a clock may stand still
+
+        def line() -> None:
+            gone, left = time.monotonic() - start, (total - count) / max(rate(), 1e-9)
+            ahead = f", about {timedelta(seconds=round(left))} left" if done < count < total else ""
+            speed = f"{rate():.3g} {unit}/s, {timedelta(seconds=round(gone))} gone{ahead}"
+            self.print(f"{task}: {count} of {total} {unit}, {speed}", soft_wrap=True)
+
+        shown = self.is_terminal or self.is_jupyter
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self, refresh_per_second=2, disable=self.quiet or not shown
+        ) as bar:  # fmt: skip
+            place = bar.add_task(visible(task), total=total, completed=done, rate="")
+
+            def advance(number: int) -> None:
+                nonlocal count, told
+                count += number
+                bar.update(place, completed=count, rate=f"{rate():.3g} {unit}/s")
+                if not shown and time.monotonic() - told > LINE_SECONDS:
+                    told = time.monotonic()
+                    line()
+
+            yield advance
+        if not shown and count > done:
+            line()
