@@ -300,16 +300,16 @@ def extract(
         return
     if dry_run:
         assert summary.forecast is not None
-        _out.print(describe_forecast(summary.forecast), markup=False)
+        _out.print(describe_forecast(summary.forecast))
         return
-    _out.print(f"{summary.complete} of {summary.samples} samples are in {out} ({summary.seconds:.1f} s).", markup=False)
+    _out.print(f"{summary.complete} of {summary.samples} samples are in {out} ({summary.seconds:.1f} s).")
     _show_skipped(summary.skipped)
     _next(f"diffprobe info {shlex.quote(out)}", *_uses(out))
 
 
 def _show_skipped(skipped: dict[str, str]) -> None:
     for name, reason in list(skipped.items())[:10]:
-        _out.print(f"  left out {name}: {reason}", markup=False)
+        _out.print(f"  left out {name}: {reason}")
     if len(skipped) > 10:
         _out.print(f"  and {len(skipped) - 10} more")
 
@@ -356,21 +356,18 @@ def info(store: StorePath) -> None:
 
     found = store_info(store)
     request = found["request"]
-    _out.print(f"{store}: format {found['format_version']}, {found['bytes_on_disk'] / 1e6:.1f} MB on disk", markup=False)
+    _out.print(f"{store}: format {found['format_version']}, {found['bytes_on_disk'] / 1e6:.1f} MB on disk")
     states = ", ".join(f"{n} {word}" for word, n in found["status"].items())
     _out.print(f"{found['samples']} samples: {states}")
     _out.print(
         f"model {request['model']} ({found['pipeline']}, {found['prediction_type']}), weights {request['weights']}"
         + ("" if found.get("random_weights") is None else f", drawn at random from seed {found['random_weights']}"),
-        markup=False,
     )
     _out.print(
         f"data {request['dataset']} ({request['fingerprint']}), seed {request['seed']}, {request['noise_draws']} noise draw(s)",
-        markup=False,
     )
     _out.print(
         f"timesteps {', '.join(map(str, request['timesteps']))}; conditionings {', '.join(request['conditionings'])}",
-        markup=False,
     )
     table = Table("site", "kind", "dimensions", "size", box=None, pad_edge=False)
     for name, site in found["sites"].items():
@@ -378,7 +375,7 @@ def info(store: StorePath) -> None:
         table.add_row(name, site["kind"], dims, f"{site['bytes'] / 1e6:.1f} MB")
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    _out.print(f"written with {versions}; commit {found['commit'] or 'unknown'}", markup=False)
+    _out.print(f"written with {versions}; commit {found['commit'] or 'unknown'}")
     if STATUS_WORDS[UNREADABLE] in found["status"]:
         _next(f"diffprobe repair {shlex.quote(store)} --retry-unreadable")
 

@@ -33,7 +33,7 @@ from diffprobe.data.folder import known_values
 from diffprobe.data.images import ImageError, UnavailableError, fit_image
 from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
-from diffprobe.models import DiffusionModel, EncodedText, LatentRule, model_name, out_of_memory
+from diffprobe.models import DiffusionModel, EncodedText, LatentRule, kept_name, out_of_memory
 from diffprobe.noise import noise_seed, sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
@@ -617,7 +617,7 @@ def extract(
     """
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
-    tell = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
+    tell = lambda text: console.print(text)  # noqa: E731
     _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     model = load_extractor(model) if isinstance(model, str) else model
@@ -670,7 +670,7 @@ def extract(
             asked = asdict(request)
             if units is not None:
                 asked |= {name: stored[name] for name in ("model", "revision", "dataset")}
-            differences = store.request_differences(stored | {"model": model_name(stored["model"])}, asked)
+            differences = store.request_differences(stored | {"model": kept_name(stored["model"])}, asked)
             if differences:
                 other = "holds another request; give another --out, or match it."
                 other = other if units is None else "was recorded otherwise; nothing was changed in it:"

@@ -34,10 +34,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from diffprobe.data import load_dataset, split_spec
+from diffprobe.data import load_dataset
 from diffprobe.data.drawn import spread
 from diffprobe.data.files import content_digests, inside, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import ImageError, decode_image, read_image
+from diffprobe.data.samples import split_spec
 from diffprobe.data.twins import TwinsDataset
 
 Label = str | int | float

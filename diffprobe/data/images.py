@@ -61,7 +61,7 @@ def stored_size(path: Path) -> tuple[int, int, int]:
                     turned = image.getexif().get(ExifTags.Base.Orientation, 1)
                 return image.width, image.height, turned
     except Exception as error:
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

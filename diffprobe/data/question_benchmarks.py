@@ -51,7 +51,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate, split_spec
+from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate
 from diffprobe.data.benchmarks import (
     Loader,
     _check_columns,
@@ -68,6 +68,7 @@ from diffprobe.data.benchmarks import (
 from diffprobe.data.files import inside, read_text
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import CATEGORIES
+from diffprobe.data.samples import split_spec
 from diffprobe.data.several import several_images
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5

@@ -365,7 +365,9 @@ def truth_grid(scene: Scene | None, cells: int) -> np.ndarray:
     """
     values = (tuple(COLOURS), SHAPES, FILLS, tuple(SIZES), tuple(DIRECTIONS), MARKS)
     grid = np.zeros((4 + sum(map(len, values)), cells, cells), np.float32)
-    for obj in scene.objects if scene else ():
+    if scene is None:
+        return grid
+    for obj in scene.objects:
         x, y = (0.5 + (place - 0.5) * scene.zoom for place in (obj.x, obj.y))
         cell = grid[:, min(cells - 1, int(y * cells)), min(cells - 1, int(x * cells))]
         cell[:4] = 1, x, y, scene.zoom

@@ -183,7 +183,8 @@ class InputEye:
     """
 
     def __init__(self, model: DiffusionModel, site: str, fit: str = "pad") -> None:
-        self.model, self.sites, self.fit = model, (site,), fit
+        self.sites: tuple[str, ...] = (site,)
+        self.model, self.fit = model, fit
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {"weights": self.model.weights_hash(), "site": site, "fit": self.fit, "size": self.model.resolution}
@@ -193,8 +194,7 @@ class InputEye:
             tokens = self.model.encode_text(list(prompts)).embeddings
             side = math.isqrt(tokens.shape[1])
             return {"text": tokens[:, : side * side].transpose(1, 2).unflatten(2, (side, side)).float()}
-        side = self.model.resolution
-        pixels = to_pixels([picture.load() for picture in pictures], (side, side), self.fit)
+        pixels = to_pixels([picture.load() for picture in pictures], self.model.size, self.fit)
         return {"latent": self.model.encode_image(pixels).float()}
 
 
@@ -205,7 +205,7 @@ class TruthEye:
     any other image shows nothing.
     """
 
-    sites = ("truth",)
+    sites: tuple[str, ...] = ("truth",)
 
     def __init__(self, cells: int = 8) -> None:
         self.cells = cells
