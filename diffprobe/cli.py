@@ -368,7 +368,9 @@ ProbeLabel = Annotated[
 ProbeSites = Annotated[str, typer.Option(help="Sites by name, parted by commas; all features by default.")]
 ProbeConditioning = Annotated[str, typer.Option(help="Conditionings, parted by commas; all by default.")]
 ProbePool = Annotated[Pooling, typer.Option(help="Average the places, lay them side by side, or read each on its own.")]
-ProbeOut = Annotated[Path, typer.Option("--out", "-o", help="The table (CSV); beside the store by default.")]
+ProbeOut = Annotated[
+    str, typer.Option("--out", "-o", help="The table (CSV), a path or an fsspec URL; beside the store by default.")
+]
 ProbeSeed = Annotated[int, typer.Option(help="Seed of split, control labels and bootstrap.")]
 ProbeJobs = Annotated[int, typer.Option(help="Worker processes, one thread each; -1 is one a core.")]
 CrossFit = Annotated[
@@ -383,7 +385,7 @@ def probe_linear(
     sites: ProbeSites = "",
     conditioning: ProbeConditioning = "",
     pool: ProbePool = Pooling.mean,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: ProbeSeed = 0,
     jobs: ProbeJobs = -1,
     penalties: Annotated[str, typer.Option(help="Strengths of the squared norm to choose from.")] = "0.1,1,10,100,1000",
@@ -415,7 +417,7 @@ def probe_knn(
     sites: ProbeSites = "",
     conditioning: ProbeConditioning = "",
     pool: ProbePool = Pooling.mean,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: ProbeSeed = 0,
     jobs: ProbeJobs = -1,
     k: Annotated[str, typer.Option("--k", "-k", help="Numbers of neighbours to choose from.")] = "5,20",
@@ -430,7 +432,7 @@ def probe_knn(
 
 
 def _probe(
-    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: Path,
+    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: str,
     options: dict[str, Any], lazy: bool = False,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
@@ -438,7 +440,7 @@ def _probe(
 
     from diffprobe.probes.labels import PREFIX, with_mask_labels
     from diffprobe.probes.task import pool_features, probe_table, save_table
-    from diffprobe.store import features, open_store, site_names
+    from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
     names = _list(sites) or [n for n in site_names(tree) if "features" in tree[n].data_vars]
@@ -457,12 +459,12 @@ def _probe(
 
         frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.{name}.csv")
+    target = out or f"{store.rstrip('/')}.{name}.csv"
     asked = {"probe": name, "label": label, "sites": names, "conditioning": conditioning, "pool": pool.value, **options}
-    save_table(frame, target, store, {str(name): value for name, value in tree.attrs.items()}, asked)
+    save_table(frame, target, store, provenance(tree), asked)
     _show_best(frame)
     _out.print(f"{len(frame)} probes in {target}", markup=False)
-    _next(f"diffprobe plot probe {shlex.quote(str(target))}")
+    _next(f"diffprobe plot probe {shlex.quote(target)}")
 
 
 def _show_best(frame: pd.DataFrame) -> None:
@@ -571,13 +573,13 @@ def probe_similarity(
     groups: Annotated[str, typer.Option(help="A label of samples that belong together, such as pair.")] = "",
     pool: Annotated[Pooling, typer.Option(help="A row is the whole map (flatten) or its mean.")] = Pooling.flatten,
     k: Annotated[int, typer.Option("--k", "-k", help="Neighbours of mutual_knn.")] = 10,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of minibatches and bootstrap.")] = 0,
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
     from diffprobe.probes.similarity import store_similarity
     from diffprobe.probes.task import save_table
-    from diffprobe.store import open_store
+    from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
     options: dict[str, Any] = {
@@ -585,11 +587,11 @@ def probe_similarity(
         "groups": groups or None, "measures": _list(measures), "pool": pool.value, "k": k, "seed": seed,
     }  # fmt: skip
     frame = store_similarity(tree, between, other=open_store(other) if other else None, **options)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.similarity-{between}.csv")
-    origin = {str(name): value for name, value in tree.attrs.items()}
+    target = out or f"{store.rstrip('/')}.similarity-{between}.csv"
+    origin = provenance(tree)
     save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
     _out.print(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}", markup=False, soft_wrap=True)
-    _next(f"diffprobe plot similarity {shlex.quote(str(target))}")
+    _next(f"diffprobe plot similarity {shlex.quote(target)}")
 
 
 @probe_app.command("correspondence")
@@ -606,7 +608,7 @@ def probe_correspondence(
     grid: Annotated[int, typer.Option(help="Rows of the upsampled target map.")] = 96,
     raw: Annotated[bool, typer.Option("--raw", help="Cosines of raw features, not standardised per channel.")] = False,
     by_category: Annotated[bool, typer.Option("--by-category", help="Rows for each category too.")] = False,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
     """Find keypoints of one image in another by their features: PCK per point and per image, with chance."""
@@ -617,18 +619,18 @@ def probe_correspondence(
     from diffprobe.data.spair import read_spair
     from diffprobe.probes.correspondence import correspondence
     from diffprobe.probes.task import save_table
-    from diffprobe.store import features, open_store, site_names
+    from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
-    request = tree.attrs["request"]
+    request = provenance(tree)["request"]
     if spair is not None:
         pairs = read_spair(spair, split, resolution=tuple(request["resolution"]), fit=request["fit"])
     else:
-        dataset = load_dataset(tree.attrs["data"])
+        dataset = load_dataset(provenance(tree)["data"])
         if not isinstance(dataset, TwinsDataset):
             raise ValueError(
                 f"Keypoints are known for drawn twins (shapes-winoground:N, shapes-mmvp:N) and SPair-71k; this store holds "
-                f"{tree.attrs['data']!r}. Extract twins, or give --spair."
+                f"{provenance(tree)['data']!r}. Extract twins, or give --spair."
             )
         pairs = twin_keypoints(dataset)
     names = _list(sites) or [n for n in site_names(tree) if {"y", "x"} <= set(getattr(tree[n].get("features"), "dims", ()))]
@@ -641,8 +643,8 @@ def probe_correspondence(
     if not frames:
         raise ValueError(f"{store} has no site with a (y, x) grid; record one with --reduce none.")
     frame = pd.concat(frames, ignore_index=True)
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.correspondence.csv")
-    origin = {str(name): value for name, value in tree.attrs.items()}
+    target = out or f"{store.rstrip('/')}.correspondence.csv"
+    origin = provenance(tree)
     save_table(
         frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options}
     )
@@ -674,13 +676,13 @@ def probe_localization(
     by_head: Annotated[
         bool, typer.Option("--by-head", help="Each head beside their mean (of a store with --heads all).")
     ] = False,
-    out: ProbeOut = Path(),
+    out: ProbeOut = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
 ) -> None:
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
     from diffprobe.probes.grounding import attention_localization, difference_localization
     from diffprobe.probes.task import save_table
-    from diffprobe.store import open_store
+    from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
     steps: list[int] | None = _numbers(timesteps, int, "--timesteps") or None
@@ -693,14 +695,14 @@ def probe_localization(
         frame = difference_localization(tree, data or None, **shared)
     else:
         raise ValueError(f"--of {of!r} is not one of attention, difference.")
-    target = out if out != Path() else Path(f"{store.rstrip('/')}.localization-{of}.csv")
-    origin = {str(name): value for name, value in tree.attrs.items()}
+    target = out or f"{store.rstrip('/')}.localization-{of}.csv"
+    origin = provenance(tree)
     save_table(frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **shared})
     _show_localization(frame)
     for reason, number in frame.attrs["left_out"].items():
         _out.print(f"  left out: {number} {reason}", markup=False)
     _out.print(f"{len(frame)} scores in {target}", markup=False, soft_wrap=True)
-    _next(f"diffprobe plot localization {shlex.quote(str(target))}")
+    _next(f"diffprobe plot localization {shlex.quote(target)}")
 
 
 def _show_localization(frame: pd.DataFrame) -> None:

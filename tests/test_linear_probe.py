@@ -505,14 +505,14 @@ def test_drawn_masks_are_read_from_the_pixels_themselves():
     features = xr.DataArray(values, dims=("sample", "channel", "y", "x"), coords={"sample": [s.id for s in iterate(dataset)]})
     request = {"fingerprint": dataset.fingerprint(), "dataset": dataset.name, "resolution": list(size), "fit": "crop"}
     tree = xr.DataTree()
-    tree.attrs = {"data": dataset.spec, "request": request}
+    tree.attrs["diffprobe"] = json.dumps({"data": dataset.spec, "request": request})
     found = with_mask_labels(features, tree, "mask:shape")
     share = (found["mask:shape"].values != "background").mean()
     assert 0.02 < share < 0.3
     assert ((covered > 0.5) == (found["mask:shape"].values != "background")).mean() > 0.999  # but for ties at one half
     row = fit_probe(found, "mask:shape", pool="patches", penalties=[0.01], n_jobs=1).iloc[0]
     assert row.label == "mask:shape" and row.miou > 0.8
-    tree.attrs["request"] = {**request, "fingerprint": "other"}
+    tree.attrs["diffprobe"] = json.dumps({"data": dataset.spec, "request": {**request, "fingerprint": "other"}})
     with pytest.raises(ValueError, match="its content differs"):
         with_mask_labels(features, tree, "mask:shape")
 
@@ -520,7 +520,8 @@ def test_drawn_masks_are_read_from_the_pixels_themselves():
 def test_a_table_keeps_its_origin(tmp_path):
     frame = fit_probe(planted(n=60), "colour", n_jobs=1)
     attributes = {"request": {"model": "m", "weights": "w", "seed": 0}, "random_weights": 7}
-    path = save_table(frame, tmp_path / "a.zarr.linear.csv", "/somewhere/a.zarr", attributes, {"label": "colour"})
+    path = tmp_path / "a.zarr.linear.csv"
+    save_table(frame, path, "/somewhere/a.zarr", attributes, {"label": "colour"})
     origin = json.loads((tmp_path / "a.zarr.linear.json").read_text())
     assert len(pd.read_csv(path)) == len(frame)
     assert origin["store"] == "a.zarr" and origin["random_weights"] == 7 and origin["options"] == {"label": "colour"}

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
+from diffprobe.store import write_whole
 
 Task = Literal["logistic", "ridge"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -549,22 +551,20 @@ def probe_table(
 
 def save_table(
     frame: pd.DataFrame, path: str | Path, store: str | Path, attributes: Mapping[str, Any], options: Mapping[str, Any]
-) -> Path:
+) -> None:
     """Writes a table and, beside it as .json, where it comes from: store, request, options, versions.
 
     Args:
+        path: A path or an fsspec URL.
         store: Path of the store that the features came from; only its name is kept.
         attributes: The store's own, as `open_store` gives them.
         options: Those of the probe.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False)
+    write_whole(path, frame.to_csv(index=False))
     request = attributes.get("request", {})
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     kept = {name: request.get(name) for name in ("model", "revision", "weights", "dataset", "fingerprint")}
     kept["random_weights"] = attributes.get("random_weights")
     versions = {name: importlib.metadata.version(name) for name in ("diffprobe", "numpy", "scikit-learn", "scipy", "xarray")}
     origin = {"store": Path(str(store)).name, "request": digest, **kept, "options": dict(options), "versions": versions}
-    path.with_suffix(".json").write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    write_whole(re.sub(r"(\.[^./]*)?$", ".json", str(path), count=1), json.dumps(origin, indent=2, ensure_ascii=False) + "\n")
