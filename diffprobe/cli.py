@@ -315,6 +315,8 @@ def verify(store: StorePath) -> None:
     found = store_info(store)
     for fault in faults:
         _out.print(f"unit {fault.unit}, {fault.site}: {fault.reason}", markup=False)
+    if not found["digests"]:
+        _out.print("The store is older than digests of its units: units that were swapped or edited cannot be told.")
     pending = found["status"].get("pending", 0)
     _out.print(f"{len(faults)} faults in {found['samples'] - pending} samples; {pending} samples pending.")
     if faults:
@@ -528,6 +530,7 @@ def probe_alignment(
     from diffprobe.matching import SCORES, alignment_score
     from diffprobe.models import load_model
     from diffprobe.probes.alignment import alignment_table, compare_scores
+    from diffprobe.store import write_whole
 
     names = list(SCORES) if scores == "all" else _list(scores)
     if baseline and baseline not in names:
@@ -539,7 +542,7 @@ def probe_alignment(
     )  # fmt: skip
     frame = alignment_table(found, found.attrs["protocol"], seed=seed)
     target = out.with_suffix(".csv")
-    frame.to_csv(target, index=False)
+    write_whole(target, frame.to_csv(index=False))
     table = Table("score", "metric", "share right", "95% interval", "chance", "n", box=None, pad_edge=False)
     for _, row in frame[frame["pattern"] == "all"].iterrows():
         shares = (f"{row['value']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", str(row["n"]))

@@ -626,7 +626,7 @@ def _check_layout(root: zarr.Group, path: str | Path, which: Callable[[str], boo
     with _reaching(path):
         found = sync(objects())
     for key, value in zip(keys, found, strict=True):
-        if value is None or _digest(value.to_bytes()).hex() != layout[key]:  # type: ignore[index,call-overload]
+        if value is None or _digest(value.to_bytes()).hex() != layout[key]:
             why = "missing" if value is None else "not what was written"
             raise _unreadable(re.sub(r"(/c/.*|/c|/zarr.json)$", "", key), f"{key} is {why}")
 
@@ -1075,8 +1075,7 @@ def read_maps(
     kept = array["token"].values.tolist() if "token" in array.coords else list(range(array.sizes["token"]))
     if missing := {p for _, places in wanted for p in places} - set(kept):
         raise StoreError(f"Token positions {sorted(missing)} were not kept in this store's maps; record with --map-tokens all.")
-    array = array.transpose("sample", "token", "timestep", "head", "y", "x")
-    _, _, count, number, height, width = array.shape
+    count, number, height, width = (array.sizes[d] for d in ("timestep", "head", "y", "x"))
     names = ["mean", *map(str, range(number if number > 1 else 0))] if heads == "each" else [str(heads)]
     found = np.zeros((len(wanted), count, len(names), height, width), np.float32)
     rows = np.array([row for row, (_, places) in enumerate(wanted) for _ in places], np.intp)
@@ -1086,7 +1085,10 @@ def read_maps(
     size = max(1, SHARD_BYTES // max(1, array.nbytes // max(1, array.sizes["sample"])))
     for block in (there[i : i + size] for i in range(0, len(there), size)):
         near = block[-1] - block[0] < 2 * len(block)  # a slice is read much faster than a list of samples
-        values = array.isel(sample=slice(block[0], block[-1] + 1) if near else block).to_numpy()
+        read = array.isel(
+            sample=slice(block[0], block[-1] + 1) if near else block
+        ).load()  # turned lazily, it is read by points
+        values = read.transpose("sample", "token", "timestep", "head", "y", "x").values
         (here,) = np.nonzero((samples >= block[0]) & (samples <= block[-1]))
         here = here[np.argsort(rows[here], kind="stable")]
         place = samples[here] - block[0] if near else np.searchsorted(block, samples[here])

@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_before_the_store_is_laid_out(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "_put", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         extract(tiny_model, ShapesDataset(2), tmp_path / "s.zarr", **QUICK)
     assert list(tmp_path.iterdir()) == [], "no half of a store, no lock"
@@ -219,6 +219,17 @@ def test_damage_to_what_belongs_to_no_unit_is_named(tiny_model: DiffusionModel, 
     hurt.write_bytes(bytes(raw))
     with pytest.raises(StoreError, match=rf"The store's {array} cannot be read"):
         store.verify_store(out)
+
+
+def test_what_a_killed_write_left_is_gone_after_the_next_run(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    extract(tiny_model, ShapesDataset(2), out, **QUICK)
+    before = files(out)
+    cut = out / SITES[0] / "features" / "c" / f"0.{'f' * 32}.partial"
+    cut.write_bytes(b"half")
+    store.StoreWriter(out).forget_unit(0)
+    extract(tiny_model, ShapesDataset(2), f"{out}/", **QUICK)
+    assert files(out) == before
 
 
 # --- memory and numbers --------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -528,6 +530,35 @@ def test_a_table_keeps_its_origin(tmp_path):
     other = {"request": {**attributes["request"], "seed": 1}}
     save_table(frame, tmp_path / "b.csv", "a.zarr", other, {})
     assert json.loads((tmp_path / "b.json").read_text())["request"] != origin["request"]
+
+
+def test_a_table_is_written_whole_and_to_a_url(tmp_path, monkeypatch):
+    files = fsspec.filesystem("memory")
+    frame = fit_probe(planted(n=60), "colour", n_jobs=1)
+    monkeypatch.chdir(tmp_path)
+    save_table(frame, "memory://bucket/a.csv", "memory://bucket/a.zarr", {"request": {}}, {})
+    assert files.cat_file("/bucket/a.csv").decode() == frame.to_csv(index=False)
+    assert json.loads(files.cat_file("/bucket/a.json"))["store"] == "a.zarr" and list(tmp_path.iterdir()) == []
+    files.rm("/bucket", recursive=True)
+    save_table(frame, tmp_path / "a.csv", "a.zarr", {"request": {}}, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: "cut " * 9)
+        patch.setattr(Path, "write_text", full_after(1))
+        save_table(frame, tmp_path / "a.csv", "a.zarr", {"request": {"seed": 1}}, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def full_after(count):
+    """`Path.write_text` on a disk that is full after some files."""
+    write, left = Path.write_text, iter(range(count))
+
+    def written(self, *rest, **options):
+        if next(left, None) is None:
+            raise OSError("full")
+        return write(self, *rest, **options)
+
+    return written
 
 
 def test_gram_ridge_refuses():

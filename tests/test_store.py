@@ -701,3 +701,49 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path, bucket: Any) ->
         == "1,é\n".encode()
     )
     assert {path.name for path in tmp_path.rglob("*")} == {"a.csv", "b.csv", "new"}
+
+
+# --- reading no more than is asked ------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that were read, in order; one twice where it was read twice."""
+    seen: list[str] = []
+    get = store._Present.get
+
+    async def noted(self: Any, key: str, *rest: Any, **options: Any) -> Any:
+        if "/c/" in key and "maps" in key:
+            seen.append(key)
+        return await get(self, key, *rest, **options)
+
+    monkeypatch.setattr(store._Present, "get", noted)
+    return seen
+
+
+def test_maps_of_a_word_are_read_in_blocks(tmp_path: Path, reads: list[str]) -> None:
+    arrays = make(tmp_path / "s.zarr", units=3)
+    tree = store.open_store(tmp_path / "s.zarr")
+    site = "U-L1-R0-B0-Cross-Map"
+    wanted: list[tuple[int, list[int]]] = [(4, [2, 3]), (0, [1]), (2, []), (4, [5, 0, 1])]
+    found = store.read_maps(tree, site, wanted, "caption", [500, 10], heads="each", merge="sum")
+    assert found.dims == ("row", "timestep", "head", "y", "x") and found["head"].values.tolist() == ["mean", "0", "1"]
+    exact = arrays[site].astype(np.float64)[:, 1, ::-1]
+    for row, (sample, places) in enumerate(wanted):
+        each = exact[sample][:, :, places].sum(2)
+        np.testing.assert_allclose(found.values[row, :, 1:], each, rtol=1e-5)
+        np.testing.assert_allclose(found.values[row, :, 0], each.mean(1), rtol=1e-5)
+    reads.clear()
+    assert store.attention_maps(tree, "star", site=site, timestep=10).sizes["sample"] == 2
+    assert len(reads) <= 2 * 3, f"samples 0 and 4 lie in two shards; {len(reads)} reads of index and chunks"
+
+
+def test_a_figure_of_one_sample_reads_one_sample(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffprobe import gallery
+
+    make(tmp_path / "s.zarr", units=3)
+    tree = store.open_store(tmp_path / "s.zarr")
+    monkeypatch.setattr(gallery, "open_with_images", lambda *_: (tree, np.zeros((1, 8, 8, 3), np.uint8), [4], ["s4"]))
+    monkeypatch.setattr(gallery, "_save", lambda figure, out, name, *_, **__: out / name)
+    assert gallery.heatmap_figures("", "", ["star"], (), 10, "caption", lambda _: [4], tmp_path, "h") == [tmp_path / "h"]
+    assert {key.split("/c/")[1].split("/")[0] for key in reads} == {"2"}

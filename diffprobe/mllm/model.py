@@ -27,7 +27,7 @@ from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, Picture, Streams
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
 from diffprobe.models import DiffusionModel, load_model, quiet, weights_hash
-from diffprobe.store import write_whole
+from diffprobe.store import whole_file, write_whole
 
 Tuned = Literal["", "full", "lora"]
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
@@ -187,7 +187,8 @@ class FusedMLLM:
             if self.tuned == "full":
                 self.language.tokenizer.save_pretrained(part)
         fusion = weights.get("fusion") or self.fusion.state_dict()
-        save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
+        with whole_file(folder / WEIGHTS) as beside:
+            save_file({name: value.contiguous() for name, value in fusion.items()}, beside)
         kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins()}
         write_whole(folder / CONFIG, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")  # last: it says that all is there
 

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffprobe.store import whole_file, write_whole
+
 KINDS = ("linear", "mlp2x_gelu")
 
 
@@ -75,12 +77,10 @@ class Projector(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Weights and moments as ``projector.safetensors``, their shape as ``config.json``."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(
-            json.dumps({"channels": self.channels, "width": self.width, "kind": self.kind}, indent=2) + "\n", encoding="utf-8"
-        )
-        save_file(self.state_dict(), folder / "projector.tmp")
-        (folder / "projector.tmp").replace(folder / "projector.safetensors")  # whole or not at all: it means "finished"
+        shape = {"channels": self.channels, "width": self.width, "kind": self.kind}
+        write_whole(folder / "config.json", json.dumps(shape, indent=2) + "\n")
+        with whole_file(folder / "projector.safetensors") as beside:  # the last: it means "finished"
+            save_file(self.state_dict(), beside)
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:

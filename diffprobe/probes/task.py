@@ -27,7 +27,7 @@ from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
-from diffprobe.store import write_whole
+from diffprobe.store import whole_file
 
 Task = Literal["logistic", "ridge"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -560,11 +560,13 @@ def save_table(
         attributes: The store's own, as `open_store` gives them.
         options: Those of the probe.
     """
-    write_whole(path, frame.to_csv(index=False))
     request = attributes.get("request", {})
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     kept = {name: request.get(name) for name in ("model", "revision", "weights", "dataset", "fingerprint")}
     kept["random_weights"] = attributes.get("random_weights")
     versions = {name: importlib.metadata.version(name) for name in ("diffprobe", "numpy", "scikit-learn", "scipy", "xarray")}
     origin = {"store": Path(str(store)).name, "request": digest, **kept, "options": dict(options), "versions": versions}
-    write_whole(re.sub(r"(\.[^./]*)?$", ".json", str(path), count=1), json.dumps(origin, indent=2, ensure_ascii=False) + "\n")
+    sidecar = re.sub(r"(\.[^./]*)?$", ".json", str(path), count=1)
+    with whole_file(sidecar) as beside, whole_file(path) as table:  # both are written before the table, and then it, is there
+        table.write_text(frame.to_csv(index=False), encoding="utf-8", newline="")
+        beside.write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
