@@ -1,4 +1,4 @@
-"""The store against safetensors files of the same batches on the same disk, and what writing costs an extract.
+"""The store against safetensors files of the same batches on the same disk, what writing costs an extract, maps of words.
 
 Arrays run over (sample, conditioning, timestep, channel, y, x), those of two sites of Stable Diffusion 2.1.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.measure import Row, alternate, detail_of, row_of
-from diffprobe import extract, features, open_store
+from diffprobe import attention_maps, extract, features, open_store
 from diffprobe.store import COMPLETE, ArraySpec, StoreWriter, create_store
 
 if TYPE_CHECKING:
@@ -118,6 +118,35 @@ def storage(setting: Setting) -> Iterator[Row]:
         pair = (bytes_read(batches.read_store), bytes_read(lambda: batches.read_store(50)))
         what = f"one of {len(TIMESTEPS)} timesteps / the whole store, bytes read"
         yield row_of("storage", what, [pair[1] / pair[0]], "<= 0.25", f"{pair[1] / 1e6:.1f} MB against {pair[0] / 1e6:.1f} MB")
+
+
+def words(setting: Setting) -> Iterator[Row]:
+    """`attention_maps` of a word at 16 sites against one read of all samples' tokens a site; equal numbers first."""
+    path, count = setting.folder / "words.zarr", 50 if setting.smoke else 400
+    sites = [f"M{number}" for number in range(2 if setting.smoke else 16)]
+    specs = [ArraySpec(s, s, "cross_map", "maps", ("head", "token", "y", "x"), (1, 8, 16, 16), CONDITIONINGS) for s in sites]
+    spans = np.zeros((count, 2, 8, 2), np.int32)
+    spans[:, 1, 1:5] = [(0, 1), (2, 5), (6, 8), (8, 10)]  # a | red | st ar
+    create_store(
+        path, attributes={"request": {"maps": sites}, "data": "none"}, sample_ids=[str(i) for i in range(count)], labels={},
+        timesteps=[50], conditionings=CONDITIONINGS, tokens=range(8), specs=specs, unit_samples=25, dtype="float16",
+        prompts={"text": np.tile(np.array(["", "a red star"], object), (count, 1)), "token_id": spans[..., 0],
+                 "token_start": spans[..., 0], "token_end": spans[..., 1]},
+    )  # fmt: skip
+    writer, rng = StoreWriter(path), np.random.default_rng(0)
+    for unit in range(count // 25):
+        arrays = {s.site: rng.random((25, 2, 1, *s.shape), np.float32).astype(np.float16) for s in specs}
+        writer.write_unit(unit, arrays, np.full(25, COMPLETE, np.uint8))
+    tree = open_store(path)
+
+    def plain() -> Any:
+        read = (tree[s].to_dataset()["maps"].isel(conditioning=1, token=[3, 4]).values.astype(np.float32) for s in sites)
+        return sum(values.mean((2, 3)) for values in read) / len(sites)
+
+    np.testing.assert_allclose(attention_maps(tree, "star").values, plain(), rtol=1e-5)
+    times = alternate(plain, lambda: attention_maps(tree, "star"), setting.repeats)
+    what = f"maps of a word at {len(sites)} sites of {count} samples / one read a site, seconds"
+    yield row_of("words", what, [b / a for a, b in times], "<= 2", detail_of(times))
 
 
 def stall(setting: Setting) -> Iterator[Row]:

@@ -316,7 +316,7 @@ def _show_skipped(skipped: dict[str, str]) -> None:
 
 def _uses(out: str) -> list[str]:
     """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
-    from diffprobe.store import open_store, site_names
+    from diffprobe.store import open_store, provenance, site_names
 
     tree, place = open_store(out), shlex.quote(out)
     if tree.sizes["sample"] == 0:
@@ -333,7 +333,7 @@ def _uses(out: str) -> list[str]:
             lines.append(f"diffprobe probe linear {place} --label {shlex.quote(label)}")
             break
     first = tree["prompts"].to_dataset()["text"].values[0]
-    texts = dict(zip(tree.attrs["request"]["conditionings"], map(str, first), strict=True))
+    texts = dict(zip(provenance(tree)["request"]["conditionings"], map(str, first), strict=True))
     if grids:
         lines.append(f"diffprobe plot pca {place}{_other('null', texts)}")
     if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
@@ -392,6 +392,8 @@ def verify(store: StorePath) -> None:
     found = store_info(store)
     for fault in faults:
         _out.print(f"unit {fault.unit}, {fault.site}: {fault.reason}")
+    if not found["digests"]:
+        _out.print("The store is older than digests of its units: units that were swapped or edited cannot be told.")
     pending = found["status"].get("pending", 0)
     _out.print(f"{len(faults)} faults in {found['samples'] - pending} samples; {pending} samples pending.")
     if faults:
@@ -546,7 +548,7 @@ def _probe(
 
     from diffprobe.probes.labels import PREFIX, with_mask_labels
     from diffprobe.probes.task import pool_features, probe_table, save_table
-    from diffprobe.store import features, open_store, site_names
+    from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
     target = _table_place(out, store, name)
@@ -567,7 +569,7 @@ def _probe(
         frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
     asked = {"probe": name, "label": label, "sites": names, "conditioning": conditioning, "pool": pool.value, **options}
-    save_table(frame, target, store, {str(name): value for name, value in tree.attrs.items()}, asked)
+    save_table(frame, target, store, provenance(tree), asked)
     _show_best(frame)
     _out.print(f"{len(frame)} probes in {target}")
     _next(f"diffprobe plot probe {shlex.quote(target)}")
@@ -634,6 +636,7 @@ def probe_alignment(
     from diffprobe.matching import SCORES, alignment_score
     from diffprobe.models import load_model
     from diffprobe.probes.alignment import alignment_table, compare_scores
+    from diffprobe.store import write_whole
 
     names = list(SCORES) if scores == "all" else _list(scores)
     if baseline and baseline not in names:
@@ -645,7 +648,7 @@ def probe_alignment(
     )  # fmt: skip
     frame = alignment_table(found, found.attrs["protocol"], seed=seed)
     target = out.with_suffix(".csv")
-    frame.to_csv(target, index=False)
+    write_whole(target, frame.to_csv(index=False))
     table = Table("score", "metric", "share right", "95% interval", "chance", "n", box=None, pad_edge=False)
     for _, row in frame[frame["pattern"] == "all"].iterrows():
         shares = (f"{row['value']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", f"{row['chance']:.3f}", str(row["n"]))
@@ -683,7 +686,7 @@ def probe_similarity(
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
     from diffprobe.probes.similarity import store_similarity
     from diffprobe.probes.task import save_table
-    from diffprobe.store import open_store
+    from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
     target = _table_place(out, store, f"similarity-{between}")
@@ -692,7 +695,7 @@ def probe_similarity(
         "groups": groups or None, "measures": _list(measures), "pool": pool.value, "k": k, "seed": seed,
     }  # fmt: skip
     frame = store_similarity(tree, between, other=open_store(other) if other else None, **options)
-    origin = {str(name): value for name, value in tree.attrs.items()}
+    origin = provenance(tree)
     save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
     for reason, rows in frame[frame["reason"] != ""].groupby("reason", sort=False):
         _out.print(f"  {len(rows)} without a value: {reason}")
@@ -725,19 +728,19 @@ def probe_correspondence(
     from diffprobe.data.spair import read_spair
     from diffprobe.probes.correspondence import correspondence
     from diffprobe.probes.task import save_table
-    from diffprobe.store import features, open_store, site_names
+    from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
     target = _table_place(out, store, "correspondence")
-    request = tree.attrs["request"]
+    request = provenance(tree)["request"]
     if spair is not None:
         pairs = read_spair(spair, split, resolution=tuple(request["resolution"]), fit=request["fit"])
     else:
-        dataset = load_dataset(tree.attrs["data"])
+        dataset = load_dataset(provenance(tree)["data"])
         if not isinstance(dataset, TwinsDataset):
             raise ValueError(
                 f"Keypoints are known for drawn twins (shapes-winoground:N, shapes-mmvp:N) and SPair-71k; this store holds "
-                f"{tree.attrs['data']!r}. Extract twins, or give --spair."
+                f"{provenance(tree)['data']!r}. Extract twins, or give --spair."
             )
         pairs = twin_keypoints(dataset)
     names = _list(sites) or [n for n in site_names(tree) if {"y", "x"} <= set(getattr(tree[n].get("features"), "dims", ()))]
@@ -750,7 +753,7 @@ def probe_correspondence(
     if not frames:
         raise ValueError(f"{store} has no site with a (y, x) grid; record one with --reduce none.")
     frame = pd.concat(frames, ignore_index=True)
-    origin = {str(name): value for name, value in tree.attrs.items()}
+    origin = provenance(tree)
     save_table(
         frame, target, store, origin, {"probe": "correspondence", "split": split if spair else "", "sites": names, **options}
     )
@@ -788,7 +791,7 @@ def probe_localization(
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
     from diffprobe.probes.grounding import attention_localization, difference_localization
     from diffprobe.probes.task import save_table
-    from diffprobe.store import open_store
+    from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
     target = _table_place(out, store, f"localization-{of}")
@@ -802,7 +805,7 @@ def probe_localization(
         frame = difference_localization(tree, data or None, **shared)
     else:
         raise ValueError(f"--of {of!r} is not one of attention, difference.")
-    origin = {str(name): value for name, value in tree.attrs.items()}
+    origin = provenance(tree)
     save_table(frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **shared})
     _show_localization(frame)
     for reason, number in frame.attrs["left_out"].items():

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from diffprobe.data.samples import Dataset
 from diffprobe.plotting import package_versions, read_rows, save_figure
-from diffprobe.store import code_commit
+from diffprobe.store import code_commit, whole_file, write_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -251,14 +251,15 @@ class Experiment:
         arrays = out / f"{self.name}.npz"
         arrays.unlink(missing_ok=True)  # an earlier run's pictures do not belong to these rows
         if result.pictures:
-            np.savez_compressed(arrays, **result.pictures)  # type: ignore[arg-type]  # the stub has no **arrays
+            with whole_file(arrays) as beside, beside.open("wb") as file:
+                np.savez_compressed(file, **result.pictures)  # type: ignore[arg-type]  # the stub has no **arrays
         for suffix, figure in drawn.items():
             paths = save_figure(figure, out, _file_name(self.name, suffix), result.rows, config, self.alt[suffix])
             if suffix:  # rows and origin are kept once
                 paths["csv"].unlink()
-                beside = {"alt": self.alt[suffix], "rows": f"{self.name}.csv"}
-                paths["json"].write_text(json.dumps(beside, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        collect_claims(out).to_csv(out / "claims.csv", index=False, lineterminator="\n")
+                told = {"alt": self.alt[suffix], "rows": f"{self.name}.csv"}
+                write_whole(paths["json"], json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_whole(out / "claims.csv", collect_claims(out).to_csv(index=False, lineterminator="\n"))
         return claims
 
     def main(self, arguments: Sequence[str] | None = None) -> None:

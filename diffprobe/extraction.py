@@ -662,7 +662,7 @@ def extract(
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
     with store.sole_writer(out, rank, ranks, dry_run):
         resuming = store.exists(out)
-        if rank == 0 and not resuming and not store.is_remote(out) and Path(out).exists():
+        if rank == 0 and not resuming and not store.is_remote(out) and Path(store.locate(out)).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             found = store.StoreWriter(out)
@@ -803,7 +803,7 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
 
 
 _TAKEN = {
-    "sample", "status", "done", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
+    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
 }  # fmt: skip
 
 
@@ -861,7 +861,7 @@ def _replace(writer: store.StoreWriter, unit: int, arrays: dict[str, NDArray[Any
 def _free_bytes(out: str | Path) -> int | None:
     if store.is_remote(out):
         return None
-    folder = Path(out).absolute()
+    folder = Path(store.locate(out)).absolute()
     while not folder.exists():
         folder = folder.parent
     stats = os.statvfs(folder)

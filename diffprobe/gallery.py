@@ -17,7 +17,7 @@ from diffprobe import plotting
 from diffprobe.data import load_dataset
 from diffprobe.data.images import fit_image
 from diffprobe.probes.pca import pca_rgb
-from diffprobe.store import StoreError, attention_maps, features, open_store, site_names
+from diffprobe.store import StoreError, attention_maps, features, open_store, prompt_texts, provenance, site_names
 
 Choose = Callable[[xr.DataTree], list[int]]
 _SMALL_WORDS = frozenset(["a", "an", "the", "of", "and", "at", "in", "on", "to", "is", "with", "there", "picture"])
@@ -31,8 +31,8 @@ def open_with_images(store: str, data: str, choose: Choose) -> tuple[xr.DataTree
     rows = choose(tree)
     everyone = tree.dataset["sample"].values
     ids = [str(everyone[row]) for row in rows]
-    request = tree.attrs["request"]
-    dataset = load_dataset(data or tree.attrs["data"])
+    request = provenance(tree)["request"]
+    dataset = load_dataset(data or provenance(tree)["data"])
     wanted, images = set(ids), {}
     for index in range(len(dataset)):
         sample = dataset[index]
@@ -42,13 +42,13 @@ def open_with_images(store: str, data: str, choose: Choose) -> tuple[xr.DataTree
             break
     if missing := wanted - set(images):
         raise StoreError(
-            f"The dataset {data or tree.attrs['data']!r} has no sample {sorted(missing)[0]!r}; give the one that was extracted with --data."
+            f"The dataset {data or provenance(tree)['data']!r} has no sample {sorted(missing)[0]!r}; give the one that was extracted with --data."
         )
     return tree, np.stack([images[name] for name in ids]), rows, ids
 
 
 def _timestep(tree: xr.DataTree, timestep: int | None) -> int:
-    return int(tree.attrs["request"]["timesteps"][0]) if timestep is None else timestep
+    return int(provenance(tree)["request"]["timesteps"][0]) if timestep is None else timestep
 
 
 def _save(figure: Any, out: Path, name: str, frame: pd.DataFrame, config: Mapping[str, Any], alt: str) -> Path:
@@ -68,13 +68,13 @@ def _source(config: Mapping[str, Any]) -> str:
 
 
 def _origin(tree: xr.DataTree, store: str) -> dict[str, Any]:
-    request = tree.attrs["request"]
+    request = provenance(tree)["request"]
     return {
         "store": store,
         "model": request["model"],
         "data": request["dataset"],
         "seed": request["seed"],
-        "commit": tree.attrs.get("commit"),
+        "commit": provenance(tree).get("commit"),
     }
 
 
@@ -130,9 +130,7 @@ def heatmap_figures(
     """One strip a sample: the image, then each word's cross-attention over it."""
     tree, images, rows, ids = open_with_images(store, data, choose)
     timestep = _timestep(tree, timestep)
-    prompts = attention_maps(tree, token=0, site=list(sites) or None, conditioning=conditioning, timestep=timestep)[
-        "prompt"
-    ].values
+    prompts = prompt_texts(tree, conditioning)["text"].values
     paths = []
     for number, (row, sample_id) in enumerate(zip(rows, ids, strict=True)):
         text = str(prompts[row])

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +62,7 @@ from diffprobe.probes.alignment import TextMap, fit_text_map
 from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
 from diffprobe.stats import Floats
-from diffprobe.store import request_differences
+from diffprobe.store import request_differences, whole_file
 
 TIMESTEPS = (189, 389, 589, 789, 989)  # of the paper's ensemble, with 3 draws
 PAPER, DISCFFUSION = "attention_lse_paper", "attention_lse_discffusion"
@@ -579,14 +578,8 @@ def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Datas
 
 
 def _save(table: xr.Dataset, out: Path) -> None:
-    """Written beside and renamed, so that a run that is killed leaves a whole file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f"{out.name}.{os.getpid()}")
-    try:
+    with whole_file(out) as beside:
         table.to_netcdf(beside, engine="scipy")
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.console import visible
+from diffprobe.store import whole_file
 
 P = ParamSpec("P")
 
@@ -141,22 +142,23 @@ def save_figure(
         raise ValueError(f"Figure {name!r} needs an alt text: say what is drawn and what it shows.")
     if Path(name).name != name:
         raise ValueError(f"A figure's name is a plain file stem; got {name!r}. Give the folder as `folder`.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}
-    with style(), warnings.catch_warnings():
+    sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": package_versions()}
+    text = json.dumps(sidecar, indent=2, sort_keys=True, default=_plain, ensure_ascii=False)
+    with contextlib.ExitStack() as held, style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; the rows have the words
         for label in figure.findobj(Text):
             label.set_text(visible(label.get_text()))
-        figure.savefig(paths["png"], metadata={"Software": None})
+        # all four are written before one takes its place; the sidecar is the last
+        parts = {suffix: held.enter_context(whole_file(paths[suffix])) for suffix in reversed(paths)}
+        figure.savefig(parts["png"], format="png", metadata={"Software": None})
         # the PDF keeps the picture's layout; computing it again costs most of the time
         engine = figure.get_layout_engine()
         figure.set_layout_engine("none")
-        figure.savefig(paths["pdf"], metadata={"Creator": None, "Producer": None, "CreationDate": None})
+        figure.savefig(parts["pdf"], format="pdf", metadata={"Creator": None, "Producer": None, "CreationDate": None})
         figure.set_layout_engine(engine)
-    frame.to_csv(paths["csv"], index=False, lineterminator="\n")
-    sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": package_versions()}
-    text = json.dumps(sidecar, indent=2, sort_keys=True, default=_plain, ensure_ascii=False)
-    paths["json"].write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a name can be no text
+        frame.to_csv(parts["csv"], index=False, lineterminator="\n")
+        parts["json"].write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a name can be no text
     return paths
 
 

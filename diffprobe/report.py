@@ -29,7 +29,7 @@ from diffprobe.conditioning import NULL
 from diffprobe.experiment import collect_claims, read_sidecars
 from diffprobe.gallery import open_with_images
 from diffprobe.plotting import heat_colours, read_rows
-from diffprobe.store import StoreError, site_names, store_info
+from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info, write_whole
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
@@ -129,8 +129,7 @@ def write_report(
         versions=_versions(figures),
         explorer={"colours": _letters(heat_colours()), "stores": [_read_maps(shelf) for shelf in shelves]},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_whole(out, page)
     return Report(sum(len(f["pictures"]) for f in figures), len(claims), len(shelves), out.stat().st_size)
 
 
@@ -297,21 +296,15 @@ def _read_maps(shelf: _Shelf) -> dict[str, Any]:
     Of every sample, prompt and site: ``values``, bytes (timestep, token, y, x) from the map's own lowest to its own highest
     value, and ``ends``, these two as float32 (timestep, token, 2).
     """
-    stored = {s: _maps(shelf.tree, s).isel(sample=shelf.rows).astype(np.float32).mean("head") for s in shelf.sites}
-    kept = {site: _kept(shelf.tree, site) for site in shelf.sites}
+    stored = {s: _maps(shelf.tree, s) for s in shelf.sites}
+    texts = list(dict.fromkeys(prompt.conditioning for own in shelf.prompts for prompt in own))
+    blocks = {(site, text): _blocks(shelf, site, text) for site in stored for text in texts}
     samples = []
     for number, (sample_id, image) in enumerate(zip(shelf.ids, shelf.images, strict=True)):
-        maps = []
-        for prompt in shelf.prompts[number]:
-            blocks = []
-            for site, array in stored.items():
-                one = array.isel(sample=number, conditioning=_conditionings(shelf.tree, site).index(prompt.conditioning))
-                chosen = one.isel(token=[kept[site].index(position) for position in prompt.positions])
-                blocks.append(_bytes(chosen.transpose("timestep", "token", "y", "x").to_numpy()))
-            maps.append(blocks)
+        maps = [[blocks[site, prompt.conditioning][number] for site in stored] for prompt in shelf.prompts[number]]
         prompts = [{"conditioning": p.conditioning, "text": p.text, "tokens": p.tokens} for p in shelf.prompts[number]]
         samples.append({"id": sample_id, "image": image, "prompts": prompts, "maps": maps})
-    first, model = stored[shelf.sites[0]], Path(shelf.tree.attrs["request"]["model"])
+    first, model = stored[shelf.sites[0]], Path(provenance(shelf.tree)["request"]["model"])
     return {
         "name": shelf.name,
         "model": model.name if model.is_absolute() else str(model),
@@ -319,6 +312,15 @@ def _read_maps(shelf: _Shelf) -> dict[str, Any]:
         "sites": [{"name": site, "height": a.sizes["y"], "width": a.sizes["x"]} for site, a in stored.items()],
         "samples": samples,
     }
+
+
+def _blocks(shelf: _Shelf, site: str, conditioning: str) -> list[dict[str, str]]:
+    """Each sample's maps of the tokens of its one text, as `_bytes` writes them."""
+    prompts = [next(prompt for prompt in own if prompt.conditioning == conditioning) for own in shelf.prompts]
+    wanted = [(row, [place]) for row, prompt in zip(shelf.rows, prompts, strict=True) for place in prompt.positions]
+    maps = read_maps(shelf.tree, site, wanted, conditioning).isel(head=0).to_numpy()  # (token of a sample, timestep, y, x)
+    ends = np.cumsum([len(prompt.positions) for prompt in prompts])
+    return [_bytes(part.swapaxes(0, 1)) for part in np.split(maps, ends[:-1])]
 
 
 def _bytes(maps: NDArray[np.float32]) -> dict[str, str]:

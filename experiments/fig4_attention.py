@@ -32,11 +32,12 @@ MERGED = "all sites"
 def measure(options: Options) -> Result:
     from diffprobe import open_store
     from diffprobe.probes.grounding import attention_localization
+    from diffprobe.store import provenance
 
     weights, data, conditioning, out = record_words(options, TIMESTEPS)
     roles = [r for r in ("noun", "colour", "background") if any(s.role == r for c in data[0].captions for s in c.spans)]
     tree = open_store(out)
-    sites = [s for s in tree.attrs["request"]["maps"] if s.startswith(PAPER_SITES)] or None
+    sites = [s for s in provenance(tree)["request"]["maps"] if s.startswith(PAPER_SITES)] or None
     rows = attention_localization(
         tree, data, conditioning=conditioning, roles=roles, sites=sites, against_timestep=HIGH, seed=options.seed
     )
@@ -52,8 +53,9 @@ def pictures(tree: xr.DataTree, data: object, conditioning: str, sites: list[str
     from diffprobe import attention_maps
     from diffprobe.data.images import fit_image
     from diffprobe.gallery import words_of
+    from diffprobe.store import provenance
 
-    request = tree.attrs["request"]
+    request = provenance(tree)["request"]
     texts = tree["prompts"].to_dataset()["text"].values[:, request["conditionings"].index(conditioning)]
     ids = [str(s) for s in tree.dataset["sample"].values]
     # scenes whose words differ, so that no word stands twice

@@ -276,7 +276,7 @@ def test_mistakes_that_libraries_would_answer_with_a_traceback(fails: Fails, tin
         (("info", tmp_path / ("x" * 300)), "File name too long"),
         (("info", "x\0y"), "is not a diffprobe store"),
         (("verify", tiny_folder), "is not a diffprobe store"),
-        ((*extract[:-1], broken), "exists and is not a store"),
+        ((*extract[:-1], broken), "its zarr.json is damaged"),
         (("info", broken), "its zarr.json is damaged"),
     ):
         assert words in fails(*arguments), arguments

@@ -18,7 +18,7 @@ from diffprobe.extraction import extract, repair
 from diffprobe.models import DiffusionModel, load_model
 from diffprobe.probes.linear import fit_probe
 from diffprobe.recorder import Recorder
-from diffprobe.store import features, open_store, store_info, verify_store
+from diffprobe.store import features, open_store, provenance, store_info, verify_store
 
 TOWER: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
 KINDS = ("clip", "siglip", "dinov2", "dinov2_with_registers")
@@ -78,7 +78,7 @@ def test_layers_are_the_librarys_own(kind: str, encoder_folder: Callable[[str], 
             np.testing.assert_allclose(got.values.reshape(5, 16, 16), truth.hidden_states[layer][:, -16:].mT, atol=1e-4)
         last = tower.post_layernorm(truth.last_hidden_state) if kind == "clip" else truth.last_hidden_state
     np.testing.assert_allclose(features(tree, "last").values.reshape(5, 16, 16), last[:, -16:].mT, atol=1e-4)
-    request = tree.attrs["request"]
+    request = provenance(tree)["request"]
     assert (request["timesteps"], request["conditionings"]) == ([0], ["null"])
     assert store_info(out)["pipeline"] == type(model).__name__
 

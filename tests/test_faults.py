@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_before_the_store_is_laid_out(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "_put", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         extract(tiny_model, ShapesDataset(2), tmp_path / "s.zarr", **QUICK)
     assert list(tmp_path.iterdir()) == [], "no half of a store, no lock"
@@ -398,6 +398,17 @@ def test_a_fault_of_the_machine_is_no_broken_image(
     assert store.store_info(out)["status"] == {"complete": 4, "pending": 2}
     assert extract(tiny_model, data, out, **given).complete == 6
     assert files(out) == files(tmp_path / "whole.zarr")
+
+
+def test_what_a_killed_write_left_is_gone_after_the_next_run(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    extract(tiny_model, ShapesDataset(2), out, **QUICK)
+    before = files(out)
+    cut = out / SITES[0] / "features" / "c" / f"0.{'f' * 32}.partial"
+    cut.write_bytes(b"half")
+    store.StoreWriter(out).forget_unit(0)
+    extract(tiny_model, ShapesDataset(2), f"{out}/", **QUICK)
+    assert files(out) == before
 
 
 # --- memory and numbers --------------------------------------------------------------------------

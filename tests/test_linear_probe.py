@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -600,14 +602,14 @@ def test_drawn_masks_are_read_from_the_pixels_themselves():
     features = xr.DataArray(values, dims=("sample", "channel", "y", "x"), coords={"sample": [s.id for s in iterate(dataset)]})
     request = {"fingerprint": dataset.fingerprint(), "dataset": dataset.name, "resolution": list(size), "fit": "crop"}
     tree = xr.DataTree()
-    tree.attrs = {"data": dataset.spec, "request": request}
+    tree.attrs["diffprobe"] = json.dumps({"data": dataset.spec, "request": request})
     found = with_mask_labels(features, tree, "mask:shape")
     share = (found["mask:shape"].values != "background").mean()
     assert 0.02 < share < 0.3
     assert ((covered > 0.5) == (found["mask:shape"].values != "background")).mean() > 0.999  # but for ties at one half
     row = fit_probe(found, "mask:shape", pool="patches", penalties=[0.01], n_jobs=1).iloc[0]
     assert row.label == "mask:shape" and row.miou > 0.8
-    tree.attrs["request"] = {**request, "fingerprint": "other"}
+    tree.attrs["diffprobe"] = json.dumps({"data": dataset.spec, "request": {**request, "fingerprint": "other"}})
     with pytest.raises(ValueError, match="its content differs"):
         with_mask_labels(features, tree, "mask:shape")
 
@@ -615,7 +617,8 @@ def test_drawn_masks_are_read_from_the_pixels_themselves():
 def test_a_table_keeps_its_origin(tmp_path):
     frame = fit_probe(planted(n=60), "colour", n_jobs=1)
     attributes = {"request": {"model": "m", "weights": "w", "seed": 0}, "random_weights": 7}
-    path = save_table(frame, tmp_path / "a.zarr.linear.csv", "/somewhere/a.zarr", attributes, {"label": "colour"})
+    path = tmp_path / "a.zarr.linear.csv"
+    save_table(frame, path, "/somewhere/a.zarr", attributes, {"label": "colour"})
     origin = json.loads((tmp_path / "a.zarr.linear.json").read_text())
     assert len(pd.read_csv(path)) == len(frame)
     assert origin["store"] == "a.zarr" and origin["random_weights"] == 7 and origin["options"] == {"label": "colour"}
@@ -674,6 +677,35 @@ def test_a_class_that_a_resample_lacks_does_not_count_there():
     truth, images = np.array([0] * 12 + [1, 1]), np.repeat(np.arange(7), 2)  # one image alone has the second class
     found = _overlap(truth, truth, images, np.array([True, True]), Settings("k", (1,), False, 0, 200))
     assert found == {"miou": 1.0, "miou_low": 1.0, "miou_high": 1.0}
+
+
+def test_a_table_is_written_whole_and_to_a_url(tmp_path, monkeypatch):
+    files = fsspec.filesystem("memory")
+    frame = fit_probe(planted(n=60), "colour", n_jobs=1)
+    monkeypatch.chdir(tmp_path)
+    save_table(frame, "memory://bucket/a.csv", "memory://bucket/a.zarr", {"request": {}}, {})
+    assert files.cat_file("/bucket/a.csv").decode() == frame.to_csv(index=False)
+    assert json.loads(files.cat_file("/bucket/a.json"))["store"] == "a.zarr" and list(tmp_path.iterdir()) == []
+    files.rm("/bucket", recursive=True)
+    save_table(frame, tmp_path / "a.csv", "a.zarr", {"request": {}}, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: "cut " * 9)
+        patch.setattr(Path, "write_text", full_after(1))
+        save_table(frame, tmp_path / "a.csv", "a.zarr", {"request": {"seed": 1}}, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def full_after(count):
+    """`Path.write_text` on a disk that is full after some files."""
+    write, left = Path.write_text, iter(range(count))
+
+    def written(self, *rest, **options):
+        if next(left, None) is None:
+            raise OSError("full")
+        return write(self, *rest, **options)
+
+    return written
 
 
 def test_gram_ridge_refuses():

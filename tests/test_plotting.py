@@ -272,3 +272,18 @@ def test_score_tables_hold_every_score_and_fit(tmp_path):
     assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
     with pytest.raises(ValueError, match="one row a label and score"):
         plotting.plot_score_table(pd.DataFrame([*rows, rows[0]]))
+
+
+def test_a_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_path, monkeypatch):
+    frame = probes()
+    figure = plot_probe_grid(frame)
+    save_figure(figure, tmp_path, "a", frame, {"seed": 0}, "Scores.")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError("full")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="full"):
+        save_figure(figure, tmp_path, "a", frame, {"seed": 1}, "Other scores.")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
+import io
+import json
+import shutil
+import struct
 import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import numcodecs
 import numpy as np
 import pytest
 import xarray as xr
@@ -275,3 +286,500 @@ def test_maps_are_enlarged_with_pixel_centres_in_place():
     np.testing.assert_allclose(fine.values[0, 0], np.tile([0.0, 0.25, 0.75, 1.0], (4, 1)), atol=1e-6)
     wide = store._resize(coarse.transpose("sample", "timestep", "x", "y").rename(x="y", y="x"), 6, 2)
     np.testing.assert_allclose(wide.values[0, 0, :, 0], [0, 0, 1 / 3, 2 / 3, 1, 1], atol=1e-6)
+
+
+# --- remote places: nothing is lost by a fault that passes ------------------------------------------
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """An empty folder of fsspec's memory, and what lies in it by name."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield files
+    files.store.clear()
+
+
+def held(files: Any) -> dict[str, bytes]:
+    return {name: files.cat_file(name) for name in files.find("/")}
+
+
+class Unavailable(Exception):
+    """What a client library raises for a 503."""
+
+
+def unavailable(monkeypatch: pytest.MonkeyPatch, error: Exception) -> pytest.MonkeyPatch:
+    def down(*_: object, **__: object) -> None:
+        raise error
+
+    for verb in ("cat_file", "info", "find", "ls"):
+        monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem." + verb, down)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("error", [Unavailable("503, slow down"), TimeoutError("timed out"), KeyError("Code")])
+def test_only_not_found_means_that_there_is_no_store(bucket: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    make("memory://tests/a.zarr", units=3)
+    before = held(bucket)
+    with monkeypatch.context() as patch:
+        unavailable(patch, error)
+        for call in (store.exists, store.open_store, store.StoreWriter, make):
+            with pytest.raises((StoreError, OSError)):
+                call("memory://tests/a.zarr")
+    assert held(bucket) == before
+    assert store.exists("memory://tests/a.zarr") and not store.exists("memory://tests/b.zarr")
+
+
+def test_what_a_remote_place_holds_is_never_cleared(bucket: Any) -> None:
+    for name, start in (
+        ("a.zarr", lambda: make("memory://tests/a.zarr", units=3)),
+        ("b", lambda: bucket.pipe_file("/tests/b/notes.txt", b"mine")),
+    ):
+        start()
+        before = held(bucket)
+        with pytest.raises(StoreError, match="nothing was written"):
+            make(f"memory://tests/{name}")
+        assert held(bucket) == before
+    bucket.rm_file("/tests/a.zarr/zarr.json")  # lost, with every shard still there
+    before = held(bucket)
+    with pytest.raises(StoreError, match="holds objects of something else"):
+        make("memory://tests/a.zarr")
+    assert held(bucket) == before
+
+
+def test_a_remote_layout_that_was_killed_is_laid_out_again(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("memory://tests/whole.zarr", units=0)
+    count = len(bucket.find("/tests/whole.zarr"))
+    write = type(bucket).pipe_file
+    for number in range(count):
+        bucket.store.clear()
+        left = iter(range(number))
+
+        def killed(self: Any, *rest: Any, left: Iterator[int] = left, **options: Any) -> None:
+            if next(left, None) is None:
+                raise Unavailable
+            write(self, *rest, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(bucket), "pipe_file", killed)
+            with pytest.raises(StoreError):
+                make("memory://tests/a.zarr", units=0)
+        assert not store.exists("memory://tests/a.zarr")
+    arrays = make("memory://tests/a.zarr", units=3)
+    np.testing.assert_array_equal(
+        store.features(store.open_store("memory://tests/a.zarr"), "U-L1-Out").values, arrays["U-L1-Out"]
+    )
+
+
+def test_of_two_that_create_one_store_the_second_is_told(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = store._upload
+
+    async def overtaken(url: str, layout: Any) -> None:
+        monkeypatch.setattr(store, "_upload", put)
+        await asyncio.to_thread(bucket.pipe_file, "/tests/a.zarr/zarr.json", b"of another")
+        monkeypatch.setattr(type(bucket), "find", lambda *_, **__: [])  # it was not there yet when we looked
+        await put(url, layout)
+
+    monkeypatch.setattr(store, "_upload", overtaken)
+    with pytest.raises(StoreError, match="Another process has just made a store"):
+        make("memory://tests/a.zarr", units=0)
+    assert bucket.cat_file("/tests/a.zarr/zarr.json") == b"of another"
+
+
+def test_a_store_over_http_is_read_and_not_written(tmp_path: Path) -> None:
+    arrays = make(tmp_path / "a.zarr", units=3)
+    broken = threading.Event()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *rest: Any) -> None:
+            super().__init__(*rest, directory=str(tmp_path))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def send_head(self) -> Any:
+            if broken.is_set():
+                self.send_error(503)
+                return io.BytesIO()
+            return super().send_head()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.zarr"
+        assert store.exists(url) and not store.exists(url + "s")
+        np.testing.assert_array_equal(store.features(store.open_store(url), "U-L1-Out").values, arrays["U-L1-Out"])
+        broken.set()
+        for call in (store.exists, store.open_store):
+            with pytest.raises(StoreError, match="does not answer as it should"):
+                call(url)
+        for start in (make, lambda place: store.sole_writer(place).__enter__()):
+            with pytest.raises(StoreError, match="can be read over HTTP and not written"):
+                start(f"http://127.0.0.1:{server.server_port}/new.zarr")
+        server.shutdown()
+
+
+# --- one place, many spellings ----------------------------------------------------------------------
+
+
+def test_the_lock_is_of_the_place_and_not_of_its_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "a.zarr")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "a.zarr")
+    monkeypatch.chdir(tmp_path)
+    spellings = [f"{tmp_path}/a.zarr", "a.zarr/", "./a.zarr", f"file://{tmp_path}/a.zarr", "link.zarr"]
+    for held in spellings:
+        for other in spellings:
+            with store.sole_writer(held), pytest.raises(store.BusyError), store.sole_writer(other):
+                raise AssertionError(f"two writers: {held} and {other}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "link.zarr"]
+
+
+def test_a_slash_at_the_end_makes_no_other_store(tmp_path: Path) -> None:
+    with store.sole_writer(f"{tmp_path}/new.zarr/"):
+        make(f"{tmp_path}/new.zarr/")
+    assert store.exists(tmp_path / "new.zarr") and [path.name for path in tmp_path.iterdir()] == ["new.zarr"]
+
+
+def test_a_rank_just_past_the_last_is_another_run(tmp_path: Path) -> None:
+    with (
+        store.sole_writer(tmp_path / "a.zarr", 2, 3),
+        pytest.raises(store.BusyError),
+        store.sole_writer(tmp_path / "a.zarr", 0, 2),
+    ):
+        raise AssertionError("rank 2 of three beside a run of two")
+
+
+def test_a_file_url_is_guarded_as_its_path_is(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/s.zarr"
+    make(url)
+    assert (tmp_path / "s.zarr" / "zarr.json").is_file() and store.store_info(url)["bytes_on_disk"] > 0
+    (tmp_path / "s.zarr" / "link").symlink_to("/etc")
+    with pytest.raises(StoreError, match="symbolic link"):
+        store.open_store(url)
+
+
+def test_cleaning_removes_only_what_a_killed_process_left(tmp_path: Path) -> None:
+    for name in ("a.zarr.init-notes", "a.zarr.init-12345"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.zarr.init-7").write_text("a file")
+    make(tmp_path / "a.zarr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "a.zarr.init-7", "a.zarr.init-notes"]
+    shard = next(path for path in (tmp_path / "a.zarr/U-L1-Out/features/c").rglob("*") if path.is_file())
+    cut = shard.with_name(f"{shard.name}.{'0' * 32}.partial")
+    cut.write_bytes(b"half")
+    (tmp_path / "a.zarr" / "x.partial").mkdir()  # of a label
+    (tmp_path / "a.zarr" / "x.partial" / "zarr.json").write_text("{}")
+    store.clear_cut_writes(f"file://{tmp_path}/a.zarr")
+    assert not cut.exists() and shard.exists() and (tmp_path / "a.zarr" / "x.partial" / "zarr.json").exists()
+
+
+# --- what is missing, misplaced or edited -----------------------------------------------------------
+
+
+def arrays_of(path: Path, *parts: str) -> list[Path]:
+    return [file for part in parts for file in sorted((path / part / "c").rglob("*")) if file.is_file()]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        "sample",
+        "colour",
+        "count",
+        "prompts/text",
+        "prompts/token_start",
+        "U-L1-Out/timestep",
+        "U-L1-R0-B0-Cross-Map/token",
+        "prompts/conditioning",
+    ],
+)
+def test_a_missing_chunk_is_an_error_and_no_fill_value(tmp_path: Path, array: str) -> None:
+    path = tmp_path / "s.zarr"
+    make(path, units=3)
+    shutil.rmtree(path / array / "c")
+    with pytest.raises(StoreError, match=rf"The store's {array} cannot be read \(.* is missing"):
+        store.verify_store(path)
+    with pytest.raises(StoreError, match="is missing"):
+        tree = store.open_store(path)
+        _ = [value.values for node in tree.subtree for value in node.dataset.variables.values()]
+
+
+def test_a_missing_status_is_a_fault_and_loses_no_sample(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    make(path, units=3)
+    (path / "status/c/1").unlink()
+    assert [(fault.unit, fault.site) for fault in store.verify_store(path)] == [(1, "status")]
+    with pytest.raises(StoreError, match="Unit 1 of the store is done, and its samples are pending"):
+        store.open_store(path)
+
+
+def test_a_missing_shard_is_an_error_for_a_reader_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    make(path, units=2)
+    tree = store.open_store(path, complete=False)
+    assert np.isnan(store.features(tree, "D-L0-Out").values[4]).all(), "nothing was written there yet"
+    arrays_of(path, "D-L0-Out/features")[1].unlink()
+    assert np.isfinite(store.features(tree, "D-L0-Out").isel(sample=slice(2)).values).all()
+    with pytest.raises(StoreError, match="D-L0-Out/features/c/1/0/0/0 of the store is missing"):
+        _ = store.features(tree, "D-L0-Out").values
+
+
+@pytest.mark.parametrize("how", ["swapped", "copied", "with their digests", "of another store"])
+def test_shards_in_another_place_are_found(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "s.zarr"
+    make(path, units=3)
+    one, two, _ = arrays_of(path, "U-L1-Out/features")
+    raw = one.read_bytes(), two.read_bytes()
+    if how == "of another store":
+        make(tmp_path / "other.zarr", units=3)
+        kept = zarr.open_group(tmp_path / "other.zarr", mode="r+")
+        kept.attrs["diffprobe"] = {**kept.attrs["diffprobe"], "request": {"seed": 1}}  # type: ignore[dict-item]
+        writer = store.StoreWriter(tmp_path / "other.zarr")
+        writer.write_unit(0, {s.site: np.ones((2, 2, 2, *s.shape), np.float16) for s in SPECS}, np.ones(2, np.uint8))
+        for part in ("features/c/0", "maps/c/0", "digest/c/0"):
+            for file in (tmp_path / "other.zarr").rglob(f"{part}*/**/*"):
+                if file.is_file():
+                    shutil.copy(file, path / file.relative_to(tmp_path / "other.zarr"))
+    else:
+        two.write_bytes(raw[0])
+        if how != "copied":
+            one.write_bytes(raw[1])
+        if how == "with their digests":
+            digests = arrays_of(path, "digest")[:2]
+            kept_digests = [file.read_bytes() for file in digests]
+            for file, content in zip(digests, reversed(kept_digests), strict=True):
+                file.write_bytes(content)
+    found = store.verify_store(path)
+    assert found and all("not what was written there" in fault.reason for fault in found)
+    assert "U-L1-Out" in {fault.site for fault in found}
+
+
+@pytest.mark.parametrize(
+    ("array", "change"),
+    [
+        ("U-L1-Out/features", {"attributes": {"scale_factor": 2.0}}),
+        ("U-L1-Out/timestep", {"attributes": {"units": "days since 1970-01-01"}}),
+        ("count", {"attributes": {"_FillValue": 3}}),
+        ("U-L1-Out/features", {"data_type": "int16", "fill_value": 0}),
+        ("prompts/token_id", {"data_type": "float32", "fill_value": 0.0}),
+        ("status", {"data_type": "bool", "fill_value": False}),
+    ],
+)
+def test_an_edit_that_would_change_the_values_is_a_fault(tmp_path: Path, array: str, change: dict[str, Any]) -> None:
+    path = tmp_path / "s.zarr"
+    make(path, units=3)
+    metadata = json.loads((path / array / "zarr.json").read_text())
+    (path / array / "zarr.json").write_text(json.dumps(metadata | change))
+    for call in (store.verify_store, store.open_store):
+        with pytest.raises(StoreError, match=array):
+            call(path)
+
+
+def test_a_marked_sample_may_hold_anything_and_a_complete_one_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    make(path, units=3)
+    writer = store.StoreWriter(path)
+    values = {s.site: np.full((2, 2, 2, *s.shape), np.nan, np.float16) for s in SPECS}
+    writer.write_unit(0, values, np.array([store.NOT_FINITE, store.UNREADABLE], np.uint8))
+    assert store.verify_store(path) == []
+    assert len(arrays_of(path, "U-L1-Out/features")) == 3, "a unit of nothing but NaN is written too"
+    arrays_of(path, "U-L1-Out/features")[0].unlink()
+    assert [(fault.unit, fault.site) for fault in store.verify_store(path)] == [(0, "U-L1-Out")]
+    writer.write_unit(0, values, np.array([store.NOT_FINITE, store.COMPLETE], np.uint8))
+    assert {fault.reason for fault in store.verify_store(path)} == {
+        "1 complete samples hold values that are missing or not finite"
+    }
+
+
+def test_a_reader_sees_the_old_unit_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s.zarr"
+    arrays = make(path, units=3)
+    tree = store.open_store(path)
+    replace = store._replace_shard
+    seen: list[np.ndarray] = []
+
+    def watched(*rest: Any) -> None:
+        seen.append(store.features(tree, "U-L1-Out").values)
+        replace(*rest)
+        seen.append(store.features(tree, "U-L1-Out").values)
+
+    monkeypatch.setattr(store, "_replace_shard", watched)
+    store.StoreWriter(path).write_unit(0, {"U-L1-Out": np.ones((2, 2, 2, 3, 2, 4), np.float16)}, np.ones(2, np.uint8))
+    np.testing.assert_array_equal(seen[0], arrays["U-L1-Out"])
+    assert (seen[1][:2] == 1).all() and np.isfinite(seen[1]).all()
+
+
+# --- hostile stores ---------------------------------------------------------------------------------
+
+
+def test_a_store_of_an_older_zarr_is_refused_before_its_filters_run(tmp_path: Path) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    for place, kind in ((tmp_path / "s.zarr" / "evil", "array"), (tmp_path / "old.zarr", "group")):
+        place.mkdir()
+        if kind == "group":
+            (place / ".zgroup").write_text('{"zarr_format": 2}')
+            (place / ".zattrs").write_text(json.dumps({"diffprobe": {"format_version": 1}}))
+            place = place / "sample"
+            place.mkdir()
+        (place / ".zarray").write_text(json.dumps({
+            "zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "|O", "fill_value": None, "order": "C", "compressor": None,
+            "filters": [{"id": "pickle", "protocol": 4}],
+        }))  # fmt: skip
+        (place / "0").write_bytes(b"cos\nmkdir\n(V" + str(tmp_path / "ran").encode() + b"\ntR.")
+    with pytest.raises(StoreError, match="no Zarr group is there"):
+        store.open_store(tmp_path / "old.zarr")
+    shutil.rmtree(tmp_path / "s.zarr" / "evil")
+    metadata = json.loads((tmp_path / "s.zarr/colour/zarr.json").read_text())
+    metadata["codecs"] = [{"name": "vlen-utf8"}, {"name": "gzip", "configuration": {"level": 1}}]
+    (tmp_path / "s.zarr/colour/zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(StoreError, match="the array colour uses 'gzip'"):
+        store.open_store(tmp_path / "s.zarr")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_frame_that_swells_is_refused_before_it_does(tmp_path: Path, stated: bool) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    (chunk,) = arrays_of(tmp_path / "s.zarr", "colour")
+    size = 4 * 10**9
+    head = bytes([0xE0]) + struct.pack("<Q", size) if stated else bytes([0x00, 0x58])
+    chunk.write_bytes(b"\x28\xb5\x2f\xfd" + head + bytes(1000))
+    for call in (store.open_store, store.verify_store):
+        with pytest.raises(StoreError, match=r"the array colour asks for [0-9.e+]+ GB"):
+            call(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65792, 10**6])
+def test_the_size_that_a_frame_states_is_read(count: int) -> None:
+    frame = bytes(numcodecs.Zstd(1).encode(bytes(count)))
+    assert store._frame_size(frame[:18]) == count
+
+
+# --- plain xarray -----------------------------------------------------------------------------------
+
+
+def plain_things(path: Path) -> dict[str, Callable[[], Any]]:
+    tree = store.open_store(path)
+    return {
+        "tree": lambda: tree,
+        "part": lambda: tree.isel(sample=slice(1, 4)),
+        "site": lambda: tree["U-L1-Out"].to_dataset(),
+        "features": lambda: store.features(tree, "U-L1-Out", timestep=500).to_dataset(name="f"),
+        "guided": lambda: store.features(tree, "U-L1-Out", guidance=4.0).to_dataset(name="f"),
+        "patches": lambda: store.features(tree, "U-L1-Out", pool="patches").to_dataset(name="f"),
+        "maps": lambda: store.attention_maps(tree, "star").to_dataset(name="m"),
+    }
+
+
+@pytest.mark.parametrize("what", ["tree", "part", "site", "features", "guided", "patches", "maps"])
+@pytest.mark.parametrize("form", ["zarr", "netcdf"])
+def test_what_is_read_can_be_saved_and_read_again(tmp_path: Path, what: str, form: str) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    writer = store.StoreWriter(tmp_path / "s.zarr")
+    writer.write_unit(
+        1,
+        {s.site: np.full((2, 2, 2, *s.shape), np.nan, np.float16) for s in SPECS},
+        np.array([store.NOT_FINITE, store.COMPLETE], np.uint8),
+    )
+    found = plain_things(tmp_path / "s.zarr")[what]()
+    target = tmp_path / f"copy.{form}"
+    if form == "netcdf":
+        pytest.importorskip("h5netcdf")
+        found.to_netcdf(target, engine="h5netcdf")
+    else:
+        found.to_zarr(target)
+    options: dict[str, Any] = {"engine": "h5netcdf" if form == "netcdf" else "zarr"}
+    again = (xr.open_datatree if isinstance(found, xr.DataTree) else xr.open_dataset)(target, **options).load()  # type: ignore[operator]
+    pairs = [(found, again)]
+    if isinstance(found, xr.DataTree):
+        pairs = [
+            (node.to_dataset(inherit=False), again[name].to_dataset(inherit=False)) for name, node in found.subtree_with_keys
+        ]
+        assert set(again.groups) == set(found.groups)
+    for left, right in pairs:
+        assert set(left.variables) == set(right.variables) and left.attrs == right.attrs
+        for name, variable in left.variables.items():
+            assert variable.dtype.kind in "fiuU" and "chunks" not in variable.encoding
+            np.testing.assert_array_equal(right[name].values.astype(variable.dtype), variable.values)
+    if what == "tree":
+        assert store.provenance(again) == store.provenance(found)
+        np.testing.assert_array_equal(store.features(again, "U-L1-Out").values, store.features(found, "U-L1-Out").values)
+
+
+def test_what_is_read_is_plain_numpy(tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    make(tmp_path / "s.zarr", units=3)
+    found = store.features(store.open_store(tmp_path / "s.zarr"), "D-L0-Out", timestep=10, conditioning="null")
+    np.savez(tmp_path / "a.npz", features=found.values, **{str(n): c.values for n, c in found.coords.items()})
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as again:
+        assert again["colour"].tolist() == ["red", "blue", "red", "", "red"] and again["sample"].tolist()[0] == "s0"
+    assert LogisticRegression().fit(found.values, found["colour"]).classes_.tolist() == ["", "blue", "red"]
+
+
+def test_ids_that_end_in_a_null_are_kept() -> None:
+    kept = store._fixed_width(np.array(["a\0", "b"], np.dtypes.StringDType()))
+    assert kept.tolist() == ["a\0", "b"]
+
+
+# --- files that appear whole ------------------------------------------------------------------------
+
+
+def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path, bucket: Any) -> None:
+    for place in (tmp_path / "new" / "a.csv", "memory://tests/a.csv", f"file://{tmp_path}/b.csv"):
+        store.write_whole(place, "1,é\n")
+        with pytest.raises(OSError, match="full"), store.whole_file(place) as beside:
+            beside.write_text("2,")
+            raise OSError("full")
+    assert (
+        (tmp_path / "new" / "a.csv").read_bytes()
+        == (tmp_path / "b.csv").read_bytes()
+        == bucket.cat_file("/tests/a.csv")
+        == "1,é\n".encode()
+    )
+    assert {path.name for path in tmp_path.rglob("*")} == {"a.csv", "b.csv", "new"}
+
+
+# --- reading no more than is asked ------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that were read, in order; one twice where it was read twice."""
+    seen: list[str] = []
+    get = store._Present.get
+
+    async def noted(self: Any, key: str, *rest: Any, **options: Any) -> Any:
+        if "/c/" in key and "maps" in key:
+            seen.append(key)
+        return await get(self, key, *rest, **options)
+
+    monkeypatch.setattr(store._Present, "get", noted)
+    return seen
+
+
+def test_maps_of_a_word_are_read_in_blocks(tmp_path: Path, reads: list[str]) -> None:
+    arrays = make(tmp_path / "s.zarr", units=3)
+    tree = store.open_store(tmp_path / "s.zarr")
+    site = "U-L1-R0-B0-Cross-Map"
+    wanted: list[tuple[int, list[int]]] = [(4, [2, 3]), (0, [1]), (2, []), (4, [5, 0, 1])]
+    found = store.read_maps(tree, site, wanted, "caption", [500, 10], heads="each", merge="sum")
+    assert found.dims == ("row", "timestep", "head", "y", "x") and found["head"].values.tolist() == ["mean", "0", "1"]
+    exact = arrays[site].astype(np.float64)[:, 1, ::-1]
+    for row, (sample, places) in enumerate(wanted):
+        each = exact[sample][:, :, places].sum(2)
+        np.testing.assert_allclose(found.values[row, :, 1:], each, rtol=1e-5)
+        np.testing.assert_allclose(found.values[row, :, 0], each.mean(1), rtol=1e-5)
+    reads.clear()
+    assert store.attention_maps(tree, "star", site=site, timestep=10).sizes["sample"] == 2
+    assert len(reads) <= 2 * 3, f"samples 0 and 4 lie in two shards; {len(reads)} reads of index and chunks"
+
+
+def test_a_figure_of_one_sample_reads_one_sample(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffprobe import gallery
+
+    make(tmp_path / "s.zarr", units=3)
+    tree = store.open_store(tmp_path / "s.zarr")
+    monkeypatch.setattr(gallery, "open_with_images", lambda *_: (tree, np.zeros((1, 8, 8, 3), np.uint8), [4], ["s4"]))
+    monkeypatch.setattr(gallery, "_save", lambda figure, out, name, *_, **__: out / name)
+    assert gallery.heatmap_figures("", "", ["star"], (), 10, "caption", lambda _: [4], tmp_path, "h") == [tmp_path / "h"]
+    assert {key.split("/c/")[1].split("/")[0] for key in reads} == {"2"}

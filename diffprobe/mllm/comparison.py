@@ -285,10 +285,7 @@ class Comparison:
                          "hit": hit(record)}
                         for k, record in enumerate(said)
                     ]  # fmt: skip
-                path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_suffix(".tmp")
-                pd.DataFrame(rows).to_csv(beside, index=False, lineterminator="\n")
-                beside.replace(path)
+                write_whole(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
         found = [
             pd.read_csv(self.path(arm, seed, condition), keep_default_na=False, na_values={"hit": [""]}).assign(
                 arm=arm.label, seed=seed, condition=condition

@@ -30,7 +30,7 @@ from diffprobe.mllm.projector import soft_tokens
 from diffprobe.models import DiffusionModel
 from diffprobe.recorder import site_shapes
 from diffprobe.sites import select_sites
-from diffprobe.store import PENDING, StoreError, exists, open_store
+from diffprobe.store import PENDING, StoreError, exists, open_store, provenance, read_maps
 from diffprobe.store import features as stored_features
 
 TEXT = "Text-Embeddings"  # the site of the ceiling: what the text encoder makes of the prompt, no image at all
@@ -183,7 +183,7 @@ class Features:
             "resolution": list(self.model.size),
         }  # fmt: skip
         for tree in self._stores:
-            request = tree.attrs["request"]
+            request = provenance(tree)["request"]
             holds = (
                 site in (*request["sites"], *request["maps"])
                 and timestep in request["timesteps"]
@@ -228,7 +228,7 @@ class Features:
         names = [sample.id for sample in iterate(self.data[split])]
         fingerprint = self.data[split].fingerprint()
         for tree in self._stores:
-            if tree.attrs["request"]["fingerprint"] == fingerprint:
+            if provenance(tree)["request"]["fingerprint"] == fingerprint:
                 there = set(np.asarray(tree["sample"].values).tolist())
                 names = [name for name in names if name in there]
         return names
@@ -257,11 +257,9 @@ class Features:
         assert tree is not None
         prompts = tree["prompts"].to_dataset()
         column = prompts["conditioning"].values.tolist().index(asked.conditioning)
-        maps = tree[site].to_dataset()["maps"]
-        row = maps["timestep"].values.tolist().index(asked.timestep)
-        attention = maps.isel(conditioning=column, timestep=row).astype(np.float32).mean("head").values  # (sample, token, y, x)
-        spelled = (prompts["token_end"] > prompts["token_start"]).isel(conditioning=column).values[:, : attention.shape[1]]
-        looked = torch.from_numpy((attention * spelled[:, :, None, None]).sum(1, keepdims=True))
+        spelled = (prompts["token_end"] > prompts["token_start"]).isel(conditioning=column).values
+        wanted = [(row, np.flatnonzero(letters).tolist()) for row, letters in enumerate(spelled)]
+        looked = torch.from_numpy(read_maps(tree, site, wanted, asked.conditioning, asked.timestep, merge="sum").values[:, 0])
         looked = torch.nn.functional.adaptive_avg_pool2d(looked, size)
         mean = looked.mean((2, 3), keepdim=True)
         return torch.where(mean > 0, looked / mean.clamp(min=1e-12), 1.0).numpy()

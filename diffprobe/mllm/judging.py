@@ -26,6 +26,7 @@ from PIL import Image
 from diffprobe.data.blank import GREY
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem
 from diffprobe.mllm.evaluate import SCORERS, options_of, read_record
+from diffprobe.store import write_whole
 
 if TYPE_CHECKING:
     from diffprobe.mllm.model import FusedMLLM
@@ -157,14 +158,16 @@ def judge_all(
         tell(f"{benchmark.name}: {len(benchmark)} questions, shown {', '.join(conditions)}")
         said = _said(model, benchmark, conditions, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
         answers = pd.concat([answers, _answered(benchmark, said).assign(benchmark=benchmark.name)], ignore_index=True)
-        answers.to_csv(folder / "answers.csv", index=False, lineterminator="\n")  # before scoring, which may refuse them
+        write_whole(
+            folder / "answers.csv", answers.to_csv(index=False, lineterminator="\n")
+        )  # before scoring, which may refuse them
         if benchmark.scorer in JUDGED and "judge" not in options:
             tell(
                 f"{benchmark.name}: answers are kept; its score needs a judge model (diffprobe.mllm.evaluate.score_llava_bench)."
             )
             continue
         scores = pd.concat([scores, _scored(benchmark, said, **options)], ignore_index=True)
-        scores.to_csv(folder / "scores.csv", index=False, lineterminator="\n")
+        write_whole(folder / "scores.csv", scores.to_csv(index=False, lineterminator="\n"))
     return scores
 
 

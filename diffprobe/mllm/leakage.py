@@ -56,7 +56,7 @@ from diffprobe.mllm.verdict import (
     sentence,
     usable_information,
 )
-from diffprobe.store import request_differences, write_whole
+from diffprobe.store import request_differences, whole_file, write_whole
 
 if TYPE_CHECKING:
     from diffprobe.mllm.features import Asked, Features
@@ -439,10 +439,8 @@ class Run:
             "samples": np.array(ids),
         }
         arrays |= self._unconditional(test, asked, ids)
-        path = self.ranked_path(test)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
-        path.with_suffix(".tmp.npz").replace(path)
+        with whole_file(self.ranked_path(test)) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     def _unconditional(self, test: Test, asked: list[list[str]], ids: list[str]) -> dict[str, np.ndarray]:
         """log P of the fed text under the reader of unconditional features, where the run has trained it."""
@@ -806,7 +804,7 @@ def save_report(found: Report, folder: str | Path) -> list[Path]:
         "examples": found.examples,
     }  # fmt: skip
     for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+        write_whole(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
     plane = leak_against_sight(found.leakage)
     about = {"verdicts": found.sentences}
     alt = "Leak against sight of every arm with intervals; controls in grey, chance dotted."

@@ -28,7 +28,7 @@ from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, InputEye, Picture, Streams, TruthEye
 from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
 from diffprobe.models import DiffusionModel, kept_name, load_model, quiet, weights_hash
-from diffprobe.store import write_whole
+from diffprobe.store import whole_file, write_whole
 
 Tuned = Literal["", "full", "lora"]
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
@@ -191,7 +191,8 @@ class FusedMLLM:
             if self.tuned == "full":
                 self.language.tokenizer.save_pretrained(part)
         fusion = weights.get("fusion") or self.fusion.state_dict()
-        save_file({name: value.contiguous() for name, value in fusion.items()}, folder / WEIGHTS)
+        with whole_file(folder / WEIGHTS) as beside:
+            save_file({name: value.contiguous() for name, value in fusion.items()}, beside)
         written = [folder / WEIGHTS, *(sorted(part.rglob("*")) if self.tuned else [])]
         files = {path.relative_to(folder).as_posix(): _digest(path) for path in written if path.is_file()}
         kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins(), "files": files}

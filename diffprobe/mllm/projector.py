@@ -15,6 +15,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from diffprobe.store import whole_file, write_whole
+
 KINDS = ("linear", "mlp2x_gelu")
 
 
@@ -76,13 +78,12 @@ class Projector(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Weights and moments as ``projector.safetensors``, their shape and the file's checksum as ``config.json``."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = save(self.state_dict())
         shape = {"channels": self.channels, "width": self.width, "kind": self.kind}
         kept = {**shape, "sha256": hashlib.sha256(weights).hexdigest()}
-        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-        (folder / "projector.tmp").write_bytes(weights)
-        (folder / "projector.tmp").replace(folder / "projector.safetensors")  # whole or not at all: it means "finished"
+        write_whole(folder / "config.json", json.dumps(kept, indent=2) + "\n")
+        with whole_file(folder / "projector.safetensors") as beside:  # the last: it means "finished"
+            beside.write_bytes(weights)
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:

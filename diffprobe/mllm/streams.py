@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from diffprobe.models import DiffusionModel, EncodedText
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import select_sites
+from diffprobe.store import whole_file, write_whole
 
 ROWS = 32  # pictures of one forward pass; a cache file holds as many
 _OPEN = 1024  # cache files mapped into memory at a time; Linux gives a process 65,530 maps
@@ -274,10 +274,9 @@ class FeatureCache:
                 raise ValueError(f"Features of {site} are not finite in float16; use no cache, or another dtype.")
             folder = self._folder(eye, site)
             path = folder / f"{hashlib.sha256(''.join(names).encode()).hexdigest()[:16]}.safetensors"
-            beside = path.with_suffix(f".{os.getpid()}.tmp")
             totals = [_checksum(name, row) for name, row in zip(names, values, strict=True)]
-            save_file({"features": values}, beside, {"keys": json.dumps(names), "checksums": json.dumps(totals)})
-            beside.replace(path)
+            with whole_file(path) as beside:
+                save_file({"features": values}, beside, {"keys": json.dumps(names), "checksums": json.dumps(totals)})
             self._index(eye, site).update({name: (path, row, totals[row]) for row, name in enumerate(names)})
 
     def refresh(self) -> None:
@@ -289,8 +288,7 @@ class FeatureCache:
         digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{site}_{digest}"
         if not (folder / "origin.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+            write_whole(folder / "origin.json", json.dumps(origin, indent=2) + "\n")
         return folder
 
     def _index(self, eye: Eye, site: str) -> dict[str, tuple[Path, int, int | None]]:

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diffprobe.mllm.projector import Projector
 from diffprobe.models import as_dtype, choose_device, quiet, resolve
-from diffprobe.store import request_differences, sole_writer, write_whole
+from diffprobe.store import request_differences, sole_writer, whole_file, write_whole
 from diffprobe.zoo import smollm2
 
 IMAGE = "<image>"  # where the soft tokens stand while a conversation is still text
@@ -629,13 +629,12 @@ def _save(
     if not main:
         return
     # the checkpoint last, for it says what is done
-    with (folder / "loss.tmp").open("w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / "loss.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["step", "loss", "dev_loss", "learning_rate"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "dev_loss": "" if math.isnan(row["dev_loss"]) else row["dev_loss"]} for row in state.history)
-    (folder / "loss.tmp").replace(folder / "loss.csv")
-    torch.save(held, folder / "checkpoint.tmp")
-    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
+    with whole_file(folder / "checkpoint.pt") as beside:
+        torch.save(held, beside)
 
 
 def _resume(

@@ -63,7 +63,7 @@ def correspondence(
         ValueError: no pair's images are among the samples, missing dimensions, or non-finite features.
 
     >>> tree = open_store("runs/twins.zarr")  # doctest: +SKIP
-    >>> pairs = twin_keypoints(load_dataset(tree.attrs["data"]))  # doctest: +SKIP
+    >>> pairs = twin_keypoints(load_dataset(provenance(tree)["data"]))  # doctest: +SKIP
     >>> correspondence(features(tree, "U-L1-Out"), pairs)[["timestep", "per", "value", "chance"]]  # doctest: +SKIP
     """
     if missing := {"sample", "channel", *SPACE} - set(features.dims):

@@ -9,7 +9,6 @@ The invariant: a word is scored only where the dataset says which objects it mea
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from diffprobe.data import load_dataset
 from diffprobe.data.images import fit_masks
 from diffprobe.data.samples import Caption, Dataset, Sample, Span, iterate
 from diffprobe.probes.localization import enlarge, localization_score, with_holm
-from diffprobe.store import StoreError, features, site_names
+from diffprobe.store import StoreError, features, known, prompt_texts, provenance, read_maps, site_names
 
 Bools = NDArray[np.bool_]
 
@@ -98,7 +97,7 @@ def attention_localization(
     there = [n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"]
     if not there:
         raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
-    names = [_known(name, there, "map site") for name in sites or there]
+    names = [known(name, there, "map site") for name in sites or there]
     steps = _timesteps(tree, names[0], timesteps)
     targets, left_out = _words(tree, dataset, conditioning, roles, grid or _grid(tree))
     rows = _MapRows.of(tree, conditioning, targets)
@@ -109,7 +108,10 @@ def attention_localization(
             f"No word of the role {' or '.join(roles)} can be scored: {why}. Choose other roles, or data with masks."
         )
     extra = [] if against_timestep is None else _timesteps(tree, names[0], [against_timestep])
-    maps = {name: rows.read(name, list(dict.fromkeys([*steps, *extra])), by_head) for name in names}
+    every = list(dict.fromkeys([*steps, *extra]))
+    maps = {
+        name: read_maps(tree, name, rows.wanted, conditioning, every, heads="each" if by_head else "mean") for name in names
+    }
     if merged and len(maps) > 1:
         maps["all sites"] = _average([m.sel(head=["mean"]) for m in maps.values()])
     wrong = _wrong_words(rows.targets)
@@ -191,13 +193,13 @@ def _words(
     tree: xr.DataTree, dataset: Dataset | str | None, conditioning: str, roles: Sequence[str], grid: tuple[int, int]
 ) -> tuple[list[Target], Counter[str]]:
     """The targets of all samples, role by role within each."""
-    texts = _prompts(tree, conditioning)["text"].values
+    texts = prompt_texts(tree, conditioning)["text"].values
     targets: list[Target] = []
     left_out: Counter[str] = Counter()
     for row, sample in _samples(tree, dataset):
         caption = _caption(sample, conditioning)
         _check_text(sample, conditioning, str(texts[row]))
-        masks = fit_masks(sample.masks(), grid, tree.attrs["request"]["fit"])
+        masks = fit_masks(sample.masks(), grid, provenance(tree)["request"]["fit"])
         for role in roles:
             found, missing = word_targets(sample, caption, masks, role, row)
             targets += found
@@ -233,8 +235,6 @@ class _MapRows:
     `wanted` holds each row's sample and token positions, `starts` the row of each sample's start token.
     """
 
-    tree: xr.DataTree
-    conditioning: str
     targets: list[Target]
     wanted: list[tuple[int, list[int]]]
     starts: dict[int, int]
@@ -242,7 +242,7 @@ class _MapRows:
     @classmethod
     def of(cls, tree: xr.DataTree, conditioning: str, targets: Sequence[Target]) -> _MapRows:
         """Targets whose words were cut off the prompt are left out."""
-        prompts = _prompts(tree, conditioning)
+        prompts = prompt_texts(tree, conditioning)
         starts, ends = prompts["token_start"].values, prompts["token_end"].values
         kept, wanted = [], []
         for target in targets:
@@ -256,31 +256,7 @@ class _MapRows:
         # a tokenizer without a start token (T5) has a word in the first place
         samples = [sample for sample in dict.fromkeys(t.sample for t in kept) if ends[sample, 0] == 0]
         place = {sample: len(wanted) + k for k, sample in enumerate(samples)}
-        return cls(tree, conditioning, kept, [*wanted, *((sample, [0]) for sample in samples)], place)
-
-    def read(self, site: str, steps: Sequence[int], by_head: bool) -> xr.DataArray:
-        """(row, timestep, head, y, x) float32; heads are "mean" and, with `by_head`, "0", "1", ..."""
-        array: xr.DataArray = self.tree[site].to_dataset()["maps"]
-        array = array.isel(
-            conditioning=array["conditioning"].values.tolist().index(self.conditioning),
-            timestep=[array["timestep"].values.tolist().index(step) for step in steps],
-        ).transpose("sample", "timestep", "head", "token", "y", "x")
-        kept = array["token"].values.tolist() if "token" in array.coords else list(range(array.sizes["token"]))
-        if missing := {p for _, places in self.wanted for p in places} - set(kept):
-            raise StoreError(
-                f"Token positions {sorted(missing)} were not kept in this store's maps; record with --map-tokens all."
-            )
-        heads = array.sizes["head"] if by_head and array.sizes["head"] > 1 else 0
-        rows = np.empty((len(self.wanted), len(steps), 1 + heads, array.sizes["y"], array.sizes["x"]), np.float32)
-        for first in range(0, array.sizes["sample"], _BLOCK):
-            values = array.isel(sample=slice(first, first + _BLOCK)).to_numpy()
-            for row, (sample, places) in enumerate(self.wanted):
-                if first <= sample < first + len(values):
-                    one = values[sample - first][:, :, [kept.index(p) for p in places]].astype(np.float32).mean(2)
-                    rows[row, :, 0] = one.mean(1)
-                    rows[row, :, 1:] = one[:, :heads]
-        names = ["mean", *map(str, range(heads))]
-        return xr.DataArray(rows, dims=("row", "timestep", "head", "y", "x"), coords={"timestep": list(steps), "head": names})
+        return cls(kept, [*wanted, *((sample, [0]) for sample in samples)], place)
 
 
 def _average(maps: Sequence[xr.DataArray]) -> xr.DataArray:
@@ -343,10 +319,10 @@ def difference_localization(
     there = [n for n in site_names(tree) if "features" in tree[n].data_vars and {"y", "x"} <= set(tree[n]["features"].dims)]
     if not there:
         raise StoreError("No site of this store has features on a grid; record some with --sites paper --reduce none.")
-    names = [_known(name, there, "feature site") for name in sites or there]
+    names = [known(name, there, "feature site") for name in sites or there]
     recorded = [str(c) for c in tree[names[0]].to_dataset()["conditioning"].values]
     spoken = [c for c in recorded if c.partition(":")[0] in ("caption", "question") and "@" not in c]
-    texts = [_known(c, recorded, "conditioning") for c in conditionings or spoken]
+    texts = [known(c, recorded, "conditioning") for c in conditionings or spoken]
     steps = _timesteps(tree, names[0], timesteps)
     targets, left_out = _texts(tree, dataset, texts, grid or _grid(tree))
     if not targets:
@@ -387,11 +363,11 @@ def _texts(
     tree: xr.DataTree, dataset: Dataset | str | None, texts: Sequence[str], grid: tuple[int, int]
 ) -> tuple[list[Target], Counter[str]]:
     """One target per sample and text; its word is the conditioning's name, its role the kind of text."""
-    stored = {text: _prompts(tree, text)["text"].values for text in texts}
+    stored = {text: prompt_texts(tree, text)["text"].values for text in texts}
     targets = []
     left_out: Counter[str] = Counter()
     for row, sample in _samples(tree, dataset):
-        masks = fit_masks(sample.masks(), grid, tree.attrs["request"]["fit"])
+        masks = fit_masks(sample.masks(), grid, provenance(tree)["request"]["fit"])
         for text in texts:
             _check_text(sample, text, str(stored[text][row]))
             objects = _spoken_of(sample, text)
@@ -437,14 +413,6 @@ def _norms(tree: xr.DataTree, site: str, conditionings: tuple[str, ...], timeste
 # --- what both need of a store and its dataset ----------------------------------------------------------
 
 
-def _known(name: str, there: Sequence[str], what: str) -> str:
-    if name not in there:
-        near = difflib.get_close_matches(name, list(there), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise StoreError(f"There is no {what} {name!r} in this store.{hint} It has: {', '.join(there)}.")
-    return name
-
-
 def _timesteps(tree: xr.DataTree, site: str, timesteps: Sequence[int] | None) -> list[int]:
     there = [int(t) for t in tree[site].to_dataset()["timestep"].values]
     if missing := [t for t in timesteps or () if t not in there]:
@@ -454,14 +422,14 @@ def _timesteps(tree: xr.DataTree, site: str, timesteps: Sequence[int] | None) ->
 
 def _grid(tree: xr.DataTree) -> tuple[int, int]:
     """The images' resolution, made smaller in proportion where a side has more than `MOST_PIXELS`."""
-    height, width = tree.attrs["request"]["resolution"]
+    height, width = provenance(tree)["request"]["resolution"]
     scale = min(1.0, MOST_PIXELS / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _samples(tree: xr.DataTree, dataset: Dataset | str | None) -> list[tuple[int, Sample]]:
     """The store's samples, each with its row, as the dataset knows them."""
-    chosen = dataset if dataset is not None else str(tree.attrs["data"])
+    chosen = dataset if dataset is not None else str(provenance(tree)["data"])
     known = load_dataset(chosen) if isinstance(chosen, str) else chosen
     rows = {str(name): row for row, name in enumerate(tree.dataset["sample"].values.tolist())}
     if not rows:
@@ -494,12 +462,6 @@ def _check_text(sample: Sample, conditioning: str, stored: str) -> None:
             f"Sample {sample.id!r} was extracted with the {conditioning} {stored!r}, but the dataset says {said!r}; "
             "give the dataset that was extracted."
         )
-
-
-def _prompts(tree: xr.DataTree, conditioning: str) -> xr.Dataset:
-    prompts = tree["prompts"].to_dataset()
-    there = [str(c) for c in prompts["conditioning"].values]
-    return prompts.isel(conditioning=there.index(_known(conditioning, there, "conditioning")))
 
 
 def _in_front(rows: Sequence[int], count: int) -> tuple[list[int], dict[int, int]]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffprobe.data import fit_masks, load_dataset
 from diffprobe.data.samples import Dataset, Sample, iterate
+from diffprobe.store import provenance
 
 BACKGROUND = "background"
 PREFIX = "mask:"
@@ -35,8 +36,8 @@ def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, data
     """
     if not {"y", "x"} <= set(features.dims):
         raise ValueError(f"Label {label!r} belongs to places, and these features have none: {features.dims}.")
-    request = tree.attrs["request"]
-    dataset = dataset if dataset is not None else load_dataset(tree.attrs["data"])
+    request = provenance(tree)["request"]
+    dataset = dataset if dataset is not None else load_dataset(provenance(tree)["data"])
     if dataset.fingerprint() != request["fingerprint"]:
         raise ValueError(f"{dataset.name} is not the dataset of this store ({request['dataset']}): its content differs.")
     by_id = {sample.id: sample for sample in iterate(dataset)}

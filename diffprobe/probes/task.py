@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import fsspec
 import joblib
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
-from diffprobe.store import is_remote, write_whole
+from diffprobe.store import whole_file
 
 Task = Literal["logistic", "ridge"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -591,14 +591,8 @@ def save_table(
     kept["random_weights"] = attributes.get("random_weights")
     versions = {name: importlib.metadata.version(name) for name in ("diffprobe", "numpy", "scikit-learn", "scipy", "xarray")}
     origin = {"store": Path(str(store)).name, "request": digest, **kept, "options": dict(options), "versions": versions}
-    _write(str(path), frame.to_csv(index=False))
-    _write(f"{os.path.splitext(path)[0]}.json", json.dumps(origin, indent=2, ensure_ascii=False) + "\n")  # noqa: PTH122  # of a URL too
+    sidecar = re.sub(r"(\.[^./]*)?$", ".json", str(path), count=1)
+    with whole_file(sidecar) as beside, whole_file(path) as table:  # both are written before the table, and then it, is there
+        table.write_text(frame.to_csv(index=False), encoding="utf-8", newline="")
+        beside.write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
-
-
-def _write(path: str, text: str) -> None:
-    if not is_remote(path):
-        write_whole(path, text)
-        return
-    with fsspec.open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
