@@ -36,7 +36,7 @@ def mirrored(scene: shapes.Scene) -> shapes.Scene:
 
     >>> one = shapes.random_scene(0, 1, n_objects=2)
     >>> shapes.relation(*one.objects), shapes.relation(*mirrored(one).objects)
-    ('below', 'above')
+    ('right of', 'left of')
     """
     a, b = scene.objects[:2]
     if abs(a.x - b.x) > abs(a.y - b.y):
@@ -101,7 +101,7 @@ class Plan:
 def rate_share(done: float, step: int, decay_share: float) -> float:
     """The learning rate's share of its peak: warm up for 100 steps, stay, then fall to zero with the training's end.
 
-    >>> [rate_share(done, step, 0.2) for done, step in ((0.0, 0), (0.05, 50), (0.5, 500), (0.9, 900))]
+    >>> [round(rate_share(done, step, 0.2), 2) for done, step in ((0.0, 0), (0.05, 50), (0.5, 500), (0.9, 900))]
     [0.0, 0.5, 1.0, 0.5]
     """
     return min(1.0, step / 100, (1 - done) / max(1e-9, decay_share))
