@@ -401,7 +401,7 @@ def test_mistakes_are_one_sentence(run: Run, recorded: Path, tiny_folder: Path, 
         (("plot", "pca", recorded, "--timestep", "7"), "timestep 7 is not in this store"),
         (("plot", "pca", recorded, "--samples", "me"), "Sample 'me' is not in this store"),
         (("plot", "probe", tmp_path / "none.csv"), "No table at"),
-        (("zoo", "train", "moon", "--out", tmp_path / "zoo"), "There is no recipe for 'moon'"),
+        (("zoo", "fetch", "moon"), "'moon' cannot be fetched"),
     ]
     for arguments, message in mistakes:
         code, _, errors = run(*arguments)
