@@ -56,7 +56,7 @@ def parse_conditionings(text: str) -> list[str]:
             parts[-1] += f",{part}"
         elif part.strip():
             parts.append(part.lstrip())
-    return [part if part.startswith("fixed:") else part.strip() for part in parts]
+    return [part.rstrip() for part in parts]
 
 
 def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | None:

@@ -10,7 +10,7 @@ from PIL import Image
 from diffprobe.data import FolderDataset
 from diffprobe.data.keypoints import KeypointPair, twin_keypoints
 from diffprobe.data.spair import read_spair
-from diffprobe.data.twins import TwinsDataset
+from diffprobe.data.twins import FAR, TwinsDataset
 from diffprobe.probes.correspondence import correspondence, match
 
 
@@ -200,7 +200,7 @@ def test_a_distant_view_shrinks_the_points_about_the_image_centre():
     far = [p for p in twin_keypoints(dataset) if dataset.pair(int(p.group)).pattern == "viewpoint"]
     assert far
     for p in far:
-        scale = 0.6 if dataset.pair(int(p.group)).scenes["ab".index(p.target[-1])].zoom == 0.6 else 1 / 0.6
+        scale = FAR if dataset.pair(int(p.group)).scenes["ab".index(p.target[-1])].zoom == FAR else 1 / FAR
         np.testing.assert_allclose(p.target_points - 0.5, scale * (p.source_points - 0.5))
 
 
