@@ -13,11 +13,13 @@ from diffprobe.data.shapes import (
     CAPTION_STYLES,
     COLOURS,
     SHAPES,
+    SIZES,
     SPLITS,
     Obj,
     Scene,
     caption,
     held_out,
+    place,
     random_scene,
     render,
     scene_rng,
@@ -60,6 +62,26 @@ def test_the_compositional_split_holds_out_pairs_but_no_word() -> None:
     tested = [random_scene(0, i, "compositional") for i in range(200)]
     assert all(any(held_out(*o.pair) for o in scene.objects) for scene in tested)
     assert len({scene.objects[0].pair for scene in tested}) == 8
+
+
+def test_objects_cover_cells_of_the_main_site() -> None:
+    """Of the embedded model's 16 x 16 latents half the side is U-L1: two cells across when small, three when large."""
+    cells = 8
+    for name, least in (("small", 2), ("large", 3)):
+        assert 2 * SIZES[name][0] * cells >= least
+    for scene in SCENES:
+        for one in scene.objects:
+            assert one.radius <= one.x <= 1 - one.radius and one.radius <= one.y <= 1 - one.radius
+            for other in scene.objects:
+                assert one is other or np.hypot(one.x - other.x, one.y - other.y) > one.radius + other.radius
+
+
+def test_placing_ends_where_nothing_fits() -> None:
+    rng = np.random.default_rng(0)
+    for radii in ([0.3, 0.3, 0.3], [0.6], [0.26] * 4):
+        with pytest.raises(ValueError, match="do not fit into the image apart from each other"):
+            place(rng, radii)
+    assert len(place(rng, [0.21] * 4)) == 4, "four large objects always find a place"
 
 
 # --- pixels ---------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_only_what_differs_is_drawn_differently() -> None:
             for i in same:
                 assert not (differing & masks_a[i]).any()
             # a letter with its rim reaches a little over the arms of a cross or the points of a star
-            beyond = 6 if pair.pattern == "text" else 2
+            beyond = 11 if pair.pattern == "text" else 2
             everything = binary_dilation(masks_a.any(0) | masks_b.any(0), iterations=beyond)
             assert not (differing & ~everything).any()
 
