@@ -552,17 +552,17 @@ def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(
-    own_language: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh_language: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     stages = StageConfig(steps=1, batch=8), StageConfig(steps=1, batch=8, tune="full")
     monkeypatch.setattr("diffprobe.mllm.stages._free_bytes", lambda folder: 100_000)
     with pytest.raises(ValueError, match=r"needs 1.04 MB more and 100 kB are free.*--force goes on"):
-        train_fused(build(own_language), Shades(), Shades(), tmp_path, stages, tell=told.append)
+        train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, tell=told.append)
     assert "a checkpoint of" in told[1] and told[2].startswith("disk: ") and not list(tmp_path.iterdir())
-    train_fused(build(own_language), Shades(), Shades(), tmp_path, stages, dry_run=True)
-    train_fused(build(own_language), Shades(), Shades(), tmp_path, stages, force=True)
-    train_fused(build(own_language), Shades(), Shades(), tmp_path, stages)  # it is finished: nothing more is needed
+    train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, dry_run=True)
+    train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, force=True)
+    train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages)  # it is finished: nothing more is needed
 
 
 @pytest.mark.parametrize(("engine", "version"), [(DistributedType.DEEPSPEED, 2), (DistributedType.FSDP, 1)])
