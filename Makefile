@@ -24,7 +24,7 @@ demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" sh experiments/demo.sh
 
 docs: $(STAMP)
-	$(BIN)/python -m diffprobe.docs
+	$(BIN)/python -m docs.pages
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

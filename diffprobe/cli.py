@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import io
 import os
 import re
@@ -24,16 +25,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
+import diffprobe
 from diffprobe.console import Console, visible
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
-
-    from diffprobe.experiment import Claim
 
 PANELS = RECORD, KEEP, MEASURE, SHOW, HELP = "Record", "Look after a store", "Measure", "Show", "The installation"
 
@@ -945,102 +944,24 @@ def plot_localization(
 # --- the whole analysis ---------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=SHOW)
-def reproduce(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Beginnings of names (fig2, tab_probes), or all.", show_default="all")
-    ] = None,
-    model: Model = "shapes-sd",
-    data: Annotated[str, typer.Option("--data", "-d", help="A dataset; each experiment's own by default.")] = "",
-    count: Annotated[int, typer.Option(min=0, help="Samples; each experiment's own number when 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of noise, splits and bootstrap.")] = 0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="The short form, into runs/smoke: does everything run?")] = False,
-    from_csv: Annotated[
-        bool, typer.Option("--from-csv", help="Draw and judge again what lies in --out; needs no model and no torch.")
-    ] = False,
-    listed: Annotated[bool, typer.Option("--list", help="Name the experiments and stop.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the figures.", show_default="figures")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for stores; a run that was cut off goes on from them.")] = Path(
-        "runs/reproduce"
-    ),
-    experiments: Annotated[
-        Path | None, typer.Option(help="Folder of the experiment files.", show_default="this checkout's")
-    ] = None,
-    trainings: Annotated[
-        int, typer.Option(min=0, help="Of each arm, where something is trained; each experiment's own number when 0.")
-    ] = 0,
-    arms: Annotated[
-        str,
-        typer.Option(help="Labels of the arms that a table is to have, or their beginnings, parted by commas; all by default."),
-    ] = "",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting of what is trained, for example language_model=smollm2."),
-    ] = None,
-) -> None:
-    """Measure, judge and draw every figure and table.
-
-    Exit code 1 when one of them failed.
-    """
-    from diffprobe.experiment import Options, check_settings, command, find_experiments, list_experiments, read_sidecars
-    from diffprobe.experiment import reproduce as run
-    from diffprobe.report import explorable
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+@app.command(
+    rich_help_panel=SHOW,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def reproduce(context: typer.Context) -> None:
+    """Measure, judge and draw every figure and table."""
+    root = Path(diffprobe.__file__).resolve().parents[1]
+    if not (root / "experiments" / "framework.py").is_file():
         raise ValueError(
-            "reproduce runs in one process; 'accelerate launch -m diffprobe' spreads 'extract' and 'mllm train' over several."
+            "'diffprobe reproduce' needs a checkout of the repository, which holds the experiments: clone it, "
+            "run pip install --editable . in it, and give the command again."
         )
-    files = find_experiments(names or ["all"], experiments)
-    check_settings(set_ or ())
-    if listed:
-        for name, title in list_experiments(files):
-            _out.print(f"{name:<20} {title}")
-        return
-    options = Options(
-        model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device, trainings=trainings, arms=arms,
-        set=tuple(set_ or ()),
-    )  # fmt: skip
-    if from_csv and options != Options(work=work):
-        raise ValueError("--from-csv draws what was measured; it goes only with names, --out and --work.")
-    folder = out or Path("runs/smoke" if smoke else "figures")
-    tell = lambda line: _out.print(line)  # noqa: E731
-    outcomes = run(files, options, folder, from_csv=from_csv, tell=tell)
-    _show_claims([(claim, outcome.name) for outcome in outcomes for claim in outcome.claims])
-    stores = [word for path in explorable(work)[:1] for word in ("--store", str(path))]
-    good, bad = [o.name for o in outcomes if not o.error], [o for o in outcomes if o.error]
-    if good:
-        tell(f"\nAll verdicts are in {folder / 'claims.csv'}. Pictures, each as .png and .pdf:")
-        sidecars = read_sidecars(folder)
-        for name in good:
-            for picture in sidecars[name]["config"]["figures"]:
-                tell(f"  {folder / picture}.png")
-    for outcome in bad:
-        tell(f"Failed: {outcome.name}: {outcome.error} (the traceback is in {work / outcome.name}.error.txt)")
-    places = {"--experiments": experiments, "--out": out, "--work": work if work != Options().work else None}
-    again = [word for option, place in places.items() if place is not None for word in (option, str(place))]
-    _next(
-        *([shlex.join(["diffprobe", "report", str(folder), "-o", str(folder / "report.html"), *stores])] if good else []),
-        *(
-            [shlex.join([*shlex.split(command([o.name for o in bad], options)), *["--from-csv"] * from_csv, *again])]
-            if bad
-            else []
-        ),
-    )
-    if bad:
-        sys.exit(1)
-
-
-def _show_claims(claims: list[tuple[Claim, str]]) -> None:
-    """Each claim, what this run says about it, and from which numbers."""
-    if not claims:
-        return
-    table = Table("claim", "verdict", "statement and evidence", "figure", box=None, pad_edge=False)
-    for claim, figure in claims:
-        said = Text.assemble((visible(claim.statement), "bold"), "\n", visible(claim.evidence))
-        table.add_row(claim.id, claim.verdict, said, figure, end_section=True)
-    _out.print()
-    _show(table)
+    if sys.path[0] != str(root):
+        sys.path.insert(0, str(root))
+    command = typer.main.get_command(importlib.import_module("experiments.__main__").app)
+    _prepare(command)
+    with command.make_context(context.info_name, context.args, parent=context.parent) as inner:
+        command.invoke(inner)
 
 
 @app.command(rich_help_panel=SHOW)
@@ -1445,7 +1366,7 @@ def _kept() -> str:
     return " What was complete is kept; the same command goes on from there." if resumes and "--dry-run" not in sys.argv else ""
 
 
-RESUMED = {"extract", "repair", "probe alignment", "reproduce", "leakage run", "mllm train", "mllm eval", "zoo train"}
+RESUMED = {"extract", "repair", "probe alignment", "reproduce", "leakage run", "mllm train", "mllm eval"}
 
 
 class _Stopped(Exception):

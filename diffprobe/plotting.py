@@ -171,6 +171,17 @@ def read_rows(path: str | Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False).apply(_typed)
 
 
+def read_sidecars(out: Path) -> dict[str, dict[str, Any]]:
+    """The JSON of every figure in a folder by the figure's name; files that are something else are left out."""
+    found = {}
+    for path in sorted(out.glob("*.json")):
+        with contextlib.suppress(ValueError):
+            sidecar = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(sidecar, dict) and "alt" in sidecar and path.with_suffix(".png").is_file():
+                found[path.stem] = sidecar
+    return found
+
+
 def _typed(cells: pd.Series) -> pd.Series:
     """Text as truth values, whole numbers or floats (empty cells are NaN), else as it is."""
     texts = cells.tolist()
@@ -232,11 +243,11 @@ def plot_pca_grid(
             raise ValueError(f"Column {name!r} has {colours.sizes['sample']} samples; there are {len(images)} images.")
     columns, rows = 1 + len(pca), len(images)
     cell = width / columns
-    titles = ["image", *(_wrap(name, cell) for name in pca)]
+    titles = ["image", *(wrap(name, cell) for name in pca)]
     lines = max(t.count("\n") + 1 for t in titles)
     aspect = images.shape[1] / images.shape[2]
-    figure, axes = _grid(rows, columns, width, rows * (cell - 0.04) * aspect + 0.13 * lines + 0.2 * bool(title))
-    _pad(figure, 0.01, 0.01)
+    figure, axes = grid(rows, columns, width, rows * (cell - 0.04) * aspect + 0.13 * lines + 0.2 * bool(title))
+    pad(figure, 0.01, 0.01)
     for row in range(rows):
         axes[row, 0].imshow(images[row])
         for column, colours in enumerate(pca.values(), start=1):
@@ -247,7 +258,7 @@ def plot_pca_grid(
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, pad=3)
     for axis in axes.flat:
-        _bare(axis)
+        bare(axis)
     if title:
         figure.suptitle(title)
     return figure
@@ -292,8 +303,8 @@ def plot_heatmaps(
     columns = -(-(len(values) + 1) // rows)  # no row much shorter than the others
     cell = (width - 0.4 * shared_scale) / columns
     height = rows * (cell * image.shape[0] / image.shape[1] + (0.17 if shared_scale else 0.37)) + 0.2 * bool(title)
-    figure, axes = _grid(rows, columns, width, height)
-    _pad(figure, 0.02, 0.02)
+    figure, axes = grid(rows, columns, width, height)
+    pad(figure, 0.02, 0.02)
     axes[0, 0].imshow(image)
     axes[0, 0].set_title("image", pad=3)
     grey = np.asarray(Image.fromarray(image).convert("L"))
@@ -306,13 +317,13 @@ def plot_heatmaps(
         drawn = axis.imshow(
             large, cmap=HEAT, vmin=low, vmax=high, alpha=opacity * (0.3 + 0.7 * np.clip((large - low) / (high - low), 0, 1))
         )
-        axis.set_title(_wrap(name, cell), pad=3)
+        axis.set_title(wrap(name, cell), pad=3)
         if not shared_scale:
             bar = figure.colorbar(_opaque(drawn), ax=axis, location="bottom", fraction=0.06, pad=0.02, aspect=14, shrink=0.92)
             bar.outline.set_visible(False)
             _ends(bar.ax, low, high)
     for axis in axes.flat:
-        _bare(axis)
+        bare(axis)
         axis.set_anchor("N")  # the image has no bar below it
     for axis in panels[len(values) :]:
         axis.set_axis_off()
@@ -358,8 +369,8 @@ def plot_probe_grid(frame: pd.DataFrame, *, control: bool = True, title: str = "
     kinds = ["value", "control_accuracy"] if control else ["value"]
     sites = list(dict.fromkeys(frame["site"]))
     steps = sorted(dict.fromkeys(frame["timestep"]))
-    figure, axes = _grid(len(panels), len(kinds), width, len(panels) * (0.21 * len(sites) + 0.62) + 0.2 * bool(title))
-    _pad(figure, 0.03, 0.04)
+    figure, axes = grid(len(panels), len(kinds), width, len(panels) * (0.21 * len(sites) + 0.62) + 0.2 * bool(title))
+    pad(figure, 0.03, 0.04)
     for row, (heading, part) in enumerate(panels):
         chance = float(part["chance"].mean())
         shown = part[kinds].to_numpy(dtype=float)
@@ -412,7 +423,7 @@ def plot_probe_curves(
     longest = max(len(str(s)) for s in sites)
     across = max(1, min(len(sites), int(width / (0.055 * longest + 0.45))))
     legend = 0.15 * -(-(len(sites) + 2) // across) + 0.1
-    figure, axes = _grid(rows, columns, width, rows * min(2.1, 0.62 * width / columns + 0.3) + legend + 0.2 * bool(title))
+    figure, axes = grid(rows, columns, width, rows * min(2.1, 0.62 * width / columns + 0.3) + legend + 0.2 * bool(title))
     thin: dict[str, Any] = {"linewidth": 0.5, "alpha": 0.8}
     for axis, (heading, part) in zip(axes.flat, panels, strict=False):
         score = SCORE_NAMES.get(part["score"].iloc[0], part["score"].iloc[0])
@@ -436,96 +447,6 @@ def plot_probe_curves(
     if control:
         handles, labels = [*handles, Line2D([], [], color="0.35", **thin)], [*labels, "control task"]
     figure.legend(handles, labels, loc="outside lower center", ncols=across, handlelength=2.2, columnspacing=1.2)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-@styled
-def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy", title: str = "", width: float = PAGE) -> Figure:
-    """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
-
-    Args:
-        frame: Rows with label, encoder, value, low, high, chance and control_accuracy (NaN for none); one row a bar.
-        name: Of the score.
-        title: Above the figure.
-        width: In inches.
-    """
-    labels, encoders = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["encoder"]))
-    figure, axes = _grid(1, 1, width, 2.1 + 0.2 * bool(title))
-    axis = axes[0, 0]
-    step = 0.8 / len(encoders)
-    top = float(frame[["high", "chance"]].to_numpy(dtype=float).max()) * 1.08
-    controlled = bool(frame["control_accuracy"].notna().any())
-    for group, label in enumerate(labels):
-        rows = frame[frame["label"] == label]
-        for _, row in rows.iterrows():
-            place = encoders.index(row["encoder"])
-            shown = [e for e in encoders if e in set(rows["encoder"])]
-            x = group + (shown.index(row["encoder"]) - (len(shown) - 1) / 2) * step
-            axis.bar(x, row["value"], 0.9 * step, color=OKABE_ITO[place % len(OKABE_ITO)])
-            axis.plot([x, x], [row["low"], row["high"]], color="black", linewidth=0.9)
-            axis.plot(
-                x, row["control_accuracy"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none"
-            )
-            axis.text(x, row["high"] + 0.012 * top, _short(float(row["value"])), ha="center", va="bottom", fontsize=6)
-        axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, color="0.3", linewidth=1, linestyle=(0, (3, 1.5)))
-    for place, encoder in enumerate(encoders):
-        axis.bar(0, 0, color=OKABE_ITO[place % len(OKABE_ITO)], label=encoder)
-    axis.plot([], [], color="0.3", linewidth=1, linestyle=(0, (3, 1.5)), label="chance")
-    if controlled:
-        axis.plot(
-            [], [], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none", label="control task"
-        )
-    axis.set_xticks(range(len(labels)), [_wrap(str(label), (width - 0.6) / len(labels)) for label in labels])
-    axis.tick_params(axis="x", length=0)
-    axis.set_ylim(min(0.0, float(frame["low"].min())), top)
-    axis.set_ylabel(f"{name}, 95% interval")
-    axis.grid(axis="y", color="0.9", linewidth=0.5)
-    axis.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=len(encoders) + 1 + controlled)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-@styled
-def plot_probe_differences(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
-    """Paired differences of scores as dots with intervals: a panel a label, a line a site, a colour a comparison.
-
-    Args:
-        frame: Rows with what, label, site, value, low, high.
-        title: Above the figure.
-        width: In inches.
-    """
-    labels, sites, kinds = (list(dict.fromkeys(frame[name])) for name in ("label", "site", "what"))
-    columns = min(3, len(labels))
-    rows = -(-len(labels) // columns)
-    figure, axes = _grid(rows, columns, width, rows * (0.2 * len(sites) + 0.5) + 0.3 + 0.2 * bool(title))
-    reach = 1.05 * max(1e-3, float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max()))
-    for place, (axis, label) in enumerate(zip(axes.flat, labels, strict=False)):
-        for _, row in frame[frame["label"] == label].iterrows():
-            kind = kinds.index(row["what"])
-            line = sites.index(row["site"]) + 0.24 * (kind - (len(kinds) - 1) / 2)
-            look: dict[str, Any] = {"color": OKABE_ITO[kind % len(OKABE_ITO)]}
-            axis.plot([row["low"], row["high"]], [line, line], linewidth=1, **look)
-            axis.plot(row["value"], line, marker=MARKERS[kind % len(MARKERS)], markersize=3, linestyle="none", **look)
-        axis.axvline(0, color="0.35", linewidth=0.8, linestyle=(0, (3, 1.5)))
-        axis.set_xlim(-reach, reach)
-        axis.set_ylim(len(sites) - 0.4, -0.6)
-        axis.set_yticks(range(len(sites)), sites if place % columns == 0 else [])
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x", color="0.9", linewidth=0.5)
-        axis.set_axisbelow(True)
-        axis.set_title(label)
-        axis.set_xlabel("difference in accuracy")
-    for axis in list(axes.flat)[len(labels) :]:
-        axis.set_axis_off()
-    for kind, name in enumerate(kinds):
-        axes.flat[0].plot(
-            [], [], marker=MARKERS[kind % len(MARKERS)], markersize=3, color=OKABE_ITO[kind % len(OKABE_ITO)], label=name
-        )
-    figure.legend(loc="outside lower center", ncols=len(kinds))
     if title:
         figure.suptitle(title)
     return figure
@@ -556,15 +477,15 @@ def _mark_chance(axis: Axes, chance: float, low: float, high: float) -> None:
     """Writes chance beside a vertical colour bar, in place of the ticks that would touch it."""
     near = 0.09 * (high - low)
     ticks = [float(v) for v in axis.get_yticks() if low <= v <= high and abs(v - chance) > near]
-    axis.set_yticks([*ticks, chance], [*(f"{v:.2g}" for v in ticks), f"chance {_short(chance)}"])
+    axis.set_yticks([*ticks, chance], [*(f"{v:.2g}" for v in ticks), f"chance {short(chance)}"])
     axis.tick_params(length=2)
     axis.get_yticklabels()[-1].set_color(OKABE_ITO[1])
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Two decimals without the leading zero.
 
-    >>> _short(0.514), _short(-0.02), _short(1.0), _short(-0.001)
+    >>> short(0.514), short(-0.02), short(1.0), short(-0.001)
     ('.51', '-.02', '1.00', '.00')
     """
     text = f"{value:.2f}"
@@ -582,7 +503,7 @@ def _write_cells(axis: Axes, table: NDArray[np.float64], drawn: AxesImage, bold:
             continue
         dark = lightness[row, column] < 0.5
         axis.text(
-            column, row, _short(float(value)), ha="center", va="center", fontsize=size, color="white" if dark else "black",
+            column, row, short(float(value)), ha="center", va="center", fontsize=size, color="white" if dark else "black",
             fontweight="bold" if bold is not None and bold[row, column] else "normal",
         )  # fmt: skip
 
@@ -590,26 +511,26 @@ def _write_cells(axis: Axes, table: NDArray[np.float64], drawn: AxesImage, bold:
 # --- layout --------------------------------------------------------------------------------------------
 
 
-def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, NDArray[Any]]:
+def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, NDArray[Any]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _pad(figure: Figure, inches: float, space: float) -> None:
+def pad(figure: Figure, inches: float, space: float) -> None:
     figure.get_layout_engine().set(w_pad=inches, h_pad=inches, wspace=space, hspace=space)  # type: ignore[union-attr,call-arg]
 
 
-def _bare(axis: Axes) -> None:
+def bare(axis: Axes) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
 
 
-def _wrap(name: str, inches: float, points: float = 7.5) -> str:
+def wrap(name: str, inches: float, points: float = 7.5) -> str:
     """Breaks a long name after its hyphens, dots, slashes and spaces so that it fits a width.
 
-    >>> _wrap("U-L1-R1-B0-Cross-Q", 0.7).split(chr(10))
+    >>> wrap("U-L1-R1-B0-Cross-Q", 0.7).split(chr(10))
     ['U-L1-R1-B0-', 'Cross-Q']
     """
     fits = max(4, int(inches * 72 / (0.6 * points)))
@@ -630,159 +551,6 @@ def _pieces(name: str) -> Iterator[str]:
             yield name[start : index + 1]
             start = index + 1
     yield name[start:]
-
-
-@styled
-def plot_scores(
-    frame: pd.DataFrame,
-    *,
-    by: str = "timestep",
-    x_label: str = "share correct, 95% interval",
-    title: str = "",
-    width: float = COLUMN,
-) -> Figure:
-    """Scores as dots with their intervals, one line each, a tick at each one's chance.
-
-    Args:
-        frame: Rows with what, value, low, high, chance; rows of the same `what` share a line, coloured by the column `by`.
-        by: Numbers or texts; rows may lack it.
-        x_label: What a share is of.
-        title: Above the figure.
-        width: In inches.
-    """
-    names = list(dict.fromkeys(frame["what"]))
-    steps = sorted(frame[by].dropna().unique()) if by in frame else []
-    figure, axes = _grid(1, 1, width, 0.24 * len(names) + 0.55 + 0.25 * bool(steps) + 0.2 * bool(title))
-    axis = axes[0, 0]
-    for line, name in enumerate(names):
-        rows = frame[frame["what"] == name]
-        for _, found in rows.iterrows():
-            place = steps.index(found[by]) if steps and found[by] in steps else None
-            shift = 0.0 if place is None else 0.22 * (place - (len(steps) - 1) / 2)
-            colour = "0.2" if place is None else OKABE_ITO[place % len(OKABE_ITO)]
-            axis.plot([found["low"], found["high"]], [line + shift] * 2, color=colour, linewidth=1, clip_on=False)
-            axis.plot(found["value"], line + shift, marker="o", markersize=3, color=colour, linestyle="none", clip_on=False)
-        axis.plot([rows["chance"].mean()] * 2, [line - 0.4, line + 0.4], color="0.55", linewidth=1, linestyle=(0, (2, 1)))
-    for place, step in enumerate(steps):
-        axis.plot(
-            [],
-            [],
-            marker="o",
-            markersize=3,
-            color=OKABE_ITO[place % len(OKABE_ITO)],
-            label=f"{by}: {step}" if isinstance(step, str) else f"{by} {step:g}",
-        )
-    axis.plot([], [], color="0.55", linewidth=1, linestyle=(0, (2, 1)), label="chance")
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.set_xlim(0, 1)
-    axis.set_xlabel(x_label)
-    axis.grid(axis="x", color="0.9", linewidth=0.5)
-    axis.set_axisbelow(True)
-    axis.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-@styled
-def plot_samples(
-    images: NDArray[np.uint8], texts: Sequence[str], *, columns: int = 6, title: str = "", width: float = PAGE
-) -> Figure:
-    """Pictures in rows, each with its text below.
-
-    Args:
-        images: (image, y, x, 3).
-        texts: One an image; line breaks are kept.
-        columns: Pictures a row.
-        title: Above the figure.
-        width: In inches.
-    """
-    rows = -(-len(images) // columns)
-    size = width / columns
-    below = ["\n".join(_wrap(line, size, 5.5) for line in text.split("\n")) for text in texts]
-    lines = max(text.count("\n") + 1 for text in below)
-    figure, axes = _grid(rows, columns, width, rows * (size + 0.11 * lines) + 0.2 * bool(title))
-    _pad(figure, 0.02, 0.0)
-    for place, axis in enumerate(axes.flat):
-        _bare(axis)
-        if place < len(images):
-            axis.imshow(images[place])
-            axis.set_xlabel(below[place], fontsize=5.5, labelpad=2)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-# --- image-text alignment ------------------------------------------------------------------------------
-
-
-@styled
-def plot_alignment(
-    frame: pd.DataFrame, names: Mapping[str, str], *, reference: str = "", title: str = "", width: float = PAGE
-) -> Figure:
-    """Shares of items matched right, by pattern: a panel per benchmark, a dot with its interval per score.
-
-    Args:
-        frame: Rows of `diffprobe.probes.alignment.alignment_table` with the column benchmark; rows of pattern "macro" are
-            left out.  Rows whose score is `reference` are drawn hollow.
-        names: What each score is called, in the order of the legend; others are not drawn.
-        reference: A score that another data set's published numbers stand under.
-        title: Above the figure.
-        width: In inches.
-
-    Raises:
-        ValueError: there is no row to draw.
-    """
-    shown = frame[frame["score"].isin(names) & (frame["pattern"] != "macro")]
-    benchmarks = list(dict.fromkeys(shown["benchmark"]))
-    scores = [name for name in names if name in set(shown["score"])]
-    if not scores:
-        raise ValueError(f"The table has no rows of the scores {', '.join(names)}.")
-    panels = []
-    for benchmark in benchmarks:
-        part = shown[shown["benchmark"] == benchmark]
-        several = part["metric"].nunique() > 1
-        panels.append((benchmark, part, list(dict.fromkeys(zip(part["metric"], part["pattern"], strict=True))), several))
-    step = 0.82 / len(scores)
-    height = max(len(lines) for _, _, lines, _ in panels) * (0.085 * len(scores) + 0.08) + 0.5
-    legend = 0.16 * -(-(len(scores) + 1) // 3) + 0.1
-    figure, axes = _grid(1, len(panels), width, height + legend + 0.2 * bool(title))
-    for axis, (benchmark, part, lines, several) in zip(axes[0], panels, strict=True):
-        for line, (metric, pattern) in enumerate(lines):
-            here = part[(part["metric"] == metric) & (part["pattern"] == pattern)].set_index("score")
-            chance = float(here["chance"].mean())
-            axis.plot([chance] * 2, [line - 0.47, line + 0.47], color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-            for place, score in enumerate(scores):
-                if score not in here.index:
-                    continue
-                row, y = here.loc[score], line + (place - (len(scores) - 1) / 2) * step
-                look = _score_look(place, score == reference)
-                axis.plot([row["low"], row["high"]], [y, y], color=look["color"], linewidth=0.9, zorder=2)
-                axis.plot(row["value"], y, linestyle="none", zorder=3, clip_on=False, **look)
-        for line in range(1, len(lines)):
-            axis.axhline(line - 0.5, color="0.88", linewidth=0.5, zorder=0)
-        axis.set_yticks(range(len(lines)), [f"{metric}: {pattern}" if several else pattern for metric, pattern in lines])
-        axis.set_ylim(len(lines) - 0.5, -0.5)
-        axis.set_xlim(0, 1)
-        axis.set_xlabel("share right, 95% interval")
-        axis.set_title(benchmark)
-        axis.grid(axis="x", color="0.9", linewidth=0.5)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-    handles = [Line2D([], [], linestyle="none", label=names[s], **_score_look(k, s == reference)) for k, s in enumerate(scores)]
-    handles.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), label="chance"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.8, columnspacing=1.2)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-def _score_look(place: int, hollow: bool) -> dict[str, Any]:
-    if hollow:
-        return {"color": "0.35", "marker": "D", "markerfacecolor": "white", "markersize": 3}
-    return {"color": OKABE_ITO[place % len(OKABE_ITO)], "marker": MARKERS[place % len(MARKERS)], "markersize": 3}
 
 
 # --- similarity ----------------------------------------------------------------------------------------
@@ -830,7 +598,7 @@ def plot_site_curves(
     rows = -(-len(names) // columns)
     across = max(1, min(len(sites) + 1, int(width / (0.055 * max(len(str(s)) for s in sites) + 0.45))))
     legend = 0.15 * -(-(len(sites) + 1) // across) + 0.1
-    figure, axes = _grid(rows, columns, width, rows * min(2.2, 0.75 * width / columns + 0.3) + legend + 0.2 * bool(title))
+    figure, axes = grid(rows, columns, width, rows * min(2.2, 0.75 * width / columns + 0.3) + legend + 0.2 * bool(title))
     dotted: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (1, 1.5))}
     for place, (axis, name) in enumerate(zip(axes.flat, names, strict=False)):
         part = frame[frame["panel"] == name]
@@ -845,7 +613,7 @@ def plot_site_curves(
         if common and part["chance"].notna().any():
             line = part.groupby(x)["chance"].mean()
             axis.plot(line.index, line, color="0.35", zorder=1, **dotted)
-        axis.set_title(_wrap(str(name), width / columns, 5.5), pad=4)
+        axis.set_title(wrap(str(name), width / columns, 5.5), pad=4)
         axis.grid(axis="y", color="0.9", linewidth=0.5)
         axis.set_axisbelow(True)
         if place + columns >= len(names):
@@ -895,7 +663,7 @@ def plot_similarity_matrix(
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     cell = width / columns
-    figure, axes = _grid(rows, columns, width, rows * (0.8 * cell + 0.2) + 0.2 * bool(title))
+    figure, axes = grid(rows, columns, width, rows * (0.8 * cell + 0.2) + 0.2 * bool(title))
     low = min(0.0, float(frame["value"].min()))
     place = {entry: index for index, entry in enumerate(entries)}
     for axis, name in zip(axes.flat, names, strict=False):
@@ -904,12 +672,12 @@ def plot_similarity_matrix(
             table[place[a], place[b]] = table[place[b], place[a]] = value
         drawn = axis.imshow(table, cmap=SCORES, vmin=low, vmax=1)
         _write_cells(axis, table, drawn)
-        texts = [_wrap(str(entry), cell / 4) for entry in entries]
+        texts = [wrap(str(entry), cell / 4) for entry in entries]
         axis.set_xticks(range(len(entries)), texts, rotation=0 if max(map(len, texts)) < 6 else 90)
         axis.set_yticks(range(len(entries)), texts)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        axis.set_title(_wrap(str(name), cell, 5.5), pad=4)
+        axis.set_title(wrap(str(name), cell, 5.5), pad=4)
     for axis in list(axes.flat)[len(names) :]:
         axis.set_axis_off()
     figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01).outline.set_visible(False)
@@ -956,8 +724,8 @@ def plot_localization_grid(
     sites, steps = list(dict.fromkeys(mine["site"])), sorted(dict.fromkeys(mine["timestep"]))
     columns = min(columns, len(scores))
     rows = -(-len(scores) // columns)
-    figure, axes = _grid(rows, columns, width, rows * (0.145 * len(sites) + 0.42) + 0.15 + 0.2 * bool(title))
-    _pad(figure, 0.02, 0.02)
+    figure, axes = grid(rows, columns, width, rows * (0.145 * len(sites) + 0.42) + 0.15 + 0.2 * bool(title))
+    pad(figure, 0.02, 0.02)
     for place, (axis, score) in enumerate(zip(axes.flat, scores, strict=False)):
         part = mine[mine["score"] == score]
         table = part.pivot(index="site", columns="timestep", values="value").reindex(index=sites, columns=steps)
@@ -967,7 +735,7 @@ def plot_localization_grid(
             for x, step in enumerate(steps):
                 if control.get((score, site, step), 1.0) < 0.05:
                     axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=OKABE_ITO[1], linewidth=1))
-        axis.set_title(f"{LOCALIZATION_NAMES[score]} (chance {_short(float(part['chance'].mean()))})", pad=3)
+        axis.set_title(f"{LOCALIZATION_NAMES[score]} (chance {short(float(part['chance'].mean()))})", pad=3)
         axis.set_xticks(range(len(steps)), [str(s) for s in steps] if place + columns >= len(scores) else [])
         axis.set_yticks(range(len(sites)), [_site_name(s) for s in sites] if place % columns == 0 else [])
         axis.tick_params(length=0, labelsize=6.5)
@@ -1045,7 +813,7 @@ def plot_localization_controls(frame: pd.DataFrame, *, columns: int = 3, title: 
     names = [name for name in dict.fromkeys(frame["map"]) if frame.loc[frame["map"] == name, "value"].notna().any()]
     columns = min(columns, len(scores))
     rows = -(-len(scores) // columns)
-    figure, axes = _grid(rows, columns, width, rows * (0.19 * len(names) + 0.42) + 0.25 + 0.2 * bool(title))
+    figure, axes = grid(rows, columns, width, rows * (0.19 * len(names) + 0.42) + 0.25 + 0.2 * bool(title))
     for place, (axis, score) in enumerate(zip(axes.flat, scores, strict=False)):
         part = frame[frame["score"] == score]
         for line, name in enumerate(names):
@@ -1093,7 +861,7 @@ def plot_localization_heads(frame: pd.DataFrame, score: str = "auc", *, title: s
     values = table.reindex(index=sites, columns=heads).to_numpy(dtype=float)
     chance = float(mine["chance"].mean())
     low, high = min(float(np.nanmin(values)), chance), max(float(np.nanmax(values)), chance)
-    figure, axes = _grid(1, 1, width, 0.17 * len(sites) + 0.55 + 0.2 * bool(title))
+    figure, axes = grid(1, 1, width, 0.17 * len(sites) + 0.55 + 0.2 * bool(title))
     axis = axes[0, 0]
     drawn = axis.imshow(values, cmap=SCORES, vmin=low, vmax=high if high > low else low + 1e-6, aspect="auto")
     _write_cells(axis, values, drawn)
@@ -1134,7 +902,7 @@ def plot_localization_curves(
     controls = [name for name in ("wrong word", "other text", "null features", "centred Gaussian") if name in set(part["map"])]
     columns = min(columns, len(sites))
     rows = -(-len(sites) // columns)
-    figure, axes = _grid(rows, columns, width, rows * (0.62 * width / columns + 0.2) + 0.3 + 0.2 * bool(title))
+    figure, axes = grid(rows, columns, width, rows * (0.62 * width / columns + 0.2) + 0.3 + 0.2 * bool(title))
     styles: dict[str, Any] = dict(zip(controls, (":", "-.", (0, (1, 3))), strict=False))
     for place, (axis, site) in enumerate(zip(axes.flat, sites, strict=False)):
         for k, kind in enumerate(kinds):
@@ -1166,101 +934,6 @@ def plot_localization_curves(
     return figure
 
 
-@styled
-def plot_attention_strips(
-    images: Sequence[NDArray[np.uint8]], maps: Sequence[xr.DataArray], *, title: str = "", width: float = PAGE
-) -> Figure:
-    """Token-wise attention over images: a block an image, a row a timestep, a column a word.
-
-    A word's maps at all timesteps share one colour scale, so that rows can be compared; words do not, for their totals
-    differ by orders of magnitude.
-
-    Args:
-        images: (y, x, 3) each.
-        maps: (timestep, word, y, x), one an image; at most as many words as fit the page are drawn.
-        title: Above the figure.
-        width: In inches.
-
-    Raises:
-        ValueError: there are not as many maps as images, or they have other dimensions.
-    """
-    if len(images) != len(maps) or any(set(m.dims) != {"timestep", "word", "y", "x"} for m in maps):
-        raise ValueError(f"{len(images)} images need as many maps (timestep, word, y, x); got {[m.dims for m in maps]}.")
-    columns = 1 + max(m.sizes["word"] for m in maps)
-    steps = [m.sizes["timestep"] for m in maps]
-    cell = width / columns
-    figure, axes = _grid(sum(steps), columns, width, sum(steps) * (cell - 0.02) + 0.17 * len(maps) + 0.2 * bool(title))
-    _pad(figure, 0.01, 0.01)
-    row = 0
-    for image, found in zip(images, maps, strict=True):
-        grey = np.asarray(Image.fromarray(image).convert("L"))
-        found = found.transpose("timestep", "word", "y", "x")
-        for k, step in enumerate(found["timestep"].values):
-            axes[row, 0].imshow(image)
-            axes[row, 0].set_ylabel(f"t = {int(step)}")
-            for column in range(1, columns):
-                axis = axes[row, column]
-                if column > found.sizes["word"]:
-                    axis.set_axis_off()
-                    continue
-                values = found.isel(word=column - 1).to_numpy().astype(np.float32)
-                low, high = float(values.min()), max(float(values.max()), float(values.min()) + 1e-12)
-                large = np.asarray(Image.fromarray(values[k]).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-                axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
-                strength = 0.25 + 0.55 * np.clip((large - low) / (high - low), 0, 1)
-                axis.imshow(large, cmap=HEAT, vmin=low, vmax=high, alpha=strength)
-                if k == 0:
-                    axis.set_title(_wrap(str(found["word"].values[column - 1]), cell), pad=2, fontsize=7)
-            row += 1
-    for axis in axes.flat:
-        _bare(axis)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-@styled
-def plot_differences(
-    images: Sequence[NDArray[np.uint8]],
-    maps: NDArray[np.float32],
-    regions: NDArray[np.bool_],
-    texts: Sequence[Sequence[str]],
-    *,
-    title: str = "",
-    width: float = PAGE,
-) -> Figure:
-    """A row an image: the image, then the norm of what each text changes in the features, with the region it speaks of outlined.
-
-    Args:
-        images: (y, x, 3) each.
-        maps: (image, text, y, x); every map has its own colour scale.
-        regions: (image, text, y, x) on the images' grid.
-        texts: One list an image, written above its maps.
-        title: Above the figure.
-        width: In inches.
-    """
-    columns = 1 + maps.shape[1]
-    cell = width / columns
-    lines = max(_wrap(text, cell).count("\n") + 1 for row in texts for text in row)
-    figure, axes = _grid(len(images), columns, width, len(images) * (cell + 0.125 * lines) + 0.2 * bool(title))
-    _pad(figure, 0.02, 0.02)
-    for row, image in enumerate(images):
-        axes[row, 0].imshow(image)
-        for column, text in enumerate(texts[row], start=1):
-            axis, heat = axes[row, column], maps[row, column - 1]
-            large = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-            axis.imshow(large, cmap=HEAT)
-            axis.contour(regions[row, column - 1].astype(float), levels=[0.5], colors="white", linewidths=1.6)
-            axis.contour(regions[row, column - 1].astype(float), levels=[0.5], colors=OKABE_ITO[5], linewidths=0.8)
-            axis.set_title(_wrap(text, cell), pad=3, fontsize=7)
-    for axis in axes.flat:
-        _bare(axis)
-        axis.set_anchor("S")
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
 # --- leakage -------------------------------------------------------------------------------------------
 
 
@@ -1280,7 +953,7 @@ def plot_leak_sight(frame: pd.DataFrame, *, unit: str = "content-word F1", title
     if frame.empty:
         raise ValueError("There is nothing to draw: the table has no rows.")
     names = 0.135 * len(frame) + 0.1
-    figure, axes = _grid(1, 1, width, 0.8 * width + names + 0.2 * bool(title))
+    figure, axes = grid(1, 1, width, 0.8 * width + names + 0.2 * bool(title))
     axis, handles = axes[0, 0], []
     for place, row in enumerate(frame.to_dict("records")):
         colour = "0.35" if row["control"] else OKABE_ITO[place % len(OKABE_ITO)]
@@ -1317,47 +990,6 @@ def plot_leak_sight(frame: pd.DataFrame, *, unit: str = "content-word F1", title
 
 
 @styled
-def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = "", width: float = PAGE) -> Figure:
-    """Two panels, leak and sight; a row a label, with its interval, chance dotted.
-
-    Args:
-        frame: Rows of label, score ("leak", "sight"), value, low, high; with `change` also change, change_low,
-            change_high, which are drawn instead.
-        change: Draw changes from a baseline, against a line of no change.
-        title: Above the figure.
-        width: In inches.
-
-    Raises:
-        ValueError: there are no rows, or a label has several for one score.
-    """
-    if frame.empty or frame.duplicated(["label", "score"]).any():
-        raise ValueError("plot_leak_rows takes one row a label and score, at least one.")
-    labels = list(dict.fromkeys(frame["label"]))
-    names = ("change", "change_low", "change_high") if change else ("value", "low", "high")
-    lines = [_wrap(str(label), 0.3 * width) for label in labels]
-    height = sum(0.1 + 0.12 * (line.count("\n") + 1) for line in lines) + 0.55 + 0.2 * bool(title)
-    figure, axes = _grid(1, 2, width, height)
-    for axis, score, colour, marker in zip(axes[0], ("leak", "sight"), OKABE_ITO[1::-1], MARKERS, strict=False):
-        part = frame[frame["score"] == score].set_index("label")
-        for place, label in enumerate(labels):
-            if label in part.index:
-                value, low, high = (float(part.loc[label, name]) for name in names)
-                axis.plot([low, high], [place] * 2, color=colour, linewidth=1)
-                axis.plot(value, place, marker=marker, color=colour, linestyle="none")
-        axis.axvline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)))
-        axis.set_title(f"change of {score}" if change else score)
-        axis.set_xlabel("content-word F1" + (" against nothing cut" if change else " above chance") + ", 95% interval")
-        axis.set_yticks(range(len(labels)), lines if axis is axes[0, 0] else [""] * len(labels))
-        axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.grid(axis="x", color="0.9", linewidth=0.5)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-@styled
 def plot_leak_examples(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
     """Texts side by side: a block an image and condition, with what was fed in, a true caption, and what was written.
 
@@ -1378,9 +1010,9 @@ def plot_leak_examples(frame: pd.DataFrame, *, title: str = "", width: float = P
         lines.append(("  fed to the diffusion model", row["fed"] or "nothing", OKABE_ITO[1]))
         lines.append(("  the image shows", row["seen"], OKABE_ITO[0]))
         lines += [(f"  {arm}", str(row[arm]), "0.25") for arm in arms if isinstance(row[arm], str)]
-    wrapped = [(name, _wrap(text, 0.66 * width, 6.5), colour) for name, text, colour in lines]
+    wrapped = [(name, wrap(text, 0.66 * width, 6.5), colour) for name, text, colour in lines]
     rows = sum(text.count("\n") + 1.15 for _, text, _ in wrapped)
-    figure, axes = _grid(1, 1, width, 0.115 * rows + 0.2 + 0.2 * bool(title))
+    figure, axes = grid(1, 1, width, 0.115 * rows + 0.2 + 0.2 * bool(title))
     axis, y = axes[0, 0], 0.0
     for name, text, colour in wrapped:
         axis.text(0, y, name, va="top", fontsize=6.5, fontweight="bold" if colour == "0" else "normal", color=colour)
@@ -1388,77 +1020,7 @@ def plot_leak_examples(frame: pd.DataFrame, *, title: str = "", width: float = P
         y += text.count("\n") + 1.15
     axis.set_xlim(0, 1)
     axis.set_ylim(rows, 0)
-    _bare(axis)
+    bare(axis)
     if title:
         figure.suptitle(title)
     return figure
-
-
-@styled
-def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
-    """A table of scores: ours with its interval in each cell, what was published below it in grey; the best of a column bold.
-
-    Args:
-        frame: Rows of label, score, value, low, high (shares), published (in percent, NaN for none); one a label and score.
-            A column `chance` gives the last line.
-        title: Above the figure.
-        width: In inches.
-
-    Raises:
-        ValueError: there are no rows, or a label has several for one score.
-    """
-    if frame.empty or frame.duplicated(["label", "score"]).any():
-        raise ValueError("plot_score_table takes one row a label and score, at least one.")
-    labels, scores = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["score"]))
-    first, lines = 0.24, 3 if frame["published"].notna().any() else 2  # the labels' share of the width; lines of a cell
-    places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
-    tall = 0.115 * lines + 0.06
-    figure, axes = _grid(1, 1, width, tall * len(labels) + 0.6 + 0.2 * bool(title))
-    axis, rows = axes[0, 0], frame.set_index(["label", "score"])
-    best = frame.groupby("score")["value"].max()
-    bottom, head = tall * len(labels), 7.5 if len(scores) <= 7 else 5.5
-    for x, score in zip(places, scores, strict=True):
-        axis.text(
-            x,
-            -0.15,
-            _wrap(str(score), width * (1 - first) / len(scores)),
-            ha="center",
-            va="center",
-            fontsize=head,
-            fontweight="bold",
-        )
-        chance = _percent(frame[frame["score"] == score]["chance"].mean())
-        axis.text(x, bottom + 0.13, chance, ha="center", va="center", fontsize=6.5, color="0.45")
-    axis.text(0, bottom + 0.13, "chance", va="center", fontsize=6.5, color="0.45")
-    for line, label in enumerate(labels):
-        top = tall * line
-        axis.axhline(top, color="0.85", linewidth=0.5)
-        parts = str(label).replace(" +", "\n+").split("\n")  # further sites below the first
-        text = "\n".join(_wrap(part, width * first, 6.2) for part in parts)
-        axis.text(0, top + 0.03, text, va="top", fontsize=6.5)
-        for x, score in zip(places, scores, strict=True):
-            if (label, score) not in rows.index:
-                continue
-            row = rows.loc[(label, score)]
-            value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
-            look: dict[str, Any] = {"ha": "center", "va": "center"}
-            bold = "bold" if value == best[score] else "normal"
-            axis.text(x, top + 0.1, _percent(value), fontsize=6.5, fontweight=bold, **look)
-            axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **look)
-            if not np.isnan(published):
-                axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **look)
-    axis.axhline(bottom, color="0.5", linewidth=0.7)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(bottom + 0.25, -0.35)
-    _bare(axis)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-def _percent(share: float) -> str:
-    """
-    >>> _percent(0.1234), _percent(float("nan"))
-    ('12.3', '')
-    """
-    return "" if np.isnan(share) else f"{100 * share:.1f}"

@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.conditioning import NULL
-from diffprobe.experiment import collect_claims, read_sidecars
 from diffprobe.gallery import open_with_images
-from diffprobe.plotting import heat_colours, read_rows
+from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info, write_whole
 
 FIRST_ROWS = 20
@@ -131,6 +130,17 @@ def write_report(
     )
     write_whole(out, page)
     return Report(sum(len(f["pictures"]) for f in figures), len(claims), len(shelves), out.stat().st_size)
+
+
+def collect_claims(out: Path) -> pd.DataFrame:
+    """The claims of every experiment whose figures lie in a folder: id, statement, verdict, evidence, figure; by id."""
+    found = [
+        {**claim, "figure": name}
+        for name, sidecar in read_sidecars(out).items()
+        for claim in sidecar.get("config", {}).get("claims", [])
+    ]
+    found.sort(key=lambda claim: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim["id"])])
+    return pd.DataFrame(found, columns=["id", "statement", "verdict", "evidence", "figure"])
 
 
 def explorable(work: Path) -> list[Path]:

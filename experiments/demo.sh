@@ -12,7 +12,7 @@ say diffprobe plot pca runs/shapes.zarr --timestep 50 --out "$FIGURES" --name sh
 say diffprobe extract --data 'shapes:6?split=test&objects=2' --sites '' --maps 'U-L[12]-*-Cross-Map' --timesteps 50,500 --out runs/pairs.zarr
 say diffprobe plot heatmaps runs/pairs.zarr --timestep 50 --out "$FIGURES" --name shapes_heatmaps
 
-say python experiments/photographs.py runs/photographs
+say python -m experiments.photographs runs/photographs
 say diffprobe extract --data runs/photographs --sites paper --maps 'U-L[12]-*-Cross-Map' --timesteps 50,500 --out runs/photographs.zarr
 say diffprobe plot pca runs/photographs.zarr --count 6 --timestep 50 --out "$FIGURES" --name photographs_pca
 say diffprobe plot heatmaps runs/photographs.zarr --count 6 --timestep 50 --out "$FIGURES" --name photographs_heatmaps

@@ -1,13 +1,13 @@
 """The real configuration without its weights: SD 2.1, CLIP-L/336 and a 7B Llama (Vicuna-1.5) in one fused model.
 
-    python experiments/dry_run.py [--fusion concat] [--utilisation 0.3] [--no-checkpointing] ...
-    torchrun --nproc-per-node 2 experiments/dry_run.py --rehearse runs/rehearsal
+    python -m experiments.dry_run [--fusion concat] [--utilisation 0.3] [--no-checkpointing] ...
+    torchrun --nproc-per-node 2 -m experiments.dry_run --rehearse runs/rehearsal
 
 Every part is built on the meta device from its published shape, so nothing is downloaded and no memory is needed.  Printed:
 parameters of each part and which are trained in which stage; tokens of an image; FLOPs of a sample; hours of both stages of
 LLaVA-1.5's recipe (558,128 captions, then 665,298 instructions) and memory of a GPU under DDP and FSDP, on 1, 8 and 64 GPUs.
 FLOPs of the convolutional parts are counted by torch on the meta device, up to the site that is read; those of transformers
-by `diffprobe.mllm.plan`.  Assumed, and options: how many text tokens a sample has, the share of the peak that is reached, and
+by `experiments.plan`.  Assumed, and options: how many text tokens a sample has, the share of the peak that is reached, and
 the peak itself (an A100's in bfloat16).  Ten seconds on one core.
 
 ``--rehearse`` builds the same architectures with tiny random weights and trains two steps of both stages on drawn data, with the
@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
-from diffprobe.mllm.plan import Engine, Transformer, Weights, hours, memory
 from diffprobe.sites import list_sites, select_sites
+from experiments.plan import Engine, Transformer, Weights, hours, memory
 
 ENGINES: tuple[Engine, ...] = ("DDP", "FSDP")
 

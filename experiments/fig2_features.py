@@ -1,6 +1,6 @@
 """Figure 2: what the features look like, by site and by noise (claims A1, A2, A3).
 
-    python experiments/fig2_features.py [--count 135] [--smoke] [--from-csv]
+    python -m experiments.fig2_features [--count 135] [--smoke] [--from-csv]
 
 On pairs of images that differ in one thing (drawn twins of MMVP, 9 patterns x 15 by default), without a prompt:
 
@@ -34,7 +34,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict, worst
 from diffprobe.plotting import plot_pca_grid, plot_site_curves
 from diffprobe.probes.linear import GramRidge
 from diffprobe.probes.pca import outlier_tokens, pca_rgb
@@ -42,6 +41,7 @@ from diffprobe.probes.similarity import cosines, similarity, split_pairs
 from diffprobe.probes.task import FOLDS, split_folds
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
+from experiments.framework import Claim, Experiment, Options, Result, reference, verdict, worst
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 SHOWN = 5  # images of the pictures

@@ -1,6 +1,6 @@
 """Figure 4: token-wise cross-attention over images, and how it localises as noise grows (claim A4).
 
-    python experiments/fig4_attention.py [--count 200] [--smoke] [--from-csv]
+    python -m experiments.fig4_attention [--count 200] [--smoke] [--from-csv]
 
 Left, as in the paper: the words of a caption over the picture at t = 50 and t = 500.  Measured, which the paper does by eye:
 ROC-AUC of object words against their objects' masks and of background words against all that no object covers, by timestep,
@@ -19,8 +19,9 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
-from diffprobe.plotting import plot_attention_strips, plot_localization_curves
+from diffprobe.plotting import plot_localization_curves
+from experiments.figures import plot_attention_strips
+from experiments.framework import Claim, Experiment, Options, Result, record_words, verdict
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 LOW, HIGH = 50, 500  # the paper's two pictures

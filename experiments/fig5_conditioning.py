@@ -1,6 +1,6 @@
 """Figure 5: what a prompt changes in the features (claims A5, first half, and A6).
 
-    python experiments/fig5_conditioning.py [--count 200] [--smoke] [--from-csv]
+    python -m experiments.fig5_conditioning [--count 200] [--smoke] [--from-csv]
 
 On drawn scenes with their caption as prompt:
 
@@ -26,11 +26,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict, worst
 from diffprobe.plotting import heat_colours, plot_pca_grid, plot_site_curves
 from diffprobe.probes.pca import pca_rgb
 from diffprobe.probes.similarity import cka, jackknife_interval, similarity
 from diffprobe.probes.task import pool_features
+from experiments.framework import Claim, Experiment, Options, Result, reference, verdict, worst
 
 TIMESTEPS = (50, 500)
 SCALES = (1.0, 1.5, 4.0, 7.0)

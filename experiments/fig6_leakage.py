@@ -1,6 +1,6 @@
 """Figure 6: does the language model read the prompt? CIDEr-D against guidance s (claims L1-L4).
 
-    python experiments/fig6_leakage.py [--count 1200] [--smoke] [--from-csv]
+    python -m experiments.fig6_leakage [--count 1200] [--smoke] [--from-csv]
 
 Projectors are trained on captions with features that were conditioned on those captions, at guidance s; with and without
 30% caption dropout; and without any prompt (the stated cure).  Held-out images are then described from features that were given
@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, chosen_arms, leakage_run, reference, verdict
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
     Recipe,
@@ -42,7 +41,9 @@ from diffprobe.mllm.leakage import (
     score_texts,
 )
 from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
-from diffprobe.plotting import plot_leak_examples, plot_leak_sight, plot_scores, plot_site_curves
+from diffprobe.plotting import plot_leak_examples, plot_leak_sight, plot_site_curves
+from experiments.figures import plot_scores
+from experiments.framework import Claim, Experiment, Options, Result, chosen_arms, leakage_run, reference, verdict
 
 TIMESTEP, SCALES, DROPPED = 50, (1.0, 1.5, 4.0), (1.5, 4.0)
 FED = ("none", "own", "mismatched")

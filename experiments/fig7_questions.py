@@ -1,6 +1,6 @@
 """Figure 7: what a question changes in the features, and whether it changes them where the question looks (claim A5, second half).
 
-    python experiments/fig7_questions.py [--count 96] [--smoke] [--from-csv]
+    python -m experiments.fig7_questions [--count 96] [--smoke] [--from-csv]
 
 |f_c - f_u| at the paper's six sites, and averaged over them, for the caption and for two questions about different objects of one image.  The paper
 shows such pictures; measured here against the mask of what the text asks about, beside the difference that the other
@@ -21,8 +21,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffprobe.data.samples import Dataset, Question, Sample
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
-from diffprobe.plotting import plot_differences, plot_localization_controls, plot_localization_curves, plot_localization_grid
+from diffprobe.plotting import plot_localization_controls, plot_localization_curves, plot_localization_grid
+from experiments.figures import plot_differences
+from experiments.framework import Claim, Experiment, Options, Result, verdict
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 TEXTS = ("caption", "question:0", "question:1")

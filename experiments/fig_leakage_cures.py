@@ -1,6 +1,6 @@
 """Cures compared on one plane: how much of the prompt is read, how much of the image is seen.
 
-    python experiments/fig_leakage_cures.py [--count 1200] [--smoke] [--from-csv]
+    python -m experiments.fig_leakage_cures [--count 1200] [--smoke] [--from-csv]
 
 Every cure is applied in training and test, at guidance s = 4 where it has one, and tested with mismatched prompts: caption dropout
 (10, 30, 50%), training without a prompt (the paper's), lower s, other sites, masking the end and padding tokens, removing the mean
@@ -17,9 +17,10 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, leakage_run, verdict
 from diffprobe.mllm.leakage import MAIN_SITE, compare, item_scores, plan, read_texts
-from diffprobe.plotting import plot_leak_rows, plot_leak_sight
+from diffprobe.plotting import plot_leak_sight
+from experiments.figures import plot_leak_rows
+from experiments.framework import Claim, Experiment, Options, Result, leakage_run, verdict
 
 TIMESTEP, SCALE = 50, 4.0
 NO_CURE = "no cure"

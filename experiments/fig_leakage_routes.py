@@ -1,6 +1,6 @@
 """By which routes text enters the features: leak by site and timestep, and knock-outs in the forward pass (open in the paper).
 
-    python experiments/fig_leakage_routes.py [--count 1200] [--smoke] [--from-csv]
+    python -m experiments.fig_leakage_routes [--count 1200] [--smoke] [--from-csv]
 
 Leak and sight of projectors trained at each of the paper's sites and four timesteps (own caption as prompt, s = 4), with Holm's
 correction over all of these and the main site's other scales.  Then the main site's projectors are tested with routes cut while the features are computed: the start token,
@@ -19,10 +19,11 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, Verdict, leakage_run, verdict
 from diffprobe.mllm.leakage import MAIN_SITE, Test, compare, item_scores, plan, read_texts
 from diffprobe.mllm.verdict import POSITIVE, judge_leakage
-from diffprobe.plotting import plot_leak_rows, plot_probe_grid
+from diffprobe.plotting import plot_probe_grid
+from experiments.figures import plot_leak_rows
+from experiments.framework import Claim, Experiment, Options, Result, Verdict, leakage_run, verdict
 
 SCALE, TIMESTEP, OTHER_TIMESTEPS, OTHER_SCALES = 4.0, 50, (10, 250, 500), (1.0, 1.5)
 CUTS = {

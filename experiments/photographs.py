@@ -1,6 +1,6 @@
 """Write six real photographs with captions into a folder, from what scikit-image and scikit-learn carry.
 
-    python experiments/photographs.py runs/photographs
+    python -m experiments.photographs runs/photographs
 
 The embedded model was trained on drawn shapes and has never seen a photograph; it shows that the path works, not
 what Stable Diffusion would see there.

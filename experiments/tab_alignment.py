@@ -1,6 +1,6 @@
 """Claim A7: matching images and texts straight from the diffusion model beats CLIP on pairs that differ in one thing.
 
-    python experiments/tab_alignment.py [--count 72] [--data mmvp-vlm:FOLDER] [--smoke] [--from-csv]
+    python -m experiments.tab_alignment [--count 72] [--data mmvp-vlm:FOLDER] [--smoke] [--from-csv]
 
 Each score of `diffprobe.matching` on drawn twins of MMVP-VLM (nine patterns in turn) and of Winoground (attributes, then
 relations, exchanged), beside shapes-clip where it is there; another benchmark with --data, then without the learned
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, reference, verdict
-from diffprobe.plotting import plot_alignment
 from diffprobe.probes.alignment import ALL, PROTOCOLS, alignment_table, compare_scores
+from experiments.figures import plot_alignment
+from experiments.framework import Claim, Experiment, Options, Result, reference, verdict
 
 PAIRS, QUADRUPLES = "shapes-mmvp", "shapes-winoground"
 PAPER_SCORE, CLIP, PUBLISHED = "attention_lse_paper", "clip_cosine", "published"

@@ -1,6 +1,6 @@
 """Table: do the cross-attention maps of nouns lie on their objects, at which site, timestep and head (claim A4, first half)?
 
-    python experiments/tab_localization.py [--count 200] [--smoke] [--from-csv]
+    python -m experiments.tab_localization [--count 200] [--smoke] [--from-csv]
 
 Nine scores by site and timestep on drawn scenes of two objects, each beside chance and beside five controls: the map of the
 other object's noun in the same caption, the start token's, a centred Gaussian, and the mask of another image.  The paper
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
 from diffprobe.plotting import plot_localization_controls, plot_localization_grid, plot_localization_heads
+from experiments.framework import Claim, Experiment, Options, Result, record_words, verdict
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 HEADS_AT = 50

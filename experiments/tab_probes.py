@@ -15,8 +15,8 @@ P2 a wrong prompt hides the image: the mismatched caption lowers the accuracy of
 P3 the prompt is written into the features: its colour and shape can be read where the image has others.
 P4 the paper's best site is the best here too.    P5 its features hold less at t = 500 than at t = 50.
 
-    python experiments/tab_probes.py            # about 6 minutes on two cores
-    python experiments/tab_probes.py --smoke
+    python -m experiments.tab_probes            # about 6 minutes on two cores
+    python -m experiments.tab_probes --smoke
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
-from diffprobe.plotting import plot_probe_bars, plot_probe_differences, plot_probe_grid
+from diffprobe.plotting import plot_probe_grid
 from diffprobe.probes.labels import with_mask_labels
 from diffprobe.probes.linear import fit_probe
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval
 from diffprobe.store import features, open_store, site_names
+from experiments.figures import plot_probe_bars, plot_probe_differences
+from experiments.framework import Claim, Experiment, Options, Result, verdict
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 CONDITIONINGS = ("null", "caption", "mismatched")

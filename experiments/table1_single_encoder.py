@@ -1,6 +1,6 @@
 """Table 1: a language model that sees through one frozen encoder: CLIP, or one site of the diffusion model (claim F1).
 
-    python experiments/table1_single_encoder.py [--count 270] [--smoke] [--from-csv]
+    python -m experiments.table1_single_encoder [--count 270] [--smoke] [--from-csv]
 
 The two-stage recipe of LLaVA with shapes-lm, in place of Vicuna, three times from other first weights: CLIP's second-to-last
 layer; each of the paper's six sites at t = 50; its main site at five timesteps.  The diffusion model is told nothing in both stages
@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import READER, Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict, worst
-from diffprobe.mllm.comparison import (
+from experiments.comparison import (
     ACCURACY,
     MAIN_SITE,
     MAIN_TIMESTEP,
@@ -30,7 +29,8 @@ from diffprobe.mllm.comparison import (
     score_rows,
     table_rows,
 )
-from diffprobe.plotting import plot_probe_differences, plot_score_table
+from experiments.figures import plot_probe_differences, plot_score_table
+from experiments.framework import READER, Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict, worst
 
 SITES = (
     "D-L2-R0-B0-Cross-Q", MAIN_SITE, "U-L1-R1-B0-Out", "U-L1-R2-B0-Cross-Q", "U-L2-R1-B0-Cross-Q", "U-L2-R2-Res-Out",

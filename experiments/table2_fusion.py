@@ -1,6 +1,6 @@
 """Table 2: CLIP and question-conditioned diffusion features fused (claims F2, F3), and whether the gain is sight or leak.
 
-    python experiments/table2_fusion.py [--count 270] [--smoke] [--from-csv]
+    python -m experiments.table2_fusion [--count 270] [--smoke] [--from-csv]
 
 The two-stage recipe of LLaVA with shapes-lm, three times from other first weights.  Arms: CLIP alone; the diffusion site alone,
 concatenation and cross-attention at guidance s = 0 (the question is not read) and s = 4; and, ours, sequence, interleave, and
@@ -29,8 +29,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import READER, Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict
-from diffprobe.mllm.comparison import (
+from diffprobe.mllm.judging import CONDITIONS
+from experiments.comparison import (
     ACCURACY,
     KEYS,
     MAIN_SITE,
@@ -40,8 +40,8 @@ from diffprobe.mllm.comparison import (
     score_rows,
     table_rows,
 )
-from diffprobe.mllm.judging import CONDITIONS
-from diffprobe.plotting import plot_probe_differences, plot_score_table
+from experiments.figures import plot_probe_differences, plot_score_table
+from experiments.framework import READER, Claim, Experiment, Options, Result, chosen_arms, fused_run, reference, verdict
 
 CLIP = Arm("clip")
 DIFFUSION = (Arm("diffusion"), Arm("diffusion", guidance=4.0))

@@ -1,6 +1,6 @@
 """What the embedded models can and cannot do, measured on held-out drawings; the numbers of their model cards.
 
-    python experiments/zoo_quality.py [--only vae,samples,matching,pointing,clip,lm] [--count 256] [--smoke] [--from-csv]
+    python -m experiments.zoo_quality [--only vae,samples,matching,pointing,clip,lm] [--count 256] [--smoke] [--from-csv]
 
 shapes-sd: the autoencoder gives drawings back (PSNR); pictures generated from held-out prompts, read by an independent network
 that was trained on drawn images alone, hold the asked colour and shape, both of two objects, and their relation; the true
@@ -25,8 +25,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.experiment import Claim, Experiment, Options, Result, record_words, verdict
-from diffprobe.plotting import plot_samples, plot_scores
+from experiments.figures import plot_samples, plot_scores
+from experiments.framework import Claim, Experiment, Options, Result, record_words, verdict
 
 TIMESTEPS = (100, 250, 400, 550, 700, 900)
 LATE = 900  # the prompt decides here; an attribute swap is scored at it alone too

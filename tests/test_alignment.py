@@ -17,7 +17,6 @@ from scipy.stats import binomtest
 from sklearn.linear_model import Ridge
 
 from diffprobe.data.twins import PATTERNS
-from diffprobe.experiment import Result, find_experiments, load_experiment
 from diffprobe.probes.alignment import (
     PROTOCOLS,
     alignment_table,
@@ -31,6 +30,7 @@ from diffprobe.probes.alignment import (
     texts_right,
 )
 from diffprobe.stats import wilson_interval
+from experiments.framework import Result, find_experiments, load_experiment
 
 NAN = math.nan
 EXPERIMENT = load_experiment(find_experiments(["tab_alignment"])[0])

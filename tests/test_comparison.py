@@ -12,11 +12,11 @@ import pytest
 
 from diffprobe.data.question_benchmarks import load_questions
 from diffprobe.data.twins import PATTERNS
-from diffprobe.experiment import folder, load_experiment
-from diffprobe.mllm.comparison import ACCURACY, BLIND_SPOTS, Arm, Comparison, Settings, change_rows, score_rows
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.stages import train_stage
 from diffprobe.store import BusyError
+from experiments.comparison import ACCURACY, BLIND_SPOTS, Arm, Comparison, Settings, change_rows, score_rows
+from experiments.framework import FOLDER, load_experiment
 
 PAIRS, GROUPS, SEEDS = 90, 45, 3
 
@@ -93,7 +93,7 @@ def test_templates_of_the_stages(template: tuple[str, ...], expected: tuple[str,
 
 def test_an_arm_alone_is_judged() -> None:
     answers = planted("CLIP", 0.5, 0.9)
-    module = load_experiment(folder() / "table2_fusion.py")
+    module = load_experiment(FOLDER / "table2_fusion.py")
     assert module.judge(pd.concat([score_rows(answers), change_rows(answers, [])], ignore_index=True)) == []
 
 
@@ -111,7 +111,7 @@ def test_a_stage_that_another_process_trains_is_waited_for(tmp_path: Path, monke
         train_stage(model, data, folder, *more, **options)
 
     monkeypatch.setattr("diffprobe.mllm.stages.train_stage", busy)
-    monkeypatch.setattr("diffprobe.mllm.comparison.WAIT", 0.0)
+    monkeypatch.setattr("experiments.comparison.WAIT", 0.0)
     Comparison(tmp_path, settings, "cpu", told.append).trained(Arm("clip"), 0)
     assert calls == ["stage1", "stage1", "stage2"] and "pid 7" in told[0]
 
@@ -134,7 +134,7 @@ def test_shares_of_one_have_an_interval() -> None:
 
 @pytest.mark.parametrize(("blind", "expected"), [(0.9, "held"), (0.5, "undecided"), (0.1, "not held")])
 def test_table_2_finds_the_gain_it_is_given(blind: float, expected: str) -> None:
-    module = load_experiment(folder() / "table2_fusion.py")
+    module = load_experiment(FOLDER / "table2_fusion.py")
     arm = "cross_attention s=4"
     answers = pd.concat(
         [planted("CLIP", 0.5, 0.9), *(planted(arm, blind, 0.9, c) for c in ("own", "irrelevant")), planted(arm, 0.5, 0.5, "blank"),
@@ -155,7 +155,7 @@ def test_table_2_finds_the_gain_it_is_given(blind: float, expected: str) -> None
 
 
 def test_table_1_takes_the_worst_of_its_parts() -> None:
-    module = load_experiment(folder() / "table1_single_encoder.py")
+    module = load_experiment(FOLDER / "table1_single_encoder.py")
     main, names = Arm("diffusion").label, [Arm("diffusion", site).label for site in ("U-L1-R1-B0-Out", "U-L2-R1-B0-Cross-Q")]
     late = Arm("diffusion", timestep=500).label
     for best, expected in ((0.5, "held"), (0.97, "not held")):

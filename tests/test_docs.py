@@ -17,8 +17,9 @@ from typing import get_args, get_type_hints
 import pytest
 
 import diffprobe
-from diffprobe import cli, docs
+from diffprobe import cli
 from diffprobe.doctor import describe, examine
+from docs import pages
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,12 +87,12 @@ for words in (["zoo", "list"], ["report", "--help"], ["reproduce", "--list"]):
 
 
 def test_the_committed_pages_are_what_the_code_says() -> None:
-    written = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / docs.FOLDER).glob("*.md")}
-    assert written == docs.pages(), "make docs"
+    written = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / pages.FOLDER).glob("*.md")}
+    assert written == pages.pages(), "make docs"
 
 
 def test_pages_name_every_option() -> None:
-    page = docs.pages()["extract.md"]
+    page = pages.pages()["extract.md"]
     for option in (
         "`--out, -o`",
         "`--timesteps, -t`",
@@ -100,12 +101,12 @@ def test_pages_name_every_option() -> None:
         "diffprobe extract --out TEXT [OPTIONS]",
     ):
         assert option in page, option
-    assert "`STORE`" in docs.pages()["info.md"]
+    assert "`STORE`" in pages.pages()["info.md"]
 
 
 def test_every_option_says_what_it_is_for() -> None:
     silent = [
-        (" ".join(words), line) for words, _ in docs.commands() for line in docs.pages()[f"{'-'.join(words)}.md"].splitlines()
+        (" ".join(words), line) for words, _ in pages.commands() for line in pages.pages()[f"{'-'.join(words)}.md"].splitlines()
         if line.startswith("| `-") and line.endswith("|  |")
     ]  # fmt: skip
     assert silent == []
@@ -133,14 +134,14 @@ def test_help_fits_a_screen_and_every_command_a_line() -> None:
         for line in lines[lines.index(next(line for line in lines if f"─ {cli.RECORD} ─" in line)) :]
         if line.startswith("│")
     ]
-    known = {words[0] for words, _ in docs.commands()}
+    known = {words[0] for words, _ in pages.commands()}
     assert {line.split()[0] for line in body} == known, "a description runs over its line"
 
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
     """What `--help` of every command and group prints, by one process that answers as many would."""
-    words = [list(words) for words, _ in docs.commands()]
+    words = [list(words) for words, _ in pages.commands()]
     groups = {tuple(one[:length]) for one in words for length in range(len(one))}
     code = f"""
 import json, sys
@@ -165,7 +166,7 @@ print(json.dumps(said))
     return dict(json.loads(done.stdout))
 
 
-COMMANDS = dict(docs.commands())
+COMMANDS = dict(pages.commands())
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -15,7 +15,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from diffprobe.cli import main
-from diffprobe.experiment import (
+from diffprobe.report import collect_claims
+from experiments.framework import (
+    FOLDER,
     Claim,
     Experiment,
     OptionError,
@@ -23,7 +25,6 @@ from diffprobe.experiment import (
     Result,
     changed,
     chosen_arms,
-    collect_claims,
     command,
     find_experiments,
     load_experiment,
@@ -34,7 +35,7 @@ GOOD = """
 from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
-from diffprobe.experiment import Claim, Experiment, Options, Result, verdict
+from experiments.framework import Claim, Experiment, Options, Result, verdict
 
 def measure(options: Options) -> Result:
     import torch  # as a real one: only to measure
@@ -163,7 +164,7 @@ def test_every_choice_of_options_has_a_work_folder_of_its_own(folder: Path, tmp_
 
 
 def test_settings_of_trainings_are_read_as_their_kind(folder: Path, tmp_path: Path) -> None:
-    from diffprobe.mllm.comparison import Settings
+    from experiments.comparison import Settings
 
     given = ("language_model=maker/lm", "batch=8", "rates=1e-4,2e-5", "benchmarks=shapes-vqa:9", "steps=3,4")
     found = changed(Settings(), given)
@@ -195,7 +196,7 @@ def test_wrong_options_end_with_one_sentence(run: Callable[..., tuple[int, str, 
     def refuse(*_: Any) -> None:
         raise OptionError("No arm begins with 'x'; there are a, b.")
 
-    monkeypatch.setattr("diffprobe.experiment.Experiment.run", refuse)
+    monkeypatch.setattr("experiments.framework.Experiment.run", refuse)
     code, _, errors = run("fig1", "--arms", "x")
     assert code == 2 and errors.strip() == "diffprobe: No arm begins with 'x'; there are a, b."
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -303,6 +304,25 @@ def test_mistakes_are_one_sentence(run: Callable[..., tuple[int, str, str]]) -> 
     assert "--from-csv draws what was measured" in errors
 
 
+def test_without_a_checkout_one_sentence_says_how_to_get_one(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "site/experiments").mkdir(parents=True)  # somebody else's
+    monkeypatch.setattr("diffprobe.__file__", str(tmp_path / "site/diffprobe/__init__.py"))
+    code, output, errors = run("fig1")
+    assert (code, output) == (2, "") and errors.count("\n") == 1
+    assert errors.startswith("diffprobe: 'diffprobe reproduce' needs a checkout") and "clone it" in errors
+
+
+@pytest.mark.slow
+def test_the_package_of_experiments_is_the_same_command() -> None:
+    done = [
+        subprocess.run([sys.executable, "-m", *words, "--list"], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
+        for words in (["experiments", "fig", "tab_probes"], ["diffprobe", "reproduce", "fig", "tab_probes"])
+    ]
+    assert done[0].stdout == done[1].stdout and "tab_probes " in done[0].stdout and "fig2_features " in done[0].stdout
+
+
 def test_the_list_names_even_what_does_not_load(run: Callable[..., tuple[int, str, str]]) -> None:
     code, output, _ = run("--list")
     assert code == 0
@@ -334,9 +354,9 @@ def test_the_committed_verdicts_follow_from_the_committed_rows() -> None:
     """Of this checkout's own experiments, all of which must load and judge without torch."""
     script = """
 from dataclasses import asdict
-from diffprobe.experiment import find_experiments, folder, load_experiment, read_sidecars
-from diffprobe.plotting import read_rows
-figures = folder().parent / "figures"
+from experiments.framework import FOLDER, find_experiments, load_experiment
+from diffprobe.plotting import read_rows, read_sidecars
+figures = FOLDER.parent / "figures"
 sidecars = read_sidecars(figures)
 for path in find_experiments():
     experiment = load_experiment(path)
@@ -346,6 +366,8 @@ for path in find_experiments():
         assert claims == sidecars[experiment.name]["config"]["claims"], path
     print(path.stem)
 """
-    done = subprocess.run([sys.executable, "-c", BLOCKED + script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED + script], cwd=FOLDER.parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["torch is blocked", *(path.stem for path in find_experiments())]

@@ -28,6 +28,7 @@ from diffprobe.probes.grounding import (
 from diffprobe.probes.localization import SCORES, THRESHOLDS, enlarge, localization_score
 from diffprobe.stats import bootstrap_sums, holm
 from diffprobe.store import ArraySpec, StoreError, open_store
+from experiments import figures
 
 SIZE = (12, 18)
 
@@ -512,9 +513,9 @@ def test_another_datasets_words_are_not_read_into_the_store(planted_store: Path)
 def test_pictures_are_drawn_again_from_their_csv(planted_store: Path, tmp_path: Path) -> None:
     tree = open_store(planted_store)
     frame = attention_localization(tree, conditioning="caption:web", by_head=True, n_resamples=50)
-    figures = plotting.localization_figures(frame)
-    assert set(figures) == {"curves", "noun", "noun_controls", "noun_heads"}
-    paths = plotting.save_figure(figures["noun_heads"], tmp_path, "heads", frame, {}, "x")
+    drawn = plotting.localization_figures(frame)
+    assert set(drawn) == {"curves", "noun", "noun_controls", "noun_heads"}
+    paths = plotting.save_figure(drawn["noun_heads"], tmp_path, "heads", frame, {}, "x")
     rows = plotting.read_rows(paths["csv"])
     pd.testing.assert_frame_equal(rows, frame, check_dtype=False, rtol=0, atol=0)
     heads = rows[rows["timestep"] == 50]
@@ -533,14 +534,14 @@ def test_strips_and_differences_take_what_they_say() -> None:
         xr.DataArray(rng.random((2, n, 6, 6)), dims=("timestep", "word", "y", "x"), coords={"timestep": [50, 500], "word": list("abcd"[:n])})
         for n in (4, 2)
     ]  # fmt: skip
-    figure = plotting.plot_attention_strips(images, maps)
+    figure = figures.plot_attention_strips(images, maps)
     titles = [axis.get_title() for axis in figure.axes]
     assert [t for t in titles if t] == ["a", "b", "c", "d", "a", "b"]
     with pytest.raises(ValueError, match="2 images need as many maps"):
-        plotting.plot_attention_strips(images, maps[:1])
+        figures.plot_attention_strips(images, maps[:1])
     regions = np.zeros((2, 3, 24, 24), bool)
     regions[..., 4:9, 4:9] = True
-    figure = plotting.plot_differences(images, rng.random((2, 3, 6, 6)).astype(np.float32), regions, [["x", "y", "z"]] * 2)
+    figure = figures.plot_differences(images, rng.random((2, 3, 6, 6)).astype(np.float32), regions, [["x", "y", "z"]] * 2)
     assert len(figure.axes) == 8
 
 
@@ -574,7 +575,7 @@ def test_command_line(
 
 def test_verdicts_follow_the_rows(planted_store: Path) -> None:
     """Planted maps hold what noise does not; where the paper's sites are many, here is one that stands for all."""
-    from diffprobe.experiment import find_experiments, load_experiment
+    from experiments.framework import find_experiments, load_experiment
 
     files = {path.stem: path for path in find_experiments(["tab_localization", "fig4", "fig7"])}
     table, curves, questions = (load_experiment(files[n]) for n in ("tab_localization", "fig4_attention", "fig7_questions"))

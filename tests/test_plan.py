@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -15,19 +13,10 @@ import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffprobe.mllm.plan import Transformer, Weights, hours, memory
+from experiments import dry_run
+from experiments.plan import Transformer, Weights, hours, memory
 
 TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def dry_run() -> ModuleType:
-    path = Path(__file__).parent.parent / "experiments" / "dry_run.py"
-    spec = importlib.util.spec_from_file_location("dry_run", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["dry_run"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tiny_llama(attention: str = "eager") -> Any:
@@ -52,7 +41,7 @@ def step(model: Any, trained: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_flops_are_those_that_torch_counts(trained: bool, checkpointing: bool, dry_run: ModuleType) -> None:
+def test_training_flops_are_those_that_torch_counts(trained: bool, checkpointing: bool) -> None:
     model = tiny_llama()
     assert dry_run.shape_of(model) == SHAPE
     if checkpointing:
@@ -91,7 +80,7 @@ def test_activations_are_about_what_autograd_keeps(checkpointing: bool) -> None:
     assert 0.75 < found / expected < 1.25, found / expected
 
 
-def test_encoders_are_counted_as_they_run(dry_run: ModuleType) -> None:
+def test_encoders_are_counted_as_they_run() -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
     small = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -103,7 +92,7 @@ def test_encoders_are_counted_as_they_run(dry_run: ModuleType) -> None:
     assert seen == dry_run.shape_of(clip).forward_flops(17) + 2 * 16 * 3 * 49 * 32
 
 
-def test_a_pass_ends_after_the_last_site(dry_run: ModuleType, tiny: Any) -> None:
+def test_a_pass_ends_after_the_last_site(tiny: Any) -> None:
     unet = tiny("sd2").network
     inputs = (torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 16))
     site = "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q"
@@ -134,7 +123,7 @@ PUBLISHED = {"VAE (SD 2.1)": 83_653_863, "UNet (SD 2.1)": 865_910_724, "text enc
              "CLIP-L/336": 303_507_456, "Llama 7B (Vicuna-1.5)": 6_738_415_616}  # fmt: skip
 
 
-def test_the_real_configuration(dry_run: ModuleType) -> None:
+def test_the_real_configuration() -> None:
     """Nothing of it is in memory; parameters are the published ones, and hours near LLaVA-1.5's own (8 A100: about 4 and 10)."""
     parts = dry_run.build_parts()
     assert {name: dry_run.parameters(part) for name, part in parts.items()} == PUBLISHED
@@ -156,9 +145,7 @@ def test_the_real_configuration(dry_run: ModuleType) -> None:
     assert dry_run.plan(dry_run.Config(fusion="sequence", gpus=(8,)), parts).tokens == 1152
 
 
-def test_options_of_the_dry_run(
-    dry_run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_the_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given, folder = dry_run.read_arguments(["--fusion", "concat", "--samples", "5", "6", "--gpus", "2", "--no-checkpointing"])
     assert (given.fusion, given.samples, given.gpus, given.checkpointing) == ("concat", (5, 6), (2,), False)
     assert folder is None and dry_run.read_arguments(["--rehearse", "x"]) == (dry_run.Config(), Path("x"))
@@ -173,12 +160,11 @@ def test_options_of_the_dry_run(
 
 
 @pytest.mark.slow
-def test_the_same_architectures_train_on_two_processes(tmp_path: Path, dry_run: ModuleType) -> None:
+def test_the_same_architectures_train_on_two_processes(tmp_path: Path) -> None:
     """Two steps of both stages on tiny random weights: two gloo ranks take the steps that one process takes."""
-    script = str(Path(__file__).parent.parent / "experiments" / "dry_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "--rehearse",
-               str(tmp_path / "two")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments.dry_run",
+               "--rehearse", str(tmp_path / "two")]  # fmt: skip
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = dry_run.rehearse(tmp_path / "one")
     for stage in ("stage1", "stage2"):

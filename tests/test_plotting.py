@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffprobe import plotting
 from diffprobe.plotting import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid, read_rows, save_figure
+from experiments import figures
 
 SITES = ["D-L2-R1-B0-Cross-Q", "M", "U-L1-R1-B0-Cross-Q", "U-L1-R1-B0-Self-K"]
 STEPS = [1, 150, 500, 900]
@@ -242,7 +243,7 @@ def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
 def test_scores_show_every_row_and_their_chance() -> None:
     rows = [("pairs", 0.7, 0.6, 0.8, 0.5, np.nan), ("pointing", 0.4, 0.3, 0.5, 0.1, 50), ("pointing", 0.2, 0.1, 0.3, 0.1, 500)]
     frame = pd.DataFrame(rows, columns=["what", "value", "low", "high", "chance", "timestep"])
-    figure = plotting.plot_scores(frame)
+    figure = figures.plot_scores(frame)
     axis = figure.axes[0]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["pairs", "pointing"]
     drawn = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
@@ -264,14 +265,14 @@ def test_score_tables_hold_every_score_and_fit(tmp_path):
         for label, published in (("CLIP", 24.7), ("a long name of a fusion s=4", np.nan))
         for k in range(11)
     ]
-    figure = plotting.plot_score_table(pd.DataFrame(rows), title="a table")
+    figure = figures.plot_score_table(pd.DataFrame(rows), title="a table")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts.count("24.7") == 11 and texts.count("[0.0, 50.0]") == 22 and texts.count("25.0") == 11 and "100.0" in texts
     figure.canvas.draw()
     boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text().startswith("[")][:11]
     assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
     with pytest.raises(ValueError, match="one row a label and score"):
-        plotting.plot_score_table(pd.DataFrame([*rows, rows[0]]))
+        figures.plot_score_table(pd.DataFrame([*rows, rows[0]]))
 
 
 def test_a_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffprobe.cli import main
-from diffprobe.experiment import Claim, Experiment, Options, Result
 from diffprobe.plotting import heat_colours, save_figure
 from diffprobe.report import explorable, write_report
 from diffprobe.store import StoreError, attention_maps, open_store
+from experiments.framework import Claim, Experiment, Options, Result
 
 HOSTILE = "</script><script>alert(1)</script>&\u2028<img src=x onerror=alert(2)>"
 ROWS = pd.DataFrame({"what": [HOSTILE, *"abcdefghijklmnopqrstuvwxyz"], "value": np.linspace(0, 1, 27), "n": 7})

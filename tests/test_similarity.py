@@ -19,6 +19,7 @@ from diffprobe.probes.similarity import (
     split_pairs,
     store_similarity,
 )
+from experiments import fig2_features as fig2
 
 
 def normal(*shape, seed=0):
@@ -452,17 +453,7 @@ def test_plots_refuse_what_they_cannot_draw():
         plot_similarity_matrix(pd.DataFrame(columns=["panel", "site_a", "site_b", "value"]), "site")
 
 
-@pytest.fixture(scope="module")
-def fig2():
-    import sys
-
-    from diffprobe.experiment import folder, load_experiment
-
-    load_experiment(folder() / "fig2_features.py")
-    return sys.modules["experiments.fig2_features"]
-
-
-def test_bands_are_read_from_features_that_hold_them(fig2):
+def test_bands_are_read_from_features_that_hold_them():
     """Features that are one band of the image read that band and not the other; shuffled, they read nothing."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 200, size=(60, 4, 4, 3)).repeat(24, axis=1).repeat(24, axis=2)
@@ -482,7 +473,7 @@ def test_bands_are_read_from_features_that_hold_them(fig2):
     np.testing.assert_array_equal(fig2.at_positions(bands["layout"], 8)[5, 8 * 2 + 3], bands["layout"][5, 1, 1])
 
 
-def test_images_keep_what_noise_leaves(fig2):
+def test_images_keep_what_noise_leaves():
     sums = np.array([[1.0, 10, 2, 10, 5, 10, 9, 10]])  # R2 .9 and .8 of layout, .5 and .1 of fine structure
     assert fig2.kept_layout(sums)[0] == pytest.approx(0.8 / 0.9)
     assert fig2.kept_more(sums)[0] == pytest.approx(0.8 / 0.9 - 0.1 / 0.5)

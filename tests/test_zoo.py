@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLI
 
 from diffprobe.data import ShapesDataset, shapes
 from diffprobe.data.twins import TwinsDataset
-from diffprobe.experiment import Options, Result
 from diffprobe.models import DiffusionModel, load_model
-from diffprobe.plotting import plot_samples
 from diffprobe.sites import PAPER_SITES, select_sites
 from diffprobe.zoo import WEIGHTS, embedded, locate, reader, smollm2
+from experiments.figures import plot_samples
+from experiments.framework import Options, Result
 from recipes import measure
 from recipes.common import drawn, drawn_batch
 

@@ -1,6 +1,6 @@
 """A page for every command, made from the command line's own code.
 
-python -m diffprobe.docs [FOLDER]     writes docs/commands/*.md
+python -m docs.pages [FOLDER]     writes docs/commands/*.md; from the checkout's root
 
 The invariant: a page says nothing that the code does not say; `tests/test_docs.py` compares the committed pages with this.
 """
@@ -18,7 +18,8 @@ from typing import Any, Union, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo
 
-from diffprobe.cli import app
+from diffprobe import cli
+from experiments import __main__ as experiments
 
 FOLDER = Path("docs") / "commands"
 
@@ -34,11 +35,12 @@ def pages() -> dict[str, str]:
     return {"README.md": first + "| command | what it does |\n|---|---|\n" + "\n".join(rows) + "\n", **found}
 
 
-def commands(group: typer.Typer = app, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
+def commands(group: typer.Typer = cli.app, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
     """Every command: its words after `diffprobe`, and its function."""
     for one in group.registered_commands:
         assert one.callback is not None
-        yield (*words, one.name or one.callback.__name__.replace("_", "-")), one.callback
+        function = experiments.reproduce if one.callback is cli.reproduce else one.callback  # which hands its options on
+        yield (*words, one.name or function.__name__.replace("_", "-")), function
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         yield from commands(inner.typer_instance, (*words, str(inner.name)))

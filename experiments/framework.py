@@ -11,7 +11,6 @@ The invariant: a verdict is a function of the saved rows alone, and ``claims.csv
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import re
@@ -31,17 +30,19 @@ from numpy.typing import NDArray
 
 from diffprobe.data.samples import Dataset
 from diffprobe.plotting import package_versions, read_rows, save_figure
+from diffprobe.report import collect_claims
 from diffprobe.store import code_commit, whole_file, write_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from diffprobe.mllm.comparison import Comparison
     from diffprobe.mllm.leakage import Run
+    from experiments.comparison import Comparison
 
 T = TypeVar("T", bound="DataclassInstance")
 A = TypeVar("A")
 Verdict = Literal["held", "not held", "undecided", "not testable"]
+FOLDER = Path(__file__).parent
 
 
 READER = ("lm relation", "lm MMVP-like position", "lm MMVP-like orientation", "lm MMVP-like text")
@@ -136,7 +137,7 @@ class Options:
         device: As for `load_model`.
         trainings: Of each arm, from other first weights, where something is trained; the experiment's own number when 0.
         arms: Labels of arms that a table is to have, or their beginnings, parted by commas; all when empty.
-        set: NAME=VALUE each, for `diffprobe.mllm.leakage.Settings` or `diffprobe.mllm.comparison.Settings`, where an
+        set: NAME=VALUE each, for `diffprobe.mllm.leakage.Settings` or `experiments.comparison.Settings`, where an
             experiment trains: the language model, the encoder, steps, batch and the rest.
     """
 
@@ -350,7 +351,7 @@ def fused_run(options: Options) -> Comparison:
     Raises:
         ValueError: the data are one set, or a setting is none.
     """
-    from diffprobe.mllm.comparison import Comparison, Settings
+    from experiments.comparison import Comparison, Settings
 
     drawn = "shapes-captions:24,shapes-instruct:40" if options.smoke else f"{Settings.captions},{Settings.instructions}"
     captions, instructions = two(options.data or drawn, "CAPTIONS,INSTRUCTIONS")
@@ -382,7 +383,7 @@ def changed(settings: T, given: Sequence[str]) -> T:
     Raises:
         OptionError: no such setting, or its value is of another kind.
 
-    >>> from diffprobe.mllm.comparison import Settings
+    >>> from experiments.comparison import Settings
     >>> changed(Settings(), ["language_model=smollm2", "steps=60,120"]).steps
     (60, 120)
     """
@@ -410,7 +411,8 @@ def check_settings(given: Sequence[str]) -> None:
     Raises:
         OptionError: a text is no NAME=VALUE, or nothing has such a setting.
     """
-    from diffprobe.mllm import comparison, leakage
+    from diffprobe.mllm import leakage
+    from experiments import comparison
 
     known = dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind))
     for text in given:
@@ -444,35 +446,22 @@ def chosen_arms(arms: Sequence[A], label: Callable[[A], str], options: Options) 
 
 def reference(name: str) -> pd.DataFrame:
     """A table of the paper's numbers from ``experiments/reference/``; its comment lines say how they were read."""
-    return pd.read_csv(folder() / "reference" / f"{name}.csv", comment="#")
+    return pd.read_csv(FOLDER / "reference" / f"{name}.csv", comment="#")
 
 
-def folder() -> Path:
-    """The folder ``experiments/`` of this checkout.
-
-    Raises:
-        ValueError: diffprobe was installed without it.
-    """
-    found = Path(__file__).resolve().parent.parent / "experiments"
-    if not found.is_dir():
-        raise ValueError("The experiments are not part of the installed package: run this from a checkout of the repository.")
-    return found
-
-
-def find_experiments(patterns: Sequence[str] = ("all",), where: Path | None = None) -> list[Path]:
+def find_experiments(patterns: Sequence[str] = ("all",), where: Path = FOLDER) -> list[Path]:
     """The files of the experiments whose names begin with one of the patterns ("fig2", "tab"), or of all of them.
 
     Args:
         patterns: Beginnings of file names, or "all".
-        where: The folder of the experiments; this checkout's by default.
+        where: The folder of the experiments.
 
     Raises:
         ValueError: a pattern fits no file; the message lists those there are.
     """
-    where = where or folder()
-    files = sorted(path for path in where.glob("*.py") if path.stem.startswith(("fig", "tab")))
+    files = sorted(path for path in where.glob("*_*.py") if path.stem.startswith(("fig", "tab")))
     if not files:
-        raise ValueError(f"{where} holds no experiment: no file there is called fig*.py or tab*.py.")
+        raise ValueError(f"{where} holds no experiment: no file there is called fig*_*.py or tab*_*.py.")
     chosen: list[Path] = []
     for pattern in patterns:
         hits = files if pattern == "all" else [path for path in files if path.stem.startswith(pattern)]
@@ -567,28 +556,6 @@ def reproduce(
 
 def _first_line(fault: Exception) -> str:
     return f"{type(fault).__name__}: {(str(fault).strip() or 'no message').splitlines()[0]}"
-
-
-def read_sidecars(out: Path) -> dict[str, dict[str, Any]]:
-    """The JSON of every figure in a folder by the figure's name; files that are something else are left out."""
-    found = {}
-    for path in sorted(out.glob("*.json")):
-        with contextlib.suppress(ValueError):
-            sidecar = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(sidecar, dict) and "alt" in sidecar and path.with_suffix(".png").is_file():
-                found[path.stem] = sidecar
-    return found
-
-
-def collect_claims(out: Path) -> pd.DataFrame:
-    """The claims of every experiment whose figures lie in a folder: id, statement, verdict, evidence, figure; by id."""
-    found = [
-        {**claim, "figure": name}
-        for name, sidecar in read_sidecars(out).items()
-        for claim in sidecar.get("config", {}).get("claims", [])
-    ]
-    found.sort(key=lambda claim: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim["id"])])
-    return pd.DataFrame(found, columns=[*(f.name for f in fields(Claim)), "figure"])
 
 
 def command(names: Sequence[str], options: Options) -> str:
