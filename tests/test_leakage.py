@@ -25,7 +25,7 @@ from diffprobe.mllm import leakage
 from diffprobe.mllm.leakage import LeakageError, Recipe, Run, Settings, compare, item_scores, plan, read_texts
 from diffprobe.mllm.verdict import judge_leakage
 from diffprobe.store import features as stored
-from diffprobe.store import open_store
+from diffprobe.store import open_store, provenance
 
 WORDS = ("red", "blue", "green", "pink", "cyan", "orange", "purple", "yellow")
 MAIN, FIRST = leakage.MAIN_SITE, leakage.NO_TEXT_SITE
@@ -244,7 +244,7 @@ def test_the_batch_of_a_run_is_asked_for_and_never_timed(
         folder = tmp_path / str(rows)
         asked(Run(folder, settings, model=tiny_model, language=language(), tell=lambda line: None), "M")
         assert json.loads((folder / "request.json").read_text())["batch_rows"] == rows
-        assert [open_store(path).attrs["batch_rows"] for path in (folder / "stores").glob("*.zarr")] == [rows]
+        assert [provenance(open_store(path))["batch_rows"] for path in (folder / "stores").glob("*.zarr")] == [rows]
     with pytest.raises(LeakageError, match="batch_rows: the store has 3, you ask for 16"):
         Run(tmp_path / "3", SETTINGS, model=tiny_model, language=language())
 
@@ -274,7 +274,7 @@ def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:
         "leak_against_sight.png",
         "side_by_side.png",
     }
-    with pytest.raises(LeakageError, match="does not exist"):
+    with pytest.raises(LeakageError, match="is no folder that .diffprobe leakage run. filled"):
         read_texts(tmp_path)
 
 
