@@ -417,7 +417,10 @@ def repair(
         bool, typer.Option("--retry-unreadable", help="Try the images again that could not be read.")
     ] = False,
 ) -> None:
-    """Compute what is faulty or missing in a store again; what is there stays until it is known."""
+    """Compute what is faulty or missing in a store again.
+
+    What is there stays until the new values are known.
+    """
     from diffprobe.extraction import repair as mend
 
     faults, summary = mend(
