@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from diffprobe.data.samples import Dataset, Sample
+from diffprobe.data.samples import Sample
 
 NULL = "null"
 FORMS = "null, caption, caption:N, caption:STYLE, question, question:N, mismatched, hard, words, fixed:TEXT"
@@ -83,11 +83,6 @@ def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | 
             "give a captions file, or use the conditionings null or fixed:TEXT."
         )
     return texts[which or "0"]
-
-
-def prompts_of(dataset: Dataset, conditioning: str) -> list[str | None]:
-    """The text of every sample under one conditioning, in order."""
-    return assign_prompts([dataset[i] for i in range(len(dataset))], [conditioning])[conditioning]
 
 
 def assign_prompts(samples: Iterable[Sample], conditionings: Sequence[str]) -> dict[str, list[str | None]]:

@@ -51,13 +51,3 @@ def snr(alphas_cumprod: Float[Tensor, " train_step"], timestep: int) -> float:
     """Signal-to-noise ratio a / (1 - a), the square of 1 / sigma."""
     alpha = float(alphas_cumprod[timestep])
     return alpha / (1 - alpha)
-
-
-def nearest_timestep(alphas_cumprod: Float[Tensor, " train_step"], wanted_sigma: float) -> int:
-    """The training timestep whose sigma is nearest on a log scale; the inverse of `sigma`.
-
-    >>> nearest_timestep(torch.tensor([0.9, 0.5, 0.1]), 1.1)
-    1
-    """
-    levels = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().log()
-    return int((levels - torch.tensor(wanted_sigma).log()).abs().argmin())

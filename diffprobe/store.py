@@ -484,11 +484,6 @@ class StoreWriter:
             _array(self.root, "done")[unit] = 0
             _array(self.root, "status")[first:last] = PENDING
 
-    def set_attribute(self, name: str, value: Any) -> None:
-        """Change one entry of the root's ``diffprobe`` attributes."""
-        self.attributes[name] = value
-        self.root.attrs["diffprobe"] = self.attributes
-
 
 def request_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What two requests differ in, one readable line each.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffprobe.conditioning import check_conditioning, guided_name, parse_conditionings, prompt_for, prompts_of, word_tokens
+from diffprobe.conditioning import assign_prompts, check_conditioning, guided_name, parse_conditionings, prompt_for, word_tokens
 from diffprobe.data.samples import Caption, Question, Sample
 from diffprobe.models import DiffusionModel
 
@@ -24,24 +24,12 @@ def sample(name: str, captions: Sequence[str] = (), styles: Sequence[str] = (), 
     )
 
 
-class Samples:
-    name = spec = "samples"
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    def fingerprint(self) -> str:
-        return "0"
+def prompts_of(samples: Sequence[Sample], name: str) -> list[str | None]:
+    return assign_prompts(samples, [name])[name]
 
 
-def captioned(*texts: str) -> Samples:
-    return Samples([sample(f"{i}", [text]) for i, text in enumerate(texts)])
+def captioned(*texts: str) -> list[Sample]:
+    return [sample(f"{i}", [text]) for i, text in enumerate(texts)]
 
 
 RICH = sample(
@@ -67,7 +55,7 @@ RICH = sample(
 def test_texts_by_name(name: str, text: str | None) -> None:
     check_conditioning(name)
     assert prompt_for(name, RICH) == text
-    assert prompts_of(Samples([RICH, RICH]), name) == [text, text]
+    assert prompts_of([RICH, RICH], name) == [text, text]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +81,7 @@ def test_texts_that_a_sample_lacks(name: str, message: str) -> None:
         prompt_for(name, RICH)
     assert "captions file" in str(error.value)
     with pytest.raises(ValueError, match=r"Sample 'bare' has no (caption|question) .*\(it has: none\)"):
-        prompts_of(Samples([RICH, sample("bare")]), name.partition(":")[0])
+        prompts_of([RICH, sample("bare")], name.partition(":")[0])
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=2), min_size=2, max_size=9).filter(lambda texts: len(set(texts)) > 1))

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffprobe.noise import nearest_timestep, noise_seed, sample_noise, sigma, snr
+from diffprobe.noise import noise_seed, sample_noise, sigma, snr
 
 SHAPE = (4, 8, 16)
 
@@ -69,13 +69,3 @@ def test_sigma_and_snr_are_the_schedulers() -> None:
 def test_a_schedule_that_ends_in_pure_noise_has_infinite_sigma_there() -> None:
     schedule = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
     assert schedule[-1] == 0 and sigma(schedule, 999) == math.inf and snr(schedule, 999) == 0
-    assert nearest_timestep(schedule, sigma(schedule, 500)) == 500
-
-
-@pytest.mark.parametrize("timestep", [0, 1, 10, 500, 998, 999])
-def test_nearest_timestep_undoes_sigma(timestep: int) -> None:
-    assert nearest_timestep(alphas(), sigma(alphas(), timestep)) == timestep
-
-
-def test_nearest_timestep_beyond_the_ends_is_the_end() -> None:
-    assert (nearest_timestep(alphas(), 1e-9), nearest_timestep(alphas(), 1e9)) == (0, 999)
