@@ -34,7 +34,7 @@ NO_RUN = {
     "docs/guides/own-model.md": ["a GPU and the hub"],
     "docs/overview.md": ["one line each", "the hub", "a GPU and the hub"],
 }
-FEW = 14  # drawn samples of a dataset in these tests; the pages have more
+FEW = 12  # drawn samples of a dataset in these tests; the pages have more
 
 
 @dataclass(frozen=True)
