@@ -195,7 +195,7 @@ def test_the_architecture_names_what_there_is() -> None:
     assert len(named) > 40
     files = [
         path
-        for name in ("diffprobe", "experiments", "recipes", "benchmarks", "notebooks")
+        for name in ("diffprobe", "experiments", "recipes", "benchmarks", "notebooks", "docs")
         for path in (ROOT / name).rglob("*.py")
     ]
     missing = []
