@@ -274,7 +274,7 @@ def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:
         "leak_against_sight.png",
         "side_by_side.png",
     }
-    with pytest.raises(LeakageError, match="is no folder that .diffprobe leakage run. filled"):
+    with pytest.raises(LeakageError, match="is no folder that 'diffprobe leakage run' filled"):
         read_texts(tmp_path)
 
 
