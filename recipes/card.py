@@ -50,7 +50,7 @@ def write_card(
         for stage, steps, batch, seconds in stages
     )
     scores = list(scores)
-    measured = score_table(scores) if scores else f"`python experiments/zoo_quality.py --model {folder.name}` measures them."
+    measured = score_table(scores) if scores else f"`python -m experiments.zoo_quality --model {folder.name}` measures them."
     text = (
         f"# {folder.name}\n\n{summary}\n\n**Data.** {data}\n\n**Training** (`python -m recipes`)\n\n"
         f"| stage | steps x rows | wall time |\n|---|---|---|\n{rows}\n\n**Scores**, on held-out scenes\n\n{measured}\n\n{LICENCE}\n"
