@@ -133,9 +133,9 @@ def load_questions(spec: str) -> QuestionBenchmark:
 
     >>> benchmark = load_questions("shapes-mmvp:2?seed=1")
     >>> len(benchmark), benchmark.scorer, benchmark.items[0].question
-    (4, 'mmvp', 'Does the blue arrow point down or left?')
+    (4, 'mmvp', 'Does the blue arrow point right or up?')
     >>> benchmark.items[0].record
-    {'options': ('down', 'left'), 'answer': 'left'}
+    {'options': ('right', 'up'), 'answer': 'up'}
     """
     kind, source, given = split_spec(spec)
     if kind in DRAWN and source:
