@@ -115,7 +115,7 @@ def measured_gates(out: Path, config: Mapping[str, Any]) -> pd.DataFrame | None:
     if config.get("weights") not in weights.values():
         return None
     rows = read_rows(table)
-    return rows[rows["gate"].notna()] if "gate" in rows else None
+    return rows[rows["gate"].fillna("") != ""] if "gate" in rows else None
 
 
 class OptionError(ValueError):
