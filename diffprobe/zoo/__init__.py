@@ -1,12 +1,8 @@
 """Small models really trained on the drawn world, in the ecosystem's own folder layouts, shipped with the package.
 
-recipe.py     shapes-sd, a Stable Diffusion pipeline
-contrast.py   shapes-clip, a CLIPModel
-language.py   shapes-lm, a LlamaForCausalLM
+weights/      shapes-sd, shapes-clip, shapes-lm, shapes-reader, each with its card; the checkout's ``recipes`` train them
+reader.py     the network of shapes-reader, which says what stands where in a picture
 smollm2.py    SmolLM2-135M-Instruct, not ours and not shipped: fetched from a Python package
-measure.py    what shapes-clip and shapes-lm can do
-reader.py     a small network that reads generated pictures
-card.py       the model card beside trained weights
 """
 
 from __future__ import annotations
