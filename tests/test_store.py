@@ -683,7 +683,6 @@ def test_what_is_read_can_be_saved_and_read_again(tmp_path: Path, what: str, for
     found = plain_things(tmp_path / "s.zarr")[what]()
     target = tmp_path / f"copy.{form}"
     if form == "netcdf":
-        pytest.importorskip("h5netcdf")
         found.to_netcdf(target, engine="h5netcdf")
     else:
         found.to_zarr(target)
