@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ class Config:
     """Everything that decides the weights."""
 
     seed: int = 0
+    start: str = ""  # a pipeline's folder whose autoencoder and text tower are taken, and whose UNet is trained further
     scenes: int = 48_000  # whose latents the UNet is trained on
     vae: Plan = field(default_factory=lambda: Plan(steps=1800))
     vae_batch: int = 16
@@ -330,11 +332,15 @@ def train_unet(config: Config, folder: Path) -> UNet2DConditionModel:
     """
     torch.manual_seed(config.seed + 2)
     plan = config.unet
+    for part in ("vae", "text_encoder", "tokenizer") if config.start else ():
+        shutil.copytree(Path(config.start) / part, folder / part, dirs_exist_ok=True)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(plan.device).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float().to(plan.device).eval()
     latents = encode_scenes(vae, config, folder).to(plan.device)
-    tower = CLIPTextModel.from_pretrained(folder / "text_encoder").to(plan.device).eval().requires_grad_(False)
+    tower = CLIPTextModel.from_pretrained(folder / "text_encoder").float().to(plan.device).eval().requires_grad_(False)
     unet, average = build_unet().to(plan.device), build_unet().to(plan.device).requires_grad_(False)
+    if config.start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(Path(config.start) / "unet").float().state_dict())
     average.load_state_dict(unet.state_dict())
     forward: Callable[..., tuple[Tensor]] = unet
     if plan.device == "cpu":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffprobe.data import shapes
@@ -110,6 +111,16 @@ def test_every_stage_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: py
             for key, tensor in whole[part].items():
                 torch.testing.assert_close(cut[part][key], tensor, msg=f"{name} {part} {key}")
     assert (tmp_path / "whole" / "shapes-sd" / "model_index.json").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_model_is_trained_further(tmp_path: Path) -> None:
+    """The first step of the warm-up has a rate of zero: the weights that it began with come out."""
+    start = locate("shapes-sd")
+    config = sd.Config(start=str(start), scenes=64, unet_batch=4, unet=common.Plan(steps=1))
+    trained = sd.train_unet(config, tmp_path)
+    began = UNet2DConditionModel.from_pretrained(start / "unet").float().state_dict()
+    assert all(torch.equal(tensor, began[name]) for name, tensor in trained.state_dict().items())
 
 
 def test_the_tokenizer_pads_as_stable_diffusion_2_does_and_loses_nothing() -> None:
