@@ -695,7 +695,7 @@ def extract(
                 truncated_prompts=sum(length > model.prompt_tokens for length in lengths.values()),
                 looked_at=len(index.ids),
             )
-            if not resuming:
+            if not (resuming or dry_run):  # who asked for it alone is given it
                 tell(describe_forecast(forecast))
             _check_room(forecast, force, resuming or dry_run)
         if dry_run:
