@@ -272,6 +272,7 @@ def rehearse(folder: Path, steps: int = 2) -> dict[str, list[float]]:
         The losses of the steps, by stage.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
     from diffprobe.data.conversations import DrawnCaptions, DrawnInstructions
     from diffprobe.encoders import VisionEncoder
@@ -279,9 +280,10 @@ def rehearse(folder: Path, steps: int = 2) -> dict[str, list[float]]:
     from diffprobe.mllm.stages import STAGE1, STAGE2, train_stage
     from diffprobe.mllm.train import LanguageModel, load_language_model
     from diffprobe.models import DiffusionModel
-    from recipes import sd
+    from diffprobe.zoo import locate
 
-    words, speech = sd.build_tokenizer(sd.Config()), load_language_model("shapes-lm", "cpu").tokenizer
+    words = CLIPTokenizer.from_pretrained(locate("shapes-sd") / "tokenizer")  # one trained anew numbers words otherwise
+    speech = load_language_model("shapes-lm", "cpu").tokenizer
     torch.manual_seed(0)  # all processes begin with the same weights
     shapes = replace(TINY, words=(len(words), len(speech)))
     vae, unet, text, clip, language = (part.eval().requires_grad_(False) for part in build_parts(shapes, "cpu").values())

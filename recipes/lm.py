@@ -403,8 +403,10 @@ def train_lm(config: Config, folder: Path) -> tuple[PreTrainedTokenizerFast, Lla
     """Next-token prediction in which the assistant's turns count most; logged: their loss and accuracy on the batch just seen."""
     torch.manual_seed(config.seed + 4)
     device = config.plan.device
-    tokenizer = build_tokenizer(config)
-    tokenizer.save_pretrained(folder / "lm_tokenizer")
+    kept = folder / "lm_tokenizer"
+    if not kept.exists():  # learning the same words again can number them otherwise
+        build_tokenizer(config).save_pretrained(kept)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
     model = build_lm(tokenizer).to(device)
 
     def batch_of(step: int) -> dict[str, Tensor]:

@@ -245,8 +245,10 @@ def train_text(config: Config, folder: Path) -> tuple[CLIPTokenizer, CLIPTextMod
     """The tower learns from captions alone; the accuracy logged is that of the sides, on the batch just seen."""
     torch.manual_seed(config.seed + 1)
     device = config.text.device
-    tokenizer = build_tokenizer(config)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    kept = folder / "tokenizer"
+    if not kept.exists():  # learning the same words again can number them otherwise
+        build_tokenizer(config).save_pretrained(kept)
+    tokenizer = CLIPTokenizer.from_pretrained(kept)
     tower, head = build_text_encoder(tokenizer).to(device), LayoutHead().to(device)
     both = nn.ModuleDict({"tower": tower, "head": head})
     cells = LayoutHead.CELLS**2
@@ -287,7 +289,7 @@ def train_text(config: Config, folder: Path) -> tuple[CLIPTokenizer, CLIPTextMod
                 losses.append(functional.cross_entropy(answers, truth))
                 right.append((answers.argmax(-1) == truth).float().mean())
         loss = torch.stack(losses).sum()
-        return loss, {"loss": loss, "sides_accuracy": torch.stack(right).mean()}
+        return loss, {"loss": loss, "sides_accuracy": torch.stack(right).mean() if right else loss * 0}
 
     optimizers = Optimizers(both, 1e-3, config.text_muon_peak, outer=("embedding", "heads", "queries"))
     train("text", folder, config.text, {"tower": tower, "head": head}, optimizers, batch_of, loss_of)

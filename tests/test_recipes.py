@@ -389,7 +389,7 @@ def test_a_card_says_data_steps_time_scores_and_licence(tmp_path: Path) -> None:
     text = card.write_card(folder, "A model.", "Scenes.", [("all", 700, 64, 600.0)], [row]).read_text()
     for part in ("# shapes-x", "Scenes.", "| all | 700 x 64 | 10 min |", "| right | .90 [.60, .98] | .50 | 10 |", "Apache-2.0"):
         assert part in text
-    assert "zoo_quality.py --model" in card.write_card(folder, "A model.", "Scenes.", []).read_text()
+    assert "zoo_quality --model" in card.write_card(folder, "A model.", "Scenes.", []).read_text()
 
 
 # --- reader ---------------------------------------------------------------------------------------

@@ -260,7 +260,9 @@ def tree(tmp_path_factory, tiny_model):
     out = tmp_path_factory.mktemp("stores") / "twins.zarr"
     sites = ("U-L2-R1-B0-Cross-Q", "U-L2-R2-Res-Out")
     extract(tiny_model, "shapes-mmvp:9", out, sites=sites, timesteps=(10, 500), progress=False)
-    return open_store(out)
+    found = open_store(out)
+    found.encoding["source"] = str(out)
+    return found
 
 
 def test_every_comparison_of_a_store(tree):

@@ -640,6 +640,9 @@ def _save(
 def _resume(
     folder: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> tuple[_State, dict[str, Any]]:
+    if accelerator.is_main_process:
+        for left in folder.glob("*.tmp"):  # what a killed process was about to put in its place; no other one trains here
+            left.unlink(missing_ok=True)
     if not (folder / "checkpoint.pt").exists():
         return _State(), {}
     try:
