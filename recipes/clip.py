@@ -113,12 +113,7 @@ def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
 class PatchNames(nn.Module):
     """Reads from each patch's token the colour, shape, fill and size of the object it shows.  Thrown away after training."""
 
-    FACTORS = (
-        ("colour", tuple(shapes.COLOURS)),
-        ("shape", shapes.SHAPES),
-        ("fill", shapes.FILLS),
-        ("size", tuple(shapes.SIZES)),
-    )
+    FACTORS = tuple((name, shapes.ATTRIBUTES[name]) for name in ("colour", "shape", "fill", "size"))
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()

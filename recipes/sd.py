@@ -201,12 +201,7 @@ class LayoutHead(nn.Module):
     "a left of b" from "b left of a".  The sides are certain, and teach that within minutes.
     """
 
-    FACTORS = (
-        ("colour", tuple(shapes.COLOURS)),
-        ("shape", shapes.SHAPES),
-        ("fill", shapes.FILLS),
-        ("size", tuple(shapes.SIZES)),
-    )
+    FACTORS = tuple((name, shapes.ATTRIBUTES[name]) for name in ("colour", "shape", "fill", "size"))
     CELLS = 6
     SIDES = ("left of", "right of", "above", "below")
 

@@ -52,6 +52,15 @@ LETTERS: dict[str, tuple[tuple[float, float, float, float], ...]] = {
     "Z": ((-0.7, -1, 0.7, -1), (0.7, -1, -0.7, 1), (-0.7, 1, 0.7, 1)),
 }
 MARKS = ("none", "dot", *LETTERS)
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    # of an object, by its field's name, with every value
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "fill": FILLS,
+    "size": tuple(SIZES),
+    "direction": tuple(DIRECTIONS),
+    "mark": MARKS,
+}
 TONES: dict[str, tuple[int, int, int]] = {"dark": (62, 62, 66), "grey": (138, 136, 132), "light": (216, 214, 208)}
 TEXTURES = ("plain", "grainy", "lined")
 RELATIONS: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -357,14 +366,13 @@ def picture(scene: Scene) -> Image.Image:
 def truth_grid(scene: Scene | None, cells: int) -> np.ndarray:
     """(channel, cells, cells): each object's attributes one-hot in the cell of its centre, with the centre's place.
 
-    Channels: presence, x, y, zoom, then every value of colour, shape, fill, size, direction and mark.  Of no scene, as of a
+    Channels: presence, x, y, zoom, then every value of `ATTRIBUTES`.  Of no scene, as of a
     photograph or a blank image, nothing is known.
 
     >>> truth_grid(random_scene(0, 0, n_objects=2), 8).shape
     (38, 8, 8)
     """
-    values = (tuple(COLOURS), SHAPES, FILLS, tuple(SIZES), tuple(DIRECTIONS), MARKS)
-    grid = np.zeros((4 + sum(map(len, values)), cells, cells), np.float32)
+    grid = np.zeros((4 + sum(map(len, ATTRIBUTES.values())), cells, cells), np.float32)
     if scene is None:
         return grid
     for obj in scene.objects:
@@ -372,9 +380,8 @@ def truth_grid(scene: Scene | None, cells: int) -> np.ndarray:
         cell = grid[:, min(cells - 1, int(y * cells)), min(cells - 1, int(x * cells))]
         cell[:4] = 1, x, y, scene.zoom
         start = 4
-        own = (obj.colour, obj.shape, obj.fill, obj.size, obj.direction, obj.mark)
-        for options, value in zip(values, own, strict=True):
-            cell[start + options.index(value)] = 1
+        for name, options in ATTRIBUTES.items():
+            cell[start + options.index(getattr(obj, name))] = 1
             start += len(options)
     return grid
 

@@ -19,14 +19,7 @@ from torch.nn import functional
 from diffprobe.data import shapes
 
 CELLS = 8
-FACTORS: dict[str, tuple[str, ...]] = {
-    "colour": tuple(shapes.COLOURS),
-    "shape": shapes.SHAPES,
-    "fill": shapes.FILLS,
-    "size": tuple(shapes.SIZES),
-    "direction": tuple(shapes.DIRECTIONS),
-    "mark": shapes.MARKS,
-}
+FACTORS = shapes.ATTRIBUTES
 
 
 @dataclass(frozen=True)
