@@ -63,7 +63,6 @@ class VisionEncoder:
 
     latent_channels = 3
     prompt_tokens = 1
-    prediction_type = "vision encoder"
 
     def __init__(
         self,
@@ -156,7 +155,7 @@ class VisionEncoder:
         handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(_hidden(a, k)), with_kwargs=True)]
         handles += [layer.register_forward_hook(lambda m, a, output: tokens.append(_first_of(output))) for layer in layers]
         try:
-            self.denoise(images, torch.zeros(2), None)
+            self.forward(images)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             if out_of_memory(error):
                 raise
@@ -193,13 +192,6 @@ class VisionEncoder:
         count = len(prompts)
         return torch.zeros(count, 1, dtype=torch.long), torch.zeros(count, 1, 2, dtype=torch.long), [1] * count
 
-    def special_tokens(self) -> dict[str, int]:
-        return {}
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The images as they are."""
-        return latents
-
     # --- images -----------------------------------------------------------------------------------
 
     def encode_image(
@@ -209,16 +201,18 @@ class VisionEncoder:
         return (((images + 1) / 2 * self._scale - self._mean) / self._std).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def denoise(self, noised: Float[Tensor, "row 3 y x"], timesteps: Tensor, text: EncodedText | None) -> None:
-        """One forward pass over normalised images; its layers go to the recorder that is listening."""
-        height, width = noised.shape[-2:]
+    def forward(
+        self, inputs: Float[Tensor, "row 3 y x"], timesteps: Tensor | None = None, text: EncodedText | None = None
+    ) -> None:
+        """One pass over normalised images; its layers go to the recorder that is listening.  Timesteps and text are not read."""
+        height, width = inputs.shape[-2:]
         self._grid = (height // self._patch, width // self._patch)
         own = getattr(self.network.config, "image_size", None)
         options: dict[str, Any] = {}
         if own is not None and "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters:
             options["interpolate_pos_encoding"] = (height, width) != ((own, own) if isinstance(own, int) else tuple(own))
         with evaluating(self.network):
-            self.network(pixel_values=noised, **options)
+            self.network(pixel_values=inputs, **options)
 
     def recorder(self, sites: Sequence[str], reduce: Callable[[Site, Tensor], Tensor] | None = None) -> EncoderRecorder:
         """Listens to layers, inside a ``with`` block."""

@@ -13,13 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,17 +30,16 @@ from diffprobe.console import Console, size_text
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode
 from diffprobe.data.folder import known_values
-from diffprobe.data.images import ImageError, UnavailableError, fit_image
+from diffprobe.data.images import ImageError, UnavailableError
 from diffprobe.data.samples import Dataset, Sample
-from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
-from diffprobe.models import DiffusionModel, EncodedText, LatentRule, kept_name, out_of_memory
-from diffprobe.noise import noise_seed, sample_noise
+from diffprobe.encoders import VisionEncoder, load_extractor
+from diffprobe.forward import Batch, Engine, Listener, Pixels, Row, rows_not_finite, to_pixels
+from diffprobe.models import DiffusionModel, LatentRule, kept_name, out_of_memory
+from diffprobe.noise import noise_seed
 from diffprobe.recorder import Recorder
 from diffprobe.sites import Site, select_sites
 
 Policy = Literal["raise", "mark", "float32"]
-Pixels = NDArray[np.float32]
-Listener: TypeAlias = Recorder | EncoderRecorder
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
@@ -239,17 +239,11 @@ def _check_texts(sample: Sample) -> None:
 
 @dataclass
 class _Unit:
-    """One unit while it is computed; rows of its lists and arrays are its samples.
-
-    `prompts` holds one column a conditioning, `texts` each distinct prompt's encoding, `latents` those of readable images.
-    """
+    """One unit while it is computed; rows of its lists and arrays are its samples."""
 
     ids: list[str]
     status: NDArray[np.uint8]
     buffers: dict[str, NDArray[Any]]
-    latents: dict[int, Tensor] = field(default_factory=dict)
-    prompts: list[list[str | None]] = field(default_factory=list)
-    texts: dict[str | None, EncodedText] = field(default_factory=dict)
 
 
 class _Run:
@@ -261,14 +255,13 @@ class _Run:
         self.model, self.dataset, self.request, self.index = model, dataset, request, index
         self.on_nonfinite, self.tell = on_nonfinite, tell
         self.specs: list[store.ArraySpec] = []
-        self.batch_rows = 1
+        rule: Any = request.latent_rule
+        self.engine = Engine(model, seed=request.seed, latent_rule=rule, tell=tell)
         height, width = request.resolution
         self.latent_size = model.latent_size(height, width)
         self.store_dtype = STORE_DTYPES[request.store_dtype]
         self.exact = bool(request.guidance) or request.noise_draws > 1  # rounded once, after all that is computed from passes
         self.skipped: dict[str, str] = {}
-        self._encoder_rows = 0  # images of one encoder pass, once more did not fit
-        self._texts: dict[str | None, EncodedText] = {}
 
     def recorder(self, reduce: bool = True) -> Listener:
         request = self.request
@@ -287,90 +280,31 @@ class _Run:
             reuse=True,  # each row is copied into the unit's buffers before the next pass
         )
 
-    # images and text
-
     def load_images(self, first: int, last: int) -> list[Pixels | str]:
-        """Images (3, height, width) in [-1, 1], or the reason why one could not be read.
-
-        NumPy alone: this runs in a thread beside the model's, and a torch operation there would start a second team of
-        OpenMP threads, after which the model's own team no longer spins at its barriers (a third slower on two cores).
-        """
+        """Images (3, height, width) in [-1, 1], or the reason why one could not be read; NumPy alone, as `to_pixels` says."""
         height, width = self.request.resolution
         loaded: list[Pixels | str] = []
         for index in range(first, last):
             try:
-                image = fit_image(self.dataset[index].load(), (height, width), self.request.fit)
+                loaded.append(to_pixels(self.dataset[index].load(), (height, width), self.request.fit))
             except UnavailableError as error:  # a fault of the machine, which must not be noted as one of the image
                 raise UnavailableError(f"{error} What was complete is kept; the same command goes on from there.") from error
             except ImageError as error:
                 loaded.append(str(error))
-            else:
-                loaded.append(np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1))
         return loaded
-
-    def encode_images(self, images: Sequence[Pixels], ids: Sequence[str]) -> Tensor:
-        rows: list[Tensor] = []
-        step = self._encoder_rows or max(1, self.batch_rows // 4)  # an encoder's activations are larger than the network's
-        while sum(map(len, rows)) < len(images):
-            start = sum(map(len, rows))
-            part = slice(start, start + step)
-            generators = [torch.Generator("cpu").manual_seed(noise_seed(self.request.seed, name, -1)) for name in ids[part]]
-            pixels = torch.from_numpy(np.stack(images[part]))
-            try:
-                rows.append(self.model.encode_image(pixels, self.request.latent_rule, generators))  # type: ignore[arg-type]
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or step == 1:
-                    raise
-                self._encoder_rows = step = step // 2
-                self.tell(f"Encoding {len(images[part])} images at once did not fit into memory; going on with {step}.")
-        return torch.cat(rows)
-
-    def encode_prompts(self, prompts: Sequence[str | None]) -> dict[str | None, EncodedText]:
-        """Each distinct prompt once; those of the unit before are kept, older ones are not."""
-        known = {p: text for p, text in self._texts.items() if p in prompts}
-        fresh = [p for p in dict.fromkeys(prompts) if p not in known]
-        for start in range(0, len(fresh), 64):
-            part = fresh[start : start + 64]
-            encoded = self.model.encode_text(part)
-            known |= {prompt: encoded.take([row]) for row, prompt in enumerate(part)}
-        self._texts = known
-        return known
 
     # one batch
 
-    def forward(self, recorder: Listener, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
-        """One pass; a batch that does not fit is halved, and the smaller size is kept."""
-        try:
-            self.model.denoise(noised, timesteps, text)
-            return recorder.last
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or len(noised) == 1:
-                raise
-        half = len(noised) // 2
-        self.batch_rows = min(self.batch_rows, half)
-        self.tell(f"A batch of {len(noised)} did not fit into memory; going on with {half}.")
-        parts: list[dict[str, Tensor]] = []
-        for rows in (range(half), range(half, len(noised))):
-            index = list(rows)
-            parts.append(dict(self.forward(recorder, noised[index], timesteps[index], text.take(index))))
-        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-
-    def checked(
-        self, tensors: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], NDArray[np.bool_]]:
+    def checked(self, recorder: Listener, batch: Batch) -> tuple[dict[str, Tensor], Bool[np.ndarray, " row"]]:
         """The tensors on the CPU in the buffers' dtype, and which rows hold a value that is not finite in the store's."""
         dtype = torch.float32 if self.exact else self.store_dtype
-        kept = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
-        bad = self.rows_not_finite(kept)
+        kept = {name: tensor.to("cpu", dtype) for name, tensor in batch.tensors.items()}
+        bad = rows_not_finite(kept, self.store_dtype)
         if bad.any() and self.on_nonfinite == "float32" and self.model.dtype != torch.float32:
-            kept = {name: tensor.to("cpu", dtype) for name, tensor in again().items()}
-            bad = self.rows_not_finite(kept)
+            again = self.engine.in_float32(recorder, batch)
+            kept = {name: tensor.to("cpu", dtype) for name, tensor in again.tensors.items()}
+            bad = rows_not_finite(kept, self.store_dtype)
         return kept, bad
-
-    def rows_not_finite(self, tensors: dict[str, Tensor]) -> NDArray[np.bool_]:
-        """A row's sum is finite only where all its values are; one pass, no mask of the tensor's size."""
-        sums = torch.stack([t.to(self.store_dtype).flatten(1).sum(1, dtype=torch.float32) for t in tensors.values()])
-        return (~sums.isfinite().all(0)).numpy()
 
     def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
         """Mark a sample whose values the store cannot hold, or raise NotFiniteError, as the run was told."""
@@ -400,64 +334,36 @@ class _Run:
                 readable[index] = image
         unit = _Unit(ids, status, self.empty_buffers(count, list(readable)))
         if readable:
-            encoded = self.encode_images(list(readable.values()), [ids[i] for i in readable])
-            unit.latents = dict(zip(readable, encoded, strict=True))
-            unit.prompts = [self.index.prompts[c][first : first + count] for c in request.conditionings]
-            unit.texts = self.encode_prompts([p for column in unit.prompts for p in column])
-        rows = [
-            (i, t, c, draw)
-            for i in readable
-            for t in range(len(request.timesteps))
-            for c in range(len(request.conditionings))
-            for draw in range(request.noise_draws)
-        ]
-        while rows:  # batches of nearly equal size; batch_rows can shrink on the way
-            size = -(-len(rows) // -(-len(rows) // self.batch_rows))
-            batch, rows = rows[:size], rows[size:]
-            self.compute_batch(recorder, unit, batch)
+            latents = self.engine.encode_images(list(readable.values()), [ids[i] for i in readable])
+            prompts = [self.index.prompts[name][first : first + count] for name in request.conditionings]
+            self.engine.encode_prompts([prompt for column in prompts for prompt in column])
+            steps, columns, draws = (range(n) for n in (len(request.timesteps), len(prompts), request.noise_draws))
+            places = [(i, c, t, draw) for i in readable for t in steps for c in columns for draw in draws]
+            rows = [Row(i, prompts[c][i], request.timesteps[t], draw) for i, c, t, draw in places]
+            done = 0
+            for batch in self.engine.run(recorder, dict(zip(readable, latents, strict=True)), ids, rows):
+                self.keep(recorder, unit, batch, [place[:3] for place in places[done : done + len(batch.rows)]])
+                done += len(batch.rows)
         return self.finish_buffers(unit), status
 
-    def compute_batch(self, recorder: Listener, unit: _Unit, batch: list[tuple[int, int, int, int]]) -> None:
-        """Run rows (sample, timestep, conditioning, draw) through the model and put what was recorded into the buffers."""
+    def keep(self, recorder: Listener, unit: _Unit, batch: Batch, places: Sequence[tuple[int, int, int]]) -> None:
+        """Put what was recorded of a batch into the buffers.
+
+        Args:
+            places: for each row its (sample, conditioning, timestep) in them.
+        """
         request = self.request
-        shape = (self.model.latent_channels, *self.latent_size)
-        noise = torch.stack(
-            [sample_noise(request.seed, unit.ids[i], request.timesteps[t], draw, shape) for i, t, _, draw in batch]
-        )
-        timesteps = torch.tensor([request.timesteps[t] for _, t, _, _ in batch])
-        clean = torch.stack([unit.latents[i] for i, _, _, _ in batch])
-        noised = self.model.add_noise(clean, noise.to(clean.device), timesteps)
-        text = EncodedText.concatenate([unit.texts[unit.prompts[c][i]] for i, _, c, _ in batch])
-        tensors = self.forward(recorder, noised, timesteps, text)
-        kept, bad = self.checked(tensors, lambda: self.in_float32(recorder, noised, timesteps, text))
+        kept, bad = self.checked(recorder, batch)
         for row in np.flatnonzero(bad):
-            i, t, c, _ = batch[row]
+            i, c, t = places[row]
             site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
             self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
-        index = tuple(np.array(column) for column in zip(*((i, c, t) for i, t, c, _ in batch), strict=True))
+        index = tuple(np.array(column) for column in zip(*places, strict=True))
         for name, tensor in kept.items():
             if request.noise_draws == 1:
                 unit.buffers[name][index] = tensor.numpy()
             else:
                 np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
-
-    def in_float32(self, recorder: Listener, noised: Tensor, timesteps: Tensor, text: EncodedText) -> dict[str, Tensor]:
-        """The same pass with the network raised to float32 for as long as it takes."""
-        dtype = self.model.dtype
-        network = self.model.network.float()
-        try:
-            raised = EncodedText(
-                text.embeddings.float(),
-                text.mask,
-                None if text.pooled is None else text.pooled.float(),
-                text.ids,
-                text.spans,
-                text.truncated,
-            )
-            self.model.denoise(noised.float(), timesteps, raised)
-            return dict(recorder.last)
-        finally:
-            network.to(dtype)
 
     def empty_buffers(self, count: int, readable: list[int]) -> dict[str, NDArray[Any]]:
         """NaN everywhere; zero in the samples whose noise draws will be added up."""
@@ -535,20 +441,20 @@ class _Run:
                     raise
                 break
             if seconds < best / 1.1:
-                self.batch_rows = rows
+                self.engine.batch_rows = rows
             if seconds > best * 1.2:
                 break
             best = min(best, seconds)
         return best
 
     def _time_batch(self, rows: int) -> float:
-        text = self.encode_prompts([None])[None].take([0] * rows)
+        text = self.engine.encode_prompts([None])[None].take([0] * rows)
         noised = torch.zeros(
             rows, self.model.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype
         )
         timesteps = torch.full((rows,), self.request.timesteps[0])
         start = time.perf_counter()
-        self.model.denoise(noised, timesteps, text)
+        self.model.forward(noised, timesteps, text)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -678,7 +584,7 @@ def extract(
         forecast = None
         if rank == 0 and (units is None or units or dry_run):
             if batch_rows:
-                run.batch_rows = batch_rows
+                run.engine.batch_rows = batch_rows
             else:
                 seconds_per_row = run.find_batch(seconds_per_row)
             itemsize = np.dtype(store_dtype).itemsize
@@ -689,7 +595,7 @@ def extract(
                 bytes_by_site={s.site: s.bytes_per_sample(len(timesteps), itemsize) * len(dataset) for s in specs},
                 free_bytes=rundir.free_bytes(out),
                 seconds=seconds_per_row * passes / ranks,
-                batch_rows=run.batch_rows,
+                batch_rows=run.engine.batch_rows,
                 truncated_prompts=sum(length > model.prompt_tokens for length in lengths.values()),
                 looked_at=len(index.ids),
             )
@@ -705,7 +611,7 @@ def extract(
         if state:
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
-        run.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
+        run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
         mine = [unit for unit in (writer.pending if units is None else units) if unit % ranks == rank]
         _work(run, writer, mine, console if rank == 0 else Console(quiet=True))
         if state:
@@ -757,6 +663,7 @@ def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, li
 def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, ranks: int) -> None:
     """Rank 0's part before the work: every label, prompt and token is written, every array allocated."""
     request, dataset, model, index = run.request, run.dataset, run.model, run.index
+    diffusion = isinstance(model, DiffusionModel)
     kept = len(request.map_tokens)
     shape = (len(index.ids), len(request.conditionings))
     text = np.empty(shape, object)
@@ -774,13 +681,13 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
             "request": asdict(request),
             "data": dataset.spec,
             "map_tokens_rule": "all" if kept == model.prompt_tokens else "prompt",
-            "batch_rows": run.batch_rows,
+            "batch_rows": run.engine.batch_rows,
             "processes": ranks,
             "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
-            "prediction_type": model.prediction_type,
-            "special_tokens": model.special_tokens(),
+            "prediction_type": model.prediction_type if diffusion else "vision encoder",
+            "special_tokens": model.special_tokens() if diffusion else {},
             "versions": rundir.package_versions(_PACKAGES),
             "commit": rundir.code_commit(),
         },

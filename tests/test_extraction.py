@@ -369,7 +369,9 @@ def test_a_batch_that_does_not_fit_is_halved(
 
     extract(tiny_model, ShapesDataset(3), tmp_path / "a.zarr", **QUICK)
     monkeypatch.setattr(tiny_model, "denoise", small)
-    monkeypatch.setattr("diffprobe.extraction._Run.find_batch", lambda self, seconds: setattr(self, "batch_rows", 4) or 0.1)
+    monkeypatch.setattr(
+        "diffprobe.extraction._Run.find_batch", lambda self, seconds: setattr(self.engine, "batch_rows", 4) or 0.1
+    )
     extract(tiny_model, ShapesDataset(3), tmp_path / "b.zarr", **{**QUICK, "progress": True, "batch_rows": None})
     assert "A batch of 4 did not fit into memory; going on with 2." in capsys.readouterr().err
     for name, values in arrays(tmp_path / "a.zarr").items():
