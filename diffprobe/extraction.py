@@ -10,74 +10,31 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from jaxtyping import Bool
 from numpy.typing import NDArray
-from torch import Tensor
 
 from diffprobe import rundir, store
-from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
+from diffprobe.conditioning import NULL, check_conditioning
 from diffprobe.console import Console, size_text
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode
 from diffprobe.data.folder import known_values
-from diffprobe.data.images import ImageError, UnavailableError
-from diffprobe.data.samples import Dataset, Sample
+from diffprobe.data.samples import Dataset
 from diffprobe.encoders import VisionEncoder, load_extractor
-from diffprobe.forward import Batch, Engine, Listener, Pixels, Row, rows_not_finite, to_pixels
-from diffprobe.models import DiffusionModel, LatentRule, kept_name, out_of_memory
-from diffprobe.noise import noise_seed
-from diffprobe.recorder import Recorder
-from diffprobe.sites import Site, select_sites
+from diffprobe.forward import NotFiniteError as NotFiniteError
+from diffprobe.models import DiffusionModel, LatentRule, kept_name
+from diffprobe.sites import select_sites
+from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
 
-Policy = Literal["raise", "mark", "float32"]
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
-STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
-_LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
-
-
-class NotFiniteError(RuntimeError):
-    """The model gave a value that is not finite, or that the store's dtype cannot hold."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that decides the values in a store; two runs with equal requests may share one.
-
-    See `extract` for the meaning of the fields.
-    """
-
-    model: str
-    revision: str | None
-    weights: str
-    dataset: str
-    fingerprint: str
-    samples: int
-    sites: list[str]
-    maps: list[str]
-    heads: str
-    map_tokens: list[int]
-    timesteps: list[int]
-    conditionings: list[str]
-    guidance: list[float]
-    noise_draws: int
-    reduce: dict[str, str]
-    seed: int
-    resolution: list[int]
-    fit: str
-    latent_rule: str
-    compute_dtype: str
-    store_dtype: str
 
 
 @dataclass(frozen=True)
@@ -108,356 +65,6 @@ class Summary:
     skipped: dict[str, str]
     seconds: float
     forecast: Forecast | None
-
-
-# --- reductions -----------------------------------------------------------------------------------
-
-
-def parse_reduce(given: str | Sequence[str] | dict[str, str], sites: Sequence[Site]) -> dict[str, str]:
-    """A rule for every feature site, from ``RULE`` for all and ``PATTERN=RULE`` for some; later ones win.
-
-    Rules: none, mean (over places), grid:HxW (average pooling), project:K (a seeded random projection of channels).
-    """
-    if isinstance(given, dict):
-        given = [f"{pattern}={rule}" for pattern, rule in given.items()]
-    rules = {site.name: "none" for site in sites}
-    for entry in [given] if isinstance(given, str) else given:
-        pattern, _, rule = entry.rpartition("=")
-        _check_rule(rule)
-        for site in select_sites(sites, pattern) if pattern else sites:
-            if site.over_tokens and rule not in ("none", "mean") and not rule.startswith("project"):
-                raise ValueError(f"Reduction {rule!r} needs a (y, x) grid; {site.name} runs over tokens.")
-            rules[site.name] = rule
-    return rules
-
-
-def _check_rule(rule: str) -> None:
-    kind, _, number = rule.partition(":")
-    sizes = number.split("x")
-    fine = rule in ("none", "mean") or (kind == "grid" and len(sizes) == 2 and all(s.isdigit() and int(s) for s in sizes))
-    if not fine and not (kind == "project" and number.isdigit() and int(number)):
-        raise ValueError(f"Reduction {rule!r} is not one of none, mean, grid:HxW, project:K.")
-
-
-def projection(site: str, seed: int, channels: int, kept: int) -> Tensor:
-    """The random projection (kept, channel) of one site, rows of variance 1/kept; named by (seed, site) alone."""
-    generator = torch.Generator("cpu").manual_seed(noise_seed(seed, f"projection of {site}", channels, kept))
-    return torch.randn(kept, channels, generator=generator) / kept**0.5
-
-
-def make_reduce(rules: dict[str, str], seed: int) -> Callable[[Site, Tensor], Tensor]:
-    """The function that a recorder applies to each tensor as it appears; maps pass unchanged."""
-    matrices: dict[str, Tensor] = {}
-
-    def reduce(site: Site, tensor: Tensor) -> Tensor:
-        kind, _, number = rules.get(site.name, "none").partition(":")
-        if kind == "mean":
-            return tensor.float().mean(tuple(range(2, tensor.ndim)))
-        if kind == "grid":
-            height, width = (int(s) for s in number.split("x"))
-            return torch.nn.functional.adaptive_avg_pool2d(tensor.float(), (height, width))
-        if kind == "project":
-            if site.name not in matrices:
-                matrices[site.name] = projection(site.name, seed, tensor.shape[1], int(number)).to(tensor.device)
-            return torch.einsum("kc,rc...->rk...", matrices[site.name], tensor.float())
-        return tensor
-
-    return reduce
-
-
-def array_specs(
-    sites: Sequence[Site],
-    shapes: dict[str, tuple[int, ...]],
-    rules: dict[str, str],
-    conditionings: Sequence[str],
-    guidance: Sequence[float],
-) -> list[store.ArraySpec]:
-    """What every site's array looks like after reduction, from the shape that one row of it was recorded with."""
-    guided = [guided_name(c, s) for c in conditionings if c != NULL for s in guidance]
-    specs = []
-    for site in sites:
-        shape = shapes[site.name]
-        if site.is_map:
-            specs.append(
-                store.ArraySpec(
-                    site.name, site.path, site.kind, "maps", ("head", "token", "y", "x"), shape, tuple(conditionings)
-                )
-            )
-            continue
-        rule = rules[site.name]
-        kind, _, number = rule.partition(":")
-        dims: tuple[str, ...] = ("channel", "token") if site.over_tokens else ("channel", "y", "x")
-        if kind == "mean":
-            dims, shape = ("channel",), shape[:1]
-        elif kind == "grid":
-            shape = (shape[0], *(int(s) for s in number.split("x")))
-        elif kind == "project":
-            shape = (int(number), *shape[1:])
-        specs.append(store.ArraySpec(site.name, site.path, site.kind, "features", dims, shape, (*conditionings, *guided), rule))
-    return specs
-
-
-# --- the run --------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Index:
-    """What is kept of every sample for the whole run: no images, no questions, no masks."""
-
-    ids: list[str]
-    labels: list[Mapping[str, Any]]
-    prompts: dict[str, list[str | None]]
-
-    @classmethod
-    def of(cls, dataset: Dataset, conditionings: Sequence[str], rows: Sequence[int]) -> _Index:
-        """One pass over the dataset, or over some rows of it."""
-        index = cls([], [], {})
-
-        def noted() -> Iterator[Sample]:
-            for sample in map(dataset.__getitem__, rows):
-                _check_texts(sample)
-                index.ids.append(sample.id)
-                index.labels.append(sample.labels)
-                yield sample
-
-        index.prompts = assign_prompts(noted(), conditionings)
-        if len(set(index.ids)) < len(index.ids):
-            twice = next(name for name, n in Counter(index.ids).items() if n > 1)
-            raise ValueError(
-                f"Sample id {twice!r} stands twice in {dataset.name}; noise and labels belong to ids, so each must be unique."
-            )
-        return index
-
-
-def _check_texts(sample: Sample) -> None:
-    """Raise ValueError where a text is no Unicode (half of a surrogate pair), which neither tokenizer nor store takes."""
-    texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
-    texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
-    for what, text in texts.items():
-        check_unicode(f"The {what} of sample {sample.id!r}", text)
-
-
-@dataclass
-class _Unit:
-    """One unit while it is computed; rows of its lists and arrays are its samples."""
-
-    ids: list[str]
-    status: NDArray[np.uint8]
-    buffers: dict[str, NDArray[Any]]
-
-
-class _Run:
-    """One extraction: the request resolved against a model and a dataset, and the loop over units."""
-
-    def __init__(
-        self, model: DiffusionModel | VisionEncoder, dataset: Dataset, request: Request, index: _Index, on_nonfinite: Policy, tell: Callable[[str], None]
-    ) -> None:  # fmt: skip
-        self.model, self.dataset, self.request, self.index = model, dataset, request, index
-        self.on_nonfinite, self.tell = on_nonfinite, tell
-        self.specs: list[store.ArraySpec] = []
-        rule: Any = request.latent_rule
-        self.engine = Engine(model, seed=request.seed, latent_rule=rule, tell=tell)
-        height, width = request.resolution
-        self.latent_size = model.latent_size(height, width)
-        self.store_dtype = STORE_DTYPES[request.store_dtype]
-        self.exact = bool(request.guidance) or request.noise_draws > 1  # rounded once, after all that is computed from passes
-        self.skipped: dict[str, str] = {}
-
-    def recorder(self, reduce: bool = True) -> Listener:
-        request = self.request
-        reduction = make_reduce(request.reduce, request.seed) if reduce else None
-        if isinstance(self.model, VisionEncoder):
-            return self.model.recorder(request.sites, reduction)
-        return Recorder(
-            self.model,
-            request.sites,
-            maps=request.maps,
-            heads=request.heads,  # type: ignore[arg-type]
-            tokens=request.map_tokens,
-            stop_early=True,
-            reduce=reduction,
-            keep_steps=False,
-            reuse=True,  # each row is copied into the unit's buffers before the next pass
-        )
-
-    def load_images(self, first: int, last: int) -> list[Pixels | str]:
-        """Images (3, height, width) in [-1, 1], or the reason why one could not be read; NumPy alone, as `to_pixels` says."""
-        height, width = self.request.resolution
-        loaded: list[Pixels | str] = []
-        for index in range(first, last):
-            try:
-                loaded.append(to_pixels(self.dataset[index].load(), (height, width), self.request.fit))
-            except UnavailableError as error:  # a fault of the machine, which must not be noted as one of the image
-                raise UnavailableError(f"{error} What was complete is kept; the same command goes on from there.") from error
-            except ImageError as error:
-                loaded.append(str(error))
-        return loaded
-
-    # one batch
-
-    def checked(self, recorder: Listener, batch: Batch) -> tuple[dict[str, Tensor], Bool[np.ndarray, " row"]]:
-        """The tensors on the CPU in the buffers' dtype, and which rows hold a value that is not finite in the store's."""
-        dtype = torch.float32 if self.exact else self.store_dtype
-        kept = {name: tensor.to("cpu", dtype) for name, tensor in batch.tensors.items()}
-        bad = rows_not_finite(kept, self.store_dtype)
-        if bad.any() and self.on_nonfinite == "float32" and self.model.dtype != torch.float32:
-            again = self.engine.in_float32(recorder, batch)
-            kept = {name: tensor.to("cpu", dtype) for name, tensor in again.tensors.items()}
-            bad = rows_not_finite(kept, self.store_dtype)
-        return kept, bad
-
-    def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
-        """Mark a sample whose values the store cannot hold, or raise NotFiniteError, as the run was told."""
-        where = f"Sample {unit.ids[sample]!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
-        reason = f"{where}: a value is not finite in {self.request.store_dtype}."
-        if self.on_nonfinite != "mark":
-            hint = "Try --store-dtype float32 or --dtype float32, or --on-nonfinite mark to leave such samples out."
-            raise NotFiniteError(f"{reason} {hint}")
-        unit.status[sample] = store.NOT_FINITE
-        self.skipped[unit.ids[sample]] = reason
-
-    # one unit
-
-    def compute(
-        self, recorder: Listener, first: int, images: list[Pixels | str]
-    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
-        """Every site's array of one unit, (sample, conditioning, timestep, ...), and the status of its samples."""
-        request, count = self.request, len(images)
-        ids = self.index.ids[first : first + count]
-        readable: dict[int, Pixels] = {}
-        status = np.full(count, store.COMPLETE, np.uint8)
-        for index, image in enumerate(images):
-            if isinstance(image, str):
-                status[index] = store.UNREADABLE
-                self.skipped[ids[index]] = image
-            else:
-                readable[index] = image
-        unit = _Unit(ids, status, self.empty_buffers(count, list(readable)))
-        if readable:
-            latents = self.engine.encode_images(list(readable.values()), [ids[i] for i in readable])
-            prompts = [self.index.prompts[name][first : first + count] for name in request.conditionings]
-            self.engine.encode_prompts([prompt for column in prompts for prompt in column])
-            steps, columns, draws = (range(n) for n in (len(request.timesteps), len(prompts), request.noise_draws))
-            places = [(i, c, t, draw) for i in readable for t in steps for c in columns for draw in draws]
-            rows = [Row(i, prompts[c][i], request.timesteps[t], draw) for i, c, t, draw in places]
-            done = 0
-            for batch in self.engine.run(recorder, dict(zip(readable, latents, strict=True)), ids, rows):
-                self.keep(recorder, unit, batch, [place[:3] for place in places[done : done + len(batch.rows)]])
-                done += len(batch.rows)
-        return self.finish_buffers(unit), status
-
-    def keep(self, recorder: Listener, unit: _Unit, batch: Batch, places: Sequence[tuple[int, int, int]]) -> None:
-        """Put what was recorded of a batch into the buffers.
-
-        Args:
-            places: for each row its (sample, conditioning, timestep) in them.
-        """
-        request = self.request
-        kept, bad = self.checked(recorder, batch)
-        for row in np.flatnonzero(bad):
-            i, c, t = places[row]
-            site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
-            self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
-        index = tuple(np.array(column) for column in zip(*places, strict=True))
-        for name, tensor in kept.items():
-            if request.noise_draws == 1:
-                unit.buffers[name][index] = tensor.numpy()
-            else:
-                np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
-
-    def empty_buffers(self, count: int, readable: list[int]) -> dict[str, NDArray[Any]]:
-        """NaN everywhere; zero in the samples whose noise draws will be added up."""
-        dtype = np.float32 if self.exact else np.dtype(self.request.store_dtype)
-        before = (count, len(self.request.conditionings), len(self.request.timesteps))
-        buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
-        for values in buffers.values() if self.request.noise_draws > 1 else ():
-            values[readable] = 0
-        return buffers
-
-    def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
-        """Add the guided conditionings, f_u + s (f_c - f_u) from one pair of passes, and cast to the store's dtype."""
-        conditionings = self.request.conditionings
-        finished = {}
-        for spec in self.specs:
-            values = unit.buffers[spec.site]
-            if spec.variable == "features" and self.request.guidance:
-                null = values[:, conditionings.index(NULL)]
-                guided = [
-                    null + s * (values[:, conditionings.index(c)] - null)
-                    for c in conditionings
-                    if c != NULL
-                    for s in self.request.guidance
-                ]
-                values = np.concatenate([values, np.stack(guided, axis=1)], axis=1)
-            with np.errstate(over="ignore"):  # what does not fit is found below
-                finished[spec.site] = values = values.astype(self.request.store_dtype, copy=False)
-            if self.exact:  # what came from the model was checked; what was computed from it was not
-                bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (unit.status == store.COMPLETE)[:, None, None]
-                for i in np.flatnonzero(bad.any((1, 2))):
-                    c, t = np.argwhere(bad[i])[0]
-                    self.leave_out(unit, int(i), spec.site, self.request.timesteps[t], spec.conditionings[c])
-        return finished
-
-    # before the work
-
-    def unit_samples(self) -> int:
-        """Samples of one unit: its arrays, and the images that wait to be encoded, stay near 64 MiB.
-
-        Below that a run has about 16 units, so that a resume loses little, but none of fewer than 32 rows, which would
-        leave the batches too small.
-        """
-        height, width = self.request.resolution
-        itemsize = np.dtype(self.request.store_dtype).itemsize
-        samples = self.request.samples
-        most = store.samples_per_unit(self.specs, len(self.request.timesteps), itemsize)
-        images = store.SHARD_BYTES // (3 * height * width * 4)
-        return max(1, min(images, most, samples, max(-(-samples // 16), -(-32 // self.rows_per_sample))))
-
-    @property
-    def rows_per_sample(self) -> int:
-        return len(self.request.timesteps) * len(self.request.conditionings) * self.request.noise_draws
-
-    def first_pass(self) -> tuple[dict[str, tuple[int, ...]], float]:
-        """Run one row: the shape of every site before reduction, and the seconds that it took."""
-        with self.recorder(reduce=False) as recorder:
-            seconds = self._time_batch(1)
-        return {name: tuple(tensor.shape[1:]) for name, tensor in recorder.last.items()}, seconds
-
-    def find_batch(self, seconds: float) -> float:
-        """Choose how many rows share a batch; seconds per row.
-
-        Doubles from one row, which takes `seconds`, while throughput grows by a tenth, a batch takes less than some
-        seconds, memory is there, and a unit has that many rows.
-        """
-        best, rows = seconds, 1
-        largest = self.unit_samples() * self.rows_per_sample
-        while rows < largest and rows < 128 and best * 2 * rows < _LONGEST_TRIAL:
-            rows *= 2
-            try:
-                with self.recorder():
-                    seconds = min(self._time_batch(rows), self._time_batch(rows)) / rows  # the first pass pays for caches
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                break
-            if seconds < best / 1.1:
-                self.engine.batch_rows = rows
-            if seconds > best * 1.2:
-                break
-            best = min(best, seconds)
-        return best
-
-    def _time_batch(self, rows: int) -> float:
-        text = self.engine.encode_prompts([None])[None].take([0] * rows)
-        noised = torch.zeros(
-            rows, self.model.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype
-        )
-        timesteps = torch.full((rows,), self.request.timesteps[0])
-        start = time.perf_counter()
-        self.model.forward(noised, timesteps, text)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 def extract(
@@ -550,7 +157,7 @@ def extract(
     chosen = [s for s in available if s in features or s in map_sites]
     rules = parse_reduce(reduce, features)
     new_forecast = dry_run and not store.exists(out)  # which no request of a store is compared with
-    index = _Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
+    index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
     lengths = _prompt_lengths(model, index.prompts)
     kept_tokens = model.prompt_tokens if map_tokens == "all" else min(model.prompt_tokens, max(lengths.values()))
     tokens = list(range(kept_tokens))
@@ -561,7 +168,7 @@ def extract(
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
     )  # fmt: skip
-    run = _Run(model, dataset, request, index, on_nonfinite, tell)
+    run = Run(model, dataset, request, index, on_nonfinite, tell)
     shapes, seconds_per_row = run.first_pass()
     specs = run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
@@ -660,10 +267,9 @@ def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, li
     return {p: n for part in parts for p, n in zip(part, model.tokens(part)[2], strict=True)}
 
 
-def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, ranks: int) -> None:
+def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int) -> None:
     """Rank 0's part before the work: every label, prompt and token is written, every array allocated."""
     request, dataset, model, index = run.request, run.dataset, run.model, run.index
-    diffusion = isinstance(model, DiffusionModel)
     kept = len(request.map_tokens)
     shape = (len(index.ids), len(request.conditionings))
     text = np.empty(shape, object)
@@ -686,8 +292,8 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
             "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
-            "prediction_type": model.prediction_type if diffusion else "vision encoder",
-            "special_tokens": model.special_tokens() if diffusion else {},
+            "prediction_type": "vision encoder" if isinstance(model, VisionEncoder) else model.prediction_type,
+            "special_tokens": {} if isinstance(model, VisionEncoder) else model.special_tokens(),
             "versions": rundir.package_versions(_PACKAGES),
             "commit": rundir.code_commit(),
         },
@@ -729,7 +335,7 @@ def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]
     return arrays
 
 
-def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:
+def _work(run: Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:
     """Compute and write units; the next one's images and the last one's arrays travel in two threads beside."""
     bounds = [writer.bounds(u) for u in units]
     with (

@@ -39,6 +39,10 @@ _TEXTS = 64  # prompts that a text encoder takes at once
 T = TypeVar("T")
 
 
+class NotFiniteError(RuntimeError):
+    """The model gave a value that is not finite, or that the store's dtype cannot hold."""
+
+
 class Row(NamedTuple):
     """One pass: the image by its place among the latents, the prompt (None: unconditional), the timestep and the noise draw."""
 
@@ -152,7 +156,7 @@ class Engine:
 
         def encode(part: slice) -> Tensor:
             generators = [torch.Generator("cpu").manual_seed(noise_seed(self.seed, name, -1)) for name in ids[part]]
-            return self.model.encode_image(torch.from_numpy(np.stack(images[part])), self.latent_rule, generators)
+            return self.model.encode_image(torch.from_numpy(np.stack(list(images[part]))), self.latent_rule, generators)
 
         def smaller(size: int, fits: int) -> None:
             self._encoder_rows = fits

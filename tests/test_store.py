@@ -20,7 +20,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from diffprobe import rundir, store
+from diffprobe import layout, rundir, store
 from diffprobe.store import ArraySpec, StoreError
 
 TIMESTEPS = (10, 500)
@@ -41,7 +41,7 @@ SPANS = [  # two letters a token from the third on, so that words have sub-token
 ]
 
 
-def make(path: str | Path, units: int = 2) -> dict[str, np.ndarray]:
+def make(path: str | Path, units: int = 2, **labels: np.ndarray) -> dict[str, np.ndarray]:
     """A written store of five samples, and the arrays that went in."""
     texts = np.array([["", text] for text in TEXTS], object)
     spans = np.array([[[(0, 0)] * 6, row] for row in SPANS], np.int32)
@@ -49,7 +49,7 @@ def make(path: str | Path, units: int = 2) -> dict[str, np.ndarray]:
         path,
         attributes={"request": {"timesteps": list(TIMESTEPS)}, "batch_rows": 1, "data": "none"},
         sample_ids=[f"s{i}" for i in range(5)],
-        labels={"colour": np.array(["red", "blue", "red", "", "red"], object), "count": np.arange(5)},
+        labels={"colour": np.array(["red", "blue", "red", "", "red"], object), "count": np.arange(5), **labels},
         timesteps=TIMESTEPS,
         prompts={"text": texts, "token_id": spans[..., 0], "token_start": spans[..., 0], "token_end": spans[..., 1]},
         conditionings=BASE,
@@ -76,6 +76,25 @@ def test_what_is_written_is_read_by_name(tmp_path: Path) -> None:
     assert got["colour"].values.tolist() == ["red", "blue", "red", "", "red"]
     by_path = store.features(tree, "up_blocks.1", timestep=[500, 10])
     np.testing.assert_array_equal(by_path.values, arrays["U-L1-Out"][:, :, ::-1])
+
+
+def test_a_selection_of_a_site_keeps_the_labels(tmp_path: Path) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    for chunks in (None, "auto"):
+        tree = store.open_store(tmp_path / "s.zarr", chunks=chunks)
+        for site, variable in (("U-L1-Out", "features"), ("U-L2-R0-B0-Cross-Map", "maps")):
+            found = tree[site][variable].sel(timestep=500, conditioning="caption")
+            assert found["colour"].values.tolist() == ["red", "blue", "red", "", "red"]
+            assert found.sel(sample=found["colour"] == "blue")["sample"].values.tolist() == ["s1"]
+            assert "status" not in found.coords
+
+
+def test_a_label_may_be_called_as_an_array_is(tmp_path: Path) -> None:
+    make(tmp_path / "s.zarr", units=3, features=np.arange(5), maps=np.arange(5))
+    tree = store.open_store(tmp_path / "s.zarr")
+    assert tree["U-L1-Out"].features.dims[:2] == ("sample", "conditioning") and "maps" not in tree["U-L1-Out"]
+    assert tree["features"].values.tolist() == [0, 1, 2, 3, 4]
+    assert store.features(tree, "U-L1-Out", timestep=10, conditioning="null").shape == (5, 3, 2, 4)
 
 
 def test_pooling_and_patches(tmp_path: Path) -> None:
@@ -615,7 +634,7 @@ def test_a_frame_that_swells_is_refused_before_it_does(tmp_path: Path, stated: b
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65792, 10**6])
 def test_the_size_that_a_frame_states_is_read(count: int) -> None:
     frame = bytes(numcodecs.Zstd(1).encode(bytes(count)))
-    assert store._frame_size(frame[:18]) == count
+    assert layout.frame_size(frame[:18]) == count
 
 
 # --- plain xarray -----------------------------------------------------------------------------------
@@ -691,14 +710,14 @@ def test_ids_that_end_in_a_null_are_kept() -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that were read, in order; one twice where it was read twice."""
     seen: list[str] = []
-    get = store._Present.get
+    get = layout.Present.get
 
     async def noted(self: Any, key: str, *rest: Any, **options: Any) -> Any:
         if "/c/" in key and "maps" in key:
             seen.append(key)
         return await get(self, key, *rest, **options)
 
-    monkeypatch.setattr(store._Present, "get", noted)
+    monkeypatch.setattr(layout.Present, "get", noted)
     return seen
 
 

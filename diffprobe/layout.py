@@ -1,0 +1,373 @@
+"""How a store lies in its place, how it is opened, and what is refused of one that was damaged, edited or made to harm.
+
+`store.py` describes the layout.  The invariant: nothing of a store is trusted before it was checked: its links, codecs, sizes
+and attributes, and the digests of all that belongs to no unit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore, WrapperStore
+
+from diffprobe.rundir import StoreError, first_line, locate, reaching
+
+FORMAT_VERSION = 1
+PENDING, COMPLETE, UNREADABLE, NOT_FINITE = 0, 1, 2, 3
+STATUS_WORDS = {PENDING: "pending", COMPLETE: "complete", UNREADABLE: "image unreadable", NOT_FINITE: "not finite"}
+UNREADABLE_BYTES = (ValueError, OSError, RuntimeError, KeyError, TypeError)  # what zarr and its codecs raise on damage
+DIGEST_BYTES = 16
+SLACK, _SWELL = 2**28, 100
+
+
+# --- opening ---
+
+
+def zarr_store(path: str | Path, read_only: bool) -> Store:
+    place = locate(path)
+    return (
+        LocalStore(place, read_only=read_only) if isinstance(place, Path) else FsspecStore.from_url(place, read_only=read_only)
+    )
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a store at this path or URL; only "not found" means that there is none.
+
+    Raises:
+        StoreError, OSError: the place cannot be looked at, so nobody knows.
+    """
+    try:
+        with reaching(path):
+            return sync(zarr_store(path, True).get("zarr.json", default_buffer_prototype())) is not None
+    except FileNotFoundError:
+        return False
+
+
+def open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
+    place = locate(path)
+    if isinstance(place, Path):
+        if place.is_file():
+            raise StoreError(f"{path} is a file, and a store is a folder: give the folder that 'diffprobe extract --out' made.")
+        _refuse_links(place)
+    try:
+        with reaching(path):
+            store = zarr_store(path, mode == "r")
+            root = zarr.open_group(store, mode=mode, zarr_format=3)  # format 2 has filters that run code
+    except StoreError:
+        raise
+    except PermissionError as error:
+        raise StoreError(f"{path} cannot be opened: {error}.") from error
+    except ImportError:  # of what a URL needs
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(
+            f"{path} is not a diffprobe store: no Zarr group is there. 'diffprobe extract --out {path}' makes one."
+        ) from error
+    except Exception as error:  # metadata that someone edited can make zarr raise anything
+        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({first_line(error)}).") from error
+    _check_arrays(root, path)
+    check_layout(root, path, lambda key: key.endswith("/zarr.json"))
+    return root
+
+
+class Present(WrapperStore[Store]):
+    """A store in which a chunk that must be there and is not is an error, where zarr would read fill values.
+
+    Must be there: of the sites' arrays what `units` has, and every object of the layout.
+    """
+
+    def __init__(self, store: Store, units: frozenset[int] = frozenset(), layout: frozenset[str] = frozenset()) -> None:
+        super().__init__(store)
+        self.units, self.layout = units, layout
+
+    def _with_store(self, store: Store) -> Present:
+        return Present(store, self.units, self.layout)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and "/c/" in key:
+            unit = re.search(r"/(features|maps)/c/(\d+)/", key)
+            if key in self.layout or (unit and int(unit[2]) in self.units):
+                raise StoreError(
+                    f"{key} of the store is missing. 'diffprobe verify' says what is damaged, 'diffprobe repair' mends it."
+                )
+        return found
+
+
+def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    try:
+        found = group[name]
+    except Exception as error:
+        raise StoreError(f"The store's {name} is missing or its zarr.json is damaged ({first_line(error)}).") from error
+    if not isinstance(found, zarr.Array):
+        raise StoreError(f"The store's {name} is a group where an array should be.")
+    return found
+
+
+def read_array(group: zarr.Group, name: str, part: slice = slice(None)) -> NDArray[Any]:
+    """A small array that belongs to the whole store, or a part of it.
+
+    Raises:
+        StoreError: its bytes are damaged or missing.
+    """
+    try:
+        return np.asarray(array_of(group, name)[part])
+    except UNREADABLE_BYTES as error:
+        raise unreadable(name, first_line(error)) from error
+
+
+def unreadable(name: str, why: str) -> StoreError:
+    return StoreError(
+        f"The store's {name} cannot be read ({why}). 'diffprobe repair' mends what belongs to a unit; "
+        "otherwise extract it again under another name."
+    )
+
+
+def stored_sites(root: zarr.Group) -> list[str]:
+    request = attributes_of(root, root.path).get("request", {})
+    named = [*request.get("sites", ()), *request.get("maps", ())]
+    return [*named, *sorted(set(root.group_keys()) - {*named, "prompts"})]
+
+
+def site_array(root: zarr.Group, site: str) -> zarr.Array[Any]:
+    try:
+        return array_of(root, f"{site}/maps")
+    except StoreError:
+        return array_of(root, f"{site}/features")
+
+
+def recorded(root: zarr.Group, step: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
+    """The samples' status, and the units whose every shard must be there.
+
+    Raises:
+        StoreError: a unit is done and its samples are pending, twice in a row: a writer sets the one after the other.
+    """
+    for last in (False, True):
+        done, status = read_array(root, "done"), read_array(root, "status")
+        lost = [int(unit) for unit in np.flatnonzero(done) if (status[unit * step : (unit + 1) * step] == PENDING).any()]
+        if not lost:
+            break
+        if last:
+            raise StoreError(
+                f"Unit {lost[0]} of the store is done, and its samples are pending: their status is lost. 'diffprobe repair' mends it."
+            )
+    if isinstance(root.attrs.get("digests"), dict):
+        return status, frozenset(np.flatnonzero(done).tolist())
+    return status, frozenset((np.flatnonzero(status == COMPLETE) // step).tolist())  # they did not write what is all NaN
+
+
+# --- what a store says of itself ---
+
+_NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
+_REQUEST: dict[str, Any] = {
+    **dict.fromkeys(("model", "weights", "dataset", "fingerprint", "heads", "fit", "latent_rule", "compute_dtype", "store_dtype"), str),
+    **dict.fromkeys(("sites", "maps", "map_tokens", "timesteps", "conditionings", "guidance", "resolution"), list),
+    **dict.fromkeys(("samples", "noise_draws", "seed"), int),
+    "reduce": dict,
+}  # fmt: skip
+_KINDS = {int: "a number there", str: "a text there", list: "a list there", dict: "a mapping there"}
+
+
+def attributes_of(root: zarr.Group, path: str | Path) -> dict[str, Any]:
+    found: Any = root.attrs.get("diffprobe")
+    if not isinstance(found, dict):
+        raise StoreError(f"{path} is not a diffprobe store: it is a Zarr group whose attribute 'diffprobe' is missing.")
+    version = found.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has store format {version!r}; this diffprobe reads {FORMAT_VERSION}. "
+            "Open it with the diffprobe version in its attributes, or extract it again."
+        )
+    for name, kind in _NEEDED.items():
+        if not isinstance(found.get(name), kind) or (kind is int and found[name] < 1):
+            raise StoreError(
+                f"{path}: the attribute {name!r} is {found.get(name)!r}; a store made by diffprobe has {_KINDS[kind]}."
+            )
+    request = found["request"]
+    for name, value in request.items():
+        kind = _REQUEST.get(name, object)
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str | int | float) for v in value)):
+            raise StoreError(f"{path}: {name!r} of the request is {value!r}; a store made by diffprobe has {_KINDS[kind]}.")
+    samples, units = (array_of(root, name).shape for name in ("status", "done"))
+    if samples != array_of(root, "sample").shape or units != (-(-samples[0] // found["unit_samples"]),):
+        raise StoreError(
+            f"{path}: {samples} samples in units of {found['unit_samples']} do not fit {units} units. Was it edited?"
+        )
+    return Attributes(found, path) | {"request": Attributes(request, path)}
+
+
+class Attributes(dict[str, Any]):
+    """What a store says of itself; asking for what it does not say is an error in words."""
+
+    def __init__(self, values: Mapping[str, Any], path: str | Path) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __or__(self, other: Mapping[str, Any]) -> Attributes:  # type: ignore[override]
+        return Attributes({**self, **other}, self._path)
+
+    def __missing__(self, name: str) -> Any:
+        raise StoreError(f"{self._path}: the attribute {name!r} is missing; a store made by diffprobe has it. Was it edited?")
+
+
+# --- digests ---
+
+
+def digest(*parts: bytes | NDArray[Any]) -> bytes:
+    found = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return found.digest()
+
+
+class Seal:
+    """The digest of one site's values in one unit, of this store alone: of its request, ids, labels and coordinates."""
+
+    def __init__(self, root: zarr.Group) -> None:
+        self.layout: Any = root.attrs.get("digests")
+        self.there = isinstance(self.layout, dict)
+        told = json.dumps([root.attrs.asdict().get("diffprobe", {}).get("request"), self.layout], sort_keys=True)  # type: ignore[union-attr]
+        self._store = told.encode()
+
+    def of(self, site: str, unit: int, status: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.frombuffer(digest(self._store, f"{site}/{unit}".encode(), status, values), np.uint8)
+
+
+def check_layout(root: zarr.Group, path: str | Path, which: Callable[[str], bool]) -> None:
+    """Compare objects of the layout with their digests, where the store has these.
+
+    Raises:
+        StoreError: one is missing, or is not what was written.
+    """
+    kept: Any = root.attrs.get("digests")
+    layout: dict[str, str] = kept if isinstance(kept, dict) else {}
+    keys = [key for key in layout if which(key)]
+    if outside := [key for key in keys if key.startswith("/") or ".." in key.split("/")]:
+        raise StoreError(f"{path} names {outside[0]!r} as a part of itself. Was it edited?")
+
+    async def objects() -> list[Buffer | None]:
+        return await asyncio.gather(*(root.store.get(key, default_buffer_prototype()) for key in keys))
+
+    with reaching(path):
+        found = sync(objects())
+    for key, value in zip(keys, found, strict=True):
+        if value is None or digest(value.to_bytes()).hex() != layout[key]:
+            why = "missing" if value is None else "not what was written"
+            raise unreadable(re.sub(r"(/c/.*|/c|/zarr.json)$", "", key), f"{key} is {why}")
+
+
+# --- what is refused ---
+
+_CODECS = {"bytes", "vlen-utf8", "zstd", "crc32c", "sharding_indexed"}
+_KINDS_OF_DATA = {"uint8", "int32", "int64", "float16", "float32", "float64", "bool", "string"}
+
+
+def _refuse_links(path: Path) -> None:
+    """A store from elsewhere must not make us read files outside it."""
+    if not path.is_dir():
+        return
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            if (Path(folder) / name).is_symlink():
+                raise StoreError(
+                    f"{path} holds a symbolic link ({Path(folder) / name}); a store has none. Copy the data in its place to open it."
+                )
+
+
+def _check_arrays(root: zarr.Group, path: str | Path) -> None:
+    """Refuse a store from elsewhere that holds what diffprobe never writes, or whose few bytes ask for gigabytes of memory.
+
+    Memory is asked for by a large shape, by chunks that swell, and by compressed frames that say how large they become.  An
+    array may take `_SWELL` times the store's size on disk, and `SLACK` besides; of the sites' arrays what is done counts.
+
+    Raises:
+        StoreError: it does.
+    """
+    try:
+        arrays = {name: found for name, found in root.members(max_depth=None) if isinstance(found, zarr.Array)}
+        told = {name: found.metadata.to_dict() for name, found in arrays.items()}
+    except Exception as error:  # as in open_group
+        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({first_line(error)}).") from error
+    for name, metadata in told.items():
+        if strange := sorted(_named(metadata["codecs"]) - _CODECS):
+            raise StoreError(f"{path}: the array {name} uses {strange[0]!r}, which no store of diffprobe does. Was it edited?")
+        if str(metadata["data_type"]) not in _KINDS_OF_DATA or metadata.get("attributes"):
+            raise StoreError(
+                f"{path}: the array {name} is of the type {metadata['data_type']!r} with the attributes "
+                f"{metadata.get('attributes') or {}}, which no store of diffprobe has. Was it edited?"
+            )
+    place = locate(path)
+    if not isinstance(place, Path):
+        return
+    on_disk = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    allowed = SLACK + _SWELL * on_disk
+    done = sum(1 for _ in (place / "done" / "c").glob("*"))
+    for name, array in arrays.items():
+        itemsize = max(1, getattr(array.dtype, "itemsize", 16))
+        shape = (min(array.shape[0], done * array.shards[0]), *array.shape[1:]) if array.shards else array.shape
+        chunk = math.prod(array.chunks) * itemsize if math.prod(shape) else 0
+        frame = _frame_bytes(place / name, array) if "zstd" in _named(told[name]["codecs"]) else 0
+        asked = max(math.prod(shape) * itemsize, chunk, frame)
+        if asked > allowed:
+            raise StoreError(
+                f"{path}: the array {name} asks for {asked / 1e9:.3g} GB, and the store has {on_disk / 1e6:.3g} MB on disk. "
+                "No store that diffprobe wrote does; it is damaged, or meant to fill the memory."
+            )
+
+
+def _named(codecs: Any) -> set[str]:
+    """The names in a chain of codecs, inner ones too."""
+    if isinstance(codecs, dict):
+        inner = codecs.get("configuration", {})
+        return {str(codecs.get("name"))} | _named([v for k, v in inner.items() if k.endswith("codecs")])
+    return {name for one in codecs for name in _named(one)} if isinstance(codecs, list | tuple) else set()
+
+
+def _frame_bytes(folder: Path, array: zarr.Array[Any]) -> int:
+    """What the largest compressed frame of an array's chunks says that it becomes."""
+    largest = 0
+    for file in (folder / "c").rglob("*"):
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            starts = [0]
+            if array.shards:  # the index at the end: offset and length of every inner chunk, and a checksum
+                chunks = math.prod(array.shards) // math.prod(array.chunks)
+                opened.seek(max(0, file.stat().st_size - 16 * chunks - 4))
+                index = opened.read(16 * chunks)
+                starts = np.frombuffer(index[: len(index) // 16 * 16], "<u8")[::2].tolist()
+                starts = [start for start in starts if start < file.stat().st_size]
+            for start in starts:
+                opened.seek(start)
+                largest = max(largest, frame_size(opened.read(18)))
+    return largest
+
+
+def frame_size(head: bytes) -> int:
+    """The decompressed size that a zstd frame's first bytes state (RFC 8878, 3.1.1.1); none stated is none that we wrote.
+
+    >>> frame_size(bytes.fromhex("28b52ffd2005"))
+    5
+    """
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return 0  # no frame: reading it is an error, and costs nothing
+    kind, single = head[4] >> 6, head[4] >> 5 & 1
+    if not kind and not single:
+        return 2**63
+    start = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3]
+    size = (1, 2, 4, 8)[kind]
+    return int.from_bytes(head[start : start + size], "little") + (256 if size == 2 else 0)
