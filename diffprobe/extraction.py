@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from accelerate import PartialState
@@ -135,42 +135,33 @@ def extract(
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     model = load_extractor(model) if isinstance(model, str) else model
     if isinstance(model, VisionEncoder):
-        if guidance or maps or noise_draws > 1:
-            raise ValueError(
-                f"{model.model_id} is a vision encoder: it has no guidance, attention maps or noise draws to record."
-            )
-        tell(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
+        sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
-        sites = [
-            name
-            for s in (sites.split(",") if isinstance(sites, str) else sites)
-            for name in (model.preset if s == "paper" else [s])
-        ]
+        tell(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
     for timestep in timesteps:
         model.check_timestep(timestep)
     size = model.resolution if resolution is None else resolution
     height, width = (size, size) if isinstance(size, int) else size
     model.latent_size(height, width)  # refuses sides that do not fit
-    available = model.sites
-    features = select_sites([s for s in available if not s.is_map], sites) if sites else []
-    map_sites = select_sites([s for s in available if s.is_map], maps) if maps else []
-    chosen = [s for s in available if s in features or s in map_sites]
+    features = select_sites([s for s in model.sites if not s.is_map], sites) if sites else []
+    map_sites = select_sites([s for s in model.sites if s.is_map], maps) if maps else []
+    chosen = [s for s in model.sites if s in features or s in map_sites]
     rules = parse_reduce(reduce, features)
     new_forecast = dry_run and not store.exists(out)  # which no request of a store is compared with
     index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
     lengths = _prompt_lengths(model, index.prompts)
     kept_tokens = model.prompt_tokens if map_tokens == "all" else min(model.prompt_tokens, max(lengths.values()))
-    tokens = list(range(kept_tokens))
     request = Request(
         model=model.model_id, revision=model.revision, weights=model.weights_hash(), dataset=dataset.name,
-        fingerprint="" if new_forecast else dataset.fingerprint(), samples=len(dataset), sites=[s.name for s in features], maps=[s.name for s in map_sites],
-        heads=heads, map_tokens=tokens, timesteps=list(timesteps), conditionings=list(conditionings), guidance=list(guidance),
+        fingerprint="" if new_forecast else dataset.fingerprint(), samples=len(dataset),
+        sites=[s.name for s in features], maps=[s.name for s in map_sites], heads=heads,
+        map_tokens=list(range(kept_tokens)), timesteps=list(timesteps), conditionings=list(conditionings), guidance=list(guidance),
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
     )  # fmt: skip
     run = Run(model, dataset, request, index, on_nonfinite, tell)
     shapes, seconds_per_row = run.first_pass()
-    specs = run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
+    run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
     with rundir.sole_writer(out, rank, ranks, dry_run):
@@ -179,13 +170,7 @@ def extract(
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             found = store.StoreWriter(out)
-            stored = found.attributes["request"]
-            asked = asdict(request)
-            if units is not None:
-                asked |= {name: stored[name] for name in ("model", "revision", "dataset")}
-            other = "holds another request; give another --out, or match it."
-            other = other if units is None else "was recorded otherwise; nothing was changed in it:"
-            rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, other)
+            _check_resumed(out, found.attributes["request"], request, repairs=units is not None)
             batch_rows = batch_rows or int(found.attributes["batch_rows"])
             units = found.pending if units is None else units
         forecast = None
@@ -194,18 +179,8 @@ def extract(
                 run.engine.batch_rows = batch_rows
             else:
                 seconds_per_row = run.find_batch(seconds_per_row)
-            itemsize = np.dtype(store_dtype).itemsize
-            passes = len(dataset) * len(timesteps) * len(conditionings) * noise_draws
-            forecast = Forecast(
-                samples=len(dataset),
-                passes=passes,
-                bytes_by_site={s.site: s.bytes_per_sample(len(timesteps), itemsize) * len(dataset) for s in specs},
-                free_bytes=rundir.free_bytes(out),
-                seconds=seconds_per_row * passes / ranks,
-                batch_rows=run.engine.batch_rows,
-                truncated_prompts=sum(length > model.prompt_tokens for length in lengths.values()),
-                looked_at=len(index.ids),
-            )
+            truncated = sum(length > model.prompt_tokens for length in lengths.values())
+            forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks, truncated)
             if not (resuming or dry_run):  # who asked for it alone is given it
                 tell(describe_forecast(forecast))
             _check_room(forecast, force, resuming or dry_run)
@@ -239,25 +214,58 @@ def _check_arguments(
     policy: str,
     heads: str,
 ) -> None:
-    if not timesteps or len(set(timesteps)) < len(timesteps):
-        raise ValueError(f"Timesteps must be given, each once; got {list(timesteps)}.")
-    if not conditionings or len(set(conditionings)) < len(conditionings):
-        raise ValueError(f"Conditionings must be given, each once; got {list(conditionings)}.")
+    for what, given in (("Timesteps", timesteps), ("Conditionings", conditionings)):
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{what} must be given, each once; got {list(given)}.")
     for name in conditionings:
         check_conditioning(name)
+        check_unicode("A conditioning", name)
     if guidance and (NULL not in conditionings or len(conditionings) < 2):
         raise ValueError(f"Guidance needs the conditioning 'null' and another one; got {', '.join(conditionings)}.")
     if not all(math.isfinite(scale) for scale in guidance):
         raise ValueError(f"Guidance scales must be finite numbers; got {', '.join(map(str, guidance))}.")
-    for name in conditionings:
-        check_unicode("A conditioning", name)
     if noise_draws < 1:
         raise ValueError(f"noise_draws must be at least 1; got {noise_draws}.")
-    for name, given, valid in (
-        ("store_dtype", store_dtype, tuple(STORE_DTYPES)), ("on_nonfinite", policy, ("raise", "mark", "float32")), ("heads", heads, ("mean", "all"))
-    ):  # fmt: skip
-        if given not in valid:
-            raise ValueError(f"{name} {given!r} is not one of {', '.join(valid)}.")
+    choices = {
+        "store_dtype": (store_dtype, STORE_DTYPES),
+        "on_nonfinite": (policy, get_args(Policy)),
+        "heads": (heads, ("mean", "all")),
+    }
+    for name, (chosen, valid) in choices.items():
+        if chosen not in valid:
+            raise ValueError(f"{name} {chosen!r} is not one of {', '.join(valid)}.")
+
+
+def _encoder_sites(model: VisionEncoder, sites: str | Sequence[str], more: bool) -> list[str]:
+    """The patterns of a vision encoder's sites; ValueError where `more` is asked for than it has."""
+    if more:
+        raise ValueError(f"{model.model_id} is a vision encoder: it has no guidance, attention maps or noise draws to record.")
+    given = sites.split(",") if isinstance(sites, str) else sites
+    return [name for site in given for name in (model.preset if site == "paper" else [site])]
+
+
+def _check_resumed(out: str | Path, stored: dict[str, Any], request: Request, repairs: bool) -> None:
+    """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names."""
+    asked = asdict(request) | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
+    another = "holds another request; give another --out, or match it."
+    fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
+    rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
+
+
+def _forecast(run: Run, free_bytes: int | None, seconds_per_row: float, truncated_prompts: int) -> Forecast:
+    request, steps = run.request, len(run.request.timesteps)
+    passes = request.samples * run.rows_per_sample
+    itemsize = np.dtype(request.store_dtype).itemsize
+    return Forecast(
+        samples=request.samples,
+        passes=passes,
+        bytes_by_site={s.site: s.bytes_per_sample(steps, itemsize) * request.samples for s in run.specs},
+        free_bytes=free_bytes,
+        seconds=seconds_per_row * passes,
+        batch_rows=run.engine.batch_rows,
+        truncated_prompts=truncated_prompts,
+        looked_at=len(run.index.ids),
+    )
 
 
 def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, list[str | None]]) -> dict[str | None, int]:

@@ -45,20 +45,21 @@ from diffprobe.layout import (
     SLACK,
     STATUS_WORDS,
     UNREADABLE,
-    UNREADABLE_BYTES,
     Attributes,
+    Fault,
     Present,
     Seal,
     array_of,
     attributes_of,
-    check_layout,
     digest,
     exists,
     open_group,
     read_array,
     recorded,
     site_array,
+    store_info,
     stored_sites,
+    verify_store,
 )  # fmt: skip
 from diffprobe.rundir import (
     BusyError,
@@ -82,6 +83,7 @@ __all__ = [
     "open_store", "prompt_texts", "provenance", "read_maps", "request_differences", "samples_per_unit", "site_names", "sole_writer",
     "store_info", "verify_store", "whole_file", "write_whole",
 ]  # fmt: skip
+
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
 _VARIABLES = frozenset(("features", "maps"))
@@ -654,97 +656,3 @@ def _resize(maps: xr.DataArray, height: int, width: int) -> xr.DataArray:
     factors = (1, 1, height / maps.sizes["y"], width / maps.sizes["x"])
     values = zoom(maps.values, factors, order=1, mode="nearest", grid_mode=True)
     return xr.DataArray(values, dims=maps.dims, coords={n: c for n, c in maps.coords.items() if not {"y", "x"} & set(c.dims)})
-
-
-# --- looking after a store ------------------------------------------------------------------------
-
-
-def store_info(path: str | Path) -> dict[str, Any]:
-    """What is in a store, how complete it is, where it came from, and its size: what `diffprobe info` prints."""
-    root = open_group(path, "r")
-    attributes = attributes_of(root, path)
-    status = read_array(root, "status")
-    sites = {}
-    for name in stored_sites(root):
-        array = site_array(root, name)
-        dims = array.metadata.dimension_names  # type: ignore[union-attr]
-        sites[name] = {"kind": root[name].attrs.get("kind"), "dims": dims, "shape": array.shape, "bytes": array.nbytes}
-    place = locate(path)
-    on_disk = sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) if isinstance(place, Path) else 0
-    own = {
-        "samples": len(status),
-        "status": {word: int((status == code).sum()) for code, word in STATUS_WORDS.items() if (status == code).any()},
-        "sites": sites,
-        "bytes_on_disk": on_disk,
-        "digests": isinstance(root.attrs.get("digests"), dict),
-    }
-    return Attributes({**own, **attributes}, path)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A unit of a store that cannot be trusted, and why."""
-
-    unit: int
-    site: str
-    reason: str
-
-
-def verify_store(path: str | Path) -> list[Fault]:
-    """Read every complete unit: checksums and digests agree, shards are whole and in their place, complete samples are finite.
-
-    A store of before digests were kept is checked without them; `store_info` says whether it has them.
-
-    Raises:
-        StoreError: what belongs to no unit (ids, labels, prompts) is damaged, which no repair mends.
-    """
-    root = open_group(path, "r")
-    attributes = attributes_of(root, path)
-    step = int(attributes["unit_samples"])
-    seal = Seal(root)
-    check_layout(root, path, lambda key: True)
-    for name in _shared_arrays(root):
-        read_array(root, name)
-    samples, units, sites = array_of(root, "status").shape[0], array_of(root, "done").shape[0], stored_sites(root)
-    if seal.there:
-        root = zarr.open_group(Present(root.store, frozenset(range(units))), mode="r", zarr_format=3)
-    order = sorted(sites)
-    faults = []
-    for unit in range(units):
-        first, last = unit * step, min((unit + 1) * step, samples)
-        try:
-            if not read_array(root, "done", slice(unit, unit + 1))[0]:
-                continue
-            status = read_array(root, "status", slice(first, last))
-            digests = read_array(root, "digest", slice(unit, unit + 1))[0] if seal.there else None
-        except StoreError as error:
-            faults.append(Fault(unit, "status", f"unreadable: {first_line(error)}"))
-            continue
-        if (status == PENDING).any():
-            faults.append(Fault(unit, "status", "the unit is done, and samples of it are pending"))
-            continue
-        for name in sites:
-            try:
-                values = np.asarray(site_array(root, name)[first:last])
-            except UNREADABLE_BYTES as error:
-                faults.append(Fault(unit, name, f"unreadable: {first_line(error)}"))
-                continue
-            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1) & (status == COMPLETE)
-            if bad.any():
-                faults.append(
-                    Fault(unit, name, f"{int(bad.sum())} complete samples hold values that are missing or not finite")
-                )
-            elif digests is not None and (digests[order.index(name)] != seal.of(name, unit, status, values)).any():
-                faults.append(Fault(unit, name, "not what was written there: edited, or of another unit or store"))
-    return faults
-
-
-def _shared_arrays(root: zarr.Group) -> list[str]:
-    """Paths of the arrays that belong to no unit: ids, labels, prompts, coordinates."""
-    of_units = {
-        "done",
-        "status",
-        "digest",
-        *(f"{site}/{name}" for site in stored_sites(root) for name in ("features", "maps")),
-    }
-    return [path for path, found in root.members(max_depth=None) if isinstance(found, zarr.Array) and path not in of_units]
