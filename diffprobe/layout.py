@@ -1,7 +1,7 @@
-"""How a store lies in its place, how it is opened, and what is refused of one that was damaged, edited or made to harm.
+"""Opening a store, checking it, and refusing one that was damaged, edited or made to do harm; `store.py` describes the layout.
 
-`store.py` describes the layout.  The invariant: nothing of a store is trusted before it was checked: its links, codecs, sizes
-and attributes, and the digests of all that belongs to no unit.
+The invariant: links, codecs, sizes and attributes of a store are checked before values are read, and so are the digests of
+all objects that belong to no unit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DIGEST_BYTES = 16
 SLACK, _SWELL = 2**28, 100
 
 
-# --- opening ---
+# --- opening --------------------------------------------------------------------------------------
 
 
 def zarr_store(path: str | Path, read_only: bool) -> Store:
@@ -46,10 +46,10 @@ def zarr_store(path: str | Path, read_only: bool) -> Store:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is a store at this path or URL; only "not found" means that there is none.
+    """Whether there is a store at this path or URL.
 
     Raises:
-        StoreError, OSError: the place cannot be looked at, so nobody knows.
+        StoreError, OSError: the place cannot be read, so this is unknown.
     """
     try:
         with reaching(path):
@@ -86,9 +86,11 @@ def open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
 
 
 class Present(WrapperStore[Store]):
-    """A store in which a chunk that must be there and is not is an error, where zarr would read fill values.
+    """A store in which a missing chunk is an error; zarr alone would read fill values.
 
-    Must be there: of the sites' arrays what `units` has, and every object of the layout.
+    Args:
+        units: units whose chunks of the sites' arrays have to exist.
+        layout: keys of other objects that have to exist.
     """
 
     def __init__(self, store: Store, units: frozenset[int] = frozenset(), layout: frozenset[str] = frozenset()) -> None:
@@ -120,7 +122,7 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
 
 
 def read_array(group: zarr.Group, name: str, part: slice = slice(None)) -> NDArray[Any]:
-    """A small array that belongs to the whole store, or a part of it.
+    """Reads a small array that belongs to no site, or a part of it.
 
     Raises:
         StoreError: its bytes are damaged or missing.
@@ -152,10 +154,10 @@ def site_array(root: zarr.Group, site: str) -> zarr.Array[Any]:
 
 
 def recorded(root: zarr.Group, step: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
-    """The samples' status, and the units whose every shard must be there.
+    """The status of all samples, and the units whose shards have to exist.
 
     Raises:
-        StoreError: a unit is done and its samples are pending, twice in a row: a writer sets the one after the other.
+        StoreError: a unit is done and its samples are pending in two reads; a writer may change them between one read.
     """
     for last in (False, True):
         done, status = read_array(root, "done"), read_array(root, "status")
@@ -168,10 +170,12 @@ def recorded(root: zarr.Group, step: int) -> tuple[NDArray[np.uint8], frozenset[
             )
     if isinstance(root.attrs.get("digests"), dict):
         return status, frozenset(np.flatnonzero(done).tolist())
-    return status, frozenset((np.flatnonzero(status == COMPLETE) // step).tolist())  # they did not write what is all NaN
+    return status, frozenset(
+        (np.flatnonzero(status == COMPLETE) // step).tolist()
+    )  # older stores have no chunks of nothing but NaN
 
 
-# --- what a store says of itself ---
+# --- attributes -----------------------------------------------------------------------------------
 
 _NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
 _REQUEST: dict[str, Any] = {
@@ -212,7 +216,7 @@ def attributes_of(root: zarr.Group, path: str | Path) -> dict[str, Any]:
 
 
 class Attributes(dict[str, Any]):
-    """What a store says of itself; asking for what it does not say is an error in words."""
+    """The attributes of a store; a missing one raises StoreError, which names it."""
 
     def __init__(self, values: Mapping[str, Any], path: str | Path) -> None:
         super().__init__(values)
@@ -225,7 +229,7 @@ class Attributes(dict[str, Any]):
         raise StoreError(f"{self._path}: the attribute {name!r} is missing; a store made by diffprobe has it. Was it edited?")
 
 
-# --- digests ---
+# --- digests --------------------------------------------------------------------------------------
 
 
 def digest(*parts: bytes | NDArray[Any]) -> bytes:
@@ -236,7 +240,7 @@ def digest(*parts: bytes | NDArray[Any]) -> bytes:
 
 
 class Seal:
-    """The digest of one site's values in one unit, of this store alone: of its request, ids, labels and coordinates."""
+    """Digests of a site's values in a unit, which are bound to the store's request, ids, labels and coordinates."""
 
     def __init__(self, root: zarr.Group) -> None:
         self.layout: Any = root.attrs.get("digests")
@@ -249,10 +253,10 @@ class Seal:
 
 
 def check_layout(root: zarr.Group, path: str | Path, which: Callable[[str], bool]) -> None:
-    """Compare objects of the layout with their digests, where the store has these.
+    """Compares the objects of a store whose key `which` accepts with their digests, if the store has digests.
 
     Raises:
-        StoreError: one is missing, or is not what was written.
+        StoreError: an object is missing or was changed.
     """
     kept: Any = root.attrs.get("digests")
     layout: dict[str, str] = kept if isinstance(kept, dict) else {}
@@ -271,14 +275,14 @@ def check_layout(root: zarr.Group, path: str | Path, which: Callable[[str], bool
             raise unreadable(re.sub(r"(/c/.*|/c|/zarr.json)$", "", key), f"{key} is {why}")
 
 
-# --- what is refused ---
+# --- refusing -------------------------------------------------------------------------------------
 
 _CODECS = {"bytes", "vlen-utf8", "zstd", "crc32c", "sharding_indexed"}
 _KINDS_OF_DATA = {"uint8", "int32", "int64", "float16", "float32", "float64", "bool", "string"}
 
 
 def _refuse_links(path: Path) -> None:
-    """A store from elsewhere must not make us read files outside it."""
+    """Raises StoreError for a store with symbolic links, which could lead out of its folder."""
     if not path.is_dir():
         return
     for folder, folders, files in os.walk(path):
@@ -290,13 +294,13 @@ def _refuse_links(path: Path) -> None:
 
 
 def _check_arrays(root: zarr.Group, path: str | Path) -> None:
-    """Refuse a store from elsewhere that holds what diffprobe never writes, or whose few bytes ask for gigabytes of memory.
+    """Checks a store for what diffprobe never writes, and for few bytes that would fill gigabytes of memory.
 
-    Memory is asked for by a large shape, by chunks that swell, and by compressed frames that say how large they become.  An
-    array may take `_SWELL` times the store's size on disk, and `SLACK` besides; of the sites' arrays what is done counts.
+    Large shapes, large chunks and compressed frames with a large stated size need memory.  An array may need `_SWELL` times
+    the store's size on disk plus `SLACK`; of the sites' arrays only finished units count.
 
     Raises:
-        StoreError: it does.
+        StoreError: the store fails a check.
     """
     try:
         arrays = {name: found for name, found in root.members(max_depth=None) if isinstance(found, zarr.Array)}
@@ -331,7 +335,7 @@ def _check_arrays(root: zarr.Group, path: str | Path) -> None:
 
 
 def _named(codecs: Any) -> set[str]:
-    """The names in a chain of codecs, inner ones too."""
+    """The names of the codecs in a chain, with inner ones."""
     if isinstance(codecs, dict):
         inner = codecs.get("configuration", {})
         return {str(codecs.get("name"))} | _named([v for k, v in inner.items() if k.endswith("codecs")])
@@ -339,7 +343,7 @@ def _named(codecs: Any) -> set[str]:
 
 
 def _frame_bytes(folder: Path, array: zarr.Array[Any]) -> int:
-    """What the largest compressed frame of an array's chunks says that it becomes."""
+    """The largest decompressed size that a frame of an array's chunks states."""
     largest = 0
     for file in (folder / "c").rglob("*"):
         if not file.is_file():
@@ -359,7 +363,7 @@ def _frame_bytes(folder: Path, array: zarr.Array[Any]) -> int:
 
 
 def frame_size(head: bytes) -> int:
-    """The decompressed size that a zstd frame's first bytes state (RFC 8878, 3.1.1.1); none stated is none that we wrote.
+    """The decompressed size in a zstd frame's header (RFC 8878, 3.1.1.1); 2**63 without one, for our frames have it.
 
     >>> frame_size(bytes.fromhex("28b52ffd2005"))
     5
@@ -374,11 +378,11 @@ def frame_size(head: bytes) -> int:
     return int.from_bytes(head[start : start + size], "little") + (256 if size == 2 else 0)
 
 
-# --- looking after a store ------------------------------------------------------------------------
+# --- verifying ------------------------------------------------------------------------------------
 
 
 def store_info(path: str | Path) -> dict[str, Any]:
-    """What is in a store, how complete it is, where it came from, and its size: what `diffprobe info` prints."""
+    """A store's sites, completeness, size and attributes, as `diffprobe info` prints them."""
     root = open_group(path, "r")
     attributes = attributes_of(root, path)
     status = read_array(root, "status")
@@ -409,12 +413,12 @@ class Fault:
 
 
 def verify_store(path: str | Path) -> list[Fault]:
-    """Read every complete unit: checksums and digests agree, shards are whole and in their place, complete samples are finite.
+    """Reads every finished unit and compares it with its checksums and digests; values of complete samples must be finite.
 
-    A store of before digests were kept is checked without them; `store_info` says whether it has them.
+    `store_info` says whether a store has digests; an older one is checked without them.
 
     Raises:
-        StoreError: what belongs to no unit (ids, labels, prompts) is damaged, which no repair mends.
+        StoreError: ids, labels, prompts or coordinates are damaged, which no repair mends.
     """
     root = open_group(path, "r")
     attributes = attributes_of(root, path)

@@ -1,4 +1,4 @@
-"""The Zarr layout, its writer, and its readers; runs without torch.
+"""The writer and the readers of a store; needs no torch.  `layout.py` opens and checks stores.
 
 Format version 1.  The root has `sample` ids, labels, `status` (one number a sample) and `done` (one number a unit); the
 group ``prompts`` has each (sample, conditioning)'s text and tokens; every site has a group of its own with one array:
@@ -6,11 +6,11 @@ group ``prompts`` has each (sample, conditioning)'s text and tokens; every site 
 - ``features`` (sample, conditioning, timestep, channel, y, x), fewer dimensions where it was reduced while recording;
 - ``maps`` (sample, conditioning, timestep, head, token, y, x).
 
-The invariant: a unit is a run of consecutive samples and exactly one shard of every array.  A shard is written by one
-whole assignment, and `done` is set after the last of them; so two processes never share a file, and what is not done
-was never there.  Absence is recorded in `status`, never guessed from fill values: a chunk that must be there and is not
-is an error of whoever reads it.  The root's attribute `digests` names every object of the layout with its digest, the array
-``digest`` (unit, site) holds one of what each unit wrote, bound to its place; stores older than these open all the same.
+The invariant: a unit is a run of consecutive samples and exactly one shard of every array.  Each shard is written by one
+put, and `done` is set after the last of them, so two processes never share a file and an unfinished unit reads as absent.
+Absence is recorded in `status` and never guessed from fill values: reading a chunk that should exist and is missing raises
+an error.  The root's attribute `digests` has a digest of every object that belongs to no unit; the array ``digest``
+(unit, site) has one of what each unit wrote, bound to its place.  Older stores, which have no digests, open too.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ from diffprobe.rundir import (
 )  # fmt: skip
 
 __all__ = [
-    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "BusyError", "Fault", "StoreError", "StoreWriter",
-    "attention_maps", "clear_cut_writes", "code_commit", "create_store", "exists", "features", "is_remote", "known", "locate",
-    "open_store", "prompt_texts", "provenance", "read_maps", "request_differences", "samples_per_unit", "site_names", "sole_writer",
-    "store_info", "verify_store", "whole_file", "write_whole",
+    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "BusyError", "Fault", "StoreError",
+    "StoreWriter", "attention_maps", "clear_cut_writes", "code_commit", "create_store", "exists", "features", "is_remote",
+    "known", "locate", "open_store", "prompt_texts", "provenance", "read_maps", "request_differences", "samples_per_unit",
+    "site_names", "sole_writer", "store_info", "verify_store", "whole_file", "write_whole",
 ]  # fmt: skip
 
 CHUNK_BYTES = 2**20
@@ -108,10 +108,9 @@ class ArraySpec:
 
 
 def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int) -> int:
-    """How many samples make a unit at most: the arrays of one stay near 64 MiB together.
+    """The most samples of a unit: its arrays stay near 64 MiB together, and it has at most 64 images.
 
-    Two units are in memory at a time, so this bounds the memory that a run takes, whatever its length; 64 samples at most,
-    because their images wait there too.
+    Two units are in memory at a time, so this bounds the memory of a run of any length.
 
     >>> spec = ArraySpec("s", "p", "block", "features", ("channel", "y", "x"), (1280, 16, 16), ("null",))
     >>> samples_per_unit([spec], 5, 2)
@@ -139,13 +138,13 @@ def create_store(
     dtype: str,
     compress: bool = False,
 ) -> None:
-    """Lay out an empty store, all at once: a reader sees the whole grid or no store.
+    """Creates an empty store in one step: a reader sees all of its layout or no store.
 
     Args:
-        attributes: provenance and request, JSON-ready; kept under ``diffprobe`` in the root.
+        attributes: provenance and request as plain values; kept under ``diffprobe`` in the root.
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
-        tokens: the key positions that maps keep.
-        compress: zstd instead of none; every inner chunk has a Crc32c either way.
+        tokens: the token positions that maps keep.
+        compress: use zstd; every inner chunk has a Crc32c either way.
     """
     held: dict[str, Buffer] = {}
     root = zarr.open_group(MemoryStore(held), mode="w", zarr_format=3)
@@ -192,9 +191,9 @@ def create_store(
 
 
 def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
-    """Write a laid out store where there is none: beside its place and renamed, or object by object with the root's last.
+    """Writes the objects of a new store: into a folder that is renamed at the end, or to a URL with the root's object last.
 
-    A layout that was cut off on a remote place is written over by an equal one.  Nothing is ever removed there.
+    On a remote place the rest of an earlier attempt is overwritten by an equal layout, and nothing is removed.
     """
     final = locate(path)
     if isinstance(final, str):
@@ -226,11 +225,13 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
 
 
 def clear_cut_writes(path: str | Path) -> None:
-    """Remove the files that a killed process was about to put in their place; no process may be writing."""
+    """Removes temporary files of killed processes; no process may be writing."""
     place = locate(path)
     if isinstance(place, Path):
         for left in place.rglob("*.partial"):
-            if re.search(r"\.[0-9a-f]{32}\.partial$", left.name) and left.is_file():  # as zarr calls them; labels have folders
+            if (
+                re.search(r"\.[0-9a-f]{32}\.partial$", left.name) and left.is_file()
+            ):  # zarr's temporary name; a label may be called so too
                 left.unlink()
 
 
@@ -253,7 +254,7 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ..
 
 
 class StoreWriter:
-    """Writes whole units; the only code that touches the arrays of a store."""
+    """Writes whole units; no other code writes into the arrays of a store."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
@@ -264,34 +265,34 @@ class StoreWriter:
 
     @property
     def pending(self) -> list[int]:
-        """Units that are not complete, in order."""
+        """Units that are not done, in order."""
         return [int(u) for u in np.flatnonzero(read_array(self.root, "done") == 0)]
 
     @property
     def status(self) -> NDArray[np.uint8]:
-        """One number a sample, as `STATUS_WORDS` explains."""
+        """A status number for each sample; `STATUS_WORDS` explains them."""
         return read_array(self.root, "status")
 
     def unit_status(self, unit: int) -> NDArray[np.uint8]:
-        """`status` of one unit's samples; PENDING where it is not done, whatever its samples say."""
+        """`status` of one unit's samples; PENDING for all of a unit that is not done."""
         first, last = self.bounds(unit)
         done = read_array(self.root, "done", slice(unit, unit + 1))[0]
         return read_array(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
 
     def bounds(self, unit: int) -> tuple[int, int]:
-        """First sample of a unit and one past its last."""
+        """The first sample of a unit and the one after its last."""
         count = array_of(self.root, "status").shape[0]
         return unit * self.unit_samples, min((unit + 1) * self.unit_samples, count)
 
     def write_unit(self, unit: int, arrays: Mapping[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
-        """Mark a unit as pending, write every site's array of it, then its status and digests, then mark it done.
+        """Marks a unit as pending, writes its part of every site's array, its status and digests, and marks it as done.
 
-        A unit that is there already is replaced shard by shard: a reader who has the store open sees an old shard or a
-        new one, and after a process that was killed in between the unit is pending.
+        Shards of an earlier unit are replaced one by one: a reader that has the store open sees the old or the new shard.
+        If the process is killed in between, the unit stays pending.
 
         Args:
             arrays: by site name, (sample, conditioning, timestep, ...).
-            status: one number a sample, COMPLETE or why not.
+            status: COMPLETE or another status number for each sample.
         """
         first, last = self.bounds(unit)
         status = np.asarray(status, np.uint8)
@@ -314,18 +315,15 @@ class StoreWriter:
             array_of(self.root, "done")[unit] = 1
 
     def forget_unit(self, unit: int) -> None:
-        """Mark a unit as not done, so that the next extract computes it again."""
+        """Marks a unit as not done, so that the next extract computes it again."""
         first, last = self.bounds(unit)
         with reaching(self.path):
             array_of(self.root, "done")[unit] = 0
             array_of(self.root, "status")[first:last] = PENDING
 
 
-# --- opening --------------------------------------------------------------------------------------
-
-
 def _replace_shard(array: zarr.Array[Any], unit: int, first: int, values: NDArray[Any]) -> None:
-    """Write a unit's shard by a single put; what stands there, damaged or not, is neither read nor removed before."""
+    """Writes a unit's shard by a single put; an earlier shard, damaged or not, is neither read nor removed first."""
     held: dict[str, Buffer] = {}
     made: Any = AsyncArray(array.metadata, StorePath(MemoryStore(held)), {"write_empty_chunks": True})  # type: ignore[call-overload]
     zarr.Array(made)[first : first + len(values)] = values
@@ -333,14 +331,17 @@ def _replace_shard(array: zarr.Array[Any], unit: int, first: int, values: NDArra
     sync((array.store_path / key).set(held[key]))
 
 
+# --- reading --------------------------------------------------------------------------------------
+
+
 def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto"] | None = None) -> xr.DataTree:
-    """Open a store lazily as a labelled tree: one node a site, `prompts` beside them.
+    """Opens a store lazily as a labelled tree with one node for each site, and `prompts`.
 
     The samples' labels are coordinates of the root and of every site, so that a selection keeps them.
 
     Args:
-        complete: only samples that were recorded without fault; False keeps all, with NaN where nothing is.
-        chunks: None reads when values are asked for; "auto" gives dask arrays of whole units.
+        complete: keep only samples that were recorded without fault; False keeps all, with NaN for missing values.
+        chunks: None reads values when they are used; "auto" gives dask arrays of whole units.
 
     Raises:
         StoreError: not a store, or of another format version.
@@ -385,7 +386,7 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
 
 
 def _plain(dataset: xr.Dataset, rows: NDArray[np.intp] | None) -> xr.Dataset:
-    """Some samples of one node, as xarray and NumPy have it and nothing of how it was stored, so that it can be saved again."""
+    """Some samples of one node, without the store's encodings, so that it can be saved again."""
     if rows is not None and "sample" in dataset.dims:
         dataset = dataset.isel(sample=rows)
     dataset = dataset.drop_encoding()
@@ -396,7 +397,7 @@ def _plain(dataset: xr.Dataset, rows: NDArray[np.intp] | None) -> xr.Dataset:
 
 
 def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
-    """Texts of one width, which every library and file format takes; Python's own where that would lose or waste something."""
+    """Texts in NumPy's fixed-width type, which all formats take; as objects where that would lose characters or waste memory."""
     plain = texts.astype(object)
     longest = max(map(len, plain.flat), default=0)
     if longest * plain.size * 4 > SLACK or any(text.endswith("\0") for text in plain.flat):
@@ -405,23 +406,23 @@ def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
 
 
 def provenance(tree: xr.DataTree) -> dict[str, Any]:
-    """What a store says of itself: its request, data, versions and so on.
+    """A store's request, data, versions and other attributes.
 
-    It stands as JSON in the tree's attributes, whose values have to be plain for xarray to save them.
+    The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
     held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
     return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
 
 
 def site_names(tree: xr.DataTree) -> list[str]:
-    """The sites that a store holds, in the model's order, features before maps."""
+    """The sites of a store in the model's order, features before maps."""
     request = provenance(tree).get("request", {})
     order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
     return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
 
 
 def known(name: str, there: Sequence[str], what: str) -> str:
-    """The name itself; StoreError that lists those there are, and the closest, where it is none of them."""
+    """Returns the name; raises StoreError, which lists all names and the closest one, if it is unknown."""
     if name not in there:
         near = difflib.get_close_matches(name, list(there), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -443,7 +444,7 @@ def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
 
 
 def _choose(array: xr.DataArray, dim: str, wanted: Any) -> xr.DataArray:
-    """Select by label; a single value drops the dimension, a list keeps it; an unknown one is named with those there are."""
+    """Selects by label; a single value drops the dimension, a list keeps it.  An unknown label raises StoreError."""
     if wanted is None:
         return array
     there = array[dim].values.tolist()
@@ -463,18 +464,18 @@ def features(
     guidance: float | None = None,
     pool: Literal["none", "mean", "patches"] = "none",
 ) -> xr.DataArray:
-    """Features of one site, labelled; dimensions with one value asked for by label are dropped.
+    """Features of one site with their labels; a dimension is dropped if a single value of it is asked for.
 
     Args:
         guidance: s in f_u + s (f_c - f_u); f_c is `conditioning` ("caption" by default), f_u is "null".
-            Taken from the store where it was recorded, else computed here from the two that were.
-        pool: "mean" averages places; "patches" gives (..., patch, channel).
+            Read from the store if it was recorded, else computed in float32 from the two conditionings.
+        pool: "mean" averages over places; "patches" gives (..., patch, channel).
 
     Returns:
         (sample, conditioning, timestep, channel, y, x) or fewer, with the samples' labels as coordinates.
 
     Raises:
-        StoreError: the store has no such site, timestep or conditioning; the message lists those it has.
+        StoreError: the store lacks the site, timestep or conditioning; the message lists those it has.
 
     >>> values = xr.DataArray(
     ...     np.ones((5, 2, 1, 3, 4, 4)), dims=("sample", "conditioning", "timestep", "channel", "y", "x"),
@@ -523,20 +524,20 @@ def attention_maps(
     head: int | None = None,
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Cross-attention of a word, its sub-tokens merged, or of a token position.
+    """Cross-attention maps of a word, with its sub-tokens merged, or of a token position.
 
     Args:
-        word: a whole word of the prompts; samples whose prompt lacks it are left out.
-        token: a position instead: 0 is the start token.
-        site: one map site, several, or all that the store has; several are brought to the finest grid and averaged.
+        word: a whole word of the prompts; samples without it are left out.
+        token: a token position in place of a word; 0 is the start token.
+        site: one map site, several, or all by default; the maps of several are averaged on the finest grid.
         head: one head; the mean over heads by default.
-        merge: how a word's sub-tokens become one map.
+        merge: how the maps of a word's sub-tokens are merged.
 
     Returns:
         (sample, timestep, y, x) float32, with the prompt as a coordinate.
 
     Raises:
-        StoreError: no prompt has the word, or the word's tokens were not kept.
+        StoreError: no prompt has the word, or its tokens were not kept.
 
     >>> tree = open_store("runs/demo.zarr")  # doctest: +SKIP
     >>> attention_maps(tree, "star", timestep=50).dims  # doctest: +SKIP
@@ -578,7 +579,7 @@ def prompt_texts(tree: xr.DataTree, conditioning: str) -> xr.Dataset:
 def _positions(
     tree: xr.DataTree, word: str | None, token: int | None, conditioning: str
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Which samples have the word, at which token positions, in which text."""
+    """The samples that have the word, its token positions in each, and their texts."""
     chosen = prompt_texts(tree, conditioning)
     texts = [str(t) for t in chosen["text"].values]
     if token is not None:
@@ -605,11 +606,12 @@ def read_maps(
     heads: Literal["mean", "each"] | int = "mean",
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Maps of tokens, the tokens of a row merged into one; whoever reads maps of words reads them here, in blocks of samples.
+    """Maps of tokens, one for each row; the one reader of maps by word, which reads blocks of samples.
 
     Args:
-        wanted: each row's sample and token positions; without positions a row is zero.
-        heads: the mean over heads, one of them, or the mean and then each.
+        wanted: the sample and the token positions of each row; their maps are merged, and without positions a row is zero.
+        heads: "mean" over heads, one head, or "each": the mean and then every head.
+        merge: as for `attention_maps`.
 
     Returns:
         (row, timestep, head, y, x) float32; heads are called "mean", "0", "1", ...
@@ -650,7 +652,7 @@ def read_maps(
 
 
 def _resize(maps: xr.DataArray, height: int, width: int) -> xr.DataArray:
-    """Bilinear, with pixel centres kept in place."""
+    """Bilinear interpolation that keeps pixel centres in place."""
     if (maps.sizes["y"], maps.sizes["x"]) == (height, width):
         return maps
     factors = (1, 1, height / maps.sizes["y"], width / maps.sizes["x"])
