@@ -1,8 +1,7 @@
-"""Dataset x conditioning x timestep -> recorder -> store: the main job.
+"""Dataset x conditioning x timestep -> recorder -> store: the request, its forecast, resuming and repairing.
 
-Work goes unit by unit (a unit is one shard of every array).  An image is encoded once, a prompt once a unit; then every
-(sample, timestep, conditioning, noise draw) is a row, and rows share batches.  While one unit is computed, the next
-one's images are read and the last one's arrays are written.
+`units.py` computes a unit, one shard of every array.  While one unit is computed, the images of the next are read and the
+arrays of the last are written.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from diffprobe.sites import select_sites
 from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
 
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
-_LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
+_LOOK_AT = 500  # most samples whose captions a forecast reads
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take, before it starts."""
+    """The cost of a run, before it starts."""
 
     samples: int
     passes: int
@@ -48,7 +47,7 @@ class Forecast:
     seconds: float | None
     batch_rows: int
     truncated_prompts: int
-    looked_at: int  # samples whose captions were read for it
+    looked_at: int  # samples whose captions were read
 
     @property
     def total_bytes(self) -> int:
@@ -57,7 +56,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run left behind."""
+    """The result of a run."""
 
     path: str
     samples: int
@@ -95,35 +94,35 @@ def extract(
     progress: bool = True,
     units: Sequence[int] | None = None,
 ) -> Summary:
-    """Record a dataset's features and attention maps into a store; the same call again resumes it.
+    """Records a dataset's features and attention maps into a store; the same call again resumes it.
 
     Args:
         model: a loaded model or vision encoder, or an id, folder or embedded name for `load_extractor`.  An encoder has
-            one timestep, 0, and one conditioning, null, whatever is asked; its "paper" sites are `VisionEncoder.preset`.
+            only timestep 0 and the conditioning null, which replace those given; its "paper" sites are `VisionEncoder.preset`.
         dataset: a dataset, or a folder or spec for `load_dataset`.
         out: path or fsspec URL of the Zarr store.
         sites, maps: patterns for `select_sites`; either may be empty.
-        map_tokens: "prompt" keeps a map's positions up to the longest prompt of the run, "all" the padding too.
+        map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too.
         conditionings: names that `diffprobe.conditioning` explains.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
         noise_draws: average features and maps over this many noise tensors.
         reduce: a rule for all sites, or PATTERN=RULE for some: none, mean, grid:HxW, project:K.
         resolution: image side in pixels, or (height, width); the model's own by default.
-        batch_rows: rows of one forward pass; found by timing when None, and kept by the store for resuming.
-        unit_samples: samples of one shard; chosen so that shards stay near 64 MiB when None.
-        on_nonfinite: "raise", "mark" the sample and go on, or "float32" to run the pass again so.
-        dry_run: forecast only; nothing is written, and of a large dataset only some captions are read.
+        batch_rows: rows of one forward pass; found by timing by default, and kept in the store for resuming.
+        unit_samples: samples of one shard; chosen by default so that shards stay near 64 MiB.
+        on_nonfinite: "raise", "mark" the sample and go on, or "float32": run the pass again in float32.
+        dry_run: forecast only; nothing is written, and at most some hundred captions of a large dataset are read.
         force: go on although the disk's free space is too small for the forecast.
-        units: of a store that is there, compute these and no others, whether they are done or not (as `repair` does);
-            each is replaced once its new values are known.  Model and dataset may have other names then, not other content.
+        units: compute only these units of an existing store, finished or not, as `repair` does; each is replaced once its new
+            values are known.  Model and dataset may then have other names, but not other content.
 
     Returns:
-        What was done. On equal batches, values are bit-identical. Under another batch size, order or number of processes
-        they differ by one rounding of the store's dtype and, where the model computes in float32, by at most 1e-4 of the
-        site's root mean square (4e-5 measured on a CPU); of guided features 1 + 2 |s| times that, of maps 1e-3 of theirs.
+        The result. On equal batches, values are bit-identical. With another batch size, order or number of processes they
+        differ by one rounding of the store's dtype and, where the model computes in float32, by at most 1e-4 of the site's
+        root mean square (4e-5 measured on a CPU); guided features by 1 + 2 |s| times that, maps by 1e-3 of theirs.
 
     Raises:
-        ValueError: the request is off, or the store holds another request (the message lists the differences).
+        ValueError: the request is not valid, or the store holds another request (the message lists the differences).
 
     >>> extract("shapes-sd", "shapes:64?split=test", "runs/demo.zarr", maps="cross", timesteps=[50]).complete  # doctest: +SKIP
     64
@@ -147,7 +146,7 @@ def extract(
     map_sites = select_sites([s for s in model.sites if s.is_map], maps) if maps else []
     chosen = [s for s in model.sites if s in features or s in map_sites]
     rules = parse_reduce(reduce, features)
-    new_forecast = dry_run and not store.exists(out)  # which no request of a store is compared with
+    new_forecast = dry_run and not store.exists(out)  # no store's request is compared with this one
     index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
     lengths = _prompt_lengths(model, index.prompts)
     kept_tokens = model.prompt_tokens if map_tokens == "all" else min(model.prompt_tokens, max(lengths.values()))
@@ -269,14 +268,14 @@ def _forecast(run: Run, free_bytes: int | None, seconds_per_row: float, truncate
 
 
 def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, list[str | None]]) -> dict[str | None, int]:
-    """Tokens of each distinct prompt, before cutting."""
+    """The number of tokens of each distinct prompt, before cutting."""
     distinct = list(dict.fromkeys(p for column in prompts.values() for p in column))
     parts = [distinct[i : i + 512] for i in range(0, len(distinct), 512)]
     return {p: n for part in parts for p, n in zip(part, model.tokens(part)[2], strict=True)}
 
 
 def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int) -> None:
-    """Rank 0's part before the work: every label, prompt and token is written, every array allocated."""
+    """Creates the store with all labels, prompts and tokens; rank 0 does it before the work."""
     request, dataset, model, index = run.request, run.dataset, run.model, run.index
     kept = len(request.map_tokens)
     shape = (len(index.ids), len(request.conditionings))
@@ -324,7 +323,7 @@ _TAKEN = {
 
 
 def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """One array a label: numbers with NaN, texts with "" where a sample has none."""
+    """An array for each label; a sample without the label has NaN among numbers and "" among texts."""
     arrays: dict[str, NDArray[Any]] = {}
     for name in dict.fromkeys(key for row in labels for key in row):
         given = [row.get(name) for row in labels]
@@ -344,7 +343,7 @@ def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]
 
 
 def _work(run: Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:
-    """Compute and write units; the next one's images and the last one's arrays travel in two threads beside."""
+    """Computes and writes units; two more threads read the next unit's images and write the last unit's arrays."""
     bounds = [writer.bounds(u) for u in units]
     with (
         ThreadPoolExecutor(1) as reading,
@@ -378,7 +377,7 @@ def _check_room(forecast: Forecast, force: bool, waived: bool) -> None:
 
 
 def describe_forecast(forecast: Forecast) -> str:
-    """The forecast as a person reads it."""
+    """The forecast as text."""
     some = "" if forecast.looked_at == forecast.samples else f" (judged by {forecast.looked_at} of them)"
     lines = [f"{forecast.samples} samples{some}, {forecast.passes} forward passes in batches of {forecast.batch_rows}"]
     lines += [f"  {name:<24} {size_text(size):>10}" for name, size in forecast.bytes_by_site.items()]
@@ -410,18 +409,18 @@ def repair(
     retry_unreadable: bool = False,
     progress: bool = True,
 ) -> tuple[list[store.Fault], Summary | None]:
-    """Find the units of a store that cannot be trusted or are not done, and compute only those, from the store's own request.
+    """Finds the damaged and unfinished units of a store and computes them again, from the store's own request.
 
     A unit stays as it is until its new values are known, so a repair that is refused or fails loses nothing.
 
     Args:
-        model, dataset: in the place of those that the store names; where they lie may differ, not what they are.
-        device, dtype: as for `load_extractor`; the number type that the store was computed in by default.
-        on_nonfinite: as for `extract`; what the store was recorded with by default.
-        retry_unreadable: try again the images that could not be read.
+        model, dataset: used in place of those that the store names; their content must be equal.
+        device, dtype: as for `load_extractor`; the store's number type by default.
+        on_nonfinite: as for `extract`; the store's own by default.
+        retry_unreadable: read images again that could not be read.
 
     Raises:
-        ValueError: the model, its number type or the dataset is not what the store was recorded from.
+        ValueError: the content of model or dataset, or the number type, is not the store's.
     """
     writer = store.StoreWriter(path)
     with rundir.sole_writer(path):
@@ -435,19 +434,27 @@ def repair(
         return faults, None
     if model is None or isinstance(model, str):
         model = load_extractor(
-            model or request["model"], device, dtype or request["compute_dtype"], request["revision"] if model is None else None,
+            model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
             use_safetensors=use_safetensors, random_weights=writer.attributes.get("random_weights"),
         )  # fmt: skip
     summary = extract(
-        model, dataset or writer.attributes["data"], path,
-        sites=request["sites"], maps=request["maps"], heads=request["heads"],
+        model,
+        dataset or writer.attributes["data"],
+        path,
+        **{name: request[name] for name in _OPTIONS},
+        resolution=tuple(request["resolution"]),
         map_tokens=writer.attributes["map_tokens_rule"],
-        timesteps=request["timesteps"], conditionings=request["conditionings"], guidance=request["guidance"],
-        noise_draws=request["noise_draws"], reduce=request["reduce"], seed=request["seed"], resolution=tuple(request["resolution"]),
-        fit=request["fit"], latent_rule=request["latent_rule"], store_dtype=request["store_dtype"], progress=progress,
-        on_nonfinite=on_nonfinite or writer.attributes.get("on_nonfinite", "raise"), units=sorted(again),
-    )  # fmt: skip
+        on_nonfinite=on_nonfinite or writer.attributes.get("on_nonfinite", "raise"),
+        progress=progress,
+        units=sorted(again),
+    )
     return faults, summary
+
+
+_OPTIONS = (  # of `extract`, which a store's request has by the same name
+    "sites", "maps", "heads", "timesteps", "conditionings", "guidance", "noise_draws", "reduce", "seed", "fit", "latent_rule",
+    "store_dtype",
+)  # fmt: skip
 
 
 __all__ = ["Forecast", "NotFiniteError", "Request", "Summary", "describe_forecast", "extract", "repair"]

@@ -1,7 +1,7 @@
-"""A run's samples, unit by unit: images and prompts go through the engine, and what is recorded becomes a unit's arrays.
+"""One unit of an extraction: its images and prompts go through the engine, and recorded tensors become the unit's arrays.
 
-A unit is one shard of every array of the store.  An image is encoded once, a prompt once a unit; then every (sample,
-timestep, conditioning, noise draw) is a row of `diffprobe.forward`.
+A unit is one shard of every array of the store.  Each image is encoded once and each prompt once for a unit; every (sample,
+timestep, conditioning, noise draw) is then a row of `diffprobe.forward`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diffprobe.sites import Site, select_sites
 
 Policy = Literal["raise", "mark", "float32"]
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
+_LONGEST_TRIAL = 4.0  # seconds; a batch that takes longer is not doubled
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Request:
 
 
 def parse_reduce(given: str | Sequence[str] | dict[str, str], sites: Sequence[Site]) -> dict[str, str]:
-    """A rule for every feature site, from ``RULE`` for all and ``PATTERN=RULE`` for some; later ones win.
+    """The rule of every feature site, from ``RULE`` for all sites and ``PATTERN=RULE`` for some; later ones win.
 
     Rules: none, mean (over places), grid:HxW (average pooling), project:K (a seeded random projection of channels).
     """
@@ -95,13 +95,13 @@ def _check_rule(rule: str) -> None:
 
 
 def projection(site: str, seed: int, channels: int, kept: int) -> Tensor:
-    """The random projection (kept, channel) of one site, rows of variance 1/kept; named by (seed, site) alone."""
+    """The random projection (kept, channel) of a site with rows of variance 1/kept; it depends on seed and site alone."""
     generator = torch.Generator("cpu").manual_seed(noise_seed(seed, f"projection of {site}", channels, kept))
     return torch.randn(kept, channels, generator=generator) / kept**0.5
 
 
 def make_reduce(rules: dict[str, str], seed: int) -> Callable[[Site, Tensor], Tensor]:
-    """The function that a recorder applies to each tensor as it appears; maps pass unchanged."""
+    """The function that a recorder applies to each tensor at once; maps stay unchanged."""
     matrices: dict[str, Tensor] = {}
 
     def reduce(site: Site, tensor: Tensor) -> Tensor:
@@ -127,7 +127,12 @@ def array_specs(
     conditionings: Sequence[str],
     guidance: Sequence[float],
 ) -> list[store.ArraySpec]:
-    """What every site's array looks like after reduction, from the shape that one row of it was recorded with."""
+    """Every site's array after reduction.
+
+    Args:
+        shapes: the shape of one recorded row of each site, before reduction.
+        rules: as from `parse_reduce`.
+    """
     guided = [guided_name(c, s) for c in conditionings if c != NULL for s in guidance]
     specs = []
     for site in sites:
@@ -157,7 +162,7 @@ def array_specs(
 
 @dataclass
 class Index:
-    """What is kept of every sample for the whole run: no images, no questions, no masks."""
+    """Ids, labels and prompts of all samples, which a run keeps; images, questions and masks it does not."""
 
     ids: list[str]
     labels: list[Mapping[str, Any]]
@@ -165,7 +170,7 @@ class Index:
 
     @classmethod
     def of(cls, dataset: Dataset, conditionings: Sequence[str], rows: Sequence[int]) -> Index:
-        """One pass over the dataset, or over some rows of it."""
+        """Reads the given rows of a dataset in one pass."""
         index = cls([], [], {})
 
         def noted() -> Iterator[Sample]:
@@ -185,7 +190,7 @@ class Index:
 
 
 def _check_texts(sample: Sample) -> None:
-    """Raise ValueError where a text is no Unicode (half of a surrogate pair), which neither tokenizer nor store takes."""
+    """Raises ValueError for a text with half of a surrogate pair, which neither tokenizer nor store takes."""
     texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
     texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
     for what, text in texts.items():
@@ -194,7 +199,7 @@ def _check_texts(sample: Sample) -> None:
 
 @dataclass
 class _Unit:
-    """One unit while it is computed; rows of its lists and arrays are its samples."""
+    """A unit that is being computed; the first axis of its members is the sample."""
 
     ids: list[str]
     status: NDArray[np.uint8]
@@ -202,7 +207,7 @@ class _Unit:
 
 
 class Run:
-    """One extraction: the request resolved against a model and a dataset, and the loop over units."""
+    """The request of an extraction with its model, dataset and engine; computes units."""
 
     def __init__(
         self, model: DiffusionModel | VisionEncoder, dataset: Dataset, request: Request, index: Index, on_nonfinite: Policy, tell: Callable[[str], None]
@@ -251,7 +256,7 @@ class Run:
     # one batch
 
     def checked(self, recorder: Listener, batch: Batch) -> tuple[dict[str, Tensor], Bool[np.ndarray, " row"]]:
-        """The tensors on the CPU in the buffers' dtype, and which rows hold a value that is not finite in the store's."""
+        """The tensors on the CPU in the buffers' dtype, and the rows with a value that is not finite in the store's dtype."""
         dtype = torch.float32 if self.exact else self.store_dtype
         kept = {name: tensor.to("cpu", dtype) for name, tensor in batch.tensors.items()}
         bad = rows_not_finite(kept, self.store_dtype)
@@ -262,7 +267,7 @@ class Run:
         return kept, bad
 
     def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
-        """Mark a sample whose values the store cannot hold, or raise NotFiniteError, as the run was told."""
+        """Marks a sample with values that the store cannot hold; raises NotFiniteError unless `on_nonfinite` is "mark"."""
         where = f"Sample {unit.ids[sample]!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
         reason = f"{where}: a value is not finite in {self.request.store_dtype}."
         if self.on_nonfinite != "mark":
@@ -276,7 +281,7 @@ class Run:
     def compute(
         self, recorder: Listener, first: int, images: list[Pixels | str]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
-        """Every site's array of one unit, (sample, conditioning, timestep, ...), and the status of its samples."""
+        """The arrays of one unit by site, (sample, conditioning, timestep, ...), and the status of its samples."""
         request, count = self.request, len(images)
         ids = self.index.ids[first : first + count]
         readable: dict[int, Pixels] = {}
@@ -302,10 +307,10 @@ class Run:
         return self.finish_buffers(unit), status
 
     def keep(self, recorder: Listener, unit: _Unit, batch: Batch, places: Sequence[tuple[int, int, int, int]]) -> None:
-        """Put what was recorded of a batch into the buffers.
+        """Puts the recorded tensors of a batch into the buffers.
 
         Args:
-            places: for each row its (sample, conditioning, timestep) in them, and its noise draw.
+            places: (sample, conditioning, timestep, noise draw) of each row.
         """
         request = self.request
         kept, bad = self.checked(recorder, batch)
@@ -321,7 +326,7 @@ class Run:
                 np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
 
     def empty_buffers(self, count: int, readable: list[int]) -> dict[str, NDArray[Any]]:
-        """NaN everywhere; zero in the samples whose noise draws will be added up."""
+        """Buffers of NaN by site; of zeros for samples whose noise draws will be summed."""
         dtype = np.float32 if self.exact else np.dtype(self.request.store_dtype)
         before = (count, len(self.request.conditionings), len(self.request.timesteps))
         buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
@@ -330,7 +335,7 @@ class Run:
         return buffers
 
     def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
-        """Add the guided conditionings, f_u + s (f_c - f_u) from one pair of passes, and cast to the store's dtype."""
+        """Adds the guided conditionings, f_u + s (f_c - f_u) in float32, and casts to the store's dtype."""
         conditionings = self.request.conditionings
         finished = {}
         for spec in self.specs:
@@ -356,10 +361,9 @@ class Run:
     # before the work
 
     def unit_samples(self) -> int:
-        """Samples of one unit: its arrays, and the images that wait to be encoded, stay near 64 MiB.
+        """Samples of one unit: its arrays, and its images, stay near 64 MiB.
 
-        Below that a run has about 16 units, so that a resume loses little, but none of fewer than 32 rows, which would
-        leave the batches too small.
+        A small run has about 16 units, so that a resume loses little, but at least 32 rows in each, so that batches are large.
         """
         height, width = self.request.resolution
         itemsize = np.dtype(self.request.store_dtype).itemsize
@@ -373,16 +377,16 @@ class Run:
         return len(self.request.timesteps) * len(self.request.conditionings) * self.request.noise_draws
 
     def first_pass(self) -> tuple[dict[str, tuple[int, ...]], float]:
-        """Run one row: the shape of every site before reduction, and the seconds that it took."""
+        """Runs one row; returns the shape of every site before reduction, and the seconds."""
         with self.recorder(reduce=False) as recorder:
             seconds = self._time_batch(1)
         return {name: tuple(tensor.shape[1:]) for name, tensor in recorder.last.items()}, seconds
 
     def find_batch(self, seconds: float) -> float:
-        """Choose how many rows share a batch; seconds per row.
+        """Finds the number of rows of a batch; returns the seconds per row.
 
-        Doubles from one row, which takes `seconds`, while throughput grows by a tenth, a batch takes less than some
-        seconds, memory is there, and a unit has that many rows.
+        Starts at one row, which takes `seconds`, and doubles while throughput grows by a tenth, a batch is fast and fits into
+        memory, and a unit has as many rows.
         """
         best, rows = seconds, 1
         largest = self.unit_samples() * self.rows_per_sample
