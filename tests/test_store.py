@@ -644,8 +644,9 @@ def test_a_frame_that_swells_is_refused_before_it_does(tmp_path: Path, stated: b
     head = bytes([0xE0]) + struct.pack("<Q", size) if stated else bytes([0x00, 0x58])
     chunk.write_bytes(b"\x28\xb5\x2f\xfd" + head + bytes(1000))
     for call in (store.open_store, store.verify_store):
-        with pytest.raises(StoreError, match=r"the array colour asks for [0-9.e+]+ GB"):
-            call(tmp_path / "s.zarr")
+        for place in (tmp_path / "s.zarr", f"file://{tmp_path}/s.zarr"):
+            with pytest.raises(StoreError, match=r"the array colour asks for [0-9.e+]+ GB"):
+                call(place)
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65792, 10**6])
@@ -783,3 +784,17 @@ def test_a_figure_of_one_sample_reads_one_sample(tmp_path: Path, reads: list[str
     monkeypatch.setattr(gallery, "_save", lambda figure, out, name, *_, **__: out / name)
     assert gallery.heatmap_figures("", "", ["star"], (), 10, "caption", lambda _: [4], tmp_path, "h") == [tmp_path / "h"]
     assert {key.split("/c/")[1].split("/")[0] for key in reads} == {"2"}
+
+
+def test_a_shard_of_maps_is_read_once_and_never_by_points(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    tree = store.open_store(tmp_path / "s.zarr")
+    monkeypatch.setattr(zarr.Array, "vindex", property(lambda _: pytest.fail("read point by point")))
+    asked: tuple[tuple[dict[str, Any], str], ...] = (({"word": "star"}, "02"), ({"token": 0}, "012"))
+    for what, shards in asked:
+        reads.clear()
+        store.attention_maps(tree, site="U-L1-R0-B0-Cross-Map", timestep=[10, 500], **what)
+        read = [key.split("/c/")[1].split("/")[0] for key in reads]
+        assert {shard: read.count(shard) for shard in read} == dict.fromkeys(shards, 1), "whole, and once"
