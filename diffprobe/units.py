@@ -6,6 +6,7 @@ timestep, conditioning, noise draw) is then a row of `diffprobe.forward`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,20 +79,13 @@ def parse_reduce(given: str | Sequence[str] | dict[str, str], sites: Sequence[Si
     rules = {site.name: "none" for site in sites}
     for entry in [given] if isinstance(given, str) else given:
         pattern, _, rule = entry.rpartition("=")
-        _check_rule(rule)
+        if not re.fullmatch(r"none|mean|grid:0*[1-9]\d*x0*[1-9]\d*|project:0*[1-9]\d*", rule):
+            raise ValueError(f"Reduction {rule!r} is not one of none, mean, grid:HxW, project:K.")
         for site in select_sites(sites, pattern) if pattern else sites:
             if site.over_tokens and rule not in ("none", "mean") and not rule.startswith("project"):
                 raise ValueError(f"Reduction {rule!r} needs a (y, x) grid; {site.name} runs over tokens.")
             rules[site.name] = rule
     return rules
-
-
-def _check_rule(rule: str) -> None:
-    kind, _, number = rule.partition(":")
-    sizes = number.split("x")
-    fine = rule in ("none", "mean") or (kind == "grid" and len(sizes) == 2 and all(s.isdigit() and int(s) for s in sizes))
-    if not fine and not (kind == "project" and number.isdigit() and int(number)):
-        raise ValueError(f"Reduction {rule!r} is not one of none, mean, grid:HxW, project:K.")
 
 
 def projection(site: str, seed: int, channels: int, kept: int) -> Tensor:
@@ -136,13 +130,9 @@ def array_specs(
     guided = [guided_name(c, s) for c in conditionings if c != NULL for s in guidance]
     specs = []
     for site in sites:
-        shape = shapes[site.name]
+        own, shape, names = (site.name, site.path, site.kind), shapes[site.name], tuple(conditionings)
         if site.is_map:
-            specs.append(
-                store.ArraySpec(
-                    site.name, site.path, site.kind, "maps", ("head", "token", "y", "x"), shape, tuple(conditionings)
-                )
-            )
+            specs.append(store.ArraySpec(*own, "maps", ("head", "token", "y", "x"), shape, names))
             continue
         rule = rules[site.name]
         kind, _, number = rule.partition(":")
@@ -153,7 +143,7 @@ def array_specs(
             shape = (shape[0], *(int(s) for s in number.split("x")))
         elif kind == "project":
             shape = (int(number), *shape[1:])
-        specs.append(store.ArraySpec(site.name, site.path, site.kind, "features", dims, shape, (*conditionings, *guided), rule))
+        specs.append(store.ArraySpec(*own, "features", dims, shape, (*names, *guided), rule))
     return specs
 
 
