@@ -129,14 +129,14 @@ def extract(
     """
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
-    tell = lambda text: console.print(text)  # noqa: E731
+    log = lambda text: console.print(text)  # noqa: E731
     _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     model = load_extractor(model) if isinstance(model, str) else model
     if isinstance(model, VisionEncoder):
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
-        tell(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
+        log(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
     for timestep in timesteps:
         model.check_timestep(timestep)
     size = model.resolution if resolution is None else resolution
@@ -158,7 +158,7 @@ def extract(
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
     )  # fmt: skip
-    run = Run(model, dataset, request, index, on_nonfinite, tell)
+    run = Run(model, dataset, request, index, on_nonfinite, log)
     shapes, seconds_per_row = run.first_pass()
     run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
@@ -181,7 +181,7 @@ def extract(
             truncated = sum(length > model.prompt_tokens for length in lengths.values())
             forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks, truncated)
             if not (resuming or dry_run):  # who asked for it alone is given it
-                tell(describe_forecast(forecast))
+                log(describe_forecast(forecast))
             _check_room(forecast, force, resuming or dry_run)
         if dry_run:
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)

@@ -131,7 +131,7 @@ class Engine:
         seed: of the noise, and of latents that are drawn.
         latent_rule: as for `DiffusionModel.encode_image`.
         batch_rows: rows that share a pass at most; it shrinks where memory is short.
-        tell: gets a line where a batch did not fit.
+        log: gets a line where a batch did not fit.
 
     Attributes:
         cut: prompts so far that were longer than the text encoder takes.
@@ -144,9 +144,9 @@ class Engine:
         seed: int = 0,
         latent_rule: LatentRule = "mean",
         batch_rows: int = 1,
-        tell: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.model, self.seed, self.latent_rule, self.batch_rows, self.tell = model, seed, latent_rule, batch_rows, tell
+        self.model, self.seed, self.latent_rule, self.batch_rows, self.log = model, seed, latent_rule, batch_rows, log
         self.cut: set[str] = set()
         self._encoder_rows = 0  # images of one encoder pass, once more did not fit
         self._texts: dict[str | None, EncodedText] = {}
@@ -160,7 +160,7 @@ class Engine:
 
         def smaller(size: int, fits: int) -> None:
             self._encoder_rows = fits
-            self.tell(f"Encoding {size} images at once did not fit into memory; going on with {fits}.")
+            self.log(f"Encoding {size} images at once did not fit into memory; going on with {fits}.")
 
         size = self._encoder_rows or max(1, self.batch_rows // 4)  # an encoder's activations are larger than the network's
         return torch.cat(in_parts(encode, len(images), size, smaller))
@@ -210,7 +210,7 @@ class Engine:
 
         def smaller(size: int, fits: int) -> None:
             self.batch_rows = min(self.batch_rows, fits)
-            self.tell(f"A batch of {size} did not fit into memory; going on with {fits}.")
+            self.log(f"A batch of {size} did not fit into memory; going on with {fits}.")
 
         parts = in_parts(once, len(batch.rows), len(batch.rows), smaller)
         if len(parts) == 1:

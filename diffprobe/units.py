@@ -200,13 +200,13 @@ class Run:
     """The request of an extraction with its model, dataset and engine; computes units."""
 
     def __init__(
-        self, model: DiffusionModel | VisionEncoder, dataset: Dataset, request: Request, index: Index, on_nonfinite: Policy, tell: Callable[[str], None]
+        self, model: DiffusionModel | VisionEncoder, dataset: Dataset, request: Request, index: Index, on_nonfinite: Policy, log: Callable[[str], None]
     ) -> None:  # fmt: skip
         self.model, self.dataset, self.request, self.index = model, dataset, request, index
-        self.on_nonfinite, self.tell = on_nonfinite, tell
+        self.on_nonfinite = on_nonfinite
         self.specs: list[store.ArraySpec] = []
         rule: Any = request.latent_rule
-        self.engine = Engine(model, seed=request.seed, latent_rule=rule, tell=tell)
+        self.engine = Engine(model, seed=request.seed, latent_rule=rule, log=log)
         height, width = request.resolution
         self.latent_size = model.latent_size(height, width)
         self.store_dtype = STORE_DTYPES[request.store_dtype]

@@ -65,7 +65,7 @@ def test_a_batch_holds_its_noise_and_the_prediction(tiny_model: DiffusionModel) 
 
 def test_what_does_not_fit_is_halved_and_stays_smaller(tiny_model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    engine = Engine(tiny_model, seed=7, batch_rows=8, tell=told.append)
+    engine = Engine(tiny_model, seed=7, batch_rows=8, log=told.append)
     latents = engine.encode_images(pixels_of(tiny_model, 1), ["a"])
     rows = [Row(0, None, timestep) for timestep in range(0, 900, 100)]
     sizes, denoise = [], tiny_model.denoise
