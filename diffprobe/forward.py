@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that went through the network together, with what went in and what was recorded.
+    """Rows that shared a pass, with its inputs and what was recorded.
 
     Attributes:
         rows: in the order of the tensors' first axis.
@@ -89,7 +89,7 @@ def to_pixels(image: Image.Image, size: tuple[int, int], fit: str) -> Pixels:
 
 
 def rows_not_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Bool[np.ndarray, " row"]:
-    """Which rows hold a value that is not finite, or that the dtype cannot hold.
+    """The rows with a value that is not finite in the dtype.
 
     A row's sum is finite only where all its values are: one pass, and no mask of the tensor's size.
 
@@ -101,10 +101,10 @@ def rows_not_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Bool[n
 
 
 def in_parts(run: Callable[[slice], T], count: int, size: int, smaller: Callable[[int, int], None]) -> list[T]:
-    """Run all of `count` in parts of at most `size`; where a part does not fit into memory, it and all later ones are halved.
+    """Runs `count` items in parts of at most `size`; a part that does not fit into memory is halved, and so are later parts.
 
     Args:
-        smaller: told the size that did not fit and the new one.
+        smaller: called with the size that did not fit and the new size.
     """
     found: list[T] = []
     start = 0
@@ -128,13 +128,13 @@ class Engine:
 
     Args:
         model: a diffusion model, or a vision encoder, which has neither noise nor prompts.
-        seed: of the noise, and of latents that are drawn.
+        seed: the seed of noise and of drawn latents.
         latent_rule: as for `DiffusionModel.encode_image`.
-        batch_rows: rows that share a pass at most; it shrinks where memory is short.
-        log: gets a line where a batch did not fit.
+        batch_rows: the most rows of a pass; it shrinks where memory is short.
+        log: gets a line when a batch did not fit.
 
     Attributes:
-        cut: prompts so far that were longer than the text encoder takes.
+        cut: the prompts so far that were longer than the text encoder takes.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Engine:
         return torch.cat(in_parts(encode, len(images), size, smaller))
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> dict[str | None, EncodedText]:
-        """Each distinct prompt once; those of the newest call are kept for the next, older ones are not."""
+        """Encodes each distinct prompt once; only prompts of the newest call are kept for the next."""
         wanted = dict.fromkeys(prompts)
         known = {prompt: text for prompt, text in self._texts.items() if prompt in wanted}
         fresh = [prompt for prompt in wanted if prompt not in known]
@@ -180,11 +180,11 @@ class Engine:
     def run(
         self, recorder: Listener, latents: Sequence[Tensor] | Mapping[int, Tensor], ids: Sequence[str], rows: Sequence[Row]
     ) -> Iterator[Batch]:
-        """Run rows in batches of nearly equal size.
+        """Runs rows in batches of nearly equal size.
 
         Args:
-            recorder: listens already; its tensors of a batch are replaced by those of the next.
-            latents, ids: by the rows' `image`.
+            recorder: an entered recorder of the model.
+            latents, ids: latent and id by the rows' `image`.
         """
         texts = self.encode_prompts([row.prompt for row in rows])
         done = 0
@@ -220,7 +220,7 @@ class Engine:
         return replace(batch, tensors=tensors, prediction=torch.cat(predictions) if predictions else None)
 
     def in_float32(self, recorder: Listener, batch: Batch) -> Batch:
-        """The same rows with the network raised to float32 for as long as it takes."""
+        """Runs the rows of a batch again with the network in float32, and restores its dtype."""
         dtype, network, text = self.model.dtype, self.model.network.float(), batch.text
         try:
             pooled = None if text.pooled is None else text.pooled.float()
@@ -238,11 +238,11 @@ class Engine:
         timestep: int,
         draw: int = 0,
     ) -> dict[str, Tensor]:
-        """What a recorder hears of images under prompts at one timestep, by site name, (image, ...).
+        """Runs images under prompts at one timestep; returns the recorded tensors by site name, (image, ...).
 
         Args:
             images: (3, height, width) each, in [-1, 1]; images that share an id are encoded once.
-            ids: what the noise of each image belongs to.
+            ids: the name of each image, which decides its noise.
             prompts: one for each image.
         """
         first = {name: place for place, name in reversed(list(enumerate(ids)))}
