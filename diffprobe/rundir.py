@@ -252,9 +252,9 @@ def check_request(
     Raises:
         RequestError: the requests differ; the message lists each differing field with both values.
 
-    >>> check_request("runs/a", {"seed": 0, "grid": [4, 4]}, {"seed": 1, "grid": (4, 4)})
+    >>> check_request("runs/a", {"seed": 0, "grid": [4, 4]}, {"seed": 1, "grid": (4, 4)}, "was made otherwise:")
     Traceback (most recent call last):
-    diffprobe.rundir.RequestError: runs/a holds another request; give another folder, or match it. seed: the store has 0, you ask for 1.
+    diffprobe.rundir.RequestError: runs/a was made otherwise: seed: the store has 0, you ask for 1.
     """
     if differences := request_differences(kept, json.loads(json.dumps(asked))):
         raise RequestError(f"{place} {fault} {'; '.join(differences)}.")
