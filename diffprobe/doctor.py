@@ -35,7 +35,9 @@ def examine(hub_timeout: float = 3.0) -> dict[str, Any]:
     devices, hub, models = _devices(), _hub(hub_timeout), _models()
     broken = [name for name, found in packages.items() if not found["fine"]]
     wanted = " ".join(f"'{packages[name]['needed']}'" for name in broken)
-    mend = [{"trouble": f"missing or too old: {', '.join(broken)}", "command": f"pip install {wanted}"}] if broken else []
+    mend: list[dict[str, Any]] = []
+    if broken:
+        mend.append({"trouble": f"missing or too old: {', '.join(broken)}", "command": f"pip install {wanted}"})
     optional = [
         (f"for {extra['for']}: {', '.join(extra['missing'])}", extra["command"])
         for extra in extras.values()
