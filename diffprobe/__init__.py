@@ -1,6 +1,6 @@
 """Record, probe and reuse what text-to-image diffusion models know.
 
-The names that a notebook types.  They load on first use, so that opening a store needs no torch.
+Public names load on first use, so that opening a store needs no torch.
 
 >>> from diffprobe import open_store, features
 """
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffprobe.extraction import extract
     from diffprobe.matching import alignment_score
     from diffprobe.mllm.leakage import leakage_report
+    from diffprobe.mllm.model import FusedMLLM
     from diffprobe.models import load_model
     from diffprobe.probes.correspondence import correspondence
     from diffprobe.probes.knn import knn_probe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from diffprobe.store import attention_maps, features, open_store
 
 _HOMES = {
+    "FusedMLLM": "mllm.model",
     "Recorder": "recorder",
     "alignment_score": "matching",
     "attention_maps": "store",
@@ -46,6 +48,7 @@ _HOMES = {
     "stream_probe": "probes.linear",
 }
 __all__ = [
+    "FusedMLLM",
     "Recorder",
     "alignment_score",
     "attention_maps",

@@ -44,12 +44,12 @@ _KINDS = "null|caption|question|mismatched|hard|words|fixed"
 
 
 def parse_conditionings(text: str) -> list[str]:
-    """Conditionings parted by commas; a comma in the text of a ``fixed:`` one parts nothing unless a conditioning follows.
+    """Splits a list of conditionings at its commas; in a ``fixed:`` text only at those that a conditioning follows.
 
     >>> parse_conditionings("null, fixed:a star, red,caption:1")
     ['null', 'fixed:a star, red', 'caption:1']
     """
-    # Where no text is given, a comma parts whatever follows, so that a slip is named.
+    # Without a fixed: text before it, a comma separates whatever follows, so that a misspelt name is reported.
     parts: list[str] = []
     for part in text.split(","):
         if parts and parts[-1].startswith("fixed:") and not re.match(rf"\s*({_KINDS})\s*(:|$)", part):
@@ -108,7 +108,7 @@ def assign_prompts(samples: Iterable[Sample], conditionings: Sequence[str]) -> d
 
 
 def derange(captions: Sequence[str]) -> list[str]:
-    """For each caption one of another sample: half the dataset further on, the first whose text differs.
+    """A caption of another sample for each caption: the first one with another text, from half the dataset further on.
 
     >>> derange(["a star", "a star", "a circle"])
     ['a circle', 'a circle', 'a star']
@@ -124,18 +124,19 @@ def derange(captions: Sequence[str]) -> list[str]:
 
 
 def nearest_other(captions: Sequence[Sequence[str]]) -> list[str]:
-    """For each sample the first caption of another one that shares most words (Jaccard) and yet does not describe it.
+    """For each sample the most similar first caption of another sample (Jaccard index of words) that does not describe it.
 
-    That is, it has a word that none of the sample's own captions has.  Equally near ones: the first further on.
+    A caption does not describe a sample if it has a word that none of the sample's own captions has.  Of equally similar
+    captions the next one in the dataset is taken.
 
     Args:
-        captions: Of each sample, all that describe it; the first is the one that others are given.
+        captions: all captions of each sample; others can be given the first of them.
 
     >>> nearest_other([["a red star"], ["a red circle"], ["two blue squares"]])
     ['a red circle', 'a red star', 'a red star']
 
     Raises:
-        ValueError: every other caption could describe some sample.
+        ValueError: for some sample every other caption could describe it.
     """
     count = len(captions)
     first = [_words(own[0]) for own in captions]
@@ -161,7 +162,9 @@ def nearest_other(captions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def random_words(ids: Sequence[str], captions: Sequence[Sequence[str]]) -> list[str]:
-    """For each sample as many words as its first caption has (one at least), drawn from all first captions; decided by its id.
+    """Random words for each sample, as many as its first caption has and at least one, drawn from all first captions.
+
+    The draw depends on the sample's id.
 
     Raises:
         ValueError: no caption has a word.
@@ -189,7 +192,7 @@ ACROSS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]]
 
 
 def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Token positions that spell `word` where it first stands in `text` as a whole word; sub-tokens together.
+    """Positions of the tokens that spell the first occurrence of `word` in `text` as a whole word.
 
     Args:
         token_spans: for each token its (start, end) in `text`; (0, 0) for start, end and padding tokens.
@@ -205,7 +208,7 @@ def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]]) ->
     return [i for i, (start, end) in enumerate(token_spans) if end > start and start < match.end() and end > match.start()]
 
 
-# --- which words carry what a text says -------------------------------------------------------------
+# --- content words --------------------------------------------------------------------------------
 
 FUNCTION_WORDS = frozenset(
     {
@@ -216,10 +219,10 @@ FUNCTION_WORDS = frozenset(
 
 
 def content_tokens(tokens: Sequence[str], token_spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of tokens that spell words other than `FUNCTION_WORDS`; sub-tokens go with their word.
+    """Positions of the tokens of all words but `FUNCTION_WORDS`.
 
     Args:
-        tokens: As the tokenizer writes them, with its marks of a word's beginning or end.
+        tokens: the tokenizer's own strings, with its marks of a word's beginning or end.
         token_spans: for each token its (start, end) in the text; (0, 0) for start, end and padding tokens.
 
     >>> content_tokens(["<|s|>", "a</w>", "st", "ar</w>", "<|e|>"], [(0, 0), (0, 1), (2, 4), (4, 6), (0, 0)])

@@ -1,7 +1,7 @@
-"""What is said on a terminal or in a log: texts as they are, progress as a bar or as lines.
+"""Output to a terminal or a log: texts unchanged, progress as a bar or as lines.
 
-Most of what is printed is text of others: file names, captions, labels, answers.  The invariant: none of it is read as
-markup, and no control character of it reaches the terminal, where it could move the cursor or retitle the window.
+Most printed text comes from elsewhere: file names, captions, labels, answers.  The invariant: none of it is read as markup,
+and none of its control characters reaches the terminal, where it could move the cursor or change the window's title.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 LINE_SECONDS = 30.0  # between two lines of progress in a log
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and halves of pairs, from names that are no text
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates, which file names can hold
 
 
 def visible(text: str) -> str:
-    r"""The text with its control characters, line breaks and tabs apart, written out.
+    r"""The text with its control characters written out; line breaks and tabs stay.
 
     >>> print(visible("a \x1b[31mred\x07 star"))
     a \x1b[31mred\x07 star
@@ -44,27 +44,27 @@ def size_text(count: float) -> str:
 
 
 class Console(rich.console.Console):
-    """rich's console for texts of others: no markup, no emoji codes, no colouring by guess, no control characters."""
+    """rich's console without markup, emoji codes, automatic colours and control characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is printed or stands in a table passes here."""
+        """Makes control characters visible; every string that is printed or put into a table passes here."""
         return super().render_str(visible(text), **options)
 
     @contextlib.contextmanager
     def progress(self, task: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal; elsewhere, as in the log of a batch job, a line every `LINE_SECONDS` and one at the end.
+        """Shows progress: a bar on a terminal; in a log a line every `LINE_SECONDS` seconds and one at the end.
 
         Args:
-            task: What is done.
-            unit: What is counted, in the plural.
-            total: How many there are.
-            done: How many an earlier run did.
+            task: the name of the work.
+            unit: the name of the items, in the plural.
+            total: the number of items.
+            done: the number of items that an earlier run finished.
 
         Yields:
-            What takes the number of further ones done.
+            A function that takes the number of items finished since its last call.
         """
         start = told = time.monotonic()
         count = done

@@ -1,6 +1,6 @@
-"""What is installed, which devices and models can be reached, what is missing, and the command that mends it.
+"""Installed packages, reachable devices and models, what is missing, and the commands that get it.
 
-Nothing is loaded that need not be: torch alone is imported, to ask it for devices, and only where it is installed.
+Of the heavy packages only torch is imported, to list devices, and only where it is installed.
 """
 
 from __future__ import annotations
@@ -17,45 +17,40 @@ from urllib.parse import urlparse
 
 from packaging.requirements import Requirement
 
+from diffprobe.rundir import package_versions
 from diffprobe.zoo import embedded, smollm2
 
 
 def examine(hub_timeout: float = 3.0) -> dict[str, Any]:
-    """Everything that `diffprobe doctor` says, JSON-ready.
+    """Collects what `diffprobe doctor` shows, as plain values.
 
     Args:
         hub_timeout: seconds that the hub may take to answer.
 
     Returns:
         ``system``, ``packages`` (name -> installed, needed, fine), ``extras`` (name -> what is missing, command), ``devices``,
-        ``models``, ``hub``, and ``mend``: for each trouble a sentence and the command that ends it.
+        ``models``, ``hub``, and ``mend``: a sentence for each trouble, with the command that resolves it.
     """
     packages, extras = _packages()
     devices, hub, models = _devices(), _hub(hub_timeout), _models()
     broken = [name for name, found in packages.items() if not found["fine"]]
+    wanted = " ".join(f"'{packages[name]['needed']}'" for name in broken)
     mend: list[dict[str, Any]] = []
     if broken:
-        wanted = " ".join(f"'{packages[name]['needed']}'" for name in broken)
         mend.append({"trouble": f"missing or too old: {', '.join(broken)}", "command": f"pip install {wanted}"})
-    for extra in extras.values():
-        if extra["missing"]:
-            mend.append(
-                {"trouble": f"for {extra['for']}: {', '.join(extra['missing'])}", "command": extra["command"], "optional": True}
-            )
+    optional = [
+        (f"for {extra['for']}: {', '.join(extra['missing'])}", extra["command"])
+        for extra in extras.values()
+        if extra["missing"]
+    ]
     if not models["fetched"]:
-        mend.append({"trouble": "smollm2, a real language model", "command": "diffprobe zoo fetch smollm2", "optional": True})
+        optional.append(("smollm2, a real language model", "diffprobe zoo fetch smollm2"))
     if not hub["reachable"]:
-        why = "HF_HUB_OFFLINE is set" if hub["offline"] else "it does not answer"
-        command = (
-            "unset HF_HUB_OFFLINE" if hub["offline"] else "diffprobe extract --model FOLDER   # a copy in diffusers' layout"
-        )
-        mend.append(
-            {
-                "trouble": f"the hub cannot be reached ({why}): only what is listed can be loaded",
-                "command": command,
-                "optional": True,
-            }
-        )
+        why, command = "it does not answer", "diffprobe extract --model FOLDER   # a copy in diffusers' layout"
+        if hub["offline"]:
+            why, command = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+        optional.append((f"the hub cannot be reached ({why}): only what is listed can be loaded", command))
+    mend += [{"trouble": trouble, "command": command, "optional": True} for trouble, command in optional]
     return {
         "system": {
             "diffprobe": importlib.metadata.version("diffprobe"), "python": platform.python_version(), "platform": platform.platform(),
@@ -66,7 +61,7 @@ def examine(hub_timeout: float = 3.0) -> dict[str, Any]:
 
 
 WHAT_FOR = {
-    "smollm2": "reading SmolLM2's weights", "erasure": "the cure 'erased' against leaking", "photos": "the demonstration's photographs",
+    "smollm2": "reading SmolLM2's weights", "erasure": "the mitigation 'erased' of leakage", "photos": "the demonstration's photographs",
     "hub": "benchmarks in Parquet", "coco": "COCO's masks", "captions": "BLEU and ROUGE", "minilm": "similarity of texts by MiniLM",
     "dev": "tests",
 }  # fmt: skip
@@ -81,7 +76,7 @@ def _packages() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         needed = Requirement(line)
         if needed.name == "diffprobe":
             continue
-        there = _version(needed.name)
+        there = package_versions([needed.name]).get(needed.name)
         fine = there is not None and needed.specifier.contains(there, prereleases=True)
         if needed.marker is None or needed.marker.evaluate({"extra": ""}):
             required[needed.name] = {"installed": there, "needed": f"{needed.name}{needed.specifier}", "fine": fine}
@@ -96,18 +91,11 @@ def _packages() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     return required, extras
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> list[dict[str, Any]]:
-    """The CPU, and what torch sees besides."""
+    """The CPU and the devices that torch sees."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: list[dict[str, Any]] = [{"name": "cpu", "cores": cores, "threads": os.environ.get("OMP_NUM_THREADS", "as many")}]
-    if _version("torch") is None:
+    if not package_versions(["torch"]):
         return found
     import torch
 
@@ -120,7 +108,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _models() -> dict[str, list[str]]:
-    """Names that every loader takes here: embedded, fetched, and in the hub's cache."""
+    """Names of the models that can be loaded here: embedded, fetched, and in the hub's cache."""
     try:
         smollm2.fetched()
         fetched = [smollm2.NAME]
@@ -137,7 +125,7 @@ def _cache() -> Path:
 
 
 def _hub(timeout: float) -> dict[str, Any]:
-    """Whether the hub may be asked, and answers; of a token only that there is one."""
+    """Whether the hub may be asked and answers, and whether there is a token."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     reachable = False
@@ -154,7 +142,7 @@ def _hub(timeout: float) -> dict[str, Any]:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """The same as a person reads it."""
+    """What `examine` found, as text."""
     system, hub, models = found["system"], found["hub"], found["models"]
     lines = [f"diffprobe {system['diffprobe']}, Python {system['python']}, {system['platform']}"]
     lines += [f"{system['free_bytes'] / 1e9:.1f} GB are free here", "", "packages"]

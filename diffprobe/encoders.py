@@ -1,11 +1,11 @@
-"""Vision encoders seen as feature extractors, recorded by the same `extract` into the same kind of store.
+"""Vision encoders as feature extractors: `extract` records them into the same kind of store as diffusion models.
 
 Any transformer with an image tower that transformers can load (CLIP, SigLIP, DINOv2, ...).  An encoder has no noise and
 no text: its store has the one timestep 0 and the one conditioning ``null``.  Sites are its layers, ``L1`` to ``Ln``, and
 ``last``, the last layer after the final norm; class and register tokens are dropped, patches are (channel, y, x).
 
-That a layer's tokens are the image's patches, row by row, is not taken for granted: a pass with two patches changed shows
-where they are.  Encoders that shuffle, drop or merge patches are refused.
+The invariant: a layer's tokens are the image's patches, row by row.  A pass with two changed patches checks this and finds
+where they are; encoders that shuffle, drop or merge patches are refused.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfH
 
 
 class VisionEncoder:
-    """An image tower behind the names by which `extract` knows a `DiffusionModel`.
+    """An image tower with the methods that `extract` and `diffprobe.forward` call on every model.
 
     Args:
         model: a transformers model that has an image tower or is one.
-        processor: its image processor's settings: crop_size or size, and image_mean and image_std unless do_normalize is false.
-        model_id: what to write into a store's provenance.
-        random_weights: the seed that its weights were drawn with, if they were.
+        processor: settings of its image processor: crop_size or size; image_mean and image_std unless do_normalize is false.
+        model_id: the name that a store's provenance gets.
+        random_weights: the seed of random weights, if it has them.
 
     Raises:
         ValueError: the model takes no images, its tokens are not the image's patches in order, or a setting is missing.
@@ -63,7 +63,6 @@ class VisionEncoder:
 
     latent_channels = 3
     prompt_tokens = 1
-    prediction_type = "vision encoder"
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class VisionEncoder:
 
     @property
     def preset(self) -> tuple[str, str]:
-        """What "paper" means for an encoder: the second-to-last layer, which its CLIP gives, and the last."""
+        """The sites that "paper" means for an encoder: the second-to-last layer, as the paper takes from CLIP, and the last."""
         return f"L{max(1, len(self._layers) - 1)}", "last"
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -133,7 +132,7 @@ class VisionEncoder:
         return int(patch if isinstance(patch, int) else patch[0])
 
     def weights_hash(self, portable: bool = False) -> str:
-        """A short hash of all that decides the features: the image tower's weights, size, mean and spread of its input."""
+        """A short hash of what decides the features: the image tower's weights, and size, mean and deviation of its input."""
         return hashlib.sha256(f"{weights_hash(self.network, portable)} {self._settings}".encode()).hexdigest()[:16]
 
     def _refuse(self, why: str) -> NoReturn:
@@ -143,7 +142,7 @@ class VisionEncoder:
         )
 
     def _find_patches(self) -> tuple[int, int]:
-        """Where the patches begin among the tokens, and how many tokens are none; from a pass with two patches changed."""
+        """The first patch's place among the tokens and the number of other tokens, from a pass with two changed patches."""
         (height, width), patch = self.size, self._patch
         rows, columns = height // patch, width // patch
         places = sorted({min(1, rows * columns - 1), rows * columns - 1})
@@ -156,7 +155,7 @@ class VisionEncoder:
         handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(_hidden(a, k)), with_kwargs=True)]
         handles += [layer.register_forward_hook(lambda m, a, output: tokens.append(_first_of(output))) for layer in layers]
         try:
-            self.denoise(images, torch.zeros(2), None)
+            self.forward(images)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             if out_of_memory(error):
                 raise
@@ -174,58 +173,53 @@ class VisionEncoder:
             self._refuse("its tokens are not the patches of the image in order")
         return first, tokens[0].shape[1] - rows * columns
 
-    # --- what a diffusion model has and an encoder has not ----------------------------------------
+    # --- timesteps and prompts, of which an encoder has one each ----------------------------------
 
     def check_timestep(self, timestep: int) -> None:
-        """Raise ValueError for any but timestep 0."""
+        """Raises ValueError for any timestep but 0."""
         if timestep:
             raise ValueError(f"{self.model_id} is a vision encoder, whose only timestep is 0; got {timestep}.")
 
     def encode_text(self, prompts: Sequence[str | None]) -> EncodedText:
-        """No text: one empty token for every prompt."""
+        """One empty token for every prompt, whatever it says."""
         ids, spans, lengths = self.tokens(prompts)
         return EncodedText(torch.zeros(len(lengths), 1, 1), None, None, ids, spans, (False,) * len(lengths))
 
     def tokens(
         self, prompts: Sequence[str | None]
     ) -> tuple[Int[Tensor, "prompt token"], Int[Tensor, "prompt token 2"], list[int]]:
-        """As for a diffusion model, with one empty token for every prompt."""
+        """`DiffusionModel.tokens`, with one empty token for every prompt."""
         count = len(prompts)
         return torch.zeros(count, 1, dtype=torch.long), torch.zeros(count, 1, 2, dtype=torch.long), [1] * count
-
-    def special_tokens(self) -> dict[str, int]:
-        return {}
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The images as they are."""
-        return latents
 
     # --- images -----------------------------------------------------------------------------------
 
     def encode_image(
         self, images: Float[Tensor, "image 3 y x"], rule: str = "mean", generator: Any = None
     ) -> Float[Tensor, "image 3 y x"]:
-        """Images in [-1, 1] brought to the mean and spread that the image processor states."""
+        """Images in [-1, 1], normalised with the mean and deviation of the image processor."""
         return (((images + 1) / 2 * self._scale - self._mean) / self._std).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def denoise(self, noised: Float[Tensor, "row 3 y x"], timesteps: Tensor, text: EncodedText | None) -> None:
-        """One forward pass over normalised images; its layers go to the recorder that is listening."""
-        height, width = noised.shape[-2:]
+    def forward(
+        self, inputs: Float[Tensor, "row 3 y x"], timesteps: Tensor | None = None, text: EncodedText | None = None
+    ) -> None:
+        """One pass over normalised images; a recorder that listens gets its layers.  Timesteps and text are not read."""
+        height, width = inputs.shape[-2:]
         self._grid = (height // self._patch, width // self._patch)
         own = getattr(self.network.config, "image_size", None)
         options: dict[str, Any] = {}
         if own is not None and "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters:
             options["interpolate_pos_encoding"] = (height, width) != ((own, own) if isinstance(own, int) else tuple(own))
         with evaluating(self.network):
-            self.network(pixel_values=noised, **options)
+            self.network(pixel_values=inputs, **options)
 
     def recorder(self, sites: Sequence[str], reduce: Callable[[Site, Tensor], Tensor] | None = None) -> EncoderRecorder:
-        """Listens to layers, inside a ``with`` block."""
+        """A recorder of layers, for a ``with`` block."""
         return EncoderRecorder(self, [s for s in self.sites if s.name in sites], reduce)
 
     def patches(self, site: Site, tokens: Float[Tensor, "row token channel"]) -> Float[Tensor, "row channel y x"]:
-        """The places of a layer's output; what stands before or after them (class token, registers) is dropped."""
+        """The patches of a layer's output as a grid, without the class token and registers before or after them."""
         if site.name == "last" and self._norm:
             tokens = self.network.get_submodule(self._norm)(tokens)
         count = self._grid[0] * self._grid[1]
@@ -259,7 +253,7 @@ class EncoderRecorder:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer is given: its first argument, whatever its name is."""
+    """A layer's input: its first argument, by position or by any name."""
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
@@ -268,7 +262,7 @@ def _first_of(output: Any) -> Tensor:
 
 
 def _final_norm(network: nn.Module, stack: str) -> str:
-    """Path of the norm that follows a stack of layers, whatever its name is; "" where none does."""
+    """The path of the norm that follows a stack of layers, by any name; "" if none does."""
     parts = stack.split(".")
     for depth in range(len(parts) - 1, -1, -1):  # beside the layers first, then beside what holds them
         path = ".".join(parts[:depth])
@@ -281,10 +275,10 @@ def _final_norm(network: nn.Module, stack: str) -> str:
 
 
 def _settings(processor: Mapping[str, Any], name: str) -> tuple[tuple[int, int], float, list[float], list[float]]:
-    """What an image processor's settings come to: (height, width), and scale, mean and spread of pixels in [0, 1].
+    """An image processor's (height, width), and scale, mean and deviation of pixels in [0, 1].
 
     Raises:
-        ValueError: the size, mean or spread is not among them.
+        ValueError: the settings lack the size, mean or deviation.
 
     >>> _settings({"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 300}, "do_normalize": False}, "")
     ((336, 336), 1.0, [0.0], [1.0])
@@ -293,7 +287,7 @@ def _settings(processor: Mapping[str, Any], name: str) -> tuple[tuple[int, int],
     """
     crops = processor.get("do_center_crop", True) and processor.get("crop_size")
     size = processor["crop_size"] if crops else processor.get("size")
-    if isinstance(size, Mapping):  # of a square image, which ours are, any edge is both
+    if isinstance(size, Mapping):  # our images are square, so any edge is both
         size = [size.get(edge) or size.get("shortest_edge") or size.get("longest_edge") for edge in ("height", "width")]
     sides: list[Any] = list(size) if isinstance(size, Sequence) else [size, size]
     normalizes = processor.get("do_normalize", True)
@@ -331,9 +325,7 @@ def load_encoder(
     dtype = as_dtype(dtype, device) if isinstance(dtype, str) else dtype
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
-        with contextlib.suppress(
-            ValueError, ImportError
-        ):  # what the file leaves out is the default of its class, if that is known
+        with contextlib.suppress(ValueError, ImportError):  # settings that the file lacks are defaults of its class, if known
             processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False).to_dict()
         with quiet(source):
             options: dict[str, Any] = {"use_safetensors": True} if use_safetensors else {}
@@ -354,7 +346,7 @@ def load_extractor(
     use_safetensors: bool = True,
     random_weights: int | None = None,
 ) -> DiffusionModel | VisionEncoder:
-    """Whatever is there: a text-to-image pipeline, as `load_model` gives it, or a vision encoder."""
+    """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of."""
     source = resolve(id_or_dir)
     load: Callable[..., DiffusionModel | VisionEncoder] = load_model
     try:

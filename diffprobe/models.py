@@ -354,6 +354,10 @@ class DiffusionModel:
             return None
         return predicted_noise(output, noised, timesteps, self.alphas_cumprod, self.prediction_type)
 
+    def forward(self, inputs: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor | None:
+        """`denoise`, by the name that `diffprobe.forward` calls on every model."""
+        return self.denoise(inputs, timesteps, text)
+
     def network_arguments(self, noised: Tensor, text: EncodedText) -> dict[str, Any]:
         """What the network wants besides latents and timesteps.
 

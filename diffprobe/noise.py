@@ -45,9 +45,3 @@ def sigma(alphas_cumprod: Float[Tensor, " train_step"], timestep: int) -> float:
     """
     alpha = float(alphas_cumprod[timestep])
     return ((1 - alpha) / alpha) ** 0.5 if alpha > 0 else math.inf
-
-
-def snr(alphas_cumprod: Float[Tensor, " train_step"], timestep: int) -> float:
-    """Signal-to-noise ratio a / (1 - a), the square of 1 / sigma."""
-    alpha = float(alphas_cumprod[timestep])
-    return alpha / (1 - alpha)

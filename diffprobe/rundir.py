@@ -1,8 +1,7 @@
-"""Folders that runs write into: one writer at a time, files that appear whole, requests that must match, and where numbers
-come from.
+"""Folders that runs write into: a lock, atomic writes, the check of a request, and provenance; needs neither torch nor zarr.
 
-A place is a path of this machine or a URL that fsspec knows.  The invariant: whoever reads a file here sees all of it or
-none of it, and a run goes on only where an earlier one was asked for the same.  Needs neither torch nor zarr.
+A place is a path of this machine or a URL that fsspec knows.  The invariants: a reader sees a whole file or none, and a run
+continues an earlier one only if their requests are equal.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class StoreError(ValueError):
-    """A store or folder that is not one, does not answer, is of another version, or is asked for what it does not hold."""
+    """A store cannot be read, has another version, or lacks what is asked for."""
 
 
 class BusyError(ValueError):
-    """Another process is writing where this one is to write."""
+    """Another process is writing to the place."""
 
 
 class RequestError(ValueError):
-    """A folder, file or store holds what an earlier run was asked for, and this run is asked for something else."""
+    """A folder, file or store holds another request than the one asked for."""
 
 
 # --- places ---------------------------------------------------------------------------------------
 
 
 def locate(path: str | Path) -> Path | str:
-    """A place by its one name: a path on this machine, or a URL; ``file://`` and a slash at the end are spellings of it.
+    """A place in its one spelling, as a path of this machine or a URL; ``file://`` and a final slash are dropped.
 
     >>> locate("file:///data/a.zarr/"), locate("s3://bucket/a.zarr/")
     (PosixPath('/data/a.zarr'), 's3://bucket/a.zarr')
@@ -59,14 +58,14 @@ def is_remote(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def reaching(path: str | Path) -> Iterator[None]:
-    """Turn what libraries raise when a remote place does not answer into one sentence.
+    """Replaces errors of libraries at a remote place by one sentence.
 
     Raises:
         StoreError: the place did not answer.
     """
     try:
         yield
-    except (ValueError, ImportError, OSError, MemoryError):  # ours, a URL's missing package, the system's: they say what it is
+    except (ValueError, ImportError, OSError, MemoryError):  # these say what is wrong
         raise
     except Exception as error:
         if not is_remote(path):
@@ -77,12 +76,12 @@ def reaching(path: str | Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as a part of a sentence."""
+    """The first line of an exception's message, as a part of a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def refuse_unwritable(path: str | Path) -> None:
-    """Raise StoreError for a place that can only be read."""
+    """Raises StoreError for a place that can only be read."""
     if str(path).startswith(("http://", "https://")):
         raise StoreError(
             f"{path} can be read over HTTP and not written; give a local path or a URL such as s3://bucket/a.zarr."
@@ -90,7 +89,7 @@ def refuse_unwritable(path: str | Path) -> None:
 
 
 def free_bytes(path: str | Path) -> int | None:
-    """Free space where the place is or will be; None for a URL."""
+    """Free bytes on the disk where the place is or will be; None for a URL."""
     place = locate(path)
     if isinstance(place, str):
         return None
@@ -102,13 +101,12 @@ def free_bytes(path: str | Path) -> int | None:
 
 @contextlib.contextmanager
 def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
-    """Hold a lock beside a store or folder for as long as this process writes there; it ends with the process.
+    """Holds a lock beside a store or folder; the lock ends with the process.
 
-    Each rank has its own lock; the first rank also looks for ranks of a larger run that it would not meet.  A URL has no
-    lock.
+    Each rank has its own lock, and rank 0 also checks for ranks of a larger run.  A URL has no lock.
 
     Raises:
-        BusyError: another process holds it; the message names the process.
+        BusyError: another process holds the lock; the message names the process.
         ValueError: the place cannot be written to.
     """
     place = locate(out)
@@ -152,7 +150,7 @@ def _locked(path: Path, out: str | Path) -> IO[str]:
             raise BusyError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             return file
-        file.close()  # its holder removed it between our two calls: what we locked is no longer there
+        file.close()  # its holder removed it between our two calls, so we locked a removed file
 
 
 # --- files and folders that appear whole ----------------------------------------------------------
@@ -160,9 +158,9 @@ def _locked(path: Path, out: str | Path) -> IO[str]:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that appears whole or not at all, because others read from it what is done.
+    """Yields the path where to write a file, which then appears whole or not at all.
 
-    The file is written beside its place and renamed at the end; its folder is made.  A URL gets it in one upload.
+    The file is written beside its place, in a folder that is made if needed, and renamed at the end.  A URL gets one upload.
     """
     place = locate(path)
     if isinstance(place, str):
@@ -184,21 +182,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text as `whole_file` does."""
+    """Writes a UTF-8 text as `whole_file` does."""
     with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, as `whole_file` does."""
+    """Writes a value as indented JSON, as `whole_file` does."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Where to build a folder that appears whole or not at all; it is built beside its place and renamed at the end.
+    """Yields the path where to build a folder, which then appears whole or not at all.
 
-    What a killed process left of an earlier attempt is removed; no other process may be building the same folder.
+    It is built beside its place and renamed at the end.  Unfinished folders of killed processes are removed first, so no
+    other process may be building the same folder.
     """
     for left in path.parent.glob(f"{glob.escape(path.name)}.init-*"):
         if re.fullmatch(r"\d+", left.name.rpartition("-")[2]) and left.is_dir():
@@ -214,17 +213,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove the files of a folder that a killed process was writing by `whole_file`; no process may be writing there."""
+    """Removes unfinished files of `whole_file` that killed processes left in a folder; no process may be writing there."""
     for left in Path(folder).glob("*.tmp"):
         if re.search(r"\.\d+\.tmp$", left.name):
             left.unlink(missing_ok=True)
 
 
-# --- what a run was asked for ---------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 def request_differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What two requests differ in, one readable line each.
+    """The differences of two requests, one line for each field.
 
     >>> request_differences({"timesteps": [10], "seed": 0}, {"timesteps": [10, 50], "seed": 0})
     ['timesteps: the store has [10], you ask for [10, 50]']
@@ -242,20 +241,20 @@ def check_request(
     asked: Mapping[str, Any],
     fault: str = "holds another request; give another folder, or match it.",
 ) -> None:
-    """Compare what a place holds with what is asked for.
+    """Compares the request that a place holds with the one asked for.
 
     Args:
-        place: what the message names.
-        kept: the request that was written there, as JSON gives it.
-        asked: the request of now; tuples count as lists.
-        fault: what the message says of a place whose request differs.
+        place: named in the message.
+        kept: the request that the place holds, as JSON.
+        asked: the request asked for; tuples count as lists.
+        fault: what the message says of the place.
 
     Raises:
-        RequestError: they differ; the message lists each field with both values.
+        RequestError: the requests differ; the message lists each differing field with both values.
 
-    >>> check_request("runs/a", {"seed": 0, "grid": [4, 4]}, {"seed": 1, "grid": (4, 4)})
+    >>> check_request("runs/a", {"seed": 0, "grid": [4, 4]}, {"seed": 1, "grid": (4, 4)}, "was made otherwise:")
     Traceback (most recent call last):
-    diffprobe.rundir.RequestError: runs/a holds another request; give another folder, or match it. seed: the store has 0, you ask for 1.
+    diffprobe.rundir.RequestError: runs/a was made otherwise: seed: the store has 0, you ask for 1.
     """
     if differences := request_differences(kept, json.loads(json.dumps(asked))):
         raise RequestError(f"{place} {fault} {'; '.join(differences)}.")
@@ -264,14 +263,14 @@ def check_request(
 def check_or_write_request(
     path: str | Path, asked: Mapping[str, Any], fault: str = "holds another run; give another folder, or match it."
 ) -> None:
-    """Write down what a folder's run is asked for; where that stands already, compare it.
+    """Writes the request of a folder's run; if the folder has one, compares it.
 
     Args:
-        path: the JSON file that keeps the request, such as ``runs/a/request.json``.
+        path: the JSON file of the request, such as ``runs/a/request.json``.
         asked, fault: as for `check_request`; the message names the file's folder.
 
     Raises:
-        RequestError: the file holds another request, or is no JSON object.
+        RequestError: the file holds another request, or no JSON object.
     """
     path = Path(path)
     if not path.exists():
@@ -286,11 +285,11 @@ def check_or_write_request(
     check_request(path.parent, kept, asked, fault)
 
 
-# --- where numbers come from ----------------------------------------------------------------------
+# --- provenance -----------------------------------------------------------------------------------
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:
-    """The installed version of each package; those that are not installed are left out.
+    """The versions of the packages that are installed, by name.
 
     >>> list(package_versions(["numpy", "no-such-package"]))
     ['numpy']
@@ -303,7 +302,7 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The commit of the code that runs; None outside a checkout of its own, or without git."""
+    """The commit of the running code; None if it is no checkout of its own, or without git."""
     checkout = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
     # a hook sets GIT_DIR and the like, which name another repository
@@ -318,10 +317,10 @@ def code_commit() -> str | None:
 
 
 def file_digest(path: Path, algorithm: str | Callable[[], Any] = "sha256") -> str:
-    """The digest of a file's content, in hexadecimal.
+    """The hexadecimal digest of a file's content.
 
     Args:
-        algorithm: a name of `hashlib`, or what makes its hash object.
+        algorithm: a name in `hashlib`, or a function that makes its hash object.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,4 +1,4 @@
-"""The Zarr layout, its writer, and its readers; runs without torch.
+"""The writer and the readers of a store; needs no torch.  `layout.py` opens and checks stores.
 
 Format version 1.  The root has `sample` ids, labels, `status` (one number a sample) and `done` (one number a unit); the
 group ``prompts`` has each (sample, conditioning)'s text and tokens; every site has a group of its own with one array:
@@ -6,23 +6,20 @@ group ``prompts`` has each (sample, conditioning)'s text and tokens; every site 
 - ``features`` (sample, conditioning, timestep, channel, y, x), fewer dimensions where it was reduced while recording;
 - ``maps`` (sample, conditioning, timestep, head, token, y, x).
 
-The invariant: a unit is a run of consecutive samples and exactly one shard of every array.  A shard is written by one
-whole assignment, and `done` is set after the last of them; so two processes never share a file, and what is not done
-was never there.  Absence is recorded in `status`, never guessed from fill values: a chunk that must be there and is not
-is an error of whoever reads it.  The root's attribute `digests` names every object of the layout with its digest, the array
-``digest`` (unit, site) holds one of what each unit wrote, bound to its place; stores older than these open all the same.
+The invariant: a unit is a run of consecutive samples and exactly one shard of every array.  Each shard is written by one
+put, and `done` is set after the last of them, so two processes never share a file and an unfinished unit reads as absent.
+Absence is recorded in `status` and never guessed from fill values: reading a chunk that should exist and is missing raises
+an error.  The root's attribute `digests` has a digest of every object that belongs to no unit; the array ``digest``
+(unit, site) has one of what each unit wrote, bound to its place.  Older stores, which have no digests, open too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import difflib
-import hashlib
 import json
-import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,32 +29,64 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
-from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.array import AsyncArray
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath, WrapperStore
+from zarr.storage import FsspecStore, MemoryStore, StorePath
 
 from diffprobe.conditioning import NULL, guided_name, word_tokens
-from diffprobe.rundir import BusyError as BusyError
-from diffprobe.rundir import StoreError as StoreError
-from diffprobe.rundir import code_commit as code_commit
-from diffprobe.rundir import first_line, reaching, refuse_unwritable, whole_folder
-from diffprobe.rundir import is_remote as is_remote
-from diffprobe.rundir import locate as locate
-from diffprobe.rundir import request_differences as request_differences
-from diffprobe.rundir import sole_writer as sole_writer
-from diffprobe.rundir import whole_file as whole_file
-from diffprobe.rundir import write_whole as write_whole
+from diffprobe.layout import (
+    COMPLETE,
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    NOT_FINITE,
+    PENDING,
+    SLACK,
+    STATUS_WORDS,
+    UNREADABLE,
+    Attributes,
+    Fault,
+    Present,
+    Seal,
+    array_of,
+    attributes_of,
+    digest,
+    exists,
+    open_group,
+    read_array,
+    recorded,
+    site_array,
+    store_info,
+    stored_sites,
+    verify_store,
+)  # fmt: skip
+from diffprobe.rundir import (
+    BusyError,
+    StoreError,
+    code_commit,
+    first_line,
+    is_remote,
+    locate,
+    reaching,
+    refuse_unwritable,
+    request_differences,
+    sole_writer,
+    whole_file,
+    whole_folder,
+    write_whole,
+)  # fmt: skip
 
-FORMAT_VERSION = 1
-_SLACK, _SWELL = 2**28, 100
-PENDING, COMPLETE, UNREADABLE, NOT_FINITE = 0, 1, 2, 3
-STATUS_WORDS = {PENDING: "pending", COMPLETE: "complete", UNREADABLE: "image unreadable", NOT_FINITE: "not finite"}
+__all__ = [
+    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "BusyError", "Fault", "StoreError",
+    "StoreWriter", "attention_maps", "clear_cut_writes", "code_commit", "create_store", "exists", "features", "is_remote",
+    "known", "locate", "open_store", "prompt_texts", "provenance", "read_maps", "request_differences", "samples_per_unit",
+    "site_names", "sole_writer", "store_info", "verify_store", "whole_file", "write_whole",
+]  # fmt: skip
+
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
-UNREADABLE_BYTES = (ValueError, OSError, RuntimeError, KeyError, TypeError)  # what zarr and its codecs raise on damage
+_VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
 
 
@@ -79,10 +108,9 @@ class ArraySpec:
 
 
 def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int) -> int:
-    """How many samples make a unit at most: the arrays of one stay near 64 MiB together.
+    """The most samples of a unit: its arrays stay near 64 MiB together, and it has at most 64 images.
 
-    Two units are in memory at a time, so this bounds the memory that a run takes, whatever its length; 64 samples at most,
-    because their images wait there too.
+    Two units are in memory at a time, so this bounds the memory of a run of any length.
 
     >>> spec = ArraySpec("s", "p", "block", "features", ("channel", "y", "x"), (1280, 16, 16), ("null",))
     >>> samples_per_unit([spec], 5, 2)
@@ -93,26 +121,6 @@ def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int) 
 
 
 # --- writing --------------------------------------------------------------------------------------
-
-
-def _zarr_store(path: str | Path, read_only: bool) -> Store:
-    place = locate(path)
-    return (
-        LocalStore(place, read_only=read_only) if isinstance(place, Path) else FsspecStore.from_url(place, read_only=read_only)
-    )
-
-
-def exists(path: str | Path) -> bool:
-    """Whether there is a store at this path or URL; only "not found" means that there is none.
-
-    Raises:
-        StoreError, OSError: the place cannot be looked at, so nobody knows.
-    """
-    try:
-        with reaching(path):
-            return sync(_zarr_store(path, True).get("zarr.json", default_buffer_prototype())) is not None
-    except FileNotFoundError:
-        return False
 
 
 def create_store(
@@ -130,13 +138,13 @@ def create_store(
     dtype: str,
     compress: bool = False,
 ) -> None:
-    """Lay out an empty store, all at once: a reader sees the whole grid or no store.
+    """Creates an empty store in one step: a reader sees all of its layout or no store.
 
     Args:
-        attributes: provenance and request, JSON-ready; kept under ``diffprobe`` in the root.
+        attributes: provenance and request as plain values; kept under ``diffprobe`` in the root.
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
-        tokens: the key positions that maps keep.
-        compress: zstd instead of none; every inner chunk has a Crc32c either way.
+        tokens: the token positions that maps keep.
+        compress: use zstd; every inner chunk has a Crc32c either way.
     """
     held: dict[str, Buffer] = {}
     root = zarr.open_group(MemoryStore(held), mode="w", zarr_format=3)
@@ -146,7 +154,7 @@ def create_store(
     _put(root, "sample", np.array(list(sample_ids), dtype=np.dtypes.StringDType()), ("sample",))
     root.create_array("status", shape=(count,), chunks=(unit_samples,), dimension_names=("sample",), **flags)
     root.create_array("done", shape=(units,), chunks=(1,), dimension_names=("unit",), **flags)
-    shape = (units, len(specs), _DIGEST_BYTES)
+    shape = (units, len(specs), DIGEST_BYTES)
     root.create_array("digest", shape=shape, chunks=(1, *shape[1:]), dimension_names=("unit", "site", "byte"), **flags)
     for name, values in labels.items():
         _put(root, name, values, ("sample",))
@@ -176,16 +184,16 @@ def create_store(
             fill_value=np.nan,
             dimension_names=(*_LEADING, *spec.dims),
         )
-    digests = {key: _digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
+    digests = {key: digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
     root.attrs["digests"] = digests
     root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
     _put_in_place(path, {key: value.to_bytes() for key, value in held.items()})
 
 
 def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
-    """Write a laid out store where there is none: beside its place and renamed, or object by object with the root's last.
+    """Writes the objects of a new store: into a folder that is renamed at the end, or to a URL with the root's object last.
 
-    A layout that was cut off on a remote place is written over by an equal one.  Nothing is ever removed there.
+    On a remote place the rest of an earlier attempt is overwritten by an equal layout, and nothing is removed.
     """
     final = locate(path)
     if isinstance(final, str):
@@ -216,22 +224,14 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
         raise StoreError(f"Another process has just made a store at {url}; the same command goes on from there.") from None
 
 
-_DIGEST_BYTES = 16
-
-
-def _digest(*parts: bytes | NDArray[Any]) -> bytes:
-    found = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for part in parts:
-        found.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return found.digest()
-
-
 def clear_cut_writes(path: str | Path) -> None:
-    """Remove the files that a killed process was about to put in their place; no process may be writing."""
+    """Removes temporary files of killed processes; no process may be writing."""
     place = locate(path)
     if isinstance(place, Path):
         for left in place.rglob("*.partial"):
-            if re.search(r"\.[0-9a-f]{32}\.partial$", left.name) and left.is_file():  # as zarr calls them; labels have folders
+            if (
+                re.search(r"\.[0-9a-f]{32}\.partial$", left.name) and left.is_file()
+            ):  # zarr's temporary name; a label may be called so too
                 left.unlink()
 
 
@@ -253,68 +253,55 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ..
     array[...] = values
 
 
-class _Seal:
-    """The digest of one site's values in one unit, of this store alone: of its request, ids, labels and coordinates."""
-
-    def __init__(self, root: zarr.Group) -> None:
-        self.layout: Any = root.attrs.get("digests")
-        self.there = isinstance(self.layout, dict)
-        told = json.dumps([root.attrs.asdict().get("diffprobe", {}).get("request"), self.layout], sort_keys=True)  # type: ignore[union-attr]
-        self._store = told.encode()
-
-    def of(self, site: str, unit: int, status: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[np.uint8]:
-        return np.frombuffer(_digest(self._store, f"{site}/{unit}".encode(), status, values), np.uint8)
-
-
 class StoreWriter:
-    """Writes whole units; the only code that touches the arrays of a store."""
+    """Writes whole units; no other code writes into the arrays of a store."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self.root = _open_group(path, "r+")
-        self.attributes = _attributes(self.root, path)
+        self.root = open_group(path, "r+")
+        self.attributes = attributes_of(self.root, path)
         self.unit_samples = int(self.attributes["unit_samples"])
-        self._seal = _Seal(self.root)
+        self._seal = Seal(self.root)
 
     @property
     def pending(self) -> list[int]:
-        """Units that are not complete, in order."""
-        return [int(u) for u in np.flatnonzero(_read(self.root, "done") == 0)]
+        """Units that are not done, in order."""
+        return [int(u) for u in np.flatnonzero(read_array(self.root, "done") == 0)]
 
     @property
     def status(self) -> NDArray[np.uint8]:
-        """One number a sample, as `STATUS_WORDS` explains."""
-        return _read(self.root, "status")
+        """A status number for each sample; `STATUS_WORDS` explains them."""
+        return read_array(self.root, "status")
 
     def unit_status(self, unit: int) -> NDArray[np.uint8]:
-        """`status` of one unit's samples; PENDING where it is not done, whatever its samples say."""
+        """`status` of one unit's samples; PENDING for all of a unit that is not done."""
         first, last = self.bounds(unit)
-        done = _read(self.root, "done", slice(unit, unit + 1))[0]
-        return _read(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
+        done = read_array(self.root, "done", slice(unit, unit + 1))[0]
+        return read_array(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
 
     def bounds(self, unit: int) -> tuple[int, int]:
-        """First sample of a unit and one past its last."""
-        count = _array(self.root, "status").shape[0]
+        """The first sample of a unit and the one after its last."""
+        count = array_of(self.root, "status").shape[0]
         return unit * self.unit_samples, min((unit + 1) * self.unit_samples, count)
 
     def write_unit(self, unit: int, arrays: Mapping[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
-        """Mark a unit as pending, write every site's array of it, then its status and digests, then mark it done.
+        """Marks a unit as pending, writes its part of every site's array, its status and digests, and marks it as done.
 
-        A unit that is there already is replaced shard by shard: a reader who has the store open sees an old shard or a
-        new one, and after a process that was killed in between the unit is pending.
+        Shards of an earlier unit are replaced one by one: a reader that has the store open sees the old or the new shard.
+        If the process is killed in between, the unit stays pending.
 
         Args:
             arrays: by site name, (sample, conditioning, timestep, ...).
-            status: one number a sample, COMPLETE or why not.
+            status: COMPLETE or another status number for each sample.
         """
         first, last = self.bounds(unit)
         status = np.asarray(status, np.uint8)
-        names = sorted(_stored_sites(self.root))
-        digests = np.zeros((len(names), _DIGEST_BYTES), np.uint8)
+        names = sorted(stored_sites(self.root))
+        digests = np.zeros((len(names), DIGEST_BYTES), np.uint8)
         self.forget_unit(unit)
         with reaching(self.path):
             for site, values in arrays.items():
-                target = _site_array(self.root, site)
+                target = site_array(self.root, site)
                 if values.shape != (last - first, *target.shape[1:]):
                     raise AssertionError(
                         f"Unit {unit} of {site}: shape {values.shape} for {(last - first, *target.shape[1:])}."
@@ -322,117 +309,21 @@ class StoreWriter:
                 values = np.asarray(values, target.dtype)
                 _replace_shard(target, unit, first, values)
                 digests[names.index(site)] = self._seal.of(site, unit, status, values)
-            _array(self.root, "status")[first:last] = status
+            array_of(self.root, "status")[first:last] = status
             if self._seal.there:
-                _array(self.root, "digest")[unit] = digests
-            _array(self.root, "done")[unit] = 1
+                array_of(self.root, "digest")[unit] = digests
+            array_of(self.root, "done")[unit] = 1
 
     def forget_unit(self, unit: int) -> None:
-        """Mark a unit as not done, so that the next extract computes it again."""
+        """Marks a unit as not done, so that the next extract computes it again."""
         first, last = self.bounds(unit)
         with reaching(self.path):
-            _array(self.root, "done")[unit] = 0
-            _array(self.root, "status")[first:last] = PENDING
-
-
-# --- opening --------------------------------------------------------------------------------------
-
-
-class _Present(WrapperStore[Store]):
-    """A store in which a chunk that must be there and is not is an error, where zarr would read fill values.
-
-    Must be there: of the sites' arrays what `units` has, and every object of the layout.
-    """
-
-    def __init__(self, store: Store, units: frozenset[int] = frozenset(), layout: frozenset[str] = frozenset()) -> None:
-        super().__init__(store)
-        self.units, self.layout = units, layout
-
-    def _with_store(self, store: Store) -> _Present:
-        return _Present(store, self.units, self.layout)
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
-        if found is None and "/c/" in key:
-            unit = re.search(r"/(features|maps)/c/(\d+)/", key)
-            if key in self.layout or (unit and int(unit[2]) in self.units):
-                raise StoreError(
-                    f"{key} of the store is missing. 'diffprobe verify' says what is damaged, 'diffprobe repair' mends it."
-                )
-        return found
-
-
-def _open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
-    place = locate(path)
-    if isinstance(place, Path):
-        if place.is_file():
-            raise StoreError(f"{path} is a file, and a store is a folder: give the folder that 'diffprobe extract --out' made.")
-        _refuse_links(place)
-    try:
-        with reaching(path):
-            store = _zarr_store(path, mode == "r")
-            root = zarr.open_group(store, mode=mode, zarr_format=3)  # format 2 has filters that run code
-    except StoreError:
-        raise
-    except PermissionError as error:
-        raise StoreError(f"{path} cannot be opened: {error}.") from error
-    except ImportError:  # of what a URL needs
-        raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(
-            f"{path} is not a diffprobe store: no Zarr group is there. 'diffprobe extract --out {path}' makes one."
-        ) from error
-    except Exception as error:  # metadata that someone edited can make zarr raise anything
-        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({first_line(error)}).") from error
-    _check_arrays(root, path)
-    _check_layout(root, path, lambda key: key.endswith("/zarr.json"))
-    return root
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    try:
-        found = group[name]
-    except Exception as error:
-        raise StoreError(f"The store's {name} is missing or its zarr.json is damaged ({first_line(error)}).") from error
-    if not isinstance(found, zarr.Array):
-        raise StoreError(f"The store's {name} is a group where an array should be.")
-    return found
-
-
-def _read(group: zarr.Group, name: str, part: slice = slice(None)) -> NDArray[Any]:
-    """A small array that belongs to the whole store, or a part of it.
-
-    Raises:
-        StoreError: its bytes are damaged or missing.
-    """
-    try:
-        return np.asarray(_array(group, name)[part])
-    except UNREADABLE_BYTES as error:
-        raise _unreadable(name, first_line(error)) from error
-
-
-def _unreadable(name: str, why: str) -> StoreError:
-    return StoreError(
-        f"The store's {name} cannot be read ({why}). 'diffprobe repair' mends what belongs to a unit; "
-        "otherwise extract it again under another name."
-    )
-
-
-def _stored_sites(root: zarr.Group) -> list[str]:
-    request = _attributes(root, root.path).get("request", {})
-    named = [*request.get("sites", ()), *request.get("maps", ())]
-    return [*named, *sorted(set(root.group_keys()) - {*named, "prompts"})]
-
-
-def _site_array(root: zarr.Group, site: str) -> zarr.Array[Any]:
-    try:
-        return _array(root, f"{site}/maps")
-    except StoreError:
-        return _array(root, f"{site}/features")
+            array_of(self.root, "done")[unit] = 0
+            array_of(self.root, "status")[first:last] = PENDING
 
 
 def _replace_shard(array: zarr.Array[Any], unit: int, first: int, values: NDArray[Any]) -> None:
-    """Write a unit's shard by a single put; what stands there, damaged or not, is neither read nor removed before."""
+    """Writes a unit's shard by a single put; an earlier shard, damaged or not, is neither read nor removed first."""
     held: dict[str, Buffer] = {}
     made: Any = AsyncArray(array.metadata, StorePath(MemoryStore(held)), {"write_empty_chunks": True})  # type: ignore[call-overload]
     zarr.Array(made)[first : first + len(values)] = values
@@ -440,188 +331,17 @@ def _replace_shard(array: zarr.Array[Any], unit: int, first: int, values: NDArra
     sync((array.store_path / key).set(held[key]))
 
 
-def _refuse_links(path: Path) -> None:
-    """A store from elsewhere must not make us read files outside it."""
-    if not path.is_dir():
-        return
-    for folder, folders, files in os.walk(path):
-        for name in (*folders, *files):
-            if (Path(folder) / name).is_symlink():
-                raise StoreError(
-                    f"{path} holds a symbolic link ({Path(folder) / name}); a store has none. Copy the data in its place to open it."
-                )
-
-
-def _check_layout(root: zarr.Group, path: str | Path, which: Callable[[str], bool]) -> None:
-    """Compare objects of the layout with their digests, where the store has these.
-
-    Raises:
-        StoreError: one is missing, or is not what was written.
-    """
-    kept: Any = root.attrs.get("digests")
-    layout: dict[str, str] = kept if isinstance(kept, dict) else {}
-    keys = [key for key in layout if which(key)]
-    if outside := [key for key in keys if key.startswith("/") or ".." in key.split("/")]:
-        raise StoreError(f"{path} names {outside[0]!r} as a part of itself. Was it edited?")
-
-    async def objects() -> list[Buffer | None]:
-        return await asyncio.gather(*(root.store.get(key, default_buffer_prototype()) for key in keys))
-
-    with reaching(path):
-        found = sync(objects())
-    for key, value in zip(keys, found, strict=True):
-        if value is None or _digest(value.to_bytes()).hex() != layout[key]:
-            why = "missing" if value is None else "not what was written"
-            raise _unreadable(re.sub(r"(/c/.*|/c|/zarr.json)$", "", key), f"{key} is {why}")
-
-
-_CODECS = {"bytes", "vlen-utf8", "zstd", "crc32c", "sharding_indexed"}
-_KINDS_OF_DATA = {"uint8", "int32", "int64", "float16", "float32", "float64", "bool", "string"}
-
-
-def _check_arrays(root: zarr.Group, path: str | Path) -> None:
-    """Refuse a store from elsewhere that holds what diffprobe never writes, or whose few bytes ask for gigabytes of memory.
-
-    Memory is asked for by a large shape, by chunks that swell, and by compressed frames that say how large they become.  An
-    array may take `_SWELL` times the store's size on disk, and `_SLACK` besides; of the sites' arrays what is done counts.
-
-    Raises:
-        StoreError: it does.
-    """
-    try:
-        arrays = {name: found for name, found in root.members(max_depth=None) if isinstance(found, zarr.Array)}
-        told = {name: found.metadata.to_dict() for name, found in arrays.items()}
-    except Exception as error:  # as in _open_group
-        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({first_line(error)}).") from error
-    for name, metadata in told.items():
-        if strange := sorted(_named(metadata["codecs"]) - _CODECS):
-            raise StoreError(f"{path}: the array {name} uses {strange[0]!r}, which no store of diffprobe does. Was it edited?")
-        if str(metadata["data_type"]) not in _KINDS_OF_DATA or metadata.get("attributes"):
-            raise StoreError(
-                f"{path}: the array {name} is of the type {metadata['data_type']!r} with the attributes "
-                f"{metadata.get('attributes') or {}}, which no store of diffprobe has. Was it edited?"
-            )
-    place = locate(path)
-    if not isinstance(place, Path):
-        return
-    on_disk = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    allowed = _SLACK + _SWELL * on_disk
-    done = sum(1 for _ in (place / "done" / "c").glob("*"))
-    for name, array in arrays.items():
-        itemsize = max(1, getattr(array.dtype, "itemsize", 16))
-        shape = (min(array.shape[0], done * array.shards[0]), *array.shape[1:]) if array.shards else array.shape
-        chunk = math.prod(array.chunks) * itemsize if math.prod(shape) else 0
-        frame = _frame_bytes(place / name, array) if "zstd" in _named(told[name]["codecs"]) else 0
-        asked = max(math.prod(shape) * itemsize, chunk, frame)
-        if asked > allowed:
-            raise StoreError(
-                f"{path}: the array {name} asks for {asked / 1e9:.3g} GB, and the store has {on_disk / 1e6:.3g} MB on disk. "
-                "No store that diffprobe wrote does; it is damaged, or meant to fill the memory."
-            )
-
-
-def _named(codecs: Any) -> set[str]:
-    """The names in a chain of codecs, inner ones too."""
-    if isinstance(codecs, dict):
-        inner = codecs.get("configuration", {})
-        return {str(codecs.get("name"))} | _named([v for k, v in inner.items() if k.endswith("codecs")])
-    return {name for one in codecs for name in _named(one)} if isinstance(codecs, list | tuple) else set()
-
-
-def _frame_bytes(folder: Path, array: zarr.Array[Any]) -> int:
-    """What the largest compressed frame of an array's chunks says that it becomes."""
-    largest = 0
-    for file in (folder / "c").rglob("*"):
-        if not file.is_file():
-            continue
-        with file.open("rb") as opened:
-            starts = [0]
-            if array.shards:  # the index at the end: offset and length of every inner chunk, and a checksum
-                chunks = math.prod(array.shards) // math.prod(array.chunks)
-                opened.seek(max(0, file.stat().st_size - 16 * chunks - 4))
-                index = opened.read(16 * chunks)
-                starts = np.frombuffer(index[: len(index) // 16 * 16], "<u8")[::2].tolist()
-                starts = [start for start in starts if start < file.stat().st_size]
-            for start in starts:
-                opened.seek(start)
-                largest = max(largest, _frame_size(opened.read(18)))
-    return largest
-
-
-def _frame_size(head: bytes) -> int:
-    """The decompressed size that a zstd frame's first bytes state (RFC 8878, 3.1.1.1); none stated is none that we wrote.
-
-    >>> _frame_size(bytes.fromhex("28b52ffd2005"))
-    5
-    """
-    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
-        return 0  # no frame: reading it is an error, and costs nothing
-    kind, single = head[4] >> 6, head[4] >> 5 & 1
-    if not kind and not single:
-        return 2**63
-    start = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3]
-    size = (1, 2, 4, 8)[kind]
-    return int.from_bytes(head[start : start + size], "little") + (256 if size == 2 else 0)
-
-
-def _attributes(root: zarr.Group, path: str | Path) -> dict[str, Any]:
-    found: Any = root.attrs.get("diffprobe")
-    if not isinstance(found, dict):
-        raise StoreError(f"{path} is not a diffprobe store: it is a Zarr group whose attribute 'diffprobe' is missing.")
-    version = found.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StoreError(
-            f"{path} has store format {version!r}; this diffprobe reads {FORMAT_VERSION}. "
-            "Open it with the diffprobe version in its attributes, or extract it again."
-        )
-    for name, kind in _NEEDED.items():
-        if not isinstance(found.get(name), kind) or (kind is int and found[name] < 1):
-            raise StoreError(
-                f"{path}: the attribute {name!r} is {found.get(name)!r}; a store made by diffprobe has {_KINDS[kind]}."
-            )
-    request = found["request"]
-    for name, value in request.items():
-        kind = _REQUEST.get(name, object)
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str | int | float) for v in value)):
-            raise StoreError(f"{path}: {name!r} of the request is {value!r}; a store made by diffprobe has {_KINDS[kind]}.")
-    samples, units = (_array(root, name).shape for name in ("status", "done"))
-    if samples != _array(root, "sample").shape or units != (-(-samples[0] // found["unit_samples"]),):
-        raise StoreError(
-            f"{path}: {samples} samples in units of {found['unit_samples']} do not fit {units} units. Was it edited?"
-        )
-    return _Attributes(found, path) | {"request": _Attributes(request, path)}
-
-
-class _Attributes(dict[str, Any]):
-    """What a store says of itself; asking for what it does not say is an error in words."""
-
-    def __init__(self, values: Mapping[str, Any], path: str | Path) -> None:
-        super().__init__(values)
-        self._path = path
-
-    def __or__(self, other: Mapping[str, Any]) -> _Attributes:  # type: ignore[override]
-        return _Attributes({**self, **other}, self._path)
-
-    def __missing__(self, name: str) -> Any:
-        raise StoreError(f"{self._path}: the attribute {name!r} is missing; a store made by diffprobe has it. Was it edited?")
-
-
-_NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
-_REQUEST: dict[str, Any] = {
-    **dict.fromkeys(("model", "weights", "dataset", "fingerprint", "heads", "fit", "latent_rule", "compute_dtype", "store_dtype"), str),
-    **dict.fromkeys(("sites", "maps", "map_tokens", "timesteps", "conditionings", "guidance", "resolution"), list),
-    **dict.fromkeys(("samples", "noise_draws", "seed"), int),
-    "reduce": dict,
-}  # fmt: skip
-_KINDS = {int: "a number there", str: "a text there", list: "a list there", dict: "a mapping there"}
+# --- reading --------------------------------------------------------------------------------------
 
 
 def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto"] | None = None) -> xr.DataTree:
-    """Open a store lazily as a labelled tree: one node a site, `prompts` beside them.
+    """Opens a store lazily as a labelled tree with one node for each site, and `prompts`.
+
+    The samples' labels are coordinates of the root and of every site, so that a selection keeps them.
 
     Args:
-        complete: only samples that were recorded without fault; False keeps all, with NaN where nothing is.
-        chunks: None reads when values are asked for; "auto" gives dask arrays of whole units.
+        complete: keep only samples that were recorded without fault; False keeps all, with NaN for missing values.
+        chunks: None reads values when they are used; "auto" gives dask arrays of whole units.
 
     Raises:
         StoreError: not a store, or of another format version.
@@ -629,12 +349,14 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     >>> tree = open_store("runs/demo.zarr")  # doctest: +SKIP
     >>> features(tree, "U-L1-R1-B0-Cross-Q", timestep=50, pool="mean").dims  # doctest: +SKIP
     ('sample', 'conditioning', 'channel')
+    >>> tree["U-L1-R1-B0-Cross-Q"].features.sel(timestep=50, conditioning="caption")["colour"].dims  # doctest: +SKIP
+    ('sample',)
     """
-    root = _open_group(path, "r")
-    attributes = _attributes(root, path)
-    status, units = _recorded(root, attributes["unit_samples"])
+    root = open_group(path, "r")
+    attributes = attributes_of(root, path)
+    status, units = recorded(root, attributes["unit_samples"])
     layout = root.attrs.get("digests")
-    present = _Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
+    present = Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
     hidden = ["done", "digest"] if isinstance(layout, dict) else ["done"]
     try:
         found = xr.open_datatree(
@@ -650,39 +372,21 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
         nodes = {name: _plain(node.to_dataset(inherit=False), rows) for name, node in found.subtree_with_keys}
     except StoreError:
         raise
-    except Exception as error:  # as in _open_group
+    except Exception as error:  # as in open_group
         raise StoreError(f"{path} cannot be read as a store ({first_line(error)}).") from error
     if chunks is not None:
         size = {"sample": int(attributes["unit_samples"])}
-        nodes = {name: node.chunk(size) if {"maps", "features"} & set(node) else node for name, node in nodes.items()}
-    labels = [str(n) for n, v in nodes["."].data_vars.items() if v.dims == ("sample",)]
-    nodes["."] = nodes["."].set_coords(labels)
+        nodes = {name: node.chunk(size) if _VARIABLES & set(node) else node for name, node in nodes.items()}
+    root_node = nodes["."] = nodes["."].set_coords([str(n) for n, v in nodes["."].data_vars.items() if v.dims == ("sample",)])
+    own = {"sample", "status", *_VARIABLES}  # a label that is called as an array of a site stays at the root
+    labels = {name: label.variable for name, label in root_node.coords.items() if name not in own}
+    nodes |= {name: node.assign_coords(labels) for name, node in nodes.items() if _VARIABLES & set(node)}
     nodes["."].attrs = {"diffprobe": json.dumps(attributes, ensure_ascii=False)}
     return xr.DataTree.from_dict(nodes)
 
 
-def _recorded(root: zarr.Group, step: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
-    """The samples' status, and the units whose every shard must be there.
-
-    Raises:
-        StoreError: a unit is done and its samples are pending, twice in a row: a writer sets the one after the other.
-    """
-    for last in (False, True):
-        done, status = _read(root, "done"), _read(root, "status")
-        lost = [int(unit) for unit in np.flatnonzero(done) if (status[unit * step : (unit + 1) * step] == PENDING).any()]
-        if not lost:
-            break
-        if last:
-            raise StoreError(
-                f"Unit {lost[0]} of the store is done, and its samples are pending: their status is lost. 'diffprobe repair' mends it."
-            )
-    if isinstance(root.attrs.get("digests"), dict):
-        return status, frozenset(np.flatnonzero(done).tolist())
-    return status, frozenset((np.flatnonzero(status == COMPLETE) // step).tolist())  # they did not write what is all NaN
-
-
 def _plain(dataset: xr.Dataset, rows: NDArray[np.intp] | None) -> xr.Dataset:
-    """Some samples of one node, as xarray and NumPy have it and nothing of how it was stored, so that it can be saved again."""
+    """Some samples of one node, without the store's encodings, so that it can be saved again."""
     if rows is not None and "sample" in dataset.dims:
         dataset = dataset.isel(sample=rows)
     dataset = dataset.drop_encoding()
@@ -693,32 +397,32 @@ def _plain(dataset: xr.Dataset, rows: NDArray[np.intp] | None) -> xr.Dataset:
 
 
 def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
-    """Texts of one width, which every library and file format takes; Python's own where that would lose or waste something."""
+    """Texts in NumPy's fixed-width type, which all formats take; as objects where that would lose characters or waste memory."""
     plain = texts.astype(object)
     longest = max(map(len, plain.flat), default=0)
-    if longest * plain.size * 4 > _SLACK or any(text.endswith("\0") for text in plain.flat):
+    if longest * plain.size * 4 > SLACK or any(text.endswith("\0") for text in plain.flat):
         return plain
     return plain.astype(f"U{max(1, longest)}")
 
 
 def provenance(tree: xr.DataTree) -> dict[str, Any]:
-    """What a store says of itself: its request, data, versions and so on.
+    """A store's request, data, versions and other attributes.
 
-    It stands as JSON in the tree's attributes, whose values have to be plain for xarray to save them.
+    The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
-    held = _Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
-    return held | {"request": _Attributes(held["request"], "The store")} if "request" in held else held
+    held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
+    return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
 
 
 def site_names(tree: xr.DataTree) -> list[str]:
-    """The sites that a store holds, in the model's order, features before maps."""
+    """The sites of a store in the model's order, features before maps."""
     request = provenance(tree).get("request", {})
     order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
     return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
 
 
 def known(name: str, there: Sequence[str], what: str) -> str:
-    """The name itself; StoreError that lists those there are, and the closest, where it is none of them."""
+    """Returns the name; raises StoreError, which lists all names and the closest one, if it is unknown."""
     if name not in there:
         near = difflib.get_close_matches(name, list(there), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -740,7 +444,7 @@ def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
 
 
 def _choose(array: xr.DataArray, dim: str, wanted: Any) -> xr.DataArray:
-    """Select by label; a single value drops the dimension, a list keeps it; an unknown one is named with those there are."""
+    """Selects by label; a single value drops the dimension, a list keeps it.  An unknown label raises StoreError."""
     if wanted is None:
         return array
     there = array[dim].values.tolist()
@@ -760,18 +464,18 @@ def features(
     guidance: float | None = None,
     pool: Literal["none", "mean", "patches"] = "none",
 ) -> xr.DataArray:
-    """Features of one site, labelled; dimensions with one value asked for by label are dropped.
+    """Features of one site with their labels; a dimension is dropped if a single value of it is asked for.
 
     Args:
         guidance: s in f_u + s (f_c - f_u); f_c is `conditioning` ("caption" by default), f_u is "null".
-            Taken from the store where it was recorded, else computed here from the two that were.
-        pool: "mean" averages places; "patches" gives (..., patch, channel).
+            Read from the store if it was recorded, else computed in float32 from the two conditionings.
+        pool: "mean" averages over places; "patches" gives (..., patch, channel).
 
     Returns:
         (sample, conditioning, timestep, channel, y, x) or fewer, with the samples' labels as coordinates.
 
     Raises:
-        StoreError: the store has no such site, timestep or conditioning; the message lists those it has.
+        StoreError: the store lacks the site, timestep or conditioning; the message lists those it has.
 
     >>> values = xr.DataArray(
     ...     np.ones((5, 2, 1, 3, 4, 4)), dims=("sample", "conditioning", "timestep", "channel", "y", "x"),
@@ -820,20 +524,20 @@ def attention_maps(
     head: int | None = None,
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Cross-attention of a word, its sub-tokens merged, or of a token position.
+    """Cross-attention maps of a word, with its sub-tokens merged, or of a token position.
 
     Args:
-        word: a whole word of the prompts; samples whose prompt lacks it are left out.
-        token: a position instead: 0 is the start token.
-        site: one map site, several, or all that the store has; several are brought to the finest grid and averaged.
+        word: a whole word of the prompts; samples without it are left out.
+        token: a token position in place of a word; 0 is the start token.
+        site: one map site, several, or all by default; the maps of several are averaged on the finest grid.
         head: one head; the mean over heads by default.
-        merge: how a word's sub-tokens become one map.
+        merge: how the maps of a word's sub-tokens are merged.
 
     Returns:
         (sample, timestep, y, x) float32, with the prompt as a coordinate.
 
     Raises:
-        StoreError: no prompt has the word, or the word's tokens were not kept.
+        StoreError: no prompt has the word, or its tokens were not kept.
 
     >>> tree = open_store("runs/demo.zarr")  # doctest: +SKIP
     >>> attention_maps(tree, "star", timestep=50).dims  # doctest: +SKIP
@@ -875,7 +579,7 @@ def prompt_texts(tree: xr.DataTree, conditioning: str) -> xr.Dataset:
 def _positions(
     tree: xr.DataTree, word: str | None, token: int | None, conditioning: str
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Which samples have the word, at which token positions, in which text."""
+    """The samples that have the word, its token positions in each, and their texts."""
     chosen = prompt_texts(tree, conditioning)
     texts = [str(t) for t in chosen["text"].values]
     if token is not None:
@@ -902,11 +606,12 @@ def read_maps(
     heads: Literal["mean", "each"] | int = "mean",
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Maps of tokens, the tokens of a row merged into one; whoever reads maps of words reads them here, in blocks of samples.
+    """Maps of tokens, one for each row; the one reader of maps by word, which reads blocks of samples.
 
     Args:
-        wanted: each row's sample and token positions; without positions a row is zero.
-        heads: the mean over heads, one of them, or the mean and then each.
+        wanted: the sample and the token positions of each row; their maps are merged, and without positions a row is zero.
+        heads: "mean" over heads, one head, or "each": the mean and then every head.
+        merge: as for `attention_maps`.
 
     Returns:
         (row, timestep, head, y, x) float32; heads are called "mean", "0", "1", ...
@@ -947,103 +652,9 @@ def read_maps(
 
 
 def _resize(maps: xr.DataArray, height: int, width: int) -> xr.DataArray:
-    """Bilinear, with pixel centres kept in place."""
+    """Bilinear interpolation that keeps pixel centres in place."""
     if (maps.sizes["y"], maps.sizes["x"]) == (height, width):
         return maps
     factors = (1, 1, height / maps.sizes["y"], width / maps.sizes["x"])
     values = zoom(maps.values, factors, order=1, mode="nearest", grid_mode=True)
     return xr.DataArray(values, dims=maps.dims, coords={n: c for n, c in maps.coords.items() if not {"y", "x"} & set(c.dims)})
-
-
-# --- looking after a store ------------------------------------------------------------------------
-
-
-def store_info(path: str | Path) -> dict[str, Any]:
-    """What is in a store, how complete it is, where it came from, and its size: what `diffprobe info` prints."""
-    root = _open_group(path, "r")
-    attributes = _attributes(root, path)
-    status = _read(root, "status")
-    sites = {}
-    for name in _stored_sites(root):
-        array = _site_array(root, name)
-        dims = array.metadata.dimension_names  # type: ignore[union-attr]
-        sites[name] = {"kind": root[name].attrs.get("kind"), "dims": dims, "shape": array.shape, "bytes": array.nbytes}
-    place = locate(path)
-    on_disk = sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) if isinstance(place, Path) else 0
-    own = {
-        "samples": len(status),
-        "status": {word: int((status == code).sum()) for code, word in STATUS_WORDS.items() if (status == code).any()},
-        "sites": sites,
-        "bytes_on_disk": on_disk,
-        "digests": isinstance(root.attrs.get("digests"), dict),
-    }
-    return _Attributes({**own, **attributes}, path)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A unit of a store that cannot be trusted, and why."""
-
-    unit: int
-    site: str
-    reason: str
-
-
-def verify_store(path: str | Path) -> list[Fault]:
-    """Read every complete unit: checksums and digests agree, shards are whole and in their place, complete samples are finite.
-
-    A store of before digests were kept is checked without them; `store_info` says whether it has them.
-
-    Raises:
-        StoreError: what belongs to no unit (ids, labels, prompts) is damaged, which no repair mends.
-    """
-    root = _open_group(path, "r")
-    attributes = _attributes(root, path)
-    step = int(attributes["unit_samples"])
-    seal = _Seal(root)
-    _check_layout(root, path, lambda key: True)
-    for name in _shared_arrays(root):
-        _read(root, name)
-    samples, units, sites = _array(root, "status").shape[0], _array(root, "done").shape[0], _stored_sites(root)
-    if seal.there:
-        root = zarr.open_group(_Present(root.store, frozenset(range(units))), mode="r", zarr_format=3)
-    order = sorted(sites)
-    faults = []
-    for unit in range(units):
-        first, last = unit * step, min((unit + 1) * step, samples)
-        try:
-            if not _read(root, "done", slice(unit, unit + 1))[0]:
-                continue
-            status = _read(root, "status", slice(first, last))
-            digests = _read(root, "digest", slice(unit, unit + 1))[0] if seal.there else None
-        except StoreError as error:
-            faults.append(Fault(unit, "status", f"unreadable: {first_line(error)}"))
-            continue
-        if (status == PENDING).any():
-            faults.append(Fault(unit, "status", "the unit is done, and samples of it are pending"))
-            continue
-        for name in sites:
-            try:
-                values = np.asarray(_site_array(root, name)[first:last])
-            except UNREADABLE_BYTES as error:
-                faults.append(Fault(unit, name, f"unreadable: {first_line(error)}"))
-                continue
-            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1) & (status == COMPLETE)
-            if bad.any():
-                faults.append(
-                    Fault(unit, name, f"{int(bad.sum())} complete samples hold values that are missing or not finite")
-                )
-            elif digests is not None and (digests[order.index(name)] != seal.of(name, unit, status, values)).any():
-                faults.append(Fault(unit, name, "not what was written there: edited, or of another unit or store"))
-    return faults
-
-
-def _shared_arrays(root: zarr.Group) -> list[str]:
-    """Paths of the arrays that belong to no unit: ids, labels, prompts, coordinates."""
-    of_units = {
-        "done",
-        "status",
-        "digest",
-        *(f"{site}/{name}" for site in _stored_sites(root) for name in ("features", "maps")),
-    }
-    return [path for path, found in root.members(max_depth=None) if isinstance(found, zarr.Array) and path not in of_units]

@@ -19,10 +19,11 @@ from diffprobe import cli
 from diffprobe.conditioning import check_conditioning
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import load_benchmark
-from diffprobe.extraction import _check_arguments, _label_arrays, extract, parse_reduce
+from diffprobe.extraction import _check_arguments, _label_arrays, extract
 from diffprobe.models import DiffusionModel
 from diffprobe.sites import select_sites
 from diffprobe.store import attention_maps, open_store, store_info
+from diffprobe.units import parse_reduce
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.zarr"
 SHORT = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

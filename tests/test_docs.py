@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -196,8 +197,13 @@ def test_doctor_says_what_is_missing_and_the_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("DIFFPROBE_CACHE", str(tmp_path / "fetched"))
     (tmp_path / "models--someone--some-model").mkdir()
-    real = diffprobe.doctor._version
-    monkeypatch.setattr("diffprobe.doctor._version", lambda name: {"zarr": "2.18.0", "pyarrow": None}.get(name, real(name)))
+    real = diffprobe.doctor.package_versions
+
+    def versions(names: Sequence[str]) -> dict[str, str]:
+        there = {**real(names), "zarr": "2.18.0"}
+        return {name: there[name] for name in names if name in there and name != "pyarrow"}
+
+    monkeypatch.setattr("diffprobe.doctor.package_versions", versions)
     found = examine()
     assert json.loads(json.dumps(found)) == found
     assert {"shapes-sd", "shapes-clip", "shapes-lm"} <= set(found["models"]["embedded"])

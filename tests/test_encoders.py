@@ -211,7 +211,7 @@ def test_the_last_site_is_the_models_own_output(kind: str, options: dict[str, An
     encoder = VisionEncoder(model, SQUARE, kind)
     pixels = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     with encoder.recorder(["last"]) as recorder, torch.no_grad():
-        encoder.denoise(encoder.encode_image(pixels * 2 - 1), torch.zeros(2), None)
+        encoder.forward(encoder.encode_image(pixels * 2 - 1))
         wanted = model(pixel_values=pixels).last_hidden_state[:, first : first + 16]
     torch.testing.assert_close(recorder.last["last"].flatten(2).mT, wanted, atol=1e-4, rtol=1e-4)
 

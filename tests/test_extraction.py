@@ -17,21 +17,14 @@ from PIL import Image
 from diffprobe import store
 from diffprobe.data import ShapesDataset, load_dataset
 from diffprobe.data.images import fit_image
-from diffprobe.extraction import (
-    NotFiniteError,
-    array_specs,
-    describe_forecast,
-    extract,
-    make_reduce,
-    parse_reduce,
-    projection,
-    repair,
-)
+from diffprobe.extraction import describe_forecast, extract, repair
+from diffprobe.forward import NotFiniteError
 from diffprobe.models import DiffusionModel
 from diffprobe.noise import noise_seed, sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.sites import select_sites
 from diffprobe.store import attention_maps, features, open_store
+from diffprobe.units import array_specs, make_reduce, parse_reduce, projection
 
 SITES = ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"]
 MAP = "U-L1-R1-B0-Cross-Map"
@@ -369,7 +362,7 @@ def test_a_batch_that_does_not_fit_is_halved(
 
     extract(tiny_model, ShapesDataset(3), tmp_path / "a.zarr", **QUICK)
     monkeypatch.setattr(tiny_model, "denoise", small)
-    monkeypatch.setattr("diffprobe.extraction._Run.find_batch", lambda self, seconds: setattr(self, "batch_rows", 4) or 0.1)
+    monkeypatch.setattr("diffprobe.units.Run.find_batch", lambda self, seconds: setattr(self.engine, "batch_rows", 4) or 0.1)
     extract(tiny_model, ShapesDataset(3), tmp_path / "b.zarr", **{**QUICK, "progress": True, "batch_rows": None})
     assert "A batch of 4 did not fit into memory; going on with 2." in capsys.readouterr().err
     for name, values in arrays(tmp_path / "a.zarr").items():

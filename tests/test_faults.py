@@ -24,7 +24,8 @@ from diffprobe import cli, store
 from diffprobe.data import FolderDataset, ImageError, Sample, ShapesDataset
 from diffprobe.extraction import extract, repair
 from diffprobe.models import DiffusionModel, load_model, out_of_memory
-from diffprobe.store import StoreError, features, open_store, sole_writer
+from diffprobe.rundir import sole_writer
+from diffprobe.store import StoreError, features, open_store
 
 ROOT = Path(__file__).parent.parent
 SITES = ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"]

@@ -239,7 +239,7 @@ def test_the_batch_of_a_run_is_asked_for_and_never_timed(
     tiny_model: Any, language: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features of another batch differ in their last bits, so a timed one would make two equal runs differ."""
-    monkeypatch.setattr("diffprobe.extraction._Run.find_batch", lambda run, seconds: pytest.fail("the batch was timed"))
+    monkeypatch.setattr("diffprobe.units.Run.find_batch", lambda run, seconds: pytest.fail("the batch was timed"))
     for settings, rows in ((SETTINGS, 16), (replace(SETTINGS, batch_rows=3), 3)):
         folder = tmp_path / str(rows)
         asked(Run(folder, settings, model=tiny_model, language=language(), tell=lambda line: None), "M")

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffprobe.noise import noise_seed, sample_noise, sigma, snr
+from diffprobe.noise import noise_seed, sample_noise, sigma
 
 SHAPE = (4, 8, 16)
 
@@ -57,15 +57,14 @@ def test_noise_is_standard_normal_float32_on_the_cpu() -> None:
     assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1:].abs().max())) < 5 / math.sqrt(noise[0].numel())
 
 
-def test_sigma_and_snr_are_the_schedulers() -> None:
+def test_sigma_is_the_schedulers() -> None:
     euler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     for timestep in (0, 50, 999):
         # At full length Euler's sigmas run from the noisiest training step down.
         assert sigma(alphas(), timestep) == pytest.approx(float(euler.sigmas[999 - timestep]), rel=1e-4)
-        assert snr(alphas(), timestep) == pytest.approx(sigma(alphas(), timestep) ** -2, rel=1e-6)
     assert sigma(alphas(), 10) < sigma(alphas(), 500) < sigma(alphas(), 999)
 
 
 def test_a_schedule_that_ends_in_pure_noise_has_infinite_sigma_there() -> None:
     schedule = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
-    assert schedule[-1] == 0 and sigma(schedule, 999) == math.inf and snr(schedule, 999) == 0
+    assert schedule[-1] == 0 and sigma(schedule, 999) == math.inf

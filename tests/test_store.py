@@ -20,7 +20,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from diffprobe import rundir, store
+from diffprobe import layout, rundir, store
 from diffprobe.store import ArraySpec, StoreError
 
 TIMESTEPS = (10, 500)
@@ -77,6 +77,31 @@ def test_what_is_written_is_read_by_name(tmp_path: Path) -> None:
     assert got["colour"].values.tolist() == ["red", "blue", "red", "", "red"]
     by_path = store.features(tree, "up_blocks.1", timestep=[500, 10])
     np.testing.assert_array_equal(by_path.values, arrays["U-L1-Out"][:, :, ::-1])
+
+
+def test_a_selection_of_a_site_keeps_the_labels(tmp_path: Path) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    for chunks in (None, "auto"):
+        tree = store.open_store(tmp_path / "s.zarr", chunks=chunks)
+        for site, variable in (("U-L1-Out", "features"), ("U-L2-R0-B0-Cross-Map", "maps")):
+            found = tree[site][variable].sel(timestep=500, conditioning="caption")
+            assert found["colour"].values.tolist() == ["red", "blue", "red", "", "red"]
+            assert found.sel(sample=found["colour"] == "blue")["sample"].values.tolist() == ["s1"]
+            assert "status" not in found.coords
+
+
+def test_a_label_may_be_called_as_an_array_is(tmp_path: Path) -> None:
+    names, texts = {"features": np.arange(2), "maps": np.arange(2)}, np.array([["", "a"]] * 2, object)
+    store.create_store(
+        tmp_path / "s.zarr", attributes={"request": {}, "data": "none"}, sample_ids=["a", "b"], labels=names, timesteps=TIMESTEPS,
+        prompts={"text": texts}, conditionings=BASE, tokens=[], specs=SPECS[:1], unit_samples=2, dtype="float16",
+    )  # fmt: skip
+    values = np.ones((2, 2, 2, *SPECS[0].shape), np.float16)
+    store.StoreWriter(tmp_path / "s.zarr").write_unit(0, {"U-L1-Out": values}, np.ones(2, np.uint8))
+    tree = store.open_store(tmp_path / "s.zarr")
+    assert tree["U-L1-Out"].features.shape == values.shape and "maps" not in tree["U-L1-Out"]
+    assert tree["features"].values.tolist() == [0, 1]
+    assert store.features(tree, "U-L1-Out", timestep=10, conditioning="null").shape == (2, 3, 2, 4)
 
 
 def test_pooling_and_patches(tmp_path: Path) -> None:
@@ -630,7 +655,7 @@ def test_a_frame_within_a_shard_that_swells_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65792, 10**6])
 def test_the_size_that_a_frame_states_is_read(count: int) -> None:
     frame = bytes(numcodecs.Zstd(1).encode(bytes(count)))
-    assert store._frame_size(frame[:18]) == count
+    assert layout.frame_size(frame[:18]) == count
 
 
 # --- plain xarray -----------------------------------------------------------------------------------
@@ -706,14 +731,14 @@ def test_ids_that_end_in_a_null_are_kept() -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that were read, in order; one twice where it was read twice."""
     seen: list[str] = []
-    get = store._Present.get
+    get = layout.Present.get
 
     async def noted(self: Any, key: str, *rest: Any, **options: Any) -> Any:
         if "/c/" in key and "maps" in key:
             seen.append(key)
         return await get(self, key, *rest, **options)
 
-    monkeypatch.setattr(store._Present, "get", noted)
+    monkeypatch.setattr(layout.Present, "get", noted)
     return seen
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from diffprobe import store
+from diffprobe.layout import site_array
 from diffprobe.store import ArraySpec, StoreError, attention_maps, features, open_store, store_info, verify_store
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -121,7 +122,7 @@ def test_any_history_of_writes_and_kills_reads_as_the_model(layout: dict[str, An
                 status[first:last] = said
             elif act == "cut off" and not status[first]:
                 one = data.draw(st.sampled_from(sorted(part)))
-                store._site_array(writer.root, one)[first:last] = part[one]
+                site_array(writer.root, one)[first:last] = part[one]
             elif act == "forget":
                 writer.forget_unit(unit)
                 status[first:last] = store.PENDING

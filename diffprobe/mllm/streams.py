@@ -114,7 +114,7 @@ class EncoderEye:
         images = [picture.load() for picture in pictures]
         pixels = self.encoder.encode_image(to_pixels(images, self.encoder.resolution, self.fit))
         with self.encoder.recorder(self.sites) as recorder:
-            self.encoder.denoise(pixels, torch.zeros(len(images), dtype=torch.long), self.encoder.encode_text([]))
+            self.encoder.forward(pixels)
         return dict(recorder.last)
 
 

