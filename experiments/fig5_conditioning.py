@@ -26,7 +26,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffprobe.plotting import heat_colours, plot_pca_grid, plot_site_curves
+from diffprobe.figures import plot_pca_grid, plot_site_curves
+from diffprobe.plotting import heat_colours
 from diffprobe.probes.pca import pca_rgb
 from diffprobe.probes.similarity import cka, jackknife_interval, similarity
 from diffprobe.probes.task import pool_features

@@ -11,7 +11,8 @@ import xarray as xr
 from PIL import Image
 
 from diffprobe import plotting
-from diffprobe.plotting import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid, read_rows, save_figure
+from diffprobe.figures import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid
+from diffprobe.plotting import read_rows, save_figure
 from experiments import figures
 
 SITES = ["D-L2-R1-B0-Cross-Q", "M", "U-L1-R1-B0-Cross-Q", "U-L1-R1-B0-Self-K"]
@@ -44,8 +45,8 @@ def heat(words=("a", "red", "semi-transparent")):
 
 FIGURES = {
     "grid": lambda: plot_probe_grid(probes(["null"], ["colour", "shape"]), title="probes"),
-    "curves": lambda: plot_probe_curves(probes(), control=True, title="probes"),
-    "pca": lambda: plot_pca_grid(*pictures(), sample_names=["test-1", "test-2"], title="pca"),
+    "curves": lambda: plot_probe_curves(probes(), title="probes"),
+    "pca": lambda: plot_pca_grid(*pictures(), title="pca"),
     "heatmaps": lambda: plot_heatmaps(pictures()[0][0], heat(), title="a red"),
     "heatmaps_shared": lambda: plot_heatmaps(pictures()[0][0], heat(), shared_scale=True, width=plotting.COLUMN),
 }
@@ -164,12 +165,11 @@ def test_grid_writes_each_number_where_it_belongs():
     bar = figure.axes[2]
     assert "chance .12" in [t.get_text() for t in bar.get_yticklabels()]
     assert any(np.allclose(line.get_ydata(), 0.125) for line in bar.lines)
-    assert len(plot_probe_grid(frame, control=False).axes) == 2
     assert len(plot_probe_grid(frame.drop(columns="control_accuracy")).axes) == 2
 
 
 def test_grid_leaves_missing_cells_empty():
-    figure = plot_probe_grid(probes(conditionings=("null",)).iloc[1:], control=False)
+    figure = plot_probe_grid(probes(conditionings=("null",)).iloc[1:].drop(columns="control_accuracy"))
     assert len(figure.axes[0].texts) == len(SITES) * len(STEPS) - 1
 
 
@@ -187,6 +187,22 @@ def test_curves_carry_values_bands_and_chance():
     assert band.min() == part.low.min() and band.max() == part.high.max()
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [*SITES, "chance"]
     assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines}) == len(SITES) + 1
+
+
+def test_panels_know_their_place_and_the_rest_is_empty():
+    with plotting.style():
+        figure, shown = plotting.panels(5, 3, plotting.PAGE, lambda cell: cell, 0.5, title="five")
+    assert figure.get_size_inches() == pytest.approx([plotting.PAGE, 2 * plotting.PAGE / 3 + 0.5 + 0.2])
+    assert [panel.leftmost for panel in shown] == [True, False, False, True, False]
+    assert [panel.lowest for panel in shown] == [False, False, True, True, True]  # nothing stands below the third
+    assert [axis.axison for axis in figure.axes] == [True] * 5 + [False]
+    _, shown = plotting.panels(2, 3, plotting.PAGE, lambda cell: cell, 0)
+    assert len(shown) == 2 and all(panel.lowest for panel in shown)
+
+
+def test_a_legend_has_as_many_columns_as_fit():
+    assert plotting.legend_size(["a", "b"], plotting.PAGE) == (2, pytest.approx(0.25))
+    assert plotting.legend_size(["a long name of a site"] * 7, plotting.PAGE) == (4, pytest.approx(0.4))
 
 
 def test_several_rows_in_a_cell_are_refused():
@@ -226,8 +242,6 @@ def test_heatmaps_are_enlarged_bilinearly_with_their_own_scales():
     shared = plot_heatmaps(images[0], maps, shared_scale=True)
     assert {a.images[1].get_clim() for a in shared.axes[1:3]} == {(0, 1)}
     assert len(shared.axes) == 4 and len(figure.axes) == 5
-    renamed = plot_heatmaps(images[0], maps, words=["x", "y"])
-    assert renamed.axes[2].get_title() == "y"
 
 
 def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
@@ -236,8 +250,6 @@ def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
     save_figure(plot_heatmaps(images[0], flat), tmp_path, "flat", probes(), {}, "Nothing.")
     with pytest.raises(ValueError, match="one dimension beside y and x"):
         plot_heatmaps(images[0], heat().isel(word=0))
-    with pytest.raises(ValueError, match="2 words for 3 maps"):
-        plot_heatmaps(images[0], heat(), words=["a", "b"])
 
 
 def test_scores_show_every_row_and_their_chance() -> None:
