@@ -212,11 +212,14 @@ def grid(
 
     `pad` is the space around each axis in inches, and that between two as a share of their size.
     """
-    figure = Figure(figsize=(width, height + 0.2 * bool(title)), layout="constrained")
+    gap = 0.06 if title and pad else 0.0  # with little space around axes the title would touch the headings below it
+    height += 0.2 * bool(title) + gap
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     if pad:
         inches, space = pad
-        figure.get_layout_engine().set(w_pad=inches, h_pad=inches, wspace=space, hspace=space)  # type: ignore[union-attr,call-arg]
+        room = {"w_pad": inches, "h_pad": inches, "wspace": space, "hspace": space, "rect": (0, 0, 1, 1 - gap / height)}
+        figure.get_layout_engine().set(**room)  # type: ignore[union-attr]
     if title:
         figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -73,8 +73,11 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
     reach = 1.05 * max(1e-3, float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max()))
     looks = {kind: {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]} for k, kind in enumerate(kinds)}
     for (axis, leftmost, _), label in zip(shown, labels, strict=True):
-        for row in frame[frame["label"] == label].to_dict("records"):
-            line = sites.index(row["site"]) + 0.24 * (kinds.index(row["what"]) - (len(kinds) - 1) / 2)
+        part = frame[frame["label"] == label]
+        for row in part.to_dict("records"):
+            there = set(part.loc[part["site"] == row["site"], "what"])
+            beside = [kind for kind in kinds if kind in there]  # what shares the line, around its middle
+            line = sites.index(row["site"]) + 0.24 * (beside.index(row["what"]) - (len(beside) - 1) / 2)
             plotting.interval(axis, row, line, **looks[row["what"]])
         axis.axvline(0, color="0.35", linewidth=0.8, linestyle=(0, (3, 1.5)))
         axis.set(xlim=(-reach, reach), title=label, xlabel="difference in accuracy")
