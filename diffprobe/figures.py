@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -30,18 +29,11 @@ from diffprobe.probes.pca import pca_rgb
 from diffprobe.store import StoreError, attention_maps, features, open_store, prompt_texts, provenance, site_names
 
 Choose = Callable[[xr.DataTree], list[int]]
-SCORE_NAMES = {"accuracy": "accuracy", "r2": "R²"}
+SCORE_NAMES = {"r2": "R²"}
 LOCALIZATION_NAMES = {
-    "pointing": "pointing game",
-    "mass": "mass in the mask",
-    "lift": "mass over area",
-    "iou_fixed": "IoU above 0.4",
-    "iou_otsu": "IoU, Otsu",
-    "iou_tuned": "IoU, tuned",
-    "auc": "ROC-AUC",
-    "ap": "average precision",
-    "nss": "NSS",
-}
+    "pointing": "pointing game", "mass": "mass in the mask", "lift": "mass over area", "iou_fixed": "IoU above 0.4",
+    "iou_otsu": "IoU, Otsu", "iou_tuned": "IoU, tuned", "auc": "ROC-AUC", "ap": "average precision", "nss": "NSS",
+}  # fmt: skip
 NOISE_AXIS = "timestep (noise grows to the right)"
 
 
@@ -50,10 +42,10 @@ def check_table(frame: pd.DataFrame, columns: Sequence[str], cell: Sequence[str]
 
     `where` names the part of a table for the message about several rows.
     """
-    if absent := [c for c in (*cell, *columns) if c not in frame]:
-        raise ValueError(f"The table has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
     if frame.empty:
         raise ValueError("The table has no rows; there is nothing to draw.")
+    if absent := [c for c in (*cell, *columns) if c not in frame]:
+        raise ValueError(f"The table has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
     if cell and frame.duplicated(list(cell)).any():
         others = ("seed", "guidance", "draw", "head", "role", "conditioning")
         varying = [c for c in others if c in frame and c not in cell and frame[c].nunique() > 1]
@@ -141,7 +133,11 @@ def plot_heatmaps(
         if not shared_scale:
             bar = figure.colorbar(colours, ax=axis, location="bottom", fraction=0.06, pad=0.02, aspect=14, shrink=0.92)
             bar.outline.set_visible(False)
-            _mark_ends(bar.ax, low, high)
+            # only the ends are marked, inside the bar's width
+            bar.ax.set_xticks([low, high], ["0" if abs(low) < 1e-3 * abs(high) else f"{low:.2g}", f"{high:.2g}"])
+            bar.ax.tick_params(length=0, pad=1, labelsize=6)
+            for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
+                label.set_horizontalalignment(side)
     for axis in shown:
         axis.set_anchor("N")  # the image has no bar below it
     for axis in shown[1 + len(values) :]:
@@ -149,14 +145,6 @@ def plot_heatmaps(
     if shared_scale:
         figure.colorbar(colours, ax=axes, fraction=0.02, pad=0.01, aspect=30)
     return figure
-
-
-def _mark_ends(axis: Axes, low: float, high: float) -> None:
-    """Marks only the ends of a horizontal colour bar, inside its width."""
-    axis.set_xticks([low, high], ["0" if abs(low) < 1e-3 * abs(high) else f"{low:.2g}", f"{high:.2g}"])
-    axis.tick_params(length=0, pad=1, labelsize=6)
-    for label, side in zip(axis.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_horizontalalignment(side)
 
 
 # --- probe tables --------------------------------------------------------------------------------------
@@ -179,10 +167,9 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
     sites, steps = list(dict.fromkeys(frame["site"])), sorted(dict.fromkeys(frame["timestep"]))
     height = len(parts) * (0.21 * len(sites) + 0.62)
     figure, axes = plotting.grid(len(parts), len(kinds), plotting.PAGE, height, title=title, pad=(0.03, 0.04))
-    for row, (heading, part) in enumerate(parts):
+    for row, (heading, score, part) in enumerate(parts):
         chance = float(part["chance"].mean())
         limits = plotting.limits_with(part[kinds].to_numpy(dtype=float), chance)
-        score = SCORE_NAMES.get(part["score"].iloc[0], part["score"].iloc[0])
         bold = _table(part, "bold", "site", sites, "timestep", steps) == 1 if "bold" in part else None
         for axis, kind in zip(axes[row], kinds, strict=True):
             own = kind == "value"
@@ -191,9 +178,8 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
             axis.set_title(f"{heading if own else 'control task'}: {score}", pad=3)
             if row == len(parts) - 1:
                 axis.set_xlabel(NOISE_AXIS)
-        plotting.chance_bar(
-            figure, drawn, axes[row, :], chance, fraction=0.2 / plotting.PAGE, pad=0.01, aspect=2.1 * len(sites)
-        )
+        place = {"fraction": 0.2 / plotting.PAGE, "pad": 0.01, "aspect": 2.1 * len(sites)}
+        plotting.chance_bar(figure, drawn, axes[row, :], chance, **place)
     return figure
 
 
@@ -203,38 +189,29 @@ def _table(frame: pd.DataFrame, value: str, y: str, rows: Sequence[Any], x: str,
     return table.reindex(index=rows, columns=columns).to_numpy(dtype=float)
 
 
-@plotting.styled
 def plot_probe_curves(frame: pd.DataFrame, *, title: str = "", width: float = plotting.PAGE) -> Figure:
-    """Score against timestep, one curve per site with its interval as a band, and a line at chance.
+    """Score against timestep as `plot_site_curves` draws it, a panel per label and conditioning.
 
     Args:
         frame: Rows of `diffprobe.probes.linear.probe_table`; one row per site, timestep, label and conditioning.
     """
-    parts, sites = _by_label(frame), list(dict.fromkeys(frame["site"]))
-    entries = {str(site): plotting.look_of(k) for k, site in enumerate(sites)} | {"chance": plotting.DASHED}
-    across, below = plotting.legend_size(list(entries), width)
-    figure, shown = plotting.panels(len(parts), 2, width, lambda cell: min(2.1, 0.62 * cell + 0.3), below, title=title)
-    for (axis, _, _), (heading, part) in zip(shown, parts, strict=True):
-        for k, site in enumerate(sites):
-            plotting.curve(axis, part[part["site"] == site], "timestep", k, str(site), band=0.15)
-        chance = part.groupby("timestep")["chance"].mean()
-        axis.plot(chance.index, chance, zorder=1, label="chance", **plotting.DASHED)
-        axis.set(title=heading, ylabel=SCORE_NAMES.get(part["score"].iloc[0], part["score"].iloc[0]), xlabel=NOISE_AXIS)
-        plotting.ruled(axis, "y")
-    plotting.legend(figure, entries, across, handlelength=2.2, columnspacing=1.2)
-    return figure
+    parts = _by_label(frame)
+    scores = list(dict.fromkeys(score for _, score, _ in parts))
+    several = len(scores) > 1
+    rows = pd.concat([part.assign(panel=f"{heading}: {score}" if several else heading) for heading, score, part in parts])
+    return plot_site_curves(rows, y_label="" if several else scores[0], columns=2, title=title, width=width)
 
 
-def _by_label(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The table split by label and conditioning, each part with its heading."""
+def _by_label(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """The table split by label and conditioning: for each part a heading and the name of its score."""
     check_table(frame, ["site", "timestep", "label", "score", "value", "chance"])
     by: list[Hashable] = ["label", *(["conditioning"] if "conditioning" in frame else [])]
     several = "conditioning" in frame and frame["conditioning"].nunique() > 1
     parts = []
     for key, part in frame.groupby(by, sort=False, dropna=False):
-        words = [str(k) for k in key]
+        words, score = [str(k) for k in key], str(part["score"].iloc[0])
         check_table(part, [], ["site", "timestep"], where=", ".join(words))
-        parts.append((f"{words[0]} ({words[1]})" if several else words[0], part))
+        parts.append((f"{words[0]} ({words[1]})" if several else words[0], SCORE_NAMES.get(score, score), part))
     return parts
 
 
@@ -338,32 +315,20 @@ def plot_localization_grid(frame: pd.DataFrame, *, against: str = "wrong word", 
     beaten = set(control[["score", "site", "timestep"]].itertuples(index=False, name=None))
     scores = [score for score in LOCALIZATION_NAMES if score in set(mine["score"])]
     sites, steps = list(dict.fromkeys(mine["site"])), sorted(dict.fromkeys(mine["timestep"]))
-    figure, shown = plotting.panels(
-        len(scores), 3, plotting.PAGE, lambda _: 0.145 * len(sites) + 0.42, 0.15, title=title, pad=(0.02, 0.02)
-    )
+    height, names = 0.145 * len(sites) + 0.42, [str(s).removesuffix("-Cross-Map") for s in sites]
+    figure, shown = plotting.panels(len(scores), 3, plotting.PAGE, lambda _: height, 0.15, title=title, pad=(0.02, 0.02))
+    framed: dict[str, Any] = {"fill": False, "edgecolor": plotting.COLOURS[1], "linewidth": 1}
     for (axis, leftmost, lowest), score in zip(shown, scores, strict=True):
         part = mine[mine["score"] == score]
         table = _table(part, "value", "site", sites, "timestep", steps)
-        plotting.cells(
-            axis, table, [str(s) for s in steps] if lowest else (), [_site_name(s) for s in sites] if leftmost else ()
-        )
+        plotting.cells(axis, table, [str(s) for s in steps] if lowest else (), names if leftmost else ())
         for (y, site), (x, step) in itertools.product(enumerate(sites), enumerate(steps)):
             if (score, site, step) in beaten:
-                axis.add_patch(
-                    Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=plotting.COLOURS[1], linewidth=1)
-                )
+                axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **framed))
         axis.set_title(f"{LOCALIZATION_NAMES[score]} (chance {plotting.short(float(part['chance'].mean()))})", pad=3)
         axis.tick_params(labelsize=6.5)
     figure.supxlabel(f"{NOISE_AXIS}; framed: above the control “{against}”, p < .05 (Holm)")
     return figure
-
-
-def _site_name(site: object) -> str:
-    """
-    >>> _site_name("U-L2-R1-B0-Cross-Map"), _site_name("all sites")
-    ('U-L2-R1-B0', 'all sites')
-    """
-    return str(site).removesuffix("-Cross-Map")
 
 
 def _own_rows(frame: pd.DataFrame, within: list[str]) -> pd.DataFrame:
@@ -397,10 +362,8 @@ def plot_localization_controls(frame: pd.DataFrame, *, title: str = "") -> Figur
         axis.axvline(float(part.loc[part["map"] == names[0], "chance"].mean()), zorder=1, **plotting.DASHED)
         axis.set_title(LOCALIZATION_NAMES[score], pad=3)
         plotting.forest(axis, names, written=leftmost)
-    entries = {f"timestep {s}": {"marker": "o", "color": c} for s, c in zip(steps, colours, strict=True)} | {
-        "chance": plotting.DASHED
-    }
-    plotting.legend(figure, entries, len(entries))
+    entries: dict[str, Any] = {f"timestep {s}": {"marker": "o", "color": c} for s, c in zip(steps, colours, strict=True)}
+    plotting.legend(figure, entries | {"chance": plotting.DASHED}, len(steps) + 1)
     return figure
 
 
@@ -419,7 +382,8 @@ def plot_localization_heads(frame: pd.DataFrame, score: str = "auc", *, title: s
     table = _table(mine, "value", "site", sites, "head", heads)
     figure, axes = plotting.grid(1, 1, plotting.COLUMN, 0.17 * len(sites) + 0.55, title=title)
     names = ["mean", *(f"head {h}" for h in heads[1:])] if heads[0] == "mean" else heads
-    drawn = plotting.cells(axes[0, 0], table, names, [_site_name(s) for s in sites], limits=plotting.limits_with(table, chance))
+    limits, rows = plotting.limits_with(table, chance), [str(s).removesuffix("-Cross-Map") for s in sites]
+    drawn = plotting.cells(axes[0, 0], table, names, rows, limits)
     plotting.chance_bar(figure, drawn, axes[0, 0], chance, fraction=0.06, pad=0.02, label=LOCALIZATION_NAMES[score])
     return figure
 
@@ -446,7 +410,7 @@ def plot_localization_curves(frame: pd.DataFrame, score: str = "auc", *, by: str
                 rows = part[(part["site"] == site) & (part[by] == kind) & (part["map"] == name)].sort_values("timestep")
                 axis.plot(rows["timestep"], rows["value"], color=plotting.look_of(k)["color"], **look)
         axis.axhline(float(mine["chance"].mean()), zorder=1, **plotting.DASHED)
-        axis.set_title(_site_name(site), pad=3)
+        axis.set_title(str(site).removesuffix("-Cross-Map"), pad=3)
         axis.set(xlabel="timestep", ylabel=LOCALIZATION_NAMES[score] if leftmost else "")
         plotting.ruled(axis, "y")
     plotting.one_scale(shown)
@@ -467,7 +431,7 @@ def plot_leak_sight(frame: pd.DataFrame, *, title: str = "") -> Figure:
         frame: Columns label, leak, leak_low, leak_high, sight, sight_low, sight_high, and control ("K-", "K+" or "").
     """
     check_table(frame, ["label", "control", *(f"{s}{end}" for s in ("leak", "sight") for end in ("", "_low", "_high"))])
-    figure, axes = plotting.grid(1, 1, plotting.COLUMN, 0.8 * plotting.COLUMN + 0.135 * len(frame) + 0.1, title=title)
+    figure, axes = plotting.grid(1, 1, plotting.PAGE, max(0.5 * plotting.PAGE, 0.135 * len(frame) + 0.4), title=title)
     axis, entries = axes[0, 0], {}
     number: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": "white", "fontsize": 5, "fontweight": "bold"}
     for place, row in enumerate(frame.to_dict("records")):
@@ -481,7 +445,7 @@ def plot_leak_sight(frame: pd.DataFrame, *, title: str = "") -> Figure:
     axis.axhline(0, **plotting.DOTTED)
     axis.axvline(0, **plotting.DOTTED)
     axis.set(xlabel="sight: content-word F1, image's captions", ylabel="leak: content-word F1, fed text")
-    plotting.legend(figure, entries, loc="outside lower left", handlelength=1, labelspacing=0.25)
+    plotting.legend(figure, entries, loc="outside right upper", handlelength=1, labelspacing=0.25)
     return figure
 
 
@@ -588,15 +552,12 @@ def pca_figure(
             grids[str(values.attrs["site"])] = pca_rgb(values.isel(sample=rows).astype(np.float32).load())
     if not grids:
         raise StoreError("No site of this store has a (y, x) grid to draw; record one with --reduce none or grid:HxW.")
-    figure = plot_pca_grid(
-        images, grids, title=f"Principal components as red, green, blue; timestep {timestep}, {conditioning}"
-    )
-    tables = [g.rename("value").to_dataframe().reset_index().assign(site=s) for s, g in grids.items()]
-    frame = pd.concat(tables, ignore_index=True)
+    title = f"Principal components as red, green, blue; timestep {timestep}, {conditioning}"
+    frame = pd.concat([g.rename("value").to_dataframe().reset_index().assign(site=s) for s, g in grids.items()])
     kept = [c for c in ("site", "sample", "y", "x", "rgb", "value") if c in frame]
     alt = f"{len(ids)} images and, for each of {len(grids)} sites, the first three principal components of its features as colours."
     config = {**_origin(tree, store), "samples": ids, "timestep": timestep, "conditioning": conditioning}
-    return _save(figure, out, name or f"{Path(store).name}.pca", frame[kept], config, alt)
+    return _save(plot_pca_grid(images, grids, title=title), out, name or f"{Path(store).name}.pca", frame[kept], config, alt)
 
 
 _SMALL_WORDS = frozenset(["a", "an", "the", "of", "and", "at", "in", "on", "to", "is", "with", "there", "picture"])
@@ -732,6 +693,5 @@ def similarity_figure(table: str, measure: str, out: Path, name: str) -> Path:
     else:
         label = "guidance s" if x == "guidance" else NOISE_AXIS
         figure = plot_site_curves(frame, x=x, x_label=label, y_label="similarity", share_y=True)
-    measures = ", ".join(dict.fromkeys(frame["measure"]))
-    alt = f"Similarity of features ({measures}) by site, {len(frame)} comparisons, with chance."
+    alt = f"Similarity of features ({frame['measure'].iloc[0]}) by site, {len(frame)} comparisons, with chance."
     return _save(figure, out, name or stem, frame, {"table": table}, alt)
