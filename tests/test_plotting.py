@@ -151,6 +151,21 @@ def test_texts_do_not_overlap_and_stay_inside(name):
         assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1
 
 
+def test_titles_stand_clear_of_the_headings_below():
+    figure = plot_pca_grid(*pictures(), title="pca")
+    figure.canvas.draw()
+    title, *headings = boxes(figure, [figure.texts[0], *(axis.title for axis in figure.axes)])
+    assert title.y0 - max(box.y1 for box in headings) > 0.04 * figure.dpi
+
+
+def test_a_comparison_alone_on_its_line_stands_on_it():
+    rows = [("a", "x", 1.0), ("a", "y", 2.0), ("b", "y", 3.0)]
+    frame = pd.DataFrame([{"label": "l", "site": s, "what": w, "value": v, "low": v, "high": v} for s, w, v in rows])
+    axis = figures.plot_probe_differences(frame).axes[0]
+    places = {line.get_xdata()[0]: line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "None"}
+    assert places == pytest.approx({1.0: -0.12, 2.0: 0.12, 3.0: 1.0})
+
+
 def test_grid_writes_each_number_where_it_belongs():
     frame = probes(conditionings=("null",))
     figure = plot_probe_grid(frame)
