@@ -29,7 +29,6 @@ from diffprobe.probes.pca import pca_rgb
 from diffprobe.store import StoreError, attention_maps, features, open_store, prompt_texts, provenance, site_names
 
 Choose = Callable[[xr.DataTree], list[int]]
-SCORE_NAMES = {"r2": "R²"}
 LOCALIZATION_NAMES = {
     "pointing": "pointing game", "mass": "mass in the mask", "lift": "mass over area", "iou_fixed": "IoU above 0.4",
     "iou_otsu": "IoU, Otsu", "iou_tuned": "IoU, tuned", "auc": "ROC-AUC", "ap": "average precision", "nss": "NSS",
@@ -183,7 +182,7 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-def _table(frame: pd.DataFrame, value: str, y: str, rows: Sequence[Any], x: str, columns: Sequence[Any]) -> NDArray[np.float64]:
+def _table(frame: pd.DataFrame, value: str, y: str, rows: list[Any], x: str, columns: list[Any]) -> NDArray[np.float64]:
     """A column's numbers (row, column); NaN where the frame has none."""
     table = frame.pivot(index=y, columns=x, values=value)
     return table.reindex(index=rows, columns=columns).to_numpy(dtype=float)
@@ -211,7 +210,7 @@ def _by_label(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     for key, part in frame.groupby(by, sort=False, dropna=False):
         words, score = [str(k) for k in key], str(part["score"].iloc[0])
         check_table(part, [], ["site", "timestep"], where=", ".join(words))
-        parts.append((f"{words[0]} ({words[1]})" if several else words[0], SCORE_NAMES.get(score, score), part))
+        parts.append((f"{words[0]} ({words[1]})" if several else words[0], "R²" if score == "r2" else score, part))
     return parts
 
 
@@ -248,7 +247,8 @@ def plot_site_curves(
     names, sites = (list(dict.fromkeys(frame[c])) for c in ("panel", "site"))
     entries = {str(site): plotting.look_of(k) for k, site in enumerate(sites)} | {chance_name: plotting.DOTTED}
     across, below = plotting.legend_size([*map(str, sites), "chance"], width)
-    figure, shown = plotting.panels(len(names), columns, width, lambda cell: min(2.2, 0.75 * cell + 0.3), below, title=title)
+    columns = min(columns, len(names))
+    figure, shown = plotting.panels(len(names), columns, width, min(2.2, 0.75 * width / columns + 0.3), below, title=title)
     for (axis, leftmost, lowest), name in zip(shown, names, strict=True):
         part = frame[frame["panel"] == name]
         common = part.dropna(subset="chance").groupby(x)["chance"].nunique().le(1).all()
@@ -260,7 +260,7 @@ def plot_site_curves(
         if common and part["chance"].notna().any():
             chance = part.groupby(x)["chance"].mean()
             axis.plot(chance.index, chance, zorder=1, label=chance_name, **plotting.DOTTED)
-        axis.set_title(plotting.wrap(str(name), width / min(columns, len(names)), 5.5), pad=4)
+        axis.set_title(plotting.wrap(str(name), width / columns, 5.5), pad=4)
         axis.set(xlabel=x_label if lowest else "", ylabel=y_label if leftmost else "")
         plotting.ruled(axis, "y")
     if share_y:
@@ -284,7 +284,7 @@ def plot_similarity_matrix(frame: pd.DataFrame, between: str) -> Figure:
     names, entries = (list(dict.fromkeys(values)) for values in (frame["panel"], frame[sides].to_numpy().T.flat))
     cell = plotting.PAGE / min(3, len(names))
     texts = [plotting.wrap(str(entry), cell / 4) for entry in entries]
-    figure, shown = plotting.panels(len(names), 3, plotting.PAGE, lambda cell: 0.8 * cell + 0.2, 0)
+    figure, shown = plotting.panels(len(names), 3, plotting.PAGE, 0.8 * cell + 0.2)
     low = min(0.0, float(frame["value"].min()))
     place = {entry: index for index, entry in enumerate(entries)}
     for (axis, _, _), name in zip(shown, names, strict=True):
@@ -316,7 +316,7 @@ def plot_localization_grid(frame: pd.DataFrame, *, against: str = "wrong word", 
     scores = [score for score in LOCALIZATION_NAMES if score in set(mine["score"])]
     sites, steps = list(dict.fromkeys(mine["site"])), sorted(dict.fromkeys(mine["timestep"]))
     height, names = 0.145 * len(sites) + 0.42, [str(s).removesuffix("-Cross-Map") for s in sites]
-    figure, shown = plotting.panels(len(scores), 3, plotting.PAGE, lambda _: height, 0.15, title=title, pad=(0.02, 0.02))
+    figure, shown = plotting.panels(len(scores), 3, plotting.PAGE, height, 0.15, title=title, pad=(0.02, 0.02))
     framed: dict[str, Any] = {"fill": False, "edgecolor": plotting.COLOURS[1], "linewidth": 1}
     for (axis, leftmost, lowest), score in zip(shown, scores, strict=True):
         part = mine[mine["score"] == score]
@@ -352,7 +352,7 @@ def plot_localization_controls(frame: pd.DataFrame, *, title: str = "") -> Figur
     steps = sorted(dict.fromkeys(frame["timestep"]))
     names = [name for name in dict.fromkeys(frame["map"]) if frame.loc[frame["map"] == name, "value"].notna().any()]
     colours = [plotting.look_of(k)["color"] for k in range(len(steps))]
-    figure, shown = plotting.panels(len(scores), 3, plotting.PAGE, lambda _: 0.19 * len(names) + 0.42, 0.25, title=title)
+    figure, shown = plotting.panels(len(scores), 3, plotting.PAGE, 0.19 * len(names) + 0.42, 0.25, title=title)
     for (axis, leftmost, _), score in zip(shown, scores, strict=True):
         part = frame[frame["score"] == score]
         for line, name in enumerate(names):
@@ -401,8 +401,11 @@ def plot_localization_curves(frame: pd.DataFrame, score: str = "auc", *, by: str
     mine = _own_rows(part, ["site", "timestep", by])
     sites, kinds = list(dict.fromkeys(mine["site"])), list(dict.fromkeys(mine[by]))
     controls = [name for name in ("wrong word", "other text", "null features", "centred Gaussian") if name in set(part["map"])]
-    thin = {n: {"linestyle": s, "linewidth": 0.8} for n, s in zip(controls, (":", "-.", (0, (1, 3))), strict=False)}
-    figure, shown = plotting.panels(len(sites), 3, plotting.PAGE, lambda cell: 0.62 * cell + 0.2, 0.3, title=title)
+    thin: dict[str, dict[str, Any]] = {
+        n: {"linestyle": s, "linewidth": 0.8} for n, s in zip(controls, (":", "-.", (0, (1, 3))), strict=False)
+    }
+    height = 0.62 * plotting.PAGE / min(3, len(sites)) + 0.2
+    figure, shown = plotting.panels(len(sites), 3, plotting.PAGE, height, 0.3, title=title)
     for (axis, leftmost, _), site in zip(shown, sites, strict=True):
         for k, kind in enumerate(kinds):
             plotting.curve(axis, mine[(mine["site"] == site) & (mine[by] == kind)], "timestep", k, str(kind), band=0.2)
@@ -414,7 +417,7 @@ def plot_localization_curves(frame: pd.DataFrame, score: str = "auc", *, by: str
         axis.set(xlabel="timestep", ylabel=LOCALIZATION_NAMES[score] if leftmost else "")
         plotting.ruled(axis, "y")
     plotting.one_scale(shown)
-    entries = {str(kind): plotting.look_of(k) for k, kind in enumerate(kinds)}
+    entries: dict[str, plotting.Look] = {str(kind): plotting.look_of(k) for k, kind in enumerate(kinds)}
     entries |= {name: {"color": "0.35", **look} for name, look in thin.items()} | {"chance": plotting.DASHED}
     plotting.legend(figure, entries, 4, handlelength=2.4)
     return figure

@@ -226,15 +226,15 @@ def grid(
 
 
 def panels(
-    count: int, columns: int, width: float, height: Callable[[float], float], below: float, **options: Any
+    count: int, columns: int, width: float, height: float, below: float = 0.0, **options: Any
 ) -> tuple[Figure, list[Panel]]:
     """A figure with `count` panels, at most `columns` in a row.
 
-    `height` gives a row's from the width of a panel; `below` is the height for a legend; the other options are `grid`'s.
+    `height` is that of a row, `below` that of what stands below all panels; the other options are those of `grid`.
     """
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = grid(rows, columns, width, rows * height(width / columns) + below, **options)
+    figure, axes = grid(rows, columns, width, rows * height + below, **options)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, [Panel(axis, k % columns == 0, k + columns >= count) for k, axis in enumerate(axes.flat[:count])]

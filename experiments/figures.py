@@ -69,7 +69,7 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """
     labels, sites, kinds = (list(dict.fromkeys(frame[name])) for name in ("label", "site", "what"))
     height = 0.2 * len(sites) + 0.5
-    figure, shown = plotting.panels(len(labels), 3, plotting.PAGE, lambda _: height, 0.3, title=title)
+    figure, shown = plotting.panels(len(labels), 3, plotting.PAGE, height, 0.3, title=title)
     reach = 1.05 * max(1e-3, float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max()))
     looks = {kind: {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]} for k, kind in enumerate(kinds)}
     for (axis, leftmost, _), label in zip(shown, labels, strict=True):

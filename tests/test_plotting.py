@@ -206,12 +206,12 @@ def test_curves_carry_values_bands_and_chance():
 
 def test_panels_know_their_place_and_the_rest_is_empty():
     with plotting.style():
-        figure, shown = plotting.panels(5, 3, plotting.PAGE, lambda cell: cell, 0.5, title="five")
-    assert figure.get_size_inches() == pytest.approx([plotting.PAGE, 2 * plotting.PAGE / 3 + 0.5 + 0.2])
+        figure, shown = plotting.panels(5, 3, plotting.PAGE, 2.0, 0.5, title="five")
+    assert figure.get_size_inches() == pytest.approx([plotting.PAGE, 2 * 2.0 + 0.5 + 0.2])
     assert [panel.leftmost for panel in shown] == [True, False, False, True, False]
     assert [panel.lowest for panel in shown] == [False, False, True, True, True]  # nothing stands below the third
     assert [axis.axison for axis in figure.axes] == [True] * 5 + [False]
-    _, shown = plotting.panels(2, 3, plotting.PAGE, lambda cell: cell, 0)
+    _, shown = plotting.panels(2, 3, plotting.PAGE, 2.0)
     assert len(shown) == 2 and all(panel.lowest for panel in shown)
 
 
