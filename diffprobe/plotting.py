@@ -87,7 +87,7 @@ def style() -> Iterator[None]:
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draws inside `style()`."""
+    """Lets a function draw inside `style()`."""
 
     @functools.wraps(draw)
     def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -152,7 +152,7 @@ def read_rows(path: str | Path) -> pd.DataFrame:
 
 
 def read_sidecars(out: Path) -> dict[str, dict[str, Any]]:
-    """The JSON of every figure in a folder by the figure's name; files that are something else are left out."""
+    """The JSON files of a folder's figures, by the figures' names; other JSON files are left out."""
     found = {}
     for path in sorted(out.glob("*.json")):
         with contextlib.suppress(ValueError):
@@ -163,7 +163,7 @@ def read_sidecars(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _typed(cells: pd.Series) -> pd.Series:
-    """Text as truth values, whole numbers or floats (empty cells are NaN), else as it is."""
+    """A column of texts as truth values, whole numbers or floats (empty cells are NaN), or as it is."""
     texts = cells.tolist()
     if texts and set(texts) <= {"True", "False"}:
         return cells == "True"
@@ -176,7 +176,7 @@ def _typed(cells: pd.Series) -> pd.Series:
 
 
 def package_versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers and pictures depend on."""
+    """The versions of Python and of the packages that numbers and pictures depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -185,7 +185,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _plain(value: object) -> object:
-    """What JSON does not know: NumPy's numbers and arrays, paths and everything else by its text."""
+    """NumPy's numbers and arrays as lists and numbers; paths and all else as text."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 

@@ -238,7 +238,7 @@ def _versions(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shelf(store: str, samples: int, data: str) -> _Shelf:
-    """Open a store and find what of it the page will show.
+    """Open a store and find what the page will show of it.
 
     Raises:
         StoreError: it has no cross-attention maps, or the dataset lacks its samples.
@@ -256,7 +256,7 @@ def _shelf(store: str, samples: int, data: str) -> _Shelf:
 
 
 def _prompt(tree: xr.DataTree, row: int, conditioning: str, kept: Sequence[int]) -> _Prompt:
-    """A sample's text and those of its tokens whose maps were kept: up to the one that ends it, without the padding."""
+    """A sample's text, and its tokens whose maps were kept, up to the end token and without the padding."""
     prompts = tree["prompts"].to_dataset()
     one = prompts.isel(sample=row, conditioning=prompts["conditioning"].values.tolist().index(conditioning))
     text = str(one["text"].item())
