@@ -20,6 +20,13 @@ from diffprobe import plotting
 COLOURS, MARKERS = plotting.COLOURS, plotting.MARKERS
 
 
+def in_order(frame: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
+    """The rows of these sites for `plot_site_curves`: panels in the frame's order, within a panel sites in the given order."""
+    order = {name: list(dict.fromkeys(names)) for name, names in (("panel", frame["panel"]), ("site", sites))}
+    kept = frame[frame["site"].isin(order["site"])]
+    return kept.sort_values(["panel", "site"], key=lambda names: names.map(order[names.name].index), kind="stable")
+
+
 @plotting.styled
 def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy") -> Figure:
     """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
