@@ -136,7 +136,7 @@ def plot_heatmaps(
             bar.ax.set_xticks([low, high], ["0" if abs(low) < 1e-3 * abs(high) else f"{low:.2g}", f"{high:.2g}"])
             bar.ax.tick_params(length=0, pad=1, labelsize=6)
             for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
-                label.set_horizontalalignment(side)
+                label.set(horizontalalignment=side)
     for axis in shown:
         axis.set_anchor("N")  # the image has no bar below it
     for axis in shown[1 + len(values) :]:

@@ -247,12 +247,10 @@ def one_scale(shown: Sequence[Panel]) -> None:
         panel.axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
 
 
-def legend(
-    figure: Figure, entries: Mapping[str, Look], columns: int = 1, *, loc: str = "outside lower center", **options: Any
-) -> None:
+def legend(figure: Figure, entries: Mapping[str, Look], columns: int = 1, **options: Any) -> None:
     """One legend for all panels: a name and the look of its line, in so many columns."""
     handles = [Line2D([], [], label=name, **look) for name, look in entries.items()]
-    figure.legend(handles=handles, loc=loc, ncols=columns, **options)
+    figure.legend(handles=handles, ncols=columns, **{"loc": "outside lower center", **options})
 
 
 def legend_size(names: Sequence[str], width: float) -> tuple[int, float]:

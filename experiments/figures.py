@@ -24,7 +24,7 @@ def in_order(frame: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
     """The rows of these sites for `plot_site_curves`: panels in the frame's order, within a panel sites in the given order."""
     order = {name: list(dict.fromkeys(names)) for name, names in (("panel", frame["panel"]), ("site", sites))}
     kept = frame[frame["site"].isin(order["site"])]
-    return kept.sort_values(["panel", "site"], key=lambda names: names.map(order[names.name].index), kind="stable")
+    return kept.iloc[np.lexsort([kept[name].map(order[name].index) for name in ("site", "panel")])]
 
 
 @plotting.styled
@@ -78,7 +78,9 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
     height = 0.2 * len(sites) + 0.5
     figure, shown = plotting.panels(len(labels), 3, plotting.PAGE, height, 0.3, title=title)
     reach = 1.05 * max(1e-3, float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max()))
-    looks = {kind: {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]} for k, kind in enumerate(kinds)}
+    looks: dict[str, Any] = {
+        kind: {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]} for k, kind in enumerate(kinds)
+    }
     for (axis, leftmost, _), label in zip(shown, labels, strict=True):
         part = frame[frame["label"] == label]
         for row in part.to_dict("records"):
