@@ -336,7 +336,7 @@ def _uses(out: str) -> list[str]:
     if grids:
         lines.append(f"diffprobe plot pca {place}{_other('null', texts)}")
     if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
-        from diffprobe.gallery import words_of  # with matplotlib, which takes a while
+        from diffprobe.figures import words_of  # with matplotlib, which takes a while
 
         worded = [c for c, text in texts.items() if c != "null" and words_of(text)]
         lines += [f"diffprobe plot heatmaps {place}{_other('caption', worded)}"] if worded else []
@@ -868,7 +868,7 @@ def plot_pca(
     name: FigureName = "",
 ) -> None:
     """First three principal components of the features as colours, one column a site."""
-    from diffprobe.gallery import pca_figure
+    from diffprobe.figures import pca_figure
 
     paths = pca_figure(
         store, data, _list(sites), timestep, conditioning, lambda tree: _samples(tree, samples, count), out, name
@@ -892,7 +892,7 @@ def plot_heatmaps(
     name: FigureName = "",
 ) -> None:
     """Where each word's cross-attention falls, laid over the image."""
-    from diffprobe.gallery import heatmap_figures
+    from diffprobe.figures import heatmap_figures
 
     drawn = heatmap_figures(
         store, data, _list(words), _list(site), timestep, conditioning, lambda tree: _samples(tree, samples, count), out, name
@@ -908,7 +908,7 @@ def plot_probe(
     name: FigureName = "",
 ) -> None:
     """Probe scores by site and timestep, chance marked."""
-    from diffprobe.gallery import probe_figures
+    from diffprobe.figures import probe_figures
 
     for path in probe_figures(table, out, name):
         _out.print(f"Drew {path}")
@@ -922,7 +922,7 @@ def plot_similarity(
     name: FigureName = "",
 ) -> None:
     """Curves over timesteps or guidance with intervals and chance, or every two against each other."""
-    from diffprobe.gallery import similarity_figure
+    from diffprobe.figures import similarity_figure
 
     _out.print(f"Drew {similarity_figure(table, measure, out, name)}")
 
@@ -935,7 +935,7 @@ def plot_localization(
     name: FigureName = "",
 ) -> None:
     """Localization by site and timestep, against controls and chance, and by head where the table has heads."""
-    from diffprobe.gallery import localization_figures
+    from diffprobe.figures import localization_figures
 
     for path in localization_figures(table, score, out, name):
         _out.print(f"Drew {path}")

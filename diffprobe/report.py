@@ -14,9 +14,8 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.conditioning import NULL
-from diffprobe.gallery import open_with_images
+from diffprobe.figures import open_with_images
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info, write_whole
 
@@ -36,8 +35,7 @@ _MARKS = {"held": "✓", "not held": "✗", "undecided": "?", "not testable": "-
 _ORIGIN = ("model", "data", "count", "seed")
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What a page holds."""
 
     figures: int
@@ -46,8 +44,7 @@ class Report:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     """One text that a sample was given: its tokens, and where they stand on the token axis of the maps."""
 
     conditioning: str
@@ -56,9 +53,8 @@ class _Prompt:
     positions: list[int]
 
 
-@dataclass(frozen=True)
-class _Shelf:
-    """The samples of one store that the page shows, before their maps are read."""
+class _Shelf(NamedTuple):
+    """The samples of one store that the page shows; maps (sample, conditioning, timestep, head, token, y, x) by site, not yet read."""
 
     name: str
     tree: xr.DataTree
@@ -66,15 +62,14 @@ class _Shelf:
     ids: list[str]
     images: list[str]
     prompts: list[list[_Prompt]]
-    sites: list[str]
+    maps: dict[str, xr.DataArray]
 
     @property
     def bytes(self) -> int:
         """What this store will take in the page: base64 writes three bytes as four letters."""
         tokens = sum(len(prompt.tokens) for sample in self.prompts for prompt in sample)
-        cells = sum(_maps(self.tree, s).sizes["y"] * _maps(self.tree, s).sizes["x"] + 8 for s in self.sites)
-        steps = self.tree[self.sites[0]].sizes["timestep"]
-        return sum(map(len, self.images)) + tokens * cells * steps * 4 // 3
+        cells = sum((maps.sizes["y"] * maps.sizes["x"] + 8) * maps.sizes["timestep"] for maps in self.maps.values())
+        return sum(map(len, self.images)) + tokens * cells * 4 // 3
 
 
 def write_report(
@@ -183,7 +178,9 @@ def _figures(run: Path) -> list[dict[str, Any]]:
                 "name": name,
                 "title": config.get("title", name),
                 "pictures": [
-                    {"name": p, "alt": sidecars[p]["alt"], "url": _picture(run / f"{p}.png")} for p in pictures if p in sidecars
+                    {"name": p, "alt": sidecars[p]["alt"], "url": _data_url((run / f"{p}.png").read_bytes(), "png")}
+                    for p in pictures
+                    if p in sidecars
                 ],
                 "command": config.get("command", ""),
                 "runtime": _duration(config["seconds"]) if "seconds" in config else "",
@@ -199,10 +196,6 @@ def _figures(run: Path) -> list[dict[str, Any]]:
             }
         )
     return sorted(figures, key=lambda figure: not figure["claims"])
-
-
-def _picture(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _table(path: Path) -> dict[str, Any] | None:
@@ -245,7 +238,7 @@ def _versions(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shelf(store: str, samples: int, data: str) -> _Shelf:
-    """Open a store and find what of it the page will show.
+    """Open a store and find what the page will show of it.
 
     Raises:
         StoreError: it has no cross-attention maps, or the dataset lacks its samples.
@@ -254,30 +247,16 @@ def _shelf(store: str, samples: int, data: str) -> _Shelf:
     sites = [name for name in site_names(tree) if tree[name].attrs.get("kind") == "cross_map"]
     if not sites:
         raise StoreError(f"{store} has no cross-attention maps to explore; record them with --maps cross.")
-    kept = _kept(tree, sites[0])
-    texts = [c for c in _conditionings(tree, sites[0]) if c != NULL] or [NULL]
+    maps = {site: tree[site].to_dataset()["maps"] for site in sites}
+    first = maps[sites[0]]
+    kept = first["token"].values.tolist() if "token" in first.coords else list(range(first.sizes["token"]))
+    texts = [c for c in map(str, first["conditioning"].values) if c != NULL] or [NULL]
     prompts = [[_prompt(tree, row, text, kept) for text in texts] for row in rows]
-    name = Path(store.rstrip("/")).name
-    return _Shelf(name, tree, rows, ids, [_image(image) for image in images], prompts, sites)
-
-
-def _maps(tree: xr.DataTree, site: str) -> xr.DataArray:
-    """(sample, conditioning, timestep, head, token, y, x)."""
-    return tree[site].to_dataset()["maps"]
-
-
-def _conditionings(tree: xr.DataTree, site: str) -> list[str]:
-    return [str(name) for name in _maps(tree, site)["conditioning"].values]
-
-
-def _kept(tree: xr.DataTree, site: str) -> list[int]:
-    """The token positions on a map site's token axis."""
-    maps = _maps(tree, site)
-    return maps["token"].values.tolist() if "token" in maps.coords else list(range(maps.sizes["token"]))
+    return _Shelf(Path(store.rstrip("/")).name, tree, rows, ids, [_image(image) for image in images], prompts, maps)
 
 
 def _prompt(tree: xr.DataTree, row: int, conditioning: str, kept: Sequence[int]) -> _Prompt:
-    """A sample's text and those of its tokens whose maps were kept: up to the one that ends it, without the padding."""
+    """A sample's text, and its tokens whose maps were kept, up to the end token and without the padding."""
     prompts = tree["prompts"].to_dataset()
     one = prompts.isel(sample=row, conditioning=prompts["conditioning"].values.tolist().index(conditioning))
     text = str(one["text"].item())
@@ -295,40 +274,43 @@ def _prompt(tree: xr.DataTree, row: int, conditioning: str, kept: Sequence[int])
 def _image(pixels: NDArray[np.uint8]) -> str:
     """An image as a data URL: drawn scenes stay exact, photographs become small."""
     small = max(pixels.shape[:2]) <= 256
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 88}))
-    return f"data:image/{'png' if small else 'jpeg'};base64,{_letters(buffer.getvalue())}"
+    buffer, kind = io.BytesIO(), "png" if small else "jpeg"
+    Image.fromarray(pixels).save(buffer, kind, **({} if small else {"quality": 88}))
+    return _data_url(buffer.getvalue(), kind)
+
+
+def _data_url(image: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{_letters(image)}"
 
 
 def _read_maps(shelf: _Shelf) -> dict[str, Any]:
     """The maps of a store as the page's script reads them.
 
-    Of every sample, prompt and site: ``values``, bytes (timestep, token, y, x) from the map's own lowest to its own highest
+    For every sample, prompt and site: ``values``, bytes (timestep, token, y, x) from the map's own lowest to its own highest
     value, and ``ends``, these two as float32 (timestep, token, 2).
     """
-    stored = {s: _maps(shelf.tree, s) for s in shelf.sites}
-    texts = list(dict.fromkeys(prompt.conditioning for own in shelf.prompts for prompt in own))
-    blocks = {(site, text): _blocks(shelf, site, text) for site in stored for text in texts}
+    texts = [prompt.conditioning for prompt in shelf.prompts[0]]
+    blocks = {text: [_blocks(shelf, site, place) for site in shelf.maps] for place, text in enumerate(texts)}
     samples = []
-    for number, (sample_id, image) in enumerate(zip(shelf.ids, shelf.images, strict=True)):
-        maps = [[blocks[site, prompt.conditioning][number] for site in stored] for prompt in shelf.prompts[number]]
-        prompts = [{"conditioning": p.conditioning, "text": p.text, "tokens": p.tokens} for p in shelf.prompts[number]]
+    for number, (sample_id, image, own) in enumerate(zip(shelf.ids, shelf.images, shelf.prompts, strict=True)):
+        maps = [[block[number] for block in blocks[prompt.conditioning]] for prompt in own]
+        prompts = [{"conditioning": p.conditioning, "text": p.text, "tokens": p.tokens} for p in own]
         samples.append({"id": sample_id, "image": image, "prompts": prompts, "maps": maps})
-    first, model = stored[shelf.sites[0]], Path(provenance(shelf.tree)["request"]["model"])
+    first, model = next(iter(shelf.maps.values())), Path(provenance(shelf.tree)["request"]["model"])
     return {
         "name": shelf.name,
         "model": model.name if model.is_absolute() else str(model),
         "timesteps": first["timestep"].values.tolist(),
-        "sites": [{"name": site, "height": a.sizes["y"], "width": a.sizes["x"]} for site, a in stored.items()],
+        "sites": [{"name": site, "height": a.sizes["y"], "width": a.sizes["x"]} for site, a in shelf.maps.items()],
         "samples": samples,
     }
 
 
-def _blocks(shelf: _Shelf, site: str, conditioning: str) -> list[dict[str, str]]:
-    """Each sample's maps of the tokens of its one text, as `_bytes` writes them."""
-    prompts = [next(prompt for prompt in own if prompt.conditioning == conditioning) for own in shelf.prompts]
-    wanted = [(row, [place]) for row, prompt in zip(shelf.rows, prompts, strict=True) for place in prompt.positions]
-    maps = read_maps(shelf.tree, site, wanted, conditioning).isel(head=0).to_numpy()  # (token of a sample, timestep, y, x)
+def _blocks(shelf: _Shelf, site: str, place: int) -> list[dict[str, str]]:
+    """For each sample the maps of the tokens of its prompt at this place in the list, as `_bytes` writes them."""
+    prompts = [own[place] for own in shelf.prompts]
+    wanted = [(row, [position]) for row, prompt in zip(shelf.rows, prompts, strict=True) for position in prompt.positions]
+    maps = read_maps(shelf.tree, site, wanted, prompts[0].conditioning).isel(head=0).to_numpy()  # (token, timestep, y, x)
     ends = np.cumsum([len(prompt.positions) for prompt in prompts])
     return [_bytes(part.swapaxes(0, 1)) for part in np.split(maps, ends[:-1])]
 

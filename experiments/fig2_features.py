@@ -34,13 +34,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.plotting import plot_pca_grid, plot_site_curves
+from diffprobe.figures import plot_pca_grid, plot_site_curves
 from diffprobe.probes.linear import GramRidge
 from diffprobe.probes.pca import outlier_tokens, pca_rgb
 from diffprobe.probes.similarity import cosines, similarity, split_pairs
 from diffprobe.probes.task import FOLDS, split_folds
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
+from experiments.figures import in_order
 from experiments.framework import Claim, Experiment, Options, Result, reference, verdict, worst
 
 TIMESTEPS = (10, 50, 100, 250, 500)
@@ -391,11 +392,7 @@ def draw(result: Result) -> dict[str, Figure]:
         panel="paper (SD 2.1): raw", timestep=paper["timestep"].str[1:].astype(int), low=np.nan, high=np.nan, chance=np.nan
     )
     pairs = pd.concat([paper, level[level["measure"].str.startswith("cosine")]], ignore_index=True)
-    order = {site: k for k, site in enumerate(level["site"].unique())}
-    pairs = pairs[pairs["site"].isin(order)].sort_values("site", key=lambda s: s.map(order), kind="stable")
-    pairs = pairs.sort_values(
-        "panel", key=lambda s: s.map({p: k for k, p in enumerate(pairs["panel"].unique())}), kind="stable"
-    )
+    pairs = in_order(pairs, level["site"].unique())
     pictures = {
         name: xr.DataArray(v, dims=("sample", "y", "x", "rgb")) for name, v in result.pictures.items() if name != "images"
     }

@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from diffprobe.plotting import plot_localization_curves
+from diffprobe.figures import plot_localization_curves
 from experiments.figures import plot_attention_strips
 from experiments.framework import Claim, Experiment, Options, Result, record_words, verdict
 
@@ -53,7 +53,7 @@ def pictures(tree: xr.DataTree, data: object, conditioning: str, sites: list[str
     """Images, and (timestep, word, y, x) maps of their captions' content words, averaged over the sites."""
     from diffprobe import attention_maps
     from diffprobe.data.images import fit_image
-    from diffprobe.gallery import words_of
+    from diffprobe.figures import one_sample, words_of
     from diffprobe.store import provenance
 
     request = provenance(tree)["request"]
@@ -64,11 +64,7 @@ def pictures(tree: xr.DataTree, data: object, conditioning: str, sites: list[str
     rows = sorted(rows, key=lambda k: -len(words_of(str(texts[k]))))[:SHOWN]
     found: dict[str, np.ndarray] = {}
     for number, row in enumerate(rows):
-        one = xr.DataTree.from_dict(
-            {p: d.to_dataset(inherit=False).isel(sample=[row], missing_dims="ignore") for p, d in tree.subtree_with_keys}
-        )
-        one.attrs = tree.attrs
-        words = words_of(str(texts[row]))
+        one, words = one_sample(tree, row), words_of(str(texts[row]))
         maps = [
             attention_maps(one, word, site=sites, conditioning=conditioning, timestep=[LOW, HIGH]).isel(sample=0).to_numpy()
             for word in words

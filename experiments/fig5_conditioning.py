@@ -26,10 +26,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffprobe.plotting import heat_colours, plot_pca_grid, plot_site_curves
+from diffprobe.figures import plot_pca_grid, plot_site_curves
+from diffprobe.plotting import heat_colours
 from diffprobe.probes.pca import pca_rgb
 from diffprobe.probes.similarity import cka, jackknife_interval, similarity
 from diffprobe.probes.task import pool_features
+from experiments.figures import in_order
 from experiments.framework import Claim, Experiment, Options, Result, reference, verdict, worst
 
 TIMESTEPS = (50, 500)
@@ -195,10 +197,7 @@ def draw(result: Result) -> dict[str, Figure]:
     curves = pd.concat(
         [paper, level.assign(panel=names).sort_values(["timestep", "measure"], kind="stable")], ignore_index=True
     )
-    order = {site: k for k, site in enumerate(level["site"].unique())}
-    curves = curves[curves["site"].isin(order)]
-    place = {panel: k for k, panel in enumerate(curves["panel"].unique())}
-    curves = curves.assign(p=curves["panel"].map(place), s=curves["site"].map(order)).sort_values(["p", "s", "guidance"])
+    curves = in_order(curves, level["site"].unique())
     grids = {n: xr.DataArray(v, dims=("sample", "y", "x", "rgb")) for n, v in result.pictures.items() if n != "images"}
     return {
         "": plot_site_curves(

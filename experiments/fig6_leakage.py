@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diffprobe.figures import plot_leak_examples, plot_leak_sight, plot_site_curves
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
     Recipe,
@@ -41,7 +42,6 @@ from diffprobe.mllm.leakage import (
     score_texts,
 )
 from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
-from diffprobe.plotting import plot_leak_examples, plot_leak_sight, plot_site_curves
 from experiments.figures import plot_scores
 from experiments.framework import Claim, Experiment, Options, Result, chosen_arms, leakage_run, reference, verdict
 

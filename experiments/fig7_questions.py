@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffprobe.data.samples import Dataset, Question, Sample
-from diffprobe.plotting import plot_localization_controls, plot_localization_curves, plot_localization_grid
+from diffprobe.figures import plot_localization_controls, plot_localization_curves, plot_localization_grid
 from experiments.figures import plot_differences
 from experiments.framework import Claim, Experiment, Options, Result, verdict
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diffprobe.figures import plot_leak_sight
 from diffprobe.mllm.leakage import MAIN_SITE, compare, item_scores, plan, read_texts
-from diffprobe.plotting import plot_leak_sight
 from experiments.figures import plot_leak_rows
 from experiments.framework import Claim, Experiment, Options, Result, leakage_run, verdict
 

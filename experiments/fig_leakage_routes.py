@@ -19,9 +19,9 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diffprobe.figures import plot_probe_grid
 from diffprobe.mllm.leakage import MAIN_SITE, Test, compare, item_scores, plan, read_texts
 from diffprobe.mllm.verdict import POSITIVE, judge_leakage
-from diffprobe.plotting import plot_probe_grid
 from experiments.figures import plot_leak_rows
 from experiments.framework import Claim, Experiment, Options, Result, Verdict, leakage_run, verdict
 

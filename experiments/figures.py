@@ -1,6 +1,7 @@
-"""Figures that only experiments draw, in the look of `diffprobe.plotting`.
+"""Figures that only experiments draw, made of the primitives of `diffprobe.plotting`.
 
-Functions take tables or arrays and return a Figure.  The invariant is the same: equal rows give equal bytes.
+Functions take tables or arrays and return a Figure; `title` is written above it, `width` is in inches.  The invariant is
+that of `plotting`: equal rows give equal bytes.
 """
 
 from __future__ import annotations
@@ -12,111 +13,96 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from PIL import Image
 
-from diffprobe.plotting import COLUMN, HEAT, MARKERS, OKABE_ITO, PAGE, bare, grid, pad, short, styled, wrap
+from diffprobe import plotting
+
+COLOURS, MARKERS = plotting.COLOURS, plotting.MARKERS
 
 
-@styled
-def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy", title: str = "", width: float = PAGE) -> Figure:
+def in_order(frame: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
+    """The rows of these sites for `plot_site_curves`: panels in the frame's order, within a panel sites in the given order."""
+    order = {name: list(dict.fromkeys(names)) for name, names in (("panel", frame["panel"]), ("site", sites))}
+    kept = frame[frame["site"].isin(order["site"])]
+    return kept.iloc[np.lexsort([kept[name].map(order[name].index) for name in ("site", "panel")])]
+
+
+@plotting.styled
+def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy") -> Figure:
     """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
 
     Args:
         frame: Rows with label, encoder, value, low, high, chance and control_accuracy (NaN for none); one row a bar.
         name: Of the score.
-        title: Above the figure.
-        width: In inches.
     """
     labels, encoders = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["encoder"]))
-    figure, axes = grid(1, 1, width, 2.1 + 0.2 * bool(title))
+    figure, axes = plotting.grid(1, 1, plotting.PAGE, 2.1)
     axis = axes[0, 0]
     step = 0.8 / len(encoders)
     top = float(frame[["high", "chance"]].to_numpy(dtype=float).max()) * 1.08
-    controlled = bool(frame["control_accuracy"].notna().any())
+    hollow: dict[str, Any] = {"marker": "o", "color": "black", "markerfacecolor": "white", "linestyle": "none"}
+    dashed: dict[str, Any] = {"color": "0.3", "linewidth": 1, "linestyle": (0, (3, 1.5))}
     for group, label in enumerate(labels):
         rows = frame[frame["label"] == label]
-        for _, row in rows.iterrows():
-            place = encoders.index(row["encoder"])
-            shown = [e for e in encoders if e in set(rows["encoder"])]
+        shown = [e for e in encoders if e in set(rows["encoder"])]
+        for row in rows.to_dict("records"):
             x = group + (shown.index(row["encoder"]) - (len(shown) - 1) / 2) * step
-            axis.bar(x, row["value"], 0.9 * step, color=OKABE_ITO[place % len(OKABE_ITO)])
+            axis.bar(x, row["value"], 0.9 * step, color=COLOURS[encoders.index(row["encoder"]) % len(COLOURS)])
             axis.plot([x, x], [row["low"], row["high"]], color="black", linewidth=0.9)
-            axis.plot(
-                x, row["control_accuracy"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none"
-            )
-            axis.text(x, row["high"] + 0.012 * top, short(float(row["value"])), ha="center", va="bottom", fontsize=6)
-        axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, color="0.3", linewidth=1, linestyle=(0, (3, 1.5)))
+            axis.plot(x, row["control_accuracy"], **hollow)
+            axis.text(x, row["high"] + 0.012 * top, plotting.short(row["value"]), ha="center", va="bottom", fontsize=6)
+        axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, **dashed)
     for place, encoder in enumerate(encoders):
-        axis.bar(0, 0, color=OKABE_ITO[place % len(OKABE_ITO)], label=encoder)
-    axis.plot([], [], color="0.3", linewidth=1, linestyle=(0, (3, 1.5)), label="chance")
+        axis.bar(0, 0, color=COLOURS[place % len(COLOURS)], label=encoder)
+    axis.plot([], [], label="chance", **dashed)
+    controlled = bool(frame["control_accuracy"].notna().any())
     if controlled:
-        axis.plot(
-            [], [], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none", label="control task"
-        )
-    axis.set_xticks(range(len(labels)), [wrap(str(label), (width - 0.6) / len(labels)) for label in labels])
+        axis.plot([], [], label="control task", **hollow)
+    axis.set_xticks(range(len(labels)), [plotting.wrap(str(label), (plotting.PAGE - 0.6) / len(labels)) for label in labels])
     axis.tick_params(axis="x", length=0)
-    axis.set_ylim(min(0.0, float(frame["low"].min())), top)
-    axis.set_ylabel(f"{name}, 95% interval")
-    axis.grid(axis="y", color="0.9", linewidth=0.5)
-    axis.set_axisbelow(True)
+    axis.set(ylim=(min(0.0, float(frame["low"].min())), top), ylabel=f"{name}, 95% interval")
+    plotting.ruled(axis, "y")
     figure.legend(loc="outside lower center", ncols=len(encoders) + 1 + controlled)
-    if title:
-        figure.suptitle(title)
     return figure
 
 
-@styled
-def plot_probe_differences(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
+@plotting.styled
+def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """Paired differences of scores as dots with intervals: a panel a label, a line a site, a colour a comparison.
 
     Args:
         frame: Rows with what, label, site, value, low, high.
         title: Above the figure.
-        width: In inches.
     """
     labels, sites, kinds = (list(dict.fromkeys(frame[name])) for name in ("label", "site", "what"))
-    columns = min(3, len(labels))
-    rows = -(-len(labels) // columns)
-    figure, axes = grid(rows, columns, width, rows * (0.2 * len(sites) + 0.5) + 0.3 + 0.2 * bool(title))
+    height = 0.2 * len(sites) + 0.5
+    figure, shown = plotting.panels(len(labels), 3, plotting.PAGE, height, 0.3, title=title)
     reach = 1.05 * max(1e-3, float(np.abs(frame[["low", "high"]].to_numpy(dtype=float)).max()))
-    for place, (axis, label) in enumerate(zip(axes.flat, labels, strict=False)):
-        for _, row in frame[frame["label"] == label].iterrows():
-            kind = kinds.index(row["what"])
-            line = sites.index(row["site"]) + 0.24 * (kind - (len(kinds) - 1) / 2)
-            look: dict[str, Any] = {"color": OKABE_ITO[kind % len(OKABE_ITO)]}
-            axis.plot([row["low"], row["high"]], [line, line], linewidth=1, **look)
-            axis.plot(row["value"], line, marker=MARKERS[kind % len(MARKERS)], markersize=3, linestyle="none", **look)
+    looks: dict[str, Any] = {
+        kind: {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]} for k, kind in enumerate(kinds)
+    }
+    for (axis, leftmost, _), label in zip(shown, labels, strict=True):
+        part = frame[frame["label"] == label]
+        for row in part.to_dict("records"):
+            there = set(part.loc[part["site"] == row["site"], "what"])
+            beside = [kind for kind in kinds if kind in there]  # what shares the line, around its middle
+            line = sites.index(row["site"]) + 0.24 * (beside.index(row["what"]) - (len(beside) - 1) / 2)
+            plotting.interval(axis, row, line, **looks[row["what"]])
         axis.axvline(0, color="0.35", linewidth=0.8, linestyle=(0, (3, 1.5)))
-        axis.set_xlim(-reach, reach)
-        axis.set_ylim(len(sites) - 0.4, -0.6)
-        axis.set_yticks(range(len(sites)), sites if place % columns == 0 else [])
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x", color="0.9", linewidth=0.5)
-        axis.set_axisbelow(True)
-        axis.set_title(label)
-        axis.set_xlabel("difference in accuracy")
-    for axis in list(axes.flat)[len(labels) :]:
-        axis.set_axis_off()
-    for kind, name in enumerate(kinds):
-        axes.flat[0].plot(
-            [], [], marker=MARKERS[kind % len(MARKERS)], markersize=3, color=OKABE_ITO[kind % len(OKABE_ITO)], label=name
-        )
-    figure.legend(loc="outside lower center", ncols=len(kinds))
-    if title:
-        figure.suptitle(title)
+        axis.set(xlim=(-reach, reach), title=label, xlabel="difference in accuracy")
+        plotting.forest(axis, sites, written=leftmost, room=0.6)
+    plotting.legend(figure, looks, len(kinds))
     return figure
 
 
-@styled
+@plotting.styled
 def plot_scores(
     frame: pd.DataFrame,
     *,
     by: str = "timestep",
     x_label: str = "share correct, 95% interval",
     title: str = "",
-    width: float = COLUMN,
+    width: float = plotting.COLUMN,
 ) -> Figure:
     """Scores as dots with their intervals, one line each, a tick at each one's chance.
 
@@ -129,73 +115,47 @@ def plot_scores(
     """
     names = list(dict.fromkeys(frame["what"]))
     steps = sorted(frame[by].dropna().unique()) if by in frame else []
-    figure, axes = grid(1, 1, width, 0.24 * len(names) + 0.55 + 0.25 * bool(steps) + 0.2 * bool(title))
+    figure, axes = plotting.grid(1, 1, width, 0.24 * len(names) + 0.55 + 0.25 * bool(steps), title=title)
     axis = axes[0, 0]
+    dashed: dict[str, Any] = {"color": "0.55", "linewidth": 1, "linestyle": (0, (2, 1))}
     for line, name in enumerate(names):
         rows = frame[frame["what"] == name]
-        for _, found in rows.iterrows():
-            place = steps.index(found[by]) if steps and found[by] in steps else None
+        for row in rows.to_dict("records"):
+            place = steps.index(row[by]) if steps and row[by] in steps else None
             shift = 0.0 if place is None else 0.22 * (place - (len(steps) - 1) / 2)
-            colour = "0.2" if place is None else OKABE_ITO[place % len(OKABE_ITO)]
-            axis.plot([found["low"], found["high"]], [line + shift] * 2, color=colour, linewidth=1, clip_on=False)
-            axis.plot(found["value"], line + shift, marker="o", markersize=3, color=colour, linestyle="none", clip_on=False)
-        axis.plot([rows["chance"].mean()] * 2, [line - 0.4, line + 0.4], color="0.55", linewidth=1, linestyle=(0, (2, 1)))
-    for place, step in enumerate(steps):
-        axis.plot(
-            [],
-            [],
-            marker="o",
-            markersize=3,
-            color=OKABE_ITO[place % len(OKABE_ITO)],
-            label=f"{by}: {step}" if isinstance(step, str) else f"{by} {step:g}",
-        )
-    axis.plot([], [], color="0.55", linewidth=1, linestyle=(0, (2, 1)), label="chance")
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.set_xlim(0, 1)
-    axis.set_xlabel(x_label)
-    axis.grid(axis="x", color="0.9", linewidth=0.5)
-    axis.set_axisbelow(True)
-    axis.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    if title:
-        figure.suptitle(title)
+            colour = "0.2" if place is None else COLOURS[place % len(COLOURS)]
+            plotting.interval(axis, row, line + shift, colour, clip_on=False)
+        axis.plot([rows["chance"].mean()] * 2, [line - 0.4, line + 0.4], **dashed)
+    entries: dict[str, Any] = {
+        f"{by}: {step}" if isinstance(step, str) else f"{by} {step:g}": {"marker": "o", "color": COLOURS[k % len(COLOURS)]}
+        for k, step in enumerate(steps)
+    }
+    plotting.forest(axis, names, room=0.6)
+    axis.set(xlim=(0, 1), xlabel=x_label)
+    plotting.legend(figure, entries | {"chance": dashed}, 2)
     return figure
 
 
-@styled
-def plot_samples(
-    images: NDArray[np.uint8], texts: Sequence[str], *, columns: int = 6, title: str = "", width: float = PAGE
-) -> Figure:
-    """Pictures in rows, each with its text below.
+@plotting.styled
+def plot_samples(images: NDArray[np.uint8], texts: Sequence[str]) -> Figure:
+    """Pictures in rows of six, each with its text below.
 
     Args:
         images: (image, y, x, 3).
         texts: One an image; line breaks are kept.
-        columns: Pictures a row.
-        title: Above the figure.
-        width: In inches.
     """
-    rows = -(-len(images) // columns)
-    size = width / columns
-    below = ["\n".join(wrap(line, size, 5.5) for line in text.split("\n")) for text in texts]
-    lines = max(text.count("\n") + 1 for text in below)
-    figure, axes = grid(rows, columns, width, rows * (size + 0.11 * lines) + 0.2 * bool(title))
-    pad(figure, 0.02, 0.0)
-    for place, axis in enumerate(axes.flat):
-        bare(axis)
-        if place < len(images):
-            axis.imshow(images[place])
-            axis.set_xlabel(below[place], fontsize=5.5, labelpad=2)
-    if title:
-        figure.suptitle(title)
+    columns, width = 6, plotting.PAGE
+    rows, size = -(-len(images) // columns), width / columns
+    below = ["\n".join(plotting.wrap(line, size, 5.5) for line in text.split("\n")) for text in texts]
+    figure, axes = plotting.pictures(rows, columns, width, rows * (size + 0.11 * plotting.line_count(below)), (0.02, 0.0))
+    for axis, image, text in zip(axes.flat, images, below, strict=False):
+        axis.imshow(image)
+        axis.set_xlabel(text, fontsize=5.5, labelpad=2)
     return figure
 
 
-@styled
-def plot_alignment(
-    frame: pd.DataFrame, names: Mapping[str, str], *, reference: str = "", title: str = "", width: float = PAGE
-) -> Figure:
+@plotting.styled
+def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str], *, reference: str = "") -> Figure:
     """Shares of items matched right, by pattern: a panel per benchmark, a dot with its interval per score.
 
     Args:
@@ -203,66 +163,48 @@ def plot_alignment(
             left out.  Rows whose score is `reference` are drawn hollow.
         names: What each score is called, in the order of the legend; others are not drawn.
         reference: A score that another data set's published numbers stand under.
-        title: Above the figure.
-        width: In inches.
 
     Raises:
         ValueError: there is no row to draw.
     """
     shown = frame[frame["score"].isin(names) & (frame["pattern"] != "macro")]
-    benchmarks = list(dict.fromkeys(shown["benchmark"]))
     scores = [name for name in names if name in set(shown["score"])]
     if not scores:
         raise ValueError(f"The table has no rows of the scores {', '.join(names)}.")
-    panels = []
-    for benchmark in benchmarks:
-        part = shown[shown["benchmark"] == benchmark]
-        several = part["metric"].nunique() > 1
-        panels.append((benchmark, part, list(dict.fromkeys(zip(part["metric"], part["pattern"], strict=True))), several))
+    parts = {name: shown[shown["benchmark"] == name] for name in dict.fromkeys(shown["benchmark"])}
+    lines = {name: list(dict.fromkeys(zip(part["metric"], part["pattern"], strict=True))) for name, part in parts.items()}
+    looks = {score: _score_look(k, score == reference) for k, score in enumerate(scores)}
     step = 0.82 / len(scores)
-    height = max(len(lines) for _, _, lines, _ in panels) * (0.085 * len(scores) + 0.08) + 0.5
-    legend = 0.16 * -(-(len(scores) + 1) // 3) + 0.1
-    figure, axes = grid(1, len(panels), width, height + legend + 0.2 * bool(title))
-    for axis, (benchmark, part, lines, several) in zip(axes[0], panels, strict=True):
-        for line, (metric, pattern) in enumerate(lines):
+    height = max(map(len, lines.values())) * (0.085 * len(scores) + 0.08) + 0.5
+    below = 0.16 * -(-(len(scores) + 1) // 3) + 0.1
+    figure, axes = plotting.grid(1, len(parts), plotting.PAGE, height + below)
+    for axis, (benchmark, part) in zip(axes[0], parts.items(), strict=True):
+        for line, (metric, pattern) in enumerate(lines[benchmark]):
             here = part[(part["metric"] == metric) & (part["pattern"] == pattern)].set_index("score")
-            chance = float(here["chance"].mean())
-            axis.plot([chance] * 2, [line - 0.47, line + 0.47], color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+            axis.plot([float(here["chance"].mean())] * 2, [line - 0.47, line + 0.47], zorder=1, **plotting.DASHED)
             for place, score in enumerate(scores):
-                if score not in here.index:
-                    continue
-                row, y = here.loc[score], line + (place - (len(scores) - 1) / 2) * step
-                look = _score_look(place, score == reference)
-                axis.plot([row["low"], row["high"]], [y, y], color=look["color"], linewidth=0.9, zorder=2)
-                axis.plot(row["value"], y, linestyle="none", zorder=3, clip_on=False, **look)
-        for line in range(1, len(lines)):
+                if score in here.index:
+                    row, y = here.loc[score], line + (place - (len(scores) - 1) / 2) * step
+                    axis.plot([row["low"], row["high"]], [y, y], color=looks[score]["color"], linewidth=0.9, zorder=2)
+                    axis.plot(row["value"], y, linestyle="none", zorder=3, clip_on=False, **looks[score])
+        for line in range(1, len(lines[benchmark])):
             axis.axhline(line - 0.5, color="0.88", linewidth=0.5, zorder=0)
-        axis.set_yticks(range(len(lines)), [f"{metric}: {pattern}" if several else pattern for metric, pattern in lines])
-        axis.set_ylim(len(lines) - 0.5, -0.5)
-        axis.set_xlim(0, 1)
-        axis.set_xlabel("share right, 95% interval")
-        axis.set_title(benchmark)
-        axis.grid(axis="x", color="0.9", linewidth=0.5)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-    handles = [Line2D([], [], linestyle="none", label=names[s], **_score_look(k, s == reference)) for k, s in enumerate(scores)]
-    handles.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), label="chance"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.8, columnspacing=1.2)
-    if title:
-        figure.suptitle(title)
+        several = part["metric"].nunique() > 1
+        plotting.forest(axis, [f"{metric}: {pattern}" if several else pattern for metric, pattern in lines[benchmark]])
+        axis.set(xlim=(0, 1), xlabel="share right, 95% interval", title=benchmark)
+    entries = {names[score]: {"linestyle": "none", **look} for score, look in looks.items()} | {"chance": plotting.DASHED}
+    plotting.legend(figure, entries, 3, handlelength=1.8, columnspacing=1.2)
     return figure
 
 
 def _score_look(place: int, hollow: bool) -> dict[str, Any]:
     if hollow:
-        return {"color": "0.35", "marker": "D", "markerfacecolor": "white", "markersize": 3}
-    return {"color": OKABE_ITO[place % len(OKABE_ITO)], "marker": MARKERS[place % len(MARKERS)], "markersize": 3}
+        return {"color": "0.35", "marker": "D", "markerfacecolor": "white"}
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
-@styled
-def plot_attention_strips(
-    images: Sequence[NDArray[np.uint8]], maps: Sequence[xr.DataArray], *, title: str = "", width: float = PAGE
-) -> Figure:
+@plotting.styled
+def plot_attention_strips(images: Sequence[NDArray[np.uint8]], maps: Sequence[xr.DataArray], *, title: str = "") -> Figure:
     """Token-wise attention over images: a block an image, a row a timestep, a column a word.
 
     A word's maps at all timesteps share one colour scale, so that rows can be compared; words do not, for their totals
@@ -270,49 +212,36 @@ def plot_attention_strips(
 
     Args:
         images: (y, x, 3) each.
-        maps: (timestep, word, y, x), one an image; at most as many words as fit the page are drawn.
+        maps: (timestep, word, y, x), one an image.
         title: Above the figure.
-        width: In inches.
 
     Raises:
         ValueError: there are not as many maps as images, or they have other dimensions.
     """
     if len(images) != len(maps) or any(set(m.dims) != {"timestep", "word", "y", "x"} for m in maps):
         raise ValueError(f"{len(images)} images need as many maps (timestep, word, y, x); got {[m.dims for m in maps]}.")
-    columns = 1 + max(m.sizes["word"] for m in maps)
-    steps = [m.sizes["timestep"] for m in maps]
-    cell = width / columns
-    figure, axes = grid(sum(steps), columns, width, sum(steps) * (cell - 0.02) + 0.17 * len(maps) + 0.2 * bool(title))
-    pad(figure, 0.01, 0.01)
+    columns, rows = 1 + max(m.sizes["word"] for m in maps), sum(m.sizes["timestep"] for m in maps)
+    cell = plotting.PAGE / columns
+    height = rows * (cell - 0.02) + 0.17 * len(maps)
+    figure, axes = plotting.pictures(rows, columns, plotting.PAGE, height, (0.01, 0.01), title=title)
     row = 0
     for image, found in zip(images, maps, strict=True):
-        grey = np.asarray(Image.fromarray(image).convert("L"))
-        found = found.transpose("timestep", "word", "y", "x")
+        values = found.transpose("timestep", "word", "y", "x").to_numpy().astype(np.float32)
         for k, step in enumerate(found["timestep"].values):
             axes[row, 0].imshow(image)
             axes[row, 0].set_ylabel(f"t = {int(step)}")
-            for column in range(1, columns):
-                axis = axes[row, column]
-                if column > found.sizes["word"]:
-                    axis.set_axis_off()
-                    continue
-                values = found.isel(word=column - 1).to_numpy().astype(np.float32)
-                low, high = float(values.min()), max(float(values.max()), float(values.min()) + 1e-12)
-                large = np.asarray(Image.fromarray(values[k]).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-                axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
-                strength = 0.25 + 0.55 * np.clip((large - low) / (high - low), 0, 1)
-                axis.imshow(large, cmap=HEAT, vmin=low, vmax=high, alpha=strength)
+            for axis, word, steps in zip(axes[row, 1:], found["word"].values, values.swapaxes(0, 1), strict=False):
+                low, high = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1e-12)
+                plotting.lay_over(axis, image, steps[k], (low, high), lambda share: 0.25 + 0.55 * share)
                 if k == 0:
-                    axis.set_title(wrap(str(found["word"].values[column - 1]), cell), pad=2, fontsize=7)
+                    axis.set_title(plotting.wrap(str(word), cell), pad=2, fontsize=7)
+            for axis in axes[row, 1 + found.sizes["word"] :]:
+                axis.set_axis_off()
             row += 1
-    for axis in axes.flat:
-        bare(axis)
-    if title:
-        figure.suptitle(title)
     return figure
 
 
-@styled
+@plotting.styled
 def plot_differences(
     images: Sequence[NDArray[np.uint8]],
     maps: NDArray[np.float32],
@@ -320,7 +249,6 @@ def plot_differences(
     texts: Sequence[Sequence[str]],
     *,
     title: str = "",
-    width: float = PAGE,
 ) -> Figure:
     """A row an image: the image, then the norm of what each text changes in the features, with the region it speaks of outlined.
 
@@ -330,32 +258,26 @@ def plot_differences(
         regions: (image, text, y, x) on the images' grid.
         texts: One list an image, written above its maps.
         title: Above the figure.
-        width: In inches.
     """
     columns = 1 + maps.shape[1]
-    cell = width / columns
-    lines = max(wrap(text, cell).count("\n") + 1 for row in texts for text in row)
-    figure, axes = grid(len(images), columns, width, len(images) * (cell + 0.125 * lines) + 0.2 * bool(title))
-    pad(figure, 0.02, 0.02)
+    cell = plotting.PAGE / columns
+    titles = [[plotting.wrap(text, cell) for text in row] for row in texts]
+    height = len(images) * (cell + 0.125 * plotting.line_count(text for row in titles for text in row))
+    figure, axes = plotting.pictures(len(images), columns, plotting.PAGE, height, (0.02, 0.02), title=title)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
-        for column, text in enumerate(texts[row], start=1):
-            axis, heat = axes[row, column], maps[row, column - 1]
-            large = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-            axis.imshow(large, cmap=HEAT)
-            axis.contour(regions[row, column - 1].astype(float), levels=[0.5], colors="white", linewidths=1.6)
-            axis.contour(regions[row, column - 1].astype(float), levels=[0.5], colors=OKABE_ITO[5], linewidths=0.8)
-            axis.set_title(wrap(text, cell), pad=3, fontsize=7)
+        for axis, heat, region, text in zip(axes[row, 1:], maps[row], regions[row], titles[row], strict=True):
+            axis.imshow(plotting.enlarged(heat.astype(np.float32), image), cmap=plotting.HEAT)
+            axis.contour(region.astype(float), levels=[0.5], colors="white", linewidths=1.6)
+            axis.contour(region.astype(float), levels=[0.5], colors=COLOURS[5], linewidths=0.8)
+            axis.set_title(text, pad=3, fontsize=7)
     for axis in axes.flat:
-        bare(axis)
         axis.set_anchor("S")
-    if title:
-        figure.suptitle(title)
     return figure
 
 
-@styled
-def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = "", width: float = PAGE) -> Figure:
+@plotting.styled
+def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = "") -> Figure:
     """Two panels, leak and sight; a row a label, with its interval, chance dotted.
 
     Args:
@@ -363,47 +285,36 @@ def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = ""
             change_high, which are drawn instead.
         change: Draw changes from a baseline, against a line of no change.
         title: Above the figure.
-        width: In inches.
 
     Raises:
         ValueError: there are no rows, or a label has several for one score.
     """
     if frame.empty or frame.duplicated(["label", "score"]).any():
         raise ValueError("plot_leak_rows takes one row a label and score, at least one.")
+    if change:
+        frame = frame.assign(value=frame["change"], low=frame["change_low"], high=frame["change_high"])
     labels = list(dict.fromkeys(frame["label"]))
-    names = ("change", "change_low", "change_high") if change else ("value", "low", "high")
-    lines = [wrap(str(label), 0.3 * width) for label in labels]
-    height = sum(0.1 + 0.12 * (line.count("\n") + 1) for line in lines) + 0.55 + 0.2 * bool(title)
-    figure, axes = grid(1, 2, width, height)
-    for axis, score, colour, marker in zip(axes[0], ("leak", "sight"), OKABE_ITO[1::-1], MARKERS, strict=False):
-        part = frame[frame["score"] == score].set_index("label")
-        for place, label in enumerate(labels):
-            if label in part.index:
-                value, low, high = (float(part.loc[label, name]) for name in names)
-                axis.plot([low, high], [place] * 2, color=colour, linewidth=1)
-                axis.plot(value, place, marker=marker, color=colour, linestyle="none")
-        axis.axvline(0, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)))
+    lines = [plotting.wrap(str(label), 0.3 * plotting.PAGE) for label in labels]
+    height = sum(0.1 + 0.12 * (line.count("\n") + 1) for line in lines) + 0.55
+    figure, axes = plotting.grid(1, 2, plotting.PAGE, height, title=title)
+    for axis, score, colour, marker in zip(axes[0], ("leak", "sight"), COLOURS[1::-1], MARKERS, strict=False):
+        for row in frame[frame["score"] == score].to_dict("records"):
+            plotting.interval(axis, row, labels.index(row["label"]), colour, marker)
+        axis.axvline(0, **plotting.DOTTED)
         axis.set_title(f"change of {score}" if change else score)
         axis.set_xlabel("content-word F1" + (" against nothing cut" if change else " above chance") + ", 95% interval")
-        axis.set_yticks(range(len(labels)), lines if axis is axes[0, 0] else [""] * len(labels))
-        axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.grid(axis="x", color="0.9", linewidth=0.5)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-    if title:
-        figure.suptitle(title)
+        plotting.forest(axis, lines, written=score == "leak")
     return figure
 
 
-@styled
-def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAGE) -> Figure:
+@plotting.styled
+def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """A table of scores: ours with its interval in each cell, what was published below it in grey; the best of a column bold.
 
     Args:
         frame: Rows of label, score, value, low, high (shares), published (in percent, NaN for none); one a label and score.
             A column `chance` gives the last line.
         title: Above the figure.
-        width: In inches.
 
     Raises:
         ValueError: there are no rows, or a label has several for one score.
@@ -411,49 +322,39 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "", width: float = PAG
     if frame.empty or frame.duplicated(["label", "score"]).any():
         raise ValueError("plot_score_table takes one row a label and score, at least one.")
     labels, scores = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["score"]))
-    first, lines = 0.24, 3 if frame["published"].notna().any() else 2  # the labels' share of the width; lines of a cell
-    places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
+    width, first = plotting.PAGE, 0.24  # the labels' share of the width
+    lines = 3 if frame["published"].notna().any() else 2  # of a cell
     tall = 0.115 * lines + 0.06
-    figure, axes = grid(1, 1, width, tall * len(labels) + 0.6 + 0.2 * bool(title))
-    axis, rows = axes[0, 0], frame.set_index(["label", "score"])
-    best = frame.groupby("score")["value"].max()
     bottom, head = tall * len(labels), 7.5 if len(scores) <= 7 else 5.5
+    figure, axes = plotting.grid(1, 1, width, bottom + 0.6, title=title)
+    axis, rows, best = axes[0, 0], frame.set_index(["label", "score"]), frame.groupby("score")["value"].max()
+    middle: dict[str, Any] = {"ha": "center", "va": "center"}
+    places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
     for x, score in zip(places, scores, strict=True):
-        axis.text(
-            x,
-            -0.15,
-            wrap(str(score), width * (1 - first) / len(scores)),
-            ha="center",
-            va="center",
-            fontsize=head,
-            fontweight="bold",
-        )
+        name = plotting.wrap(str(score), width * (1 - first) / len(scores))
+        axis.text(x, -0.15, name, fontsize=head, fontweight="bold", **middle)
         chance = _percent(frame[frame["score"] == score]["chance"].mean())
-        axis.text(x, bottom + 0.13, chance, ha="center", va="center", fontsize=6.5, color="0.45")
+        axis.text(x, bottom + 0.13, chance, fontsize=6.5, color="0.45", **middle)
     axis.text(0, bottom + 0.13, "chance", va="center", fontsize=6.5, color="0.45")
     for line, label in enumerate(labels):
         top = tall * line
         axis.axhline(top, color="0.85", linewidth=0.5)
         parts = str(label).replace(" +", "\n+").split("\n")  # further sites below the first
-        text = "\n".join(wrap(part, width * first, 6.2) for part in parts)
+        text = "\n".join(plotting.wrap(part, width * first, 6.2) for part in parts)
         axis.text(0, top + 0.03, text, va="top", fontsize=6.5)
         for x, score in zip(places, scores, strict=True):
             if (label, score) not in rows.index:
                 continue
             row = rows.loc[(label, score)]
             value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
-            look: dict[str, Any] = {"ha": "center", "va": "center"}
-            bold = "bold" if value == best[score] else "normal"
-            axis.text(x, top + 0.1, _percent(value), fontsize=6.5, fontweight=bold, **look)
-            axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **look)
+            weight = "bold" if value == best[score] else "normal"
+            axis.text(x, top + 0.1, _percent(value), fontsize=6.5, fontweight=weight, **middle)
+            axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **middle)
             if not np.isnan(published):
-                axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **look)
+                axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **middle)
     axis.axhline(bottom, color="0.5", linewidth=0.7)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(bottom + 0.25, -0.35)
-    bare(axis)
-    if title:
-        figure.suptitle(title)
+    axis.set(xlim=(0, 1), ylim=(bottom + 0.25, -0.35))
+    plotting.bare(axis)
     return figure
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.plotting import plot_localization_controls, plot_localization_grid, plot_localization_heads
+from diffprobe.figures import plot_localization_controls, plot_localization_grid, plot_localization_heads
 from experiments.framework import Claim, Experiment, Options, Result, record_words, verdict
 
 TIMESTEPS = (10, 50, 100, 250, 500)

@@ -29,7 +29,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffprobe.plotting import plot_probe_grid
+from diffprobe.figures import plot_probe_grid
 from diffprobe.probes.labels import with_mask_labels
 from diffprobe.probes.linear import fit_probe
 from diffprobe.sites import LATENT

@@ -19,6 +19,7 @@ from torchmetrics.classification import BinaryJaccardIndex
 from diffprobe import plotting, store
 from diffprobe.data import Caption, Sample, ShapesDataset, Span
 from diffprobe.data.images import fit_masks
+from diffprobe.figures import draw_localization, plot_localization_grid, plot_localization_heads
 from diffprobe.probes.grounding import (
     attention_localization,
     difference_localization,
@@ -513,18 +514,18 @@ def test_another_datasets_words_are_not_read_into_the_store(planted_store: Path)
 def test_pictures_are_drawn_again_from_their_csv(planted_store: Path, tmp_path: Path) -> None:
     tree = open_store(planted_store)
     frame = attention_localization(tree, conditioning="caption:web", by_head=True, n_resamples=50)
-    drawn = plotting.localization_figures(frame)
+    drawn = draw_localization(frame)
     assert set(drawn) == {"curves", "noun", "noun_controls", "noun_heads"}
     paths = plotting.save_figure(drawn["noun_heads"], tmp_path, "heads", frame, {}, "x")
     rows = plotting.read_rows(paths["csv"])
     pd.testing.assert_frame_equal(rows, frame, check_dtype=False, rtol=0, atol=0)
     heads = rows[rows["timestep"] == 50]
-    again = plotting.plot_localization_heads(heads, title="noun, timestep 50")
+    again = plot_localization_heads(heads, title="noun, timestep 50")
     assert plotting.save_figure(again, tmp_path, "again", rows, {}, "x")["png"].read_bytes() == paths["png"].read_bytes()
     with pytest.raises(ValueError, match="several rows; head differ"):
-        plotting.plot_localization_grid(frame)
+        plot_localization_grid(frame)
     with pytest.raises(ValueError, match="no column site"):
-        plotting.plot_localization_grid(frame.drop(columns="site"))
+        plot_localization_grid(frame.drop(columns="site"))
 
 
 def test_strips_and_differences_take_what_they_say() -> None:

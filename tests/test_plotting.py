@@ -11,7 +11,8 @@ import xarray as xr
 from PIL import Image
 
 from diffprobe import plotting
-from diffprobe.plotting import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid, read_rows, save_figure
+from diffprobe.figures import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid
+from diffprobe.plotting import read_rows, save_figure
 from experiments import figures
 
 SITES = ["D-L2-R1-B0-Cross-Q", "M", "U-L1-R1-B0-Cross-Q", "U-L1-R1-B0-Self-K"]
@@ -44,8 +45,8 @@ def heat(words=("a", "red", "semi-transparent")):
 
 FIGURES = {
     "grid": lambda: plot_probe_grid(probes(["null"], ["colour", "shape"]), title="probes"),
-    "curves": lambda: plot_probe_curves(probes(), control=True, title="probes"),
-    "pca": lambda: plot_pca_grid(*pictures(), sample_names=["test-1", "test-2"], title="pca"),
+    "curves": lambda: plot_probe_curves(probes(), title="probes"),
+    "pca": lambda: plot_pca_grid(*pictures(), title="pca"),
     "heatmaps": lambda: plot_heatmaps(pictures()[0][0], heat(), title="a red"),
     "heatmaps_shared": lambda: plot_heatmaps(pictures()[0][0], heat(), shared_scale=True, width=plotting.COLUMN),
 }
@@ -150,6 +151,21 @@ def test_texts_do_not_overlap_and_stay_inside(name):
         assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1
 
 
+def test_titles_stand_clear_of_the_headings_below():
+    figure = plot_pca_grid(*pictures(), title="pca")
+    figure.canvas.draw()
+    title, *headings = boxes(figure, [figure.texts[0], *(axis.title for axis in figure.axes)])
+    assert title.y0 - max(box.y1 for box in headings) > 0.04 * figure.dpi
+
+
+def test_a_comparison_alone_on_its_line_stands_on_it():
+    rows = [("a", "x", 1.0), ("a", "y", 2.0), ("b", "y", 3.0)]
+    frame = pd.DataFrame([{"label": "l", "site": s, "what": w, "value": v, "low": v, "high": v} for s, w, v in rows])
+    axis = figures.plot_probe_differences(frame).axes[0]
+    places = {line.get_xdata()[0]: line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "None"}
+    assert places == pytest.approx({1.0: -0.12, 2.0: 0.12, 3.0: 1.0})
+
+
 def test_grid_writes_each_number_where_it_belongs():
     frame = probes(conditionings=("null",))
     figure = plot_probe_grid(frame)
@@ -164,12 +180,11 @@ def test_grid_writes_each_number_where_it_belongs():
     bar = figure.axes[2]
     assert "chance .12" in [t.get_text() for t in bar.get_yticklabels()]
     assert any(np.allclose(line.get_ydata(), 0.125) for line in bar.lines)
-    assert len(plot_probe_grid(frame, control=False).axes) == 2
     assert len(plot_probe_grid(frame.drop(columns="control_accuracy")).axes) == 2
 
 
 def test_grid_leaves_missing_cells_empty():
-    figure = plot_probe_grid(probes(conditionings=("null",)).iloc[1:], control=False)
+    figure = plot_probe_grid(probes(conditionings=("null",)).iloc[1:].drop(columns="control_accuracy"))
     assert len(figure.axes[0].texts) == len(SITES) * len(STEPS) - 1
 
 
@@ -187,6 +202,22 @@ def test_curves_carry_values_bands_and_chance():
     assert band.min() == part.low.min() and band.max() == part.high.max()
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [*SITES, "chance"]
     assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines}) == len(SITES) + 1
+
+
+def test_panels_know_their_place_and_the_rest_is_empty():
+    with plotting.style():
+        figure, shown = plotting.panels(5, 3, plotting.PAGE, 2.0, 0.5, title="five")
+    assert figure.get_size_inches() == pytest.approx([plotting.PAGE, 2 * 2.0 + 0.5 + 0.2])
+    assert [panel.leftmost for panel in shown] == [True, False, False, True, False]
+    assert [panel.lowest for panel in shown] == [False, False, True, True, True]  # nothing stands below the third
+    assert [axis.axison for axis in figure.axes] == [True] * 5 + [False]
+    _, shown = plotting.panels(2, 3, plotting.PAGE, 2.0)
+    assert len(shown) == 2 and all(panel.lowest for panel in shown)
+
+
+def test_a_legend_has_as_many_columns_as_fit():
+    assert plotting.legend_size(["a", "b"], plotting.PAGE) == (2, pytest.approx(0.25))
+    assert plotting.legend_size(["a long name of a site"] * 7, plotting.PAGE) == (4, pytest.approx(0.4))
 
 
 def test_several_rows_in_a_cell_are_refused():
@@ -226,8 +257,6 @@ def test_heatmaps_are_enlarged_bilinearly_with_their_own_scales():
     shared = plot_heatmaps(images[0], maps, shared_scale=True)
     assert {a.images[1].get_clim() for a in shared.axes[1:3]} == {(0, 1)}
     assert len(shared.axes) == 4 and len(figure.axes) == 5
-    renamed = plot_heatmaps(images[0], maps, words=["x", "y"])
-    assert renamed.axes[2].get_title() == "y"
 
 
 def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
@@ -236,8 +265,6 @@ def test_heatmaps_take_constant_maps_and_refuse_wrong_ones(tmp_path):
     save_figure(plot_heatmaps(images[0], flat), tmp_path, "flat", probes(), {}, "Nothing.")
     with pytest.raises(ValueError, match="one dimension beside y and x"):
         plot_heatmaps(images[0], heat().isel(word=0))
-    with pytest.raises(ValueError, match="2 words for 3 maps"):
-        plot_heatmaps(images[0], heat(), words=["a", "b"])
 
 
 def test_scores_show_every_row_and_their_chance() -> None:

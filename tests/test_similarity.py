@@ -442,14 +442,14 @@ def test_command_line_correspondence_and_mistakes(tree, tmp_path, monkeypatch, c
 
 
 def test_plots_refuse_what_they_cannot_draw():
-    from diffprobe.plotting import plot_similarity_matrix, plot_site_curves
+    from diffprobe.figures import plot_similarity_matrix, plot_site_curves
 
     row = {"panel": "p", "site": "s", "timestep": 10, "value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.0}
     frame = pd.DataFrame([row, {**row, "timestep": 50}])
     assert len(plot_site_curves(frame).axes[0].lines) == 2  # the site and chance
     with pytest.raises(ValueError, match="no column chance"):
         plot_site_curves(frame.drop(columns="chance"))
-    with pytest.raises(ValueError, match="several rows for some panel"):
+    with pytest.raises(ValueError, match="some cells of panel x site x timestep have several rows"):
         plot_site_curves(pd.concat([frame, frame]))
     with pytest.raises(ValueError, match="has no rows"):
         plot_similarity_matrix(pd.DataFrame(columns=["panel", "site_a", "site_b", "value"]), "site")

@@ -760,14 +760,14 @@ def test_maps_of_a_word_are_read_in_blocks(tmp_path: Path, reads: list[str]) -> 
 
 
 def test_a_figure_of_one_sample_reads_one_sample(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffprobe import gallery
+    from diffprobe import figures
 
     make(tmp_path / "s.zarr", units=3)
     tree = store.open_store(tmp_path / "s.zarr")
-    monkeypatch.setattr(gallery, "open_with_images", lambda *_: (tree, np.zeros((1, 8, 8, 3), np.uint8), [4], ["s4"]))
-    monkeypatch.setattr(gallery, "_origin", lambda *_: {})  # the store names no model
-    monkeypatch.setattr(gallery, "_save", lambda figure, out, name, *_, **__: out / name)
-    assert gallery.heatmap_figures("", "", ["star"], (), 10, "caption", lambda _: [4], tmp_path, "h") == [tmp_path / "h"]
+    monkeypatch.setattr(figures, "open_with_images", lambda *_: (tree, np.zeros((1, 8, 8, 3), np.uint8), [4], ["s4"]))
+    monkeypatch.setattr(figures, "_origin", lambda *_: {})  # the store names no model
+    monkeypatch.setattr(figures, "_save", lambda figure, out, name, *_, **__: out / name)
+    assert figures.heatmap_figures("", "", ["star"], (), 10, "caption", lambda _: [4], tmp_path, "h") == [tmp_path / "h"]
     assert {key.split("/c/")[1].split("/")[0] for key in reads} == {"2"}
 
 

@@ -65,7 +65,8 @@ def save_attention(model: FusedMLLM, image: Image.Image, question: str, answer: 
     Args:
         out: the picture's path; its ending is not read.
     """
-    from diffprobe.plotting import plot_heatmaps, save_figure
+    from diffprobe.figures import plot_heatmaps
+    from diffprobe.plotting import save_figure
 
     heat, path = question_attention(model, image, question), Path(out)
     eye = model.streams.eyes[DIFFUSION]

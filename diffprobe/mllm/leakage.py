@@ -795,7 +795,8 @@ def examples(texts: pd.DataFrame, count: int = 4, conditions: Sequence[str] = ("
 
 def save_report(found: Report, folder: str | Path) -> list[Path]:
     """Tables and figures of a report: scores.csv, verdicts.csv, likelihood.csv, examples.csv, and the pictures."""
-    from diffprobe.plotting import plot_leak_examples, plot_leak_sight, save_figure
+    from diffprobe.figures import plot_leak_examples, plot_leak_sight
+    from diffprobe.plotting import save_figure
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
