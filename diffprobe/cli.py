@@ -1057,7 +1057,7 @@ def leakage_run(
 ) -> None:
     """Train projectors into a frozen language model, and let them describe images whose features were given other texts."""
     from diffprobe.mllm.leakage import Settings
-    from diffprobe.mllm.leakage import run as start
+    from diffprobe.mllm.leakage_run import run as start
     from diffprobe.mllm.verdict import CONDITIONS
     from diffprobe.store import store_info
 
@@ -1086,18 +1086,34 @@ def leakage_report(
         Path | None, typer.Option("--out", "-o", help="Folder for tables and figures.", show_default="RUN/report")
     ] = None,
     n_examples: Annotated[int, typer.Option("--examples", min=1, help="Images whose texts are shown side by side.")] = 2,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Of caption recovery: cider_d, bleu, rouge_l, content_f1, exact, substring, minilm.",
+            show_default="those that need no model",
+        ),
+    ] = "",
 ) -> None:
-    """The verdict in a sentence, scores, examples and figures, from the kept files; needs no torch."""
+    """The verdict in a sentence, scores, caption recovery, examples and figures, from the kept files; needs no torch."""
     from diffprobe.mllm.leakage import leakage_report as judge
     from diffprobe.mllm.leakage import save_report
 
-    found = judge(run, n_examples=n_examples)
+    found = judge(run, n_examples=n_examples, metrics=_list(metrics) or None)
     for line in found.sentences:
         _out.print(line)
     table = Table(
         "", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False
     )
     for row in found.summary().to_dict("records"):
+        table.add_row(*(str(cell) for cell in row.values()))
+    _out.print()
+    _show(table)
+    recovered = found.recovered()
+    table = Table(
+        "", "arm", "site", "t", "s", "condition", "against", "n", *recovered.columns[8:], title="Recovery of captions",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for row in recovered.to_dict("records"):
         table.add_row(*(str(cell) for cell in row.values()))
     _out.print()
     _show(table)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -271,6 +272,12 @@ METRICS: dict[str, Scores] = {
     "minilm": _minilm,
 }
 WITHOUT_MODEL = ("cider_d", "bleu", "rouge_l", "content_precision", "content_recall", "content_f1", "exact", "substring")
+_PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
+
+
+def installed_metrics() -> list[str]:
+    """The metrics that need no model and whose package is installed; bleu and rouge_l need the extra `captions`."""
+    return [metric for metric in WITHOUT_MODEL if metric not in _PACKAGES or find_spec(_PACKAGES[metric])]
 
 
 def caption_scores(
