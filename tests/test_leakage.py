@@ -30,6 +30,7 @@ from diffprobe.mllm.leakage import NO_TEXT_SITE as FIRST
 from diffprobe.mllm.leakage import LeakageError, Recipe, Settings, compare, item_scores, leakage_report, plan, read_texts
 from diffprobe.mllm.leakage_run import Run
 from diffprobe.mllm.verdict import judge_leakage
+from diffprobe.rundir import RequestError
 from diffprobe.store import features as stored
 from diffprobe.store import open_store, provenance
 
@@ -233,7 +234,7 @@ def test_a_run_goes_on_and_does_nothing_twice(finished: Path, tiny_model: Any, l
 
 def test_another_run_in_the_folder_is_refused(finished: Path, tiny_model: Any, language: Callable[..., Any]) -> None:
     changed = Settings(**{**vars(SETTINGS), "steps": 3})
-    with pytest.raises(LeakageError, match="steps: the store has 2, you ask for 3"):
+    with pytest.raises(RequestError, match="steps: the store has 2, you ask for 3"):
         Run(finished, changed, model=tiny_model, language=language())
     both = Settings(data="shapes:24?split=test", test="shapes:12?split=test")
     with pytest.raises(LeakageError, match="'shapes-test-0-000000' is in training and test"):
@@ -250,7 +251,7 @@ def test_the_batch_of_a_run_is_asked_for_and_never_timed(
         asked(Run(folder, settings, model=tiny_model, language=language(), tell=lambda line: None), "M")
         assert json.loads((folder / "request.json").read_text())["batch_rows"] == rows
         assert [provenance(open_store(path))["batch_rows"] for path in (folder / "stores").glob("*.zarr")] == [rows]
-    with pytest.raises(LeakageError, match="batch_rows: the store has 3, you ask for 16"):
+    with pytest.raises(RequestError, match="batch_rows: the store has 3, you ask for 16"):
         Run(tmp_path / "3", SETTINGS, model=tiny_model, language=language())
 
 

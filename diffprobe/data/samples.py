@@ -7,8 +7,9 @@ a file name.  The same type serves both, so nothing downstream asks where a samp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote
 
@@ -125,6 +126,31 @@ def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
             raise ValueError(f"{spec!r}: write option {name!r} once, as {name}=VALUE; a & inside a path is %26.")
         options[name] = unquote(value)
     return kind, unquote(target), options
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that suggests the nearest of some names, or "".
+
+    >>> closest("spilt", ("split", "seed"))
+    " Did you mean 'split'?"
+    """
+    match = get_close_matches(name, list(valid), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def check_options(spec: str, kind: str, options: Mapping[str, str], known: Sequence[str]) -> None:
+    """Raise ValueError where a spec has an option that its kind does not know."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {', '.join(known)}.{closest(name, known)}")
+
+
+def whole_number(spec: str, what: str, text: str, at_least: int = 0, at_most: int | None = None) -> int:
+    """A number of a spec; ValueError where it is not a whole number in the range."""
+    if not (text.isascii() and text.isdigit() and at_least <= int(text) and (at_most is None or int(text) <= at_most)):
+        span = f"from {at_least} to {at_most}" if at_most is not None else f"of at least {at_least}"
+        raise ValueError(f"{spec!r}: {what} is {text!r}; it must be a whole number {span}.")
+    return int(text)
 
 
 def join_spec(kind: str, target: object, options: Mapping[str, object]) -> str:

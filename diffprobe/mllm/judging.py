@@ -26,7 +26,7 @@ from PIL import Image
 from diffprobe.data.blank import GREY
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem
 from diffprobe.mllm.evaluate import SCORERS, options_of, read_record
-from diffprobe.store import write_whole
+from diffprobe.rundir import write_whole
 
 if TYPE_CHECKING:
     from diffprobe.mllm.model import FusedMLLM

@@ -53,7 +53,7 @@ from diffprobe.mllm.verdict import (
     sentence,
     usable_information,
 )
-from diffprobe.store import write_whole
+from diffprobe.rundir import write_whole
 
 MAIN_SITE = "U-L1-R1-B0-Cross-Q"
 NO_TEXT_SITE = "D-L0-R0-B0-Cross-Q"  # the query of the first cross-attention: computed before any text comes in
@@ -68,7 +68,7 @@ _ARM = re.compile(r"(?P<base>[UMXQ])(\+drop(?P<dropout>\d\d))?(/(?P<mitigation>.
 
 
 class LeakageError(ValueError):
-    """A run that is asked for what it cannot do, or a folder that holds another one."""
+    """A run that is asked for what it cannot do, or a folder that holds none."""
 
 
 # --- what is asked ----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from diffprobe.mllm.train import (
 )
 from diffprobe.mllm.verdict import CONDITIONS, matched_candidates
 from diffprobe.models import DiffusionModel, load_model
-from diffprobe.store import request_differences, whole_file, write_whole
+from diffprobe.rundir import check_or_write_request, whole_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Run:
         tell: Gets progress lines.
 
     Raises:
-        LeakageError: The folder holds a run with other settings, or an image is in training and test.
+        RequestError: The folder holds a run with other settings.
+        LeakageError: An image is in training and test.
     """
 
     def __init__(
@@ -90,25 +91,14 @@ class Run:
         self.language = language or load_language_model(
             settings.language_model, device, settings.language_dtype, template=settings.template
         )
-        self._settle()
+        datasets = {"data_fingerprint": self.data.fingerprint(), "test_fingerprint": self.test.fingerprint()}
+        about = datasets | {"weights": self.model.weights_hash(), "n_test": len(self.test)}
+        check_or_write_request(self.folder / "request.json", asdict(settings) | about)
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         where = self.folder / "stores"
         self.features = Features(
             self.model, splits, where, settings.grid, settings.noise_seed, stores, self.tell, settings.batch_rows
         )
-
-    def _settle(self) -> None:
-        """Write down what the pieces share, or refuse what differs from it."""
-        datasets = {"data_fingerprint": self.data.fingerprint(), "test_fingerprint": self.test.fingerprint()}
-        asked = {**asdict(self.settings), **datasets, "weights": self.model.weights_hash(), "n_test": len(self.test)}
-        kept = self.folder / "request.json"
-        if kept.exists():
-            if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
-                raise LeakageError(
-                    f"{self.folder} holds another run; give another folder, or match it. {'; '.join(differences)}."
-                )
-            return
-        write_whole(kept, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
 
     # --- samples ----------------------------------------------------------------------------------
 
@@ -361,7 +351,8 @@ def run(
         loaded: `model`, `data`, `test` or `language` of `Run`.
 
     Raises:
-        LeakageError: An arm or condition is unknown, the folder holds another run, or datasets overlap.
+        RequestError: The folder holds another run.
+        LeakageError: An arm or condition is unknown, or datasets overlap.
     """
     held = Run(out, settings or Settings(), stores=stores, device=device, tell=tell, **loaded)
     tests = plan(arms, held.features.site_names(sites), timesteps, guidance, seeds, conditions, knockouts)
