@@ -1262,6 +1262,21 @@ def mllm_eval(
     tell("\nWritten: " + ", ".join(str(folder / name) for name in ("scores.csv", "answers.csv")[not len(scores) :]))
 
 
+@mllm_app.command("score")
+def mllm_score(
+    judged: Annotated[Path, typer.Argument(help="The to_judge.csv of 'mllm eval', its points filled in.", metavar="FILE")],
+) -> None:
+    """Scores of LLaVA-Bench from the points that a judge gave; they are written to judged_scores.csv beside the file."""
+    from diffprobe.mllm.judging import score_judged
+    from diffprobe.rundir import write_whole
+
+    scores = score_judged(judged)
+    _show_scores(scores)
+    out = judged.with_name("judged_scores.csv")
+    write_whole(out, scores.to_csv(index=False, lineterminator="\n"))
+    _out.print(f"\nWritten: {out}")
+
+
 def _show_scores(scores: pd.DataFrame) -> None:
     table = Table(
         "benchmark", "score", "group", "shown", "value", "95% interval", "chance", "n", "unread", box=None, pad_edge=False
