@@ -1030,7 +1030,7 @@ def leakage_run(
     arms: Annotated[
         str,
         typer.Option(
-            help="BASE[+dropNN][/CURE], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; CURE: centred, gated, erased, or a knock-out."
+            help="BASE[+dropNN][/MITIGATION], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; MITIGATION: centred, gated, erased, or a knock-out."
         ),
     ] = "U,M,M+drop30",
     sites: Annotated[str, typer.Option(help="Names, paths or globs, parted by commas.")] = "U-L1-R1-B0-Cross-Q",
@@ -1041,7 +1041,7 @@ def leakage_run(
     ] = 3,
     conditions: Annotated[str, typer.Option(help="Test conditions; all of them when empty.")] = "",
     knockouts: Annotated[
-        str, typer.Option(help="Routes cut at test time: start, ending, content, empty[@first:K|@GLOB].")
+        str, typer.Option(help="Routes cut at test time: start, eos_and_padding, content, empty[@first:K|@GLOB].")
     ] = "",
     request: Annotated[str, typer.Option(help="What the language model is asked.")] = "Describe the image.",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a projector.")] = 400,

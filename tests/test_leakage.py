@@ -23,11 +23,22 @@ from diffprobe.conditioning import assign_prompts, nearest_other, random_words
 from diffprobe.data import BlankDataset, Caption, Sample, load_dataset
 from diffprobe.data.drawn import ShapesDataset
 from diffprobe.extraction import extract
+from diffprobe.knockout import KnockedOut
 from diffprobe.mllm import leakage_run
 from diffprobe.mllm.captions import WITHOUT_MODEL, words
 from diffprobe.mllm.leakage import MAIN_SITE as MAIN
 from diffprobe.mllm.leakage import NO_TEXT_SITE as FIRST
-from diffprobe.mllm.leakage import LeakageError, Recipe, Settings, compare, item_scores, leakage_report, plan, read_texts
+from diffprobe.mllm.leakage import (
+    LeakageError,
+    Recipe,
+    Settings,
+    compare,
+    item_scores,
+    leakage_report,
+    plan,
+    read_table,
+    read_texts,
+)
 from diffprobe.mllm.leakage_run import Run
 from diffprobe.mllm.verdict import judge_leakage
 from diffprobe.rundir import RequestError
@@ -393,9 +404,29 @@ def test_cures(finished: Path, tiny_model: Any, language: Callable[..., Any]) ->
     gate = asked(held, "M/gated") / null
     assert torch.allclose(gate, gate[..., :1].expand_as(gate), atol=1e-2) and (gate > 0).all()
     assert torch.allclose(gate[..., 0].mean(1), torch.ones(len(gate)), atol=1e-2) and gate.std() > 0
-    assert not torch.allclose(asked(held, "M/ending"), plain, atol=1e-3)
+    assert not torch.allclose(asked(held, "M/eos_and_padding"), plain, atol=1e-3)
     with pytest.raises(ValueError, match="needs a site in a transformer block"):
         held.asked(Recipe("M/gated", "U-L2-R2-Res-Out", 50, 4.0, 0), "train", "caption", 4.0).passes()
+
+
+def test_the_last_release_s_spelling_of_a_knockout_is_read_and_named(
+    finished: Path, tiny_model: Any, language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    asked = ASKED | {"arms": ("M/ending",), "knockouts": ("ending@down_blocks*",), "tell": told.append}
+    monkeypatch.setattr(Run, "forecast", lambda run, tests, ranked: told.extend(t.slug for t in tests) or "")
+    leakage_run.run(finished, SETTINGS, **asked, dry_run=True, model=tiny_model, language=language())
+    assert told[0] == (
+        "M/ending, ending@down_blocks*: today's spelling is M/eos_and_padding, eos_and_padding@down_blocks*; "
+        "the next release drops the old one."
+    )
+    # what an earlier run wrote is found by its name, and read in today's spelling
+    assert any("M-ending_" in slug and "ending-down_blocks-" in slug for slug in told[1:])
+    path = finished.parent / "old.csv"
+    path.write_text((finished / "texts.csv").read_text(encoding="utf-8").replace(",M+drop30,", ",M/ending,"), encoding="utf-8")
+    assert "M/eos_and_padding" in set(read_table(path)["arm"])
+    model = KnockedOut(tiny_model, "ending")
+    assert str(model.knockout) == "eos_and_padding" and model.weights_hash().endswith(" without ending")
 
 
 def test_erased_words_cannot_be_read_linearly(finished: Path, tiny_model: Any, language: Callable[..., Any]) -> None:

@@ -32,7 +32,7 @@ from diffprobe.data.samples import (
     Sample,
     Span,
     check_options,
-    closest,
+    did_you_mean,
     iterate,
     split_spec,
     whole_number,
@@ -102,9 +102,9 @@ def load_dataset(spec: str) -> Dataset:
     if kind not in OPTIONS:
         if Path(spec).expanduser().is_dir():
             return FolderDataset(spec)
-        raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{closest(kind, OPTIONS)}")
-    _, target, options = split_spec(spec)
-    check_options(spec, kind, options, OPTIONS[kind])
+        raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{did_you_mean(kind, OPTIONS)}")
+    _, target, given = split_spec(spec)
+    options = check_options(spec, kind, given, OPTIONS[kind])
     if not target:
         example = f"'{kind}:256'" if kind not in ANNOTATED else next(f"'{form}'" for form in _FILES if form.startswith(kind))
         raise ValueError(
@@ -118,7 +118,7 @@ def load_dataset(spec: str) -> Dataset:
         return TwinsDataset(kind.removeprefix("shapes-"), count, seed)
     split = options.get("split", "train")
     if split not in SPLITS:
-        raise ValueError(f"{spec!r}: unknown split {split!r}; valid are {', '.join(SPLITS)}.{closest(split, SPLITS)}")
+        raise ValueError(f"{spec!r}: unknown split {split!r}; valid are {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
     most = len(COUNT_WORDS) - 1
     objects = whole_number(spec, "objects", options["objects"], at_least=1, at_most=most) if "objects" in options else None
     return ShapesDataset(count, split, seed, objects)

@@ -30,14 +30,15 @@ from typing import Any
 from PIL import Image
 
 from diffprobe.data import load_dataset
-from diffprobe.data.files import collected, inside, numbered_lines, read_text
+from diffprobe.data.files import inside, numbered_lines, read_text
 from diffprobe.data.images import ImageError, decode_image, read_image
-from diffprobe.data.samples import closest, split_spec
+from diffprobe.data.samples import did_you_mean, split_spec
 from diffprobe.data.tables import (
     Loader,
     benchmark_folder,
     check_columns,
     check_ids,
+    collected,
     csv_rows,
     image_file,
     image_folder,
@@ -111,7 +112,7 @@ def load_benchmark(spec: str) -> Benchmark:
         assert isinstance(dataset, TwinsDataset)
         return Benchmark(dataset.name, DRAWN[kind], dataset.spec, tuple(_twins(dataset)))
     if kind not in READERS or not source:
-        raise ValueError(f"{spec!r} names no benchmark; valid are {FORMS}.{closest(kind, [*DRAWN, *READERS])}")
+        raise ValueError(f"{spec!r} names no benchmark; valid are {FORMS}.{did_you_mean(kind, [*DRAWN, *READERS])}")
     for name, value in options.items():
         if kind != "sugarcrepe" or name != "images" or not value:
             given = f"{name}={value}"

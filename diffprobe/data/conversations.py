@@ -22,7 +22,6 @@ from PIL import Image
 from diffprobe.data.drawn import ShapesDataset, spread
 from diffprobe.data.files import (
     check_unicode,
-    collected,
     content_digests,
     file_inside,
     inside,
@@ -36,6 +35,7 @@ from diffprobe.data.questions import pick
 from diffprobe.data.samples import check_options, split_spec, whole_number
 from diffprobe.data.several import several_images
 from diffprobe.data.shapes import picture
+from diffprobe.data.tables import collected
 from diffprobe.data.twins import KINDS
 
 MARK = "<image>"  # where LLaVA's texts name an image

@@ -11,11 +11,11 @@ import json
 import os
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any
 
 from diffprobe.rundir import file_digest, write_whole
 
@@ -23,7 +23,6 @@ LISTED = 20  # faults that a message names; it counts the rest
 _REMEMBERED = 2**26  # bytes from which digests are kept on the disk: what is less is read again in a moment
 _SETTLED = 2.0  # seconds after which a change of a file is sure to show in its times
 _Known = dict[str, list[Any]]
-_Made = TypeVar("_Made")
 
 
 def read_text(path: Path) -> str:
@@ -91,29 +90,6 @@ def listed(faults: Sequence[str]) -> str:
     """
     more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
     return "; ".join(fault.rstrip(".") for fault in faults[:LISTED]) + more
-
-
-def collected(what: str, makers: Iterable[Callable[[], _Made]]) -> list[_Made]:
-    """What each of the functions makes, in order; all of them are called before a fault is raised.
-
-    Raises:
-        ValueError: Some raised ValueError; the message lists all of their faults.
-
-    >>> collected("numbers.txt", [lambda: int("1"), lambda: int("b"), lambda: int("c")])
-    Traceback (most recent call last):
-    ValueError: 2 entries of numbers.txt cannot be used: invalid literal for int() with base 10: 'b'; invalid literal for int() with base 10: 'c'.
-    """
-    made, faults = [], []
-    for make in makers:
-        try:
-            made.append(make())
-        except ValueError as error:
-            faults.append(str(error))
-    if len(faults) == 1:
-        raise ValueError(faults[0])
-    if faults:
-        raise ValueError(f"{len(faults)} entries of {what} cannot be used: {listed(faults)}.")
-    return made
 
 
 def inside(where: str, name: str) -> str:

@@ -42,15 +42,16 @@ from pathlib import Path
 from typing import Any
 
 from diffprobe.data import ShapesDataset, TwinsDataset, iterate
-from diffprobe.data.files import collected, inside, numbered_lines, read_text
+from diffprobe.data.files import inside, numbered_lines, read_text
 from diffprobe.data.questions import CATEGORIES
-from diffprobe.data.samples import check_options, closest, split_spec, whole_number
+from diffprobe.data.samples import check_options, did_you_mean, split_spec, whole_number
 from diffprobe.data.several import several_images
 from diffprobe.data.tables import (
     Loader,
     benchmark_folder,
     check_columns,
     check_ids,
+    collected,
     csv_rows,
     image_file,
     image_folder,
@@ -129,7 +130,7 @@ def load_questions(spec: str) -> QuestionBenchmark:
         scorer, draw = DRAWN[kind]
         return QuestionBenchmark(f"{kind}-{seed}", scorer, f"{kind}:{count}?seed={seed}", tuple(draw(count, seed)))
     if kind not in LAYOUTS or not source:
-        hint = closest(kind, [*DRAWN, *LAYOUTS])
+        hint = did_you_mean(kind, [*DRAWN, *LAYOUTS])
         raise ValueError(f"{spec!r} names no benchmark of questions; valid are {FORMS}.{hint}")
     layout = LAYOUTS[kind]
     check_options(spec, kind, options, ("images", "limit") if kind in WITH_IMAGES else ("limit",))

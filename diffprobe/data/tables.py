@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from diffprobe.data.drawn import spread
-from diffprobe.data.files import content_digests, inside, parse_json, real_path
+from diffprobe.data.files import content_digests, inside, listed, parse_json, real_path
 from diffprobe.data.images import ImageError, decode_image, read_image
 
 Loader = Callable[[], Image.Image]
+Made = TypeVar("Made")
 
 
 def benchmark_folder(source: str, patterns: list[str] | None = None) -> Path:
@@ -57,6 +58,29 @@ def check_ids(spec: str, ids: Sequence[str]) -> None:
     for name, times in Counter(ids).items():
         if times > 1:
             raise ValueError(f"{spec!r}: id {name!r} stands twice; noise belongs to ids, so each must be unique.")
+
+
+def collected(what: str, makers: Iterable[Callable[[], Made]]) -> list[Made]:
+    """What each of the functions makes, in order; all of them are called before a fault is raised.
+
+    Raises:
+        ValueError: Some raised ValueError; the message lists all of their faults.
+
+    >>> collected("numbers.txt", [lambda: int("1"), lambda: int("b"), lambda: int("c")])
+    Traceback (most recent call last):
+    ValueError: 2 entries of numbers.txt cannot be used: invalid literal for int() with base 10: 'b'; invalid literal for int() with base 10: 'c'.
+    """
+    made, faults = [], []
+    for make in makers:
+        try:
+            made.append(make())
+        except ValueError as error:
+            faults.append(str(error))
+    if len(faults) == 1:
+        raise ValueError(faults[0])
+    if faults:
+        raise ValueError(f"{len(faults)} entries of {what} cannot be used: {listed(faults)}.")
+    return made
 
 
 def items_digest(about: str, texts: Sequence[Any], loaders: Sequence[Loader]) -> str:

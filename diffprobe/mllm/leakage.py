@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffprobe.conditioning import NULL
+from diffprobe.conditioning import NULL, current, former
 from diffprobe.data import iterate, load_dataset
 from diffprobe.mllm.captions import (
     DocumentFrequencies,
@@ -126,7 +126,7 @@ class Test:
 
 
 def _slug(*parts: str) -> str:
-    return "_".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts if part)
+    return former("_".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts if part))
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,11 @@ def read_texts(folder: str | Path, tests: Sequence[Test] | None = None) -> pd.Da
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """One file of texts. Words such as "null" stay words; a timestep is an int, or "" for K+, which has none."""
+    """One file of texts. Words such as "null" stay words; a timestep is an int, or "" for K+; arms are in today's spelling."""
     words_ = ("control", "arm", "site", "timestep", "condition", "sample", "fed", "source", "references", "output")
     texts = pd.read_csv(path, dtype=dict.fromkeys(words_, str), keep_default_na=False, na_values={"guidance": [""]})
-    return texts.assign(timestep=pd.Series([int(t) if t else "" for t in texts["timestep"]], dtype=object))
+    timesteps = pd.Series([int(t) if t else "" for t in texts["timestep"]], dtype=object)
+    return texts.assign(timestep=timesteps, arm=texts["arm"].map(current))
 
 
 def frequencies(folder: str | Path) -> DocumentFrequencies:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from diffprobe.conditioning import NULL
+from diffprobe.conditioning import NULL, current
 from diffprobe.data import BlankDataset, Dataset, iterate, load_dataset
 from diffprobe.mllm.captions import words
 from diffprobe.mllm.features import CURES, Asked, Features, describe
@@ -354,6 +354,9 @@ def run(
         RequestError: The folder holds another run.
         LeakageError: An arm or condition is unknown, or datasets overlap.
     """
+    if old := [text for text in (*arms, *knockouts) if current(text) != text]:
+        tell(f"{', '.join(old)}: today's spelling is {', '.join(map(current, old))}; the next release drops the old one.")
+    arms, knockouts = list(map(current, arms)), list(map(current, knockouts))
     held = Run(out, settings or Settings(), stores=stores, device=device, tell=tell, **loaded)
     tests = plan(arms, held.features.site_names(sites), timesteps, guidance, seeds, conditions, knockouts)
     ranked = [t for t in tests if t.condition in likelihood and not t.knockout]
