@@ -164,10 +164,11 @@ def score_judged(path: str | Path) -> pd.DataFrame:
         named = [f"{row['id']} ({row['condition']})" for row in rows[bad].to_dict("records")]
         raise ValueError(f"{bad.sum()} rows of '{path}' lack {' or '.join(POINTS)}, numbers above 0: {listed(named)}.")
     rows[list(POINTS)] = points
-    scores = [
-        score_llava_bench(part.to_dict("records"), lambda record: (record[POINTS[0]], record[POINTS[1]])).assign(condition=name)
-        for name, part in rows.groupby("condition", sort=False)
-    ]
+    scores = []
+    for condition, part in rows.groupby("condition", sort=False):
+        records = [{str(name): value for name, value in row.items()} for row in part.to_dict("records")]
+        found = score_llava_bench(records, lambda record: (record[POINTS[0]], record[POINTS[1]]))
+        scores.append(found.assign(condition=condition))
     return pd.concat(scores, ignore_index=True)
 
 

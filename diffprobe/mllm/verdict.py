@@ -328,8 +328,8 @@ def _verdict(
     negative, positive = controls.values()
     index = {"index": np.nan, "index_low": np.nan, "index_high": np.nan}
     if negative and positive:
-        leaks = (c.values["leak"] for c in (cell, negative, positive))
-        index = normalised_index(*leaks, level=level, n_resamples=n_resamples, seed=seed)
+        own, low, high = (c.values["leak"] for c in (cell, negative, positive))
+        index = normalised_index(own, low, high, level, n_resamples, seed)
     row = {name: cell.key[name] for name in [*KEYS[1:], "condition"]}
     for score, mine in scores.items():
         row |= {score: mine["value"], f"{score}_low": mine["low"], f"{score}_high": mine["high"]}
