@@ -33,6 +33,7 @@ from diffprobe.mllm.leakage import (
     Recipe,
     Settings,
     compare,
+    examples,
     item_scores,
     leakage_report,
     plan,
@@ -323,6 +324,19 @@ def test_a_report_does_without_packages_that_are_not_installed(
     assert set(pd.read_csv(tmp_path / "recovery.csv")["metric"]) == set(WITHOUT_MODEL) - {"bleu"}
     with pytest.raises(ValueError, match=r"pip install 'diffprobe\[captions\]'"):
         leakage_report(finished, metrics=["bleu"])
+
+
+def test_examples_show_every_cell_by_its_own_name() -> None:
+    rows = [
+        {"control": "", "arm": arm, "site": MAIN, "timestep": t, "guidance": 4.0, "seed": 0, "condition": condition, "sample": "a", "fed": "x",
+         "references": '["y"]', "output": f"{arm} at {t}, {condition}"}
+        for arm in "UM" for t in (50, 500) for condition in ("own", "none") if (arm, condition) != ("U", "none")
+    ]  # fmt: skip
+    table = examples(pd.DataFrame(rows)).set_index("condition")
+    assert list(table.columns) == ["sample", "seen", "fed", "U s=4 t=50", "U s=4 t=500", "M s=4 t=50", "M s=4 t=500"]
+    assert table.loc["own", "M s=4 t=500"] == "M at 500, own" and table.loc["none", "U s=4 t=50"] == ""
+    one = examples(pd.DataFrame([row for row in rows if row["timestep"] == 50]))
+    assert list(one.columns)[4:] == ["U s=4", "M s=4"]
 
 
 def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:

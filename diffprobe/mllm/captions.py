@@ -326,8 +326,6 @@ def caption_table(
     clusters: ArrayLike | None = None,
     metrics: Sequence[str] = WITHOUT_MODEL,
     frequencies: DocumentFrequencies | None = None,
-    level: float = 0.95,
-    n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The scores of a whole set of outputs, one row per metric.
@@ -340,12 +338,10 @@ def caption_table(
         outputs, references, frequencies: As for `caption_scores`; at least two outputs.
         clusters: One id per output, for example its image; resampled as wholes.
         metrics: As for `caption_scores`.
-        level: Coverage of the intervals.
-        n_resamples: Bootstrap resamples.
         seed: Of the bootstrap and of the shift.
 
     Returns:
-        Columns metric, value, low, high, chance, n (outputs), n_empty (outputs without words), reference_set (of cider_d's
+        Columns metric, value, low, high (95% intervals), chance, n (outputs), n_empty (outputs without words), reference_set (of cider_d's
         frequencies, else ""), seed.
 
     Raises:
@@ -360,19 +356,18 @@ def caption_table(
     following = np.empty_like(order)
     following[order] = np.roll(order, 1)
     shifted = [references[k] for k in first[following[cluster]]]
-    resampling = (clusters, level, n_resamples, seed)
     rows = []
     for metric in metrics:
         if metric == "bleu":
             columns = _bleu_columns(outputs, references)
             value, chance = (float(_corpus_bleu(c.sum(0)[None])[0]) for c in (columns, _bleu_columns(outputs, shifted)))
-            low, high = bootstrap_sums(columns, _corpus_bleu, *resampling)
+            low, high = bootstrap_sums(columns, _corpus_bleu, clusters, seed=seed)
         else:
             values = caption_scores(metric, outputs, references, frequencies)
             value = float(values.mean())
-            low, high = bootstrap_interval(values, *resampling)
+            low, high = bootstrap_interval(values, clusters, seed=seed)
             if metric == "exact" and value in (0, 1):  # all alike: the bootstrap knows no other outcome
-                low, high = wilson_interval(value * len(first), len(first), level)
+                low, high = wilson_interval(value * len(first), len(first))
             if metric == "cider_d" and frequencies is not None:
                 chance = _mean_of_others(outputs, references, np.sort(first), frequencies)
             else:

@@ -336,16 +336,21 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
 
 
 def examples(texts: pd.DataFrame, count: int = 4, conditions: Sequence[str] = ("own", "mismatched", "none")) -> pd.DataFrame:
-    """Outputs of the first projector of each arm for the first samples, side by side: one row a sample and condition."""
+    """Outputs of the first projector of each cell for the first samples, side by side.
+
+    One row a sample and condition, one column a cell; "" where a cell was not tested under a condition.
+    """
     first = texts[(texts["seed"] == texts["seed"].min()) & texts["condition"].isin(conditions)].copy()
     first = first[first["sample"].isin(list(dict.fromkeys(first["sample"]))[:count])]
     scale = first["guidance"].map(lambda s: "" if pd.isna(s) else f" s={s:g}")
     first["who"] = first["control"] + first["arm"] + scale + np.where(first["site"].nunique() > 1, " " + first["site"], "")
+    if first[first["control"] != POSITIVE]["timestep"].nunique() > 1:
+        first["who"] += first["timestep"].map(lambda t: f" t={t}" if t != "" else "")
     first["seen"] = [next(iter(json.loads(r)), "") for r in first["references"]]
     wide = first.pivot_table(
         index=["sample", "seen", "condition", "fed"], columns="who", values="output", aggfunc="first", sort=False
     )
-    return wide.reset_index().rename_axis(columns=None)
+    return wide.fillna("").reset_index().rename_axis(columns=None)
 
 
 def leak_against_sight(leakage: Leakage, condition: str = "mismatched") -> pd.DataFrame:

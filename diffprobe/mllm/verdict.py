@@ -478,14 +478,7 @@ def matched_candidates(texts: Sequence[str], n: int = 100, lengths: ArrayLike | 
 
 
 def rank_fed(
-    conditional: ArrayLike,
-    baseline: ArrayLike,
-    fed: ArrayLike = 0,
-    *,
-    clusters: ArrayLike | None = None,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    conditional: ArrayLike, baseline: ArrayLike, fed: ArrayLike = 0, *, clusters: ArrayLike | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Whether the fed text is the likeliest of its candidates, given the features.
 
@@ -499,12 +492,10 @@ def rank_fed(
         baseline: The same given a blank image, or no prompt: (item, candidate) or (candidate,).
         fed: Column of each item's fed candidate; `matched_candidates` puts it at 0.
         clusters: One id per item, for example its image where several projectors score it.
-        level: Coverage of the intervals.
-        n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
 
     Returns:
-        Rows top1, mrr, bits; columns score, value, low, high, chance, n, n_candidates, seed.
+        Rows top1, mrr, bits; columns score, value, low, high (95% intervals), chance, n, n_candidates, seed.
 
     Raises:
         ValueError: Shapes do not fit, or a value is not finite.
@@ -533,22 +524,15 @@ def rank_fed(
     rows = []
     for score, (values, chance) in scores.items():
         if score == "top1" and clusters is None:
-            low, high = wilson_interval(values.sum(), items, level)
+            low, high = wilson_interval(values.sum(), items)
         else:
-            low, high = bootstrap_interval(values, clusters, level, n_resamples, seed)
+            low, high = bootstrap_interval(values, clusters, seed=seed)
         rows.append({"score": score, "value": values.mean(), "low": low, "high": high, "chance": chance, "n": items})
     return pd.DataFrame(rows).assign(n_candidates=n, seed=seed)
 
 
 def usable_information(
-    conditional: ArrayLike,
-    unconditional: ArrayLike,
-    n_tokens: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    conditional: ArrayLike, unconditional: ArrayLike, n_tokens: ArrayLike, *, clusters: ArrayLike | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Information on the prompt in conditional features beyond the same image's unconditional ones, in bits per token.
 
@@ -561,12 +545,10 @@ def usable_information(
         unconditional: The same under the reader of unconditional features.
         n_tokens: Tokens of each text.
         clusters: One id per text (its image), where several projectors read it.
-        level: Coverage.
-        n_resamples: Bootstrap resamples.
         seed: Of bootstrap and sign flips.
 
     Returns:
-        One row: score, value, low, high, chance (0), p (sign flips of the texts' differences), n, n_tokens, seed.
+        One row: score, value, low, high (95% interval), chance (0), p (sign flips of the texts' differences), n, n_tokens, seed.
 
     Raises:
         ValueError: Shapes differ, or a text has no token.
@@ -581,7 +563,7 @@ def usable_information(
             f"Each text needs two log-likelihoods and at least one token; got shapes {gain.shape} and {tokens.shape}."
         )
     columns = np.stack([gain, tokens], axis=1)
-    low, high = bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], clusters, level, n_resamples, seed)
+    low, high = bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], clusters, seed=seed)
     _, p = paired_permutation_test(gain, np.zeros_like(gain), seed, clusters=clusters)
     row = {"score": "bits per token", "value": gain.sum() / tokens.sum(), "low": low, "high": high, "chance": 0.0, "p": p}
     return pd.DataFrame([{**row, "n": len(gain), "n_tokens": int(tokens.sum()), "seed": seed}])
