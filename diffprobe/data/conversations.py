@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -59,34 +60,46 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-@runtime_checkable
-class Conversations(Protocol):
+class Conversations(ABC):
     """An indexable collection of conversations with an identity."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """A short name for provenance."""
-        ...
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Conversation: ...
+
+    @abstractmethod
+    def content(self) -> Iterator[bytes]:
+        """The pieces that the fingerprint is a hash of."""
 
     def fingerprint(self) -> str:
         """A short hash that changes when a conversation does."""
-        ...
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for piece in self.content():
+            digest.update(piece)
+        return digest.hexdigest()[:16]
 
 
 # --- drawn ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """`count` drawn conversations; a subclass names itself and draws one."""
+class _Drawn(Conversations):
+    """`count` drawn conversations."""
 
     count: int
     seed: int = 0
-    kind: ClassVar[str] = ""
+    kind: ClassVar[str]
 
     @property
     def name(self) -> str:
@@ -95,21 +108,12 @@ class _Drawn:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Conversation:
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """Hash of the parameters, and of turns and pixels from the first conversation to the last."""
-        digest = hashlib.sha256(repr(self).encode())
+    def content(self) -> Iterator[bytes]:
+        """The parameters, and turns and pixels of some conversations from the first to the last."""
+        yield repr(self).encode()
         for index in spread(len(self)):
-            digest.update(repr(self[index].turns).encode())
-            for load in self[index].images:
-                digest.update(np.asarray(load()).tobytes())
-        return digest.hexdigest()[:16]
+            yield repr(self[index].turns).encode()
+            yield from (np.asarray(load()).tobytes() for load in self[index].images)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class DrawnInstructions(_Drawn):
 _Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
-class LlavaConversations:
+class LlavaConversations(Conversations):
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:
@@ -202,13 +206,9 @@ class LlavaConversations:
         name, images, turns = self._entries[index]
         return Conversation(name, tuple(partial(self._load, image) for image in images), turns)
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def content(self) -> Iterator[bytes]:
         contents = content_digests(self.folder, [path.relative_to(self.folder).as_posix() for path in self._files.values()])
-        return hashlib.sha256(json.dumps([self._entries, contents], ensure_ascii=False).encode()).hexdigest()[:16]
+        yield json.dumps([self._entries, contents], ensure_ascii=False).encode()
 
     def _load(self, name: str) -> Image.Image:
         path = self._files[name]
