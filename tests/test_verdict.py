@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
 from diffprobe.mllm.captions import cider_similarity, content_f1, document_frequencies
@@ -344,25 +343,19 @@ def test_one_seed_is_students_interval_over_images() -> None:
         assert equivalence_p(found["value"], found["se"], found["df"], margin) == pytest.approx(max(upper.pvalue, lower.pvalue))
 
 
-@pytest.mark.parametrize(("images", "seeds", "image", "seed"), [(12, 3, 0.5, 1.0), (5, 4, 2.0, 0.0), (40, 2, 0.3, 0.1)])
-def test_several_seeds_are_a_two_way_layout(images: int, seeds: int, image: float, seed: float) -> None:
-    """Mean squares of images, seeds and their interaction from a plain loop; Satterthwaite's degrees of freedom."""
-    rng = np.random.default_rng(images)
-    values = rng.normal(0.2, image, (1, images)) + rng.normal(0, seed, (seeds, 1)) + rng.normal(size=(seeds, images))
-    grand = sum(float(values[s, i]) for s in range(seeds) for i in range(images)) / (seeds * images)
-    of_image = [sum(float(values[s, i]) for s in range(seeds)) / seeds for i in range(images)]
-    of_seed = [sum(float(values[s, i]) for i in range(images)) / images for s in range(seeds)]
-    by_image = seeds * sum((m - grand) ** 2 for m in of_image) / (images - 1)
-    by_seed = images * sum((m - grand) ** 2 for m in of_seed) / (seeds - 1)
-    left = [values[s, i] - of_image[i] - of_seed[s] + grand for s in range(seeds) for i in range(images)]
-    interaction = sum(x**2 for x in left) / ((images - 1) * (seeds - 1))
-    variance = by_image + max(0.0, by_seed - interaction)
-    terms = ((by_image, images - 1), (by_seed, seeds - 1), (interaction, (images - 1) * (seeds - 1)))
-    df = max(seeds - 1, int(variance**2 / sum(square**2 / n for square, n in terms)))
-    se = np.sqrt(variance / values.size)
-    found = crossed_mean(values, 0.9)
-    assert found["se"] == pytest.approx(se) and found["df"] == df
-    assert (found["low"], found["high"]) == pytest.approx((grand - student.ppf(0.95, df) * se, grand + student.ppf(0.95, df) * se))
+@pytest.mark.parametrize("number", [52, 199, *range(20)])  # the first two lie where each term decides a degree of freedom
+def test_the_two_way_layout_is_that_of_an_analysis_of_variance(number: int) -> None:
+    rng = np.random.default_rng(number)
+    values = rng.normal(size=(4, 9)) + 0.6 * rng.normal(size=(1, 9)) + 0.3 * rng.normal(size=(4, 1))
+    mean, total = values.mean(), ((values - values.mean()) ** 2).sum()
+    image = sum(4 * (column.mean() - mean) ** 2 for column in values.T)
+    seed = sum(9 * (row.mean() - mean) ** 2 for row in values)
+    squares = {"image": (image, 8), "seed": (seed, 3), "rest": (total - image - seed, 24)}
+    means = {name: of / free for name, (of, free) in squares.items()}
+    variance = means["image"] + max(0.0, means["seed"] - means["rest"])
+    df = int(variance**2 / sum(means[name] ** 2 / free for name, (_, free) in squares.items()))  # Satterthwaite's
+    found = crossed_mean(values)
+    assert (found["value"], found["se"]) == pytest.approx((mean, np.sqrt(variance / 36))) and found["df"] == max(3, df)
 
 
 @pytest.mark.parametrize(("image", "seed"), [(0.0, 0.0), (0.7, 0.0), (0.5, 0.1), (0.3, 1.0)])
