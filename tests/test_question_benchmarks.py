@@ -25,9 +25,7 @@ from diffprobe.data.question_benchmarks import (
     first_items,
     load_questions,
 )
-from diffprobe.data.question_benchmarks import (
-    LAYOUTS as PUBLISHED,
-)
+from diffprobe.data.question_benchmarks import LAYOUTS as PUBLISHED
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import ORDINALS, TASKS, several_images
 from diffprobe.data.shapes import COLOURS as NAMED

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -60,26 +59,31 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-class Conversations(ABC):
+@runtime_checkable
+class Conversations(Protocol):
     """An indexable collection of conversations with an identity."""
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """A short name for provenance."""
+        ...
 
-    @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def __getitem__(self, index: int) -> Conversation: ...
-
-    @abstractmethod
-    def content(self) -> Iterator[bytes]:
-        """The pieces that the fingerprint is a hash of."""
 
     def fingerprint(self) -> str:
         """A short hash that changes when a conversation does."""
+        ...
+
+
+class _Fingerprinted:
+    """A fingerprint that is computed once, from the pieces that a subclass's `content` yields."""
+
+    def content(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
         return self._fingerprint
 
     @cached_property
@@ -94,7 +98,7 @@ class Conversations(ABC):
 
 
 @dataclass(frozen=True)
-class _Drawn(Conversations):
+class _Drawn(_Fingerprinted):
     """`count` drawn conversations."""
 
     count: int
@@ -107,6 +111,9 @@ class _Drawn(Conversations):
 
     def __len__(self) -> int:
         return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        raise NotImplementedError
 
     def content(self) -> Iterator[bytes]:
         """The parameters, and turns and pixels of some conversations from the first to the last."""
@@ -166,7 +173,7 @@ class DrawnInstructions(_Drawn):
 _Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
-class LlavaConversations(Conversations):
+class LlavaConversations(_Fingerprinted):
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:

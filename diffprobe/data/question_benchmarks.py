@@ -229,7 +229,7 @@ class Layout:
         key: Columns that name a row; the item's id is made of them.
         question: What is asked, a template over the columns.
         record: The column of each field that the scorer wants.
-        check: What is wrong with a record, or "".
+        check: Says what is wrong with a record, or "".
         split: Of its Parquet files, whose names are the split's or begin with it.
         images: Columns that hold images; those that are None are left out.
         read: Rows where they are not those of the split's Parquet files.
@@ -263,10 +263,12 @@ class Layout:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that an item is made of, images among them."""
         asked = re.findall(r"\{(\w+)\}", self.question)
         return tuple(dict.fromkeys([*self.key, *asked, *self.record.values(), *self.images]))
 
     def item(self, kind: str, folder: Path, make: Maker) -> QuestionItem:
+        """One row as an item; ValueError where the row is wrong, which names it."""
         row = make()
         record = {name: _field(name, row[column]) for name, column in self.record.items()}
         loaders = tuple(row[name] for name in self.images if row[name] is not None)
