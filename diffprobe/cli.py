@@ -1030,7 +1030,7 @@ def leakage_run(
     arms: Annotated[
         str,
         typer.Option(
-            help="BASE[+dropNN][/CURE], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; CURE: centred, gated, erased, or a knock-out."
+            help="BASE[+dropNN][/MITIGATION], parted by commas; BASE: U no prompt, M own caption, X mismatched, Q question; MITIGATION: centred, gated, erased, or a knock-out."
         ),
     ] = "U,M,M+drop30",
     sites: Annotated[str, typer.Option(help="Names, paths or globs, parted by commas.")] = "U-L1-R1-B0-Cross-Q",
@@ -1041,7 +1041,7 @@ def leakage_run(
     ] = 3,
     conditions: Annotated[str, typer.Option(help="Test conditions; all of them when empty.")] = "",
     knockouts: Annotated[
-        str, typer.Option(help="Routes cut at test time: start, ending, content, empty[@first:K|@GLOB].")
+        str, typer.Option(help="Routes cut at test time: start, eos_and_padding, content, empty[@first:K|@GLOB].")
     ] = "",
     request: Annotated[str, typer.Option(help="What the language model is asked.")] = "Describe the image.",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a projector.")] = 400,
@@ -1057,7 +1057,7 @@ def leakage_run(
 ) -> None:
     """Train projectors into a frozen language model, and let them describe images whose features were given other texts."""
     from diffprobe.mllm.leakage import Settings
-    from diffprobe.mllm.leakage import run as start
+    from diffprobe.mllm.leakage_run import run as start
     from diffprobe.mllm.verdict import CONDITIONS
     from diffprobe.store import store_info
 
@@ -1086,18 +1086,34 @@ def leakage_report(
         Path | None, typer.Option("--out", "-o", help="Folder for tables and figures.", show_default="RUN/report")
     ] = None,
     n_examples: Annotated[int, typer.Option("--examples", min=1, help="Images whose texts are shown side by side.")] = 2,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Of caption recovery: cider_d, bleu, rouge_l, content_f1, exact, substring, minilm.",
+            show_default="those that need no model",
+        ),
+    ] = "",
 ) -> None:
-    """The verdict in a sentence, scores, examples and figures, from the kept files; needs no torch."""
+    """The verdict in a sentence, scores, caption recovery, examples and figures, from the kept files; needs no torch."""
     from diffprobe.mllm.leakage import leakage_report as judge
     from diffprobe.mllm.leakage import save_report
 
-    found = judge(run, n_examples=n_examples)
+    found = judge(run, n_examples=n_examples, metrics=_list(metrics) or None)
     for line in found.sentences:
         _out.print(line)
     table = Table(
         "", "arm", "site", "t", "s", "condition", "leak", "sight", "CIDEr-D fed", "CIDEr-D image", box=None, pad_edge=False
     )
     for row in found.summary().to_dict("records"):
+        table.add_row(*(str(cell) for cell in row.values()))
+    _out.print()
+    _show(table)
+    recovered = found.recovered()
+    table = Table(
+        "", "arm", "site", "t", "s", "condition", "against", "n", *recovered.columns[8:], title="Recovery of captions",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for row in recovered.to_dict("records"):
         table.add_row(*(str(cell) for cell in row.values()))
     _out.print()
     _show(table)
@@ -1244,6 +1260,21 @@ def mllm_eval(
     if model.cut_prompts:
         tell(f"{model.cut_prompts} questions were longer than the diffusion model's text encoder takes, and were cut.")
     tell("\nWritten: " + ", ".join(str(folder / name) for name in ("scores.csv", "answers.csv")[not len(scores) :]))
+
+
+@mllm_app.command("score")
+def mllm_score(
+    judged: Annotated[Path, typer.Argument(help="The to_judge.csv of 'mllm eval', its points filled in.", metavar="FILE")],
+) -> None:
+    """Scores of LLaVA-Bench from the points that a judge gave; they are written to judged_scores.csv beside the file."""
+    from diffprobe.mllm.judging import score_judged
+    from diffprobe.rundir import write_whole
+
+    scores = score_judged(judged)
+    _show_scores(scores)
+    out = judged.with_name("judged_scores.csv")
+    write_whole(out, scores.to_csv(index=False, lineterminator="\n"))
+    _out.print(f"\nWritten: {out}")
 
 
 def _show_scores(scores: pd.DataFrame) -> None:

@@ -244,3 +244,30 @@ def content_tokens(tokens: Sequence[str], token_spans: Sequence[tuple[int, int]]
         if re.search(r"\w", text) and text not in FUNCTION_WORDS
         for i in word
     ]
+
+
+# --- knock-outs by name ---------------------------------------------------------------------------
+
+FORMER = {"ending": "eos_and_padding"}  # spellings of the last release, which its stores and folders of runs still have
+
+
+def former(text: str) -> str:
+    """A name of a store or file with knock-outs spelt as the last release did, so that what it wrote is found.
+
+    >>> former("M-eos_and_padding")
+    'M-ending'
+    """
+    for old, new in FORMER.items():
+        text = text.replace(new, old)
+    return text
+
+
+def current(text: str) -> str:
+    """A knock-out, or an arm that has one, in the spelling of today.
+
+    >>> current("M/ending"), current("ending@down_blocks*"), current("M/gated")
+    ('M/eos_and_padding', 'eos_and_padding@down_blocks*', 'M/gated')
+    """
+    for old, new in FORMER.items():
+        text = re.sub(rf"\b{old}\b", new, text)
+    return text

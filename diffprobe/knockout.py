@@ -2,7 +2,7 @@
 
 A knock-out is ``WHAT`` or ``WHAT@WHERE``:
 
-- WHAT ``start``, ``ending`` (end and padding tokens) or ``content`` (words that are not function words): the cross-attention
+- WHAT ``start``, ``eos_and_padding`` (end and padding tokens) or ``content`` (words that are not function words): the cross-attention
   gives these tokens no probability, and the others share it;
 - WHAT ``empty``: the cross-attention is given the pipeline's unconditional input instead of the prompt;
 - WHERE ``first:K`` (the first K cross-attentions in the order in which they run), ``last:K``, or a glob over their module
@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diffprobe.conditioning import content_tokens
+from diffprobe.conditioning import FORMER, content_tokens, former
 from diffprobe.models import DiffusionModel, EncodedText, Network
 
-PARTS = ("start", "ending", "content", "empty")
+PARTS = ("start", "eos_and_padding", "content", "empty")
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def parse_knockout(text: str) -> Knockout:
     Knockout(what='empty', where='first:3')
     >>> parse_knockout("verbs")
     Traceback (most recent call last):
-    ValueError: Knock-out 'verbs' cuts none of start, ending, content, empty; write for example content@up_blocks.1*.
+    ValueError: Knock-out 'verbs' cuts none of start, eos_and_padding, content, empty; write for example content@up_blocks.1*.
     """
     what, _, where = text.partition("@")
+    what = FORMER.get(what, what)
     if what not in PARTS:
         raise ValueError(f"Knock-out {text!r} cuts none of {', '.join(PARTS)}; write for example content@up_blocks.1*.")
     return Knockout(what, where or "*")
@@ -101,7 +102,7 @@ class KnockedOut(DiffusionModel):
         self._null = self._null_input() if self.knockout.what == "empty" else None
 
     def weights_hash(self, portable: bool = False) -> str:
-        return f"{super().weights_hash(portable)} without {self.knockout}"
+        return f"{super().weights_hash(portable)} without {former(str(self.knockout))}"
 
     def denoise(
         self, noised: Float[Tensor, "row channel y x"], timesteps: Int[Tensor, " row"], text: EncodedText
@@ -116,7 +117,7 @@ class KnockedOut(DiffusionModel):
         cut = torch.zeros_like(spelled)
         if self.knockout.what == "start":  # which T5 has not
             cut[:, 0] = text.ids[:, 0] == special.get("start", -1)
-        if self.knockout.what == "ending":  # from the first end token on that nobody typed
+        if self.knockout.what == "eos_and_padding":  # from the first end token on that nobody typed
             cut = ((text.ids == special.get("end", special.get("padding"))) & ~spelled).cumsum(1).bool()
         if self.knockout.what == "content":
             for row, (numbers, spans) in enumerate(zip(text.ids.tolist(), text.spans.tolist(), strict=True)):

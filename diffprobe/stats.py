@@ -1,6 +1,6 @@
 """Intervals and tests for scores: bootstrap, sign-flip permutation, Holm, Wilson.
 
-Arrays run over rows (one score per row).  The invariant: rows that share a cluster (patches of one image,
+The first axis of an array is the row, one score per row.  The invariant: rows that share a cluster (patches of one image,
 questions about one image) are never treated as independent; a resample takes or leaves them as a whole.
 """
 
@@ -27,22 +27,22 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of a mean.
 
-    Without clusters: bias-corrected and accelerated (Efron 1987, `scipy.stats.bootstrap`), percentile beyond
-    `BCA_LIMIT` values.  With clusters: whole clusters are resampled and the percentile interval of the rows' mean
-    is returned (Davison & Hinkley 1997, section 3.8), so a cluster weighs as much as it has rows.
+    Without clusters: bias-corrected and accelerated (Efron 1987, `scipy.stats.bootstrap`), percentile beyond `BCA_LIMIT`
+    values.  With clusters: whole clusters are resampled and the percentile interval of the rows' mean is returned (Davison
+    & Hinkley 1997, section 3.8), so a cluster weighs as much as it has rows.
 
-    Equal values give an interval of width zero, which says nothing about the next sample: for shares of 0 or 1
-    use `wilson_interval`.
+    Equal values give an interval of width zero, which says nothing about the next sample: for shares of 0 or 1 use
+    `wilson_interval`.
 
     Args:
-        values: One number per row; NaN is refused.
+        values: One finite number per row.
         clusters: One id per row, for example the image that the row came from.
         level: Coverage, between 0 and 1.
         n_resamples: Bootstrap resamples.
         seed: Of the resampling.
 
     Returns:
-        Lower and upper end; both NaN when there is a single value or a single cluster, which has no interval.
+        Lower and upper end; both NaN for a single value or a single cluster, which has no interval.
 
     >>> low, high = bootstrap_interval([0, 1, 1, 1, 0, 1, 1, 0, 1, 1])
     >>> low < 0.7 < high
@@ -53,7 +53,7 @@ def bootstrap_interval(
     """
     rows = _finite(values, "values")
     if clusters is not None:
-        columns = np.stack([rows, np.ones_like(rows)], axis=1)
+        columns = np.column_stack([rows, np.ones_like(rows)])
         return bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], clusters, level, n_resamples, seed)
     _check_level(level)
     if rows.size < 2:
@@ -80,21 +80,18 @@ def bootstrap_sums(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of any statistic of column sums (R2, balanced accuracy, mean IoU, a ratio).
-
-    Such statistics need no second look at the rows: each resample is a sum of the clusters' sums.
+    """Percentile bootstrap interval of a statistic of column sums (R2, balanced accuracy, mean IoU, a ratio).
 
     Args:
         columns: (row, column) numbers whose sums the statistic needs.
-        statistic: Maps sums of shape (resample, column) to values of shape (resample,); a NaN value leaves that
-            resample out.
+        statistic: Maps sums (resample, column) to values (resample,); a resample whose value is NaN is left out.
         clusters: One id per row, resampled as wholes; each row is its own cluster when absent.
         level: Coverage, between 0 and 1.
         n_resamples: Bootstrap resamples.
         seed: Of the resampling.
 
     Returns:
-        Lower and upper end; both NaN when there is a single cluster.
+        Lower and upper end; both NaN for a single cluster.
 
     >>> hits, shown = [1, 0, 2, 2], [2, 2, 2, 3]
     >>> low, high = bootstrap_sums(np.c_[hits, shown], lambda sums: sums[:, 0] / sums[:, 1])
@@ -122,8 +119,7 @@ def paired_permutation_test(
 ) -> tuple[float, float]:
     """Two-sided sign-flip test of equal means of paired scores (Fisher 1935, section 21).
 
-    Under the hypothesis the two scores of a pair can be swapped, so the sign of every difference is a coin.  All
-    sign patterns are visited when there are at most `n_resamples` of them; otherwise they are drawn and the observed
+    All sign patterns are visited when there are at most `n_resamples` of them.  Otherwise they are drawn and the observed
     one is counted in, so p is never zero (Phipson & Smyth 2010).
 
     Args:
@@ -162,33 +158,29 @@ def paired_permutation_test(
 
 
 def holm(p_values: ArrayLike) -> Floats:
-    """Holm's step-down adjustment: compare the result with the family-wise error rate (Holm 1979).
+    """Holm's step-down adjustment for the family-wise error rate (Holm 1979), in the shape of the input.
 
-    Args:
-        p_values: Of any shape, one family; NaN is no test: it stays NaN and does not count.
-
-    Returns:
-        Adjusted p values of the same shape.
+    All values are one family; NaN stays NaN and does not count.
 
     >>> holm([0.01, 0.04, 0.03, 0.005]).tolist()
     [0.03, 0.06, 0.06, 0.02]
     """
-    given = np.asarray(p_values, dtype=np.float64)
-    known = ~np.isnan(given)
-    tests = given[known]
+    adjusted = np.array(p_values, dtype=np.float64)
+    known = ~np.isnan(adjusted)
+    tests = adjusted[known]
     if np.any((tests < 0) | (tests > 1)):
         raise ValueError(f"p values lie in [0, 1]; found {tests.min():g} to {tests.max():g}.")
     order = np.argsort(tests, kind="stable")
     stepped = np.maximum.accumulate(tests[order] * np.arange(tests.size, 0, -1))
-    adjusted = np.empty_like(tests)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    result = np.full_like(given, np.nan)
-    result[known] = adjusted
-    return result
+    tests[order] = np.minimum(stepped, 1.0)
+    adjusted[known] = tests
+    return adjusted
 
 
 def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927), sensible also when all or none succeed.
+
+    `scipy.stats.binomtest` has it for whole numbers; here a success may be a fraction, such as the mean of a cluster.
 
     >>> low, high = wilson_interval(10, 10)
     >>> round(low, 3), high
@@ -209,10 +201,8 @@ def _finite(values: ArrayLike, name: str) -> Floats:
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError(f"`{name}` is empty; at least one row is needed.")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"`{name}` has {int((~np.isfinite(array)).sum())} non-finite entries of {array.size}; drop them first."
-        )
+    if bad := int((~np.isfinite(array)).sum()):
+        raise ValueError(f"`{name}` has {bad} non-finite entries of {array.size}; drop them first.")
     return array
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,6 @@ from diffprobe.figures import plot_leak_examples, plot_leak_sight, plot_site_cur
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
     Recipe,
-    Run,
     Test,
     examples,
     frequencies,
@@ -44,6 +44,9 @@ from diffprobe.mllm.leakage import (
 from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
 from experiments.figures import plot_scores
 from experiments.framework import Claim, Experiment, Options, Result, chosen_arms, leakage_run, reference, verdict
+
+if TYPE_CHECKING:
+    from diffprobe.mllm.leakage_run import Run
 
 TIMESTEP, SCALES, DROPPED = 50, (1.0, 1.5, 4.0), (1.5, 4.0)
 FED = ("none", "own", "mismatched")
@@ -81,7 +84,7 @@ def measure(options: Options) -> Result:
     run.complete(tests, ranked(tests))
     texts = read_texts(run.folder, tests)
     ranks = rank_texts(run.folder, options.seed)
-    scores = score_texts(texts, frequencies(run.folder), options.seed)
+    scores = score_texts(texts, frequencies(run.folder), seed=options.seed)
     scaled = scores.assign(**{c: 100 * scores[c] for c in ("value", "low", "high", "chance")}, kind="CIDEr-D x 100")
     judged = judge_leakage(texts, seed=options.seed)
     parts = [scaled, judged.table.assign(kind="content-word F1"), changes(texts), ranks.assign(kind="ranking")]

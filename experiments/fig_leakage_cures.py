@@ -34,7 +34,7 @@ CURES = {  # label: arm, site, guidance
     "s = 1": ("M", MAIN_SITE, 1.0),
     "site D-L2-R0-B0-Cross-Q": ("M", "D-L2-R0-B0-Cross-Q", SCALE),
     "site U-L2-R1-B0-Cross-Q": ("M", "U-L2-R1-B0-Cross-Q", SCALE),
-    "end and padding masked": ("M/ending", MAIN_SITE, SCALE),
+    "end and padding masked": ("M/eos_and_padding", MAIN_SITE, SCALE),
     "mean of f_c - f_u removed": ("M/centred", MAIN_SITE, SCALE),
     "gated by attention": ("M/gated", MAIN_SITE, SCALE),
     "words erased (LEACE)": ("M/erased", MAIN_SITE, SCALE),

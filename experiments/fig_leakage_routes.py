@@ -27,8 +27,8 @@ from experiments.framework import Claim, Experiment, Options, Result, Verdict, l
 
 SCALE, TIMESTEP, OTHER_TIMESTEPS, OTHER_SCALES = 4.0, 50, (10, 250, 500), (1.0, 1.5)
 CUTS = {
-    "start": "start token", "ending": "end and padding tokens", "content": "content words", "content@down_blocks*": "content words, down only",
-    "ending@down_blocks*": "end and padding, down only", "empty@first:2": "all text, first 2 cross-attentions",
+    "start": "start token", "eos_and_padding": "end and padding tokens", "content": "content words", "content@down_blocks*": "content words, down only",
+    "eos_and_padding@down_blocks*": "end and padding, down only", "empty@first:2": "all text, first 2 cross-attentions",
     "empty@first:4": "all text, first 4", "empty@first:6": "all text, first 6", "empty@first:7": "all text, first 7 (with mid)",
     "empty": "all text, everywhere",
 }  # fmt: skip

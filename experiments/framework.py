@@ -36,7 +36,7 @@ from diffprobe.store import code_commit, whole_file, write_whole
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from diffprobe.mllm.leakage import Run
+    from diffprobe.mllm.leakage_run import Run
     from experiments.comparison import Comparison
 
 T = TypeVar("T", bound="DataclassInstance")
@@ -330,7 +330,8 @@ def leakage_run(options: Options) -> Run:
     Raises:
         ValueError: the data are one dataset, or a setting is none.
     """
-    from diffprobe.mllm.leakage import Run, Settings
+    from diffprobe.mllm.leakage import Settings
+    from diffprobe.mllm.leakage_run import Run
 
     count, seed = options.count, options.seed
     drawn = f"shapes:{count}?split=train&seed={seed},shapes:{max(24, count // 12)}?split=test&seed={seed}"

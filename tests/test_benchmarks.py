@@ -82,7 +82,11 @@ def test_mmvp_vlm(tmp_path: Path) -> None:
             "Question ID,Type,Statement",
             "line 2: '../secret' leaves the folder",
         ),
-        ([("5", "Color", "x"), ("6", "Color", "y")], "Question ID,Type,Statement", "5.jpg', which .* does not exist"),
+        (
+            [("5", "Color", "x"), ("6", "Color", "y")],
+            "Question ID,Type,Statement",
+            r"2 entries of .*line 2 names .*5\.jpg', which does not exist.*line 3 names .*6\.jpg",
+        ),
         ([], "Question ID,Type,Statement", "has no items"),
     ],
 )
@@ -276,13 +280,25 @@ def test_sugarcrepe_that_is_broken(tmp_path: Path) -> None:
     entry = {"filename": "000000000001.jpg", "caption": "x", "negative_caption": "y"}
     for entries, message in (
         ({"0": entry | {"filename": "../../x.jpg"}}, r"swap_obj\.json', entry '0': '\.\./\.\./x\.jpg' leaves the folder"),
-        ({"0": entry | {"filename": "2.jpg"}}, r"2\.jpg', which .*swap_obj\.json' names, does not exist"),
+        ({"0": entry | {"filename": "2.jpg"}}, r"swap_obj\.json', entry '0' names .*2\.jpg', which does not exist"),
         ({"0": {"filename": "x", "caption": "y"}}, "entry '0' has no negative_caption; it has filename, caption"),
         ([entry], "holds a list"),
     ):
         (tmp_path / "swap_obj.json").write_text(json.dumps(entries))
         with pytest.raises(ValueError, match=message):
             load_benchmark(f"sugarcrepe:{tmp_path}")
+
+
+def test_all_absent_images_are_named_before_the_first_is_read(tmp_path: Path) -> None:
+    sugarcrepe(tmp_path)
+    entry = {"filename": "000000000001.jpg", "caption": "x", "negative_caption": "y"}
+    names = [f"absent {k}.jpg" for k in range(25)]
+    entries = {str(k): entry | {"filename": name} for k, name in enumerate([*names[:12], "000000000001.jpg", *names[12:]])}
+    (tmp_path / "swap_att.json").write_text(json.dumps(entries))
+    (tmp_path / "swap_obj.json").write_text(json.dumps({"0": entry | {"filename": "last.jpg"}}))
+    with pytest.raises(ValueError, match=r"26 entries of .* cannot be used") as caught:
+        load_benchmark(f"sugarcrepe:{tmp_path}")
+    assert all(f"{name}'" in str(caught.value) for name in names[:20]) and "; and 6 more" in str(caught.value)
 
 
 # --- drawn twins and specs ------------------------------------------------------------------------

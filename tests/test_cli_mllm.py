@@ -43,6 +43,11 @@ def test_train_judge_and_ask(
     code, said, _ = run("eval", out, "-b", "shapes-mmvp:9", "--conditions", "own,text", "--max-new-tokens", "2")
     scores = pd.read_csv(out / "eval" / "scores.csv")
     assert code == 0 and scores["condition"].tolist() == ["own", "own", "text", "text"] and "shapes-mmvp-0" in said
+    points = pd.DataFrame({"condition": "own", "id": ["a", "b"], "category": "conv", "question": "?", "output": ["x", "y"],
+                           "reference_points": 8, "output_points": [8, 4]})  # fmt: skip
+    points.to_csv(tmp_path / "to_judge.csv", index=False)
+    code, said, _ = run("score", tmp_path / "to_judge.csv")
+    assert code == 0 and "0.750" in said and pd.read_csv(tmp_path / "judged_scores.csv")["value"].tolist() == [0.75, 0.75]
     ShapesDataset(1)[0].load().save(tmp_path / "scene.png")
     code, said, _ = run("chat", out, tmp_path / "scene.png", "Is there a red star?", "--attention", tmp_path / "heat.png")
     assert code == 0 and (tmp_path / "heat.png").is_file() and "Drew" in said
@@ -52,6 +57,7 @@ def test_train_judge_and_ask(
         (("eval", out, "-b", "shapes-mmvp"), "shapes-mmvp"),
         (("eval", out, "-b", "shapes-mmvp:9", "--conditions", "seen"), "'seen' is not one of own"),
         (("chat", out, tmp_path / "absent.png", "?"), "does not exist"),
+        (("score", tmp_path / "absent.csv"), "absent.csv"),
         ((*train, "--fusion", "sum"), "'sum' is not one of clip"),
         ((*train, "--tune", "some"), "--tune full, lora or none"),
         ((*train, "--template", "vicuna"), "Template 'vicuna' is not one of v1, plain"),

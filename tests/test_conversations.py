@@ -175,7 +175,7 @@ def test_names_in_any_spelling_of_their_accents(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("shapes-talk:3", "names no conversations; valid are"), ("shapes-captions", "names no conversations"),
-        ("shapes-captions:0", "above 0"), ("shapes-instruct:5?sead=1", "takes seed"), ("llava:absent.json", "say where the images"),
+        ("shapes-captions:0", "whole number of at least 1"), ("shapes-instruct:5?sead=1", "takes seed"), ("llava:absent.json", "say where the images"),
         ("llava:absent.json?images=.", "does not exist"),
     ],
 )  # fmt: skip

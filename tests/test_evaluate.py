@@ -12,15 +12,13 @@ import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from diffprobe.mllm import evaluate
+from diffprobe.mllm.answers import read_choice, read_pope, read_yes_no, split_options
 from diffprobe.mllm.evaluate import (
     COLUMNS,
     CONTRACTIONS,
     SCORERS,
     normalise_textvqa,
     normalise_vqa,
-    read_choice,
-    read_pope,
-    read_yes_no,
     score_blink,
     score_cv_bench,
     score_gqa,
@@ -30,7 +28,6 @@ from diffprobe.mllm.evaluate import (
     score_pope,
     score_textvqa,
     score_vqav2,
-    split_options,
     vqa_accuracy,
 )
 from diffprobe.stats import bootstrap_interval, wilson_interval

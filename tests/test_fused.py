@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -24,7 +26,7 @@ from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, 
 from diffprobe.encoders import load_encoder
 from diffprobe.mllm import train
 from diffprobe.mllm.fusion import Fusion
-from diffprobe.mllm.judging import answer_items, judge, judge_all
+from diffprobe.mllm.judging import POINTS, answer_items, judge_all, score_judged
 from diffprobe.mllm.model import FusedConfig, FusedMLLM
 from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, Samples, StageConfig, forecast_stage, train_fused, train_stage
 from diffprobe.mllm.streams import FeatureCache, InputEye, Picture, Streams, TruthEye
@@ -671,13 +673,48 @@ def test_answers_outlive_a_scorer_that_refuses_them(language: Make, tmp_path: Pa
     with (tmp_path / "scores.csv").open(encoding="utf-8") as file:
         assert {row["benchmark"] for row in csv.DictReader(file)} == {twins.name}
     assert "llava-bench: answers are kept; its score needs a judge model" in " ".join(told)
+    kept = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
+    assert kept[twins.name] == {"spec": twins.spec, "fingerprint": twins.fingerprint()} and len(kept) == 3
 
 
-def test_judged_beside_its_blind_baselines(language: Make) -> None:
+def test_points_of_a_judge_become_scores(language: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [
+        {"category": kind, "question": f"{kind}?", "context": "a wall", "reference": "null"} for kind in ("conv", "detail")
+    ]
+    items = tuple(QuestionItem(f"bench-{k}", (), record["question"], record) for k, record in enumerate(records))
+    judge_all(
+        build(language()),
+        [QuestionBenchmark("llava-bench", "llava-bench", "", items)],
+        tmp_path,
+        ("own", "text"),
+        max_new_tokens=1,
+    )
+    path = tmp_path / "to_judge.csv"
+    rows = pd.read_csv(path, keep_default_na=False)
+    assert rows["condition"].tolist() == ["own", "own", "text", "text"] and rows["reference"].tolist() == ["null"] * 4
+    with pytest.raises(
+        ValueError, match=r"4 rows of .* lack reference_points or output_points, numbers above 0: bench-0 \(own\)"
+    ):
+        score_judged(path)
+    rows[list(POINTS)] = [[8, 8], [8, 4], [10, 5], [5, 1]]
+    rows.to_csv(path, index=False)
+    scores = score_judged(path).set_index(["condition", "group"])["value"]
+    assert scores.to_dict() == pytest.approx({("own", "all"): 12 / 16, ("own", "conv"): 1, ("own", "detail"): 0.5,
+                                              ("text", "all"): 6 / 15, ("text", "conv"): 0.5, ("text", "detail"): 0.2})  # fmt: skip
+    rows.loc[1, "output_points"] = 0
+    rows.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=r"1 rows of .*: bench-1 \(own\)\."):
+        score_judged(path)
+    rows.drop(columns="category").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="has no category; 'diffprobe mllm eval' writes"):
+        score_judged(path)
+
+
+def test_judged_beside_its_blind_baselines(language: Make, tmp_path: Path) -> None:
     model = build(language())
     bench = load_questions("shapes-mmvp:9")
-    small = QuestionBenchmark(bench.name, bench.scorer, bench.spec, bench.items)
-    scores, answers = judge(model, small, max_new_tokens=2)
+    scores = judge_all(model, [bench], tmp_path, max_new_tokens=2)
+    answers = pd.read_csv(tmp_path / "answers.csv")
     assert scores.groupby("condition").size().to_dict() == {"own": 2, "blank": 2, "text": 2}
     pair = scores[scores["score"] == "pair"]
     assert (pair["chance"] == 0.25).all() and (pair["n"] == 9).all() and (pair["low"] <= pair["value"]).all()

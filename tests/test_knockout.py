@@ -46,7 +46,7 @@ class Dropping:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
-@pytest.mark.parametrize("what", ["start", "ending", "content"])
+@pytest.mark.parametrize("what", ["start", "eos_and_padding", "content"])
 def test_masked_tokens_get_no_probability(fresh_pipeline: Callable[..., Any], family: str, what: str) -> None:
     model = DiffusionModel(fresh_pipeline(family))
     noised, steps, text = inputs(model)
@@ -65,7 +65,7 @@ def test_words_are_told_apart(tiny: Callable[[str], DiffusionModel]) -> None:
     content = KnockedOut(tiny("sd1"), "content").cut_tokens(text)[0]
     named = {"a red star on the left"[a:b] for (a, b), cut in zip(text.spans[0].tolist(), content, strict=True) if cut}
     assert "".join(sorted("".join(named))) == "".join(sorted("redstarleft")) and not {"a", "on", "the"} & named
-    every = [KnockedOut(tiny("sd1"), what).cut_tokens(text)[0] for what in ("start", "ending", "content")]
+    every = [KnockedOut(tiny("sd1"), what).cut_tokens(text)[0] for what in ("start", "eos_and_padding", "content")]
     assert (sum(part.int() for part in every) <= 1).all()
     assert every[0].nonzero().tolist() == [[0]] and every[1].sum() == 77 - 1 - int((text.spans[0, :, 1] > 0).sum())
 
@@ -78,7 +78,7 @@ def test_words_of_a_template_are_no_ending(fresh_pipeline: Callable[[str], Any])
     model = DiffusionModel(Templated(**fresh_pipeline("sd1").components, requires_safety_checker=False))
     text = model.encode_text(["red circle"])
     start, ending, content = (
-        KnockedOut(model, what).cut_tokens(text)[0].nonzero().flatten().tolist() for what in ("start", "ending", "content")
+        KnockedOut(model, what).cut_tokens(text)[0].nonzero().flatten().tolist() for what in ("start", "eos_and_padding", "content")
     )
     number = model.tokens(["red circle"])[2][0]
     assert (start, content) == ([0], [2, 3]) and ending == list(range(number - 1, 77))
@@ -138,6 +138,6 @@ def test_hooks_are_gone_and_the_store_knows(tiny: Callable[[str], DiffusionModel
 
 
 def test_unknown_knockout() -> None:
-    with pytest.raises(ValueError, match="cuts none of start, ending, content, empty"):
+    with pytest.raises(ValueError, match="cuts none of start, eos_and_padding, content, empty"):
         parse_knockout("stat")
     assert str(parse_knockout("content@first:2")) == "content@first:2"

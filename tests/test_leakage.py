@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import sacrebleu
 import torch
 from PIL import Image
 
@@ -21,14 +23,30 @@ from diffprobe.conditioning import assign_prompts, nearest_other, random_words
 from diffprobe.data import BlankDataset, Caption, Sample, load_dataset
 from diffprobe.data.drawn import ShapesDataset
 from diffprobe.extraction import extract
-from diffprobe.mllm import leakage
-from diffprobe.mllm.leakage import LeakageError, Recipe, Run, Settings, compare, item_scores, plan, read_texts
+from diffprobe.knockout import KnockedOut
+from diffprobe.mllm import leakage_run
+from diffprobe.mllm.captions import WITHOUT_MODEL, words
+from diffprobe.mllm.leakage import MAIN_SITE as MAIN
+from diffprobe.mllm.leakage import NO_TEXT_SITE as FIRST
+from diffprobe.mllm.leakage import (
+    LeakageError,
+    Recipe,
+    Settings,
+    compare,
+    examples,
+    item_scores,
+    leakage_report,
+    plan,
+    read_table,
+    read_texts,
+)
+from diffprobe.mllm.leakage_run import Run
 from diffprobe.mllm.verdict import judge_leakage
+from diffprobe.rundir import RequestError
 from diffprobe.store import features as stored
 from diffprobe.store import open_store, provenance
 
 WORDS = ("red", "blue", "green", "pink", "cyan", "orange", "purple", "yellow")
-MAIN, FIRST = leakage.MAIN_SITE, leakage.NO_TEXT_SITE
 
 
 # --- planted ----------------------------------------------------------------------------------------
@@ -166,7 +184,7 @@ ASKED: dict[str, Any] = {"arms": ("U", "M+drop30"), "guidance": (4.0,), "seeds":
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, language: Callable[..., Any]) -> Path:
     folder = tmp_path_factory.mktemp("leakage") / "run"
-    leakage.run(folder, SETTINGS, **ASKED, model=tiny_model, language=language())
+    leakage_run.run(folder, SETTINGS, **ASKED, model=tiny_model, language=language())
     return folder
 
 
@@ -228,7 +246,7 @@ def test_a_run_goes_on_and_does_nothing_twice(finished: Path, tiny_model: Any, l
 
 def test_another_run_in_the_folder_is_refused(finished: Path, tiny_model: Any, language: Callable[..., Any]) -> None:
     changed = Settings(**{**vars(SETTINGS), "steps": 3})
-    with pytest.raises(LeakageError, match="steps: the store has 2, you ask for 3"):
+    with pytest.raises(RequestError, match="steps: the store has 2, you ask for 3"):
         Run(finished, changed, model=tiny_model, language=language())
     both = Settings(data="shapes:24?split=test", test="shapes:12?split=test")
     with pytest.raises(LeakageError, match="'shapes-test-0-000000' is in training and test"):
@@ -245,19 +263,80 @@ def test_the_batch_of_a_run_is_asked_for_and_never_timed(
         asked(Run(folder, settings, model=tiny_model, language=language(), tell=lambda line: None), "M")
         assert json.loads((folder / "request.json").read_text())["batch_rows"] == rows
         assert [provenance(open_store(path))["batch_rows"] for path in (folder / "stores").glob("*.zarr")] == [rows]
-    with pytest.raises(LeakageError, match="batch_rows: the store has 3, you ask for 16"):
+    with pytest.raises(RequestError, match="batch_rows: the store has 3, you ask for 16"):
         Run(tmp_path / "3", SETTINGS, model=tiny_model, language=language())
 
 
 def test_what_a_run_suggests_runs(
     finished: Path, follow: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(leakage, "run", lambda *_, **__: None)  # all is there
+    monkeypatch.setattr(leakage_run, "run", lambda *_, **__: None)  # all is there
     monkeypatch.setattr(sys, "argv", ["diffprobe", "leakage", "run", "--out", str(finished)])
     with pytest.raises(SystemExit):
         cli.main()
     (said,) = follow(capsys.readouterr().out)
     assert "Tables and pictures:" in said and (finished / "report" / "scores.csv").exists()
+
+
+def report_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["diffprobe", "leakage", "report", str(folder), *options])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+
+
+def test_the_report_says_how_much_of_a_caption_comes_back(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outputs repeat the image's own caption, describe the image though another caption is fed, or are empty without one."""
+    texts = read_texts(finished)
+    references = [json.loads(r) for r in texts["references"]]
+    said = {"own": texts["fed"], "mismatched": [own[0] for own in references], "none": [""] * len(texts)}
+    texts["output"] = [said[condition][k] for k, condition in enumerate(texts["condition"])]
+    (tmp_path / "texts.csv").write_text(texts.to_csv(index=False), encoding="utf-8")
+    shutil.copy(finished / "request.json", tmp_path)
+    report_of(tmp_path, monkeypatch)
+    rows = pd.read_csv(tmp_path / "report" / "recovery.csv", keep_default_na=False)
+    assert set(rows["metric"]) == set(WITHOUT_MODEL) and (rows["n"] == 12).all() and (rows["n_seeds"] == 1).all()
+    rows = rows[(rows["arm"] == "U")].set_index(["condition", "score", "metric"])
+    assert ("none", "fed", "bleu") not in rows.index  # nothing was fed in
+    exact = {cell: rows.loc[(*cell, "exact"), "value"] for cell in {cell[:2] for cell in rows.index}}
+    assert exact == {("own", "fed"): 1, ("own", "references"): 0, ("mismatched", "fed"): 0, ("mismatched", "references"): 1,
+                     ("none", "references"): 0}  # fmt: skip
+    mine = texts[(texts["arm"] == "U") & (texts["condition"] == "mismatched")]
+    spaced = [[" ".join(words(text)) for text in column] for column in (mine["output"], mine["fed"])]
+    bleu = sacrebleu.BLEU(tokenize="none", force=True).corpus_score(spaced[0], [spaced[1]]).score / 100
+    row = rows.loc[("mismatched", "fed", "bleu")]
+    assert row["value"] == pytest.approx(bleu) and row["low"] <= row["value"] <= row["high"] and row["low"] < row["high"]
+    assert rows.loc[("own", "fed", "rouge_l"), "value"] == 1 > rows.loc[("own", "fed", "rouge_l"), "chance"] > 0
+    assert (rows.loc[("none", "references"), ["value", "n_empty"]] == [0, 12]).all(axis=None)
+    assert "Recovery of captions" in capsys.readouterr().out
+    scores = pd.read_csv(tmp_path / "report" / "scores.csv")
+    assert set(scores["score"]) == {"leak", "sight", "fed", "references"}
+
+
+def test_a_report_does_without_packages_that_are_not_installed(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    report_of(finished, monkeypatch, "--out", str(tmp_path))
+    assert set(pd.read_csv(tmp_path / "recovery.csv")["metric"]) == set(WITHOUT_MODEL) - {"bleu"}
+    with pytest.raises(ValueError, match=r"pip install 'diffprobe\[captions\]'"):
+        leakage_report(finished, metrics=["bleu"])
+
+
+def test_examples_show_every_cell_by_its_own_name() -> None:
+    rows = [
+        {"control": "", "arm": arm, "site": MAIN, "timestep": t, "guidance": 4.0, "seed": 0, "condition": condition, "sample": "a", "fed": "x",
+         "references": '["y"]', "output": f"{arm} at {t}, {condition}"}
+        for arm in "UM" for t in (50, 500) for condition in ("own", "none") if (arm, condition) != ("U", "none")
+    ]  # fmt: skip
+    table = examples(pd.DataFrame(rows)).set_index("condition")
+    assert list(table.columns) == ["sample", "seen", "fed", "U s=4 t=50", "U s=4 t=500", "M s=4 t=50", "M s=4 t=500"]
+    assert table.loc["own", "M s=4 t=500"] == "M at 500, own" and table.loc["none", "U s=4 t=50"] == ""
+    one = examples(pd.DataFrame([row for row in rows if row["timestep"] == 50]))
+    assert list(one.columns)[4:] == ["U s=4", "M s=4"]
 
 
 def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:
@@ -339,9 +418,29 @@ def test_cures(finished: Path, tiny_model: Any, language: Callable[..., Any]) ->
     gate = asked(held, "M/gated") / null
     assert torch.allclose(gate, gate[..., :1].expand_as(gate), atol=1e-2) and (gate > 0).all()
     assert torch.allclose(gate[..., 0].mean(1), torch.ones(len(gate)), atol=1e-2) and gate.std() > 0
-    assert not torch.allclose(asked(held, "M/ending"), plain, atol=1e-3)
+    assert not torch.allclose(asked(held, "M/eos_and_padding"), plain, atol=1e-3)
     with pytest.raises(ValueError, match="needs a site in a transformer block"):
         held.asked(Recipe("M/gated", "U-L2-R2-Res-Out", 50, 4.0, 0), "train", "caption", 4.0).passes()
+
+
+def test_the_last_release_s_spelling_of_a_knockout_is_read_and_named(
+    finished: Path, tiny_model: Any, language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    asked = ASKED | {"arms": ("M/ending",), "knockouts": ("ending@down_blocks*",), "tell": told.append}
+    monkeypatch.setattr(Run, "forecast", lambda run, tests, ranked: told.extend(t.slug for t in tests) or "")
+    leakage_run.run(finished, SETTINGS, **asked, dry_run=True, model=tiny_model, language=language())
+    assert told[0] == (
+        "M/ending, ending@down_blocks*: today's spelling is M/eos_and_padding, eos_and_padding@down_blocks*; "
+        "the next release drops the old one."
+    )
+    # what an earlier run wrote is found by its name, and read in today's spelling
+    assert any("M-ending_" in slug and "ending-down_blocks-" in slug for slug in told[1:])
+    path = finished.parent / "old.csv"
+    path.write_text((finished / "texts.csv").read_text(encoding="utf-8").replace(",M+drop30,", ",M/ending,"), encoding="utf-8")
+    assert "M/eos_and_padding" in set(read_table(path)["arm"])
+    model = KnockedOut(tiny_model, "ending")
+    assert str(model.knockout) == "eos_and_padding" and model.weights_hash().endswith(" without ending")
 
 
 def test_erased_words_cannot_be_read_linearly(finished: Path, tiny_model: Any, language: Callable[..., Any]) -> None:

@@ -20,13 +20,12 @@ from PIL import Image
 from diffprobe.data.question_benchmarks import (
     BLINK_TASKS,
     DRAWN,
-    READERS,
-    UNITS,
     QuestionBenchmark,
     QuestionItem,
-    _first,
+    first_items,
     load_questions,
 )
+from diffprobe.data.question_benchmarks import LAYOUTS as PUBLISHED
 from diffprobe.data.questions import CATEGORIES
 from diffprobe.data.several import ORDINALS, TASKS, several_images
 from diffprobe.data.shapes import COLOURS as NAMED
@@ -221,8 +220,8 @@ def loaded(folder: Path, layout: str) -> QuestionBenchmark:
 
 
 def test_every_reader_has_a_layout() -> None:
-    assert {layout.split()[0] for layout in LAYOUTS} == set(READERS)
-    assert {scorer for scorer, _ in DRAWN.values()} | set(READERS) <= set(SCORERS)
+    assert {layout.split()[0] for layout in LAYOUTS} == set(PUBLISHED)
+    assert {scorer for scorer, _ in DRAWN.values()} | set(PUBLISHED) <= set(SCORERS)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("llava")])
@@ -318,22 +317,27 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     assert whole.fingerprint() == load_questions(spec).fingerprint() != part.fingerprint()
     vqav2(tmp_path, answers=["dog"] * 10)
     assert load_questions(spec).fingerprint() != whole.fingerprint()
-    vqav2(tmp_path, official=True)
-    before = load_questions(spec).fingerprint()
-    save(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
-    assert load_questions(spec).fingerprint() != before
+    (tmp_path / "official").mkdir()
+    official = f"vqav2:{vqav2(tmp_path / 'official', official=True)}"
+    before = load_questions(official).fingerprint()
+    save(tmp_path / "official" / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
+    assert load_questions(official).fingerprint() != before
     (tmp_path / "R&D?").mkdir()
     odd = load_questions(f"vqav2:{vqav2(tmp_path / 'R&D?')}?limit=1")
     assert len(odd) == 1 and load_questions(odd.spec).fingerprint() == odd.fingerprint()
 
 
 def test_limits_keep_what_is_scored_together(tmp_path: Path) -> None:
-    for kind, unit in UNITS.items():
+    units = {kind: layout.unit for kind, layout in PUBLISHED.items() if layout.unit > 1}
+    assert units == {"mmvp": 2, "naturalbench": 4}
+    for kind, unit in units.items():
         with pytest.raises(ValueError, match=f"{kind} counts {unit} questions as one, so limit must be a multiple of {unit}"):
             load_questions(f"{kind}:{tmp_path}?limit=3")
     records = [{"task": task} for task in ("depth", "depth", "count", "depth", "count")]
     items = [QuestionItem(str(k), (), "?", record) for k, record in enumerate(records)]
-    assert [item.id for item in _first(items, 1, "task")] == ["0", "2"] and len(list(_first(items, None, "task"))) == 5
+    assert [item.id for item in first_items(items, 1, "task")] == ["0", "2"] and len(
+        list(first_items(items, None, "task"))
+    ) == 5
 
 
 def test_only_the_answered_split_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +375,7 @@ def changed(row: dict[str, Any], **values: Any) -> list[dict[str, Any]]:
         ),
         (
             [("5", "x?", "(a) y (b) z", "(a)"), ("6", "x?", "(a) y (b) z", "(b)")],
-            r"5\.jpg', which .*Questions\.csv' names, does not",
+            r"2 entries of .*Questions\.csv', line 2 names .*5\.jpg', which does not exist.*line 3 names .*6\.jpg'",
         ),
         ([], "has no items"),
     ],
@@ -426,13 +430,13 @@ def test_files_that_are_missing_or_leave_the_folder(tmp_path: Path) -> None:
         (
             "textvqa",
             textvqa(folder("e"), official=True, image="ffff"),
-            r"ffff\.jpg', which .*TextVQA_0\.5\.1_val\.json' names, does not",
+            r"TextVQA_0\.5\.1_val\.json', entry 0 of data names .*ffff\.jpg', which does not exist",
         ),
         ("gqa", gqa(folder("f"), image="n9"), "id '1': there is no image 'n9' in"),
         (
             "pope",
             pope(folder("g"), official=True, label="maybe"),
-            "random, question_id 1: the answer is 'maybe'; it must be yes or no",
+            "3 entries .*category 'random', question_id 1: the answer is 'maybe'; it must be yes or no.*category 'popular'",
         ),
         (
             "blink",
@@ -443,7 +447,7 @@ def test_files_that_are_missing_or_leave_the_folder(tmp_path: Path) -> None:
         (
             "vqav2",
             vqav2(folder("i"), official=True, answers=TEN[:9]),
-            "question_id 42000 has 9 answers; the score is defined on ten",
+            "2 entries .*question_id 42000: there are 9 answers; the score is defined on ten.*question_id 42001",
         ),
         (
             "cv-bench",
@@ -453,7 +457,7 @@ def test_files_that_are_missing_or_leave_the_folder(tmp_path: Path) -> None:
         (
             "cv-bench",
             cv_bench(folder("k"), changed(CV_ROWS[0], filename="9.png"), True),
-            r"img/9\.png', which .*test_2d\.jsonl' names",
+            r"test_2d\.jsonl', line 1 names .*img/9\.png', which does not exist",
         ),
         ("cv-bench", cv_bench(folder("l"), without(CV_ROWS, "source")), r"test_2d\.parquet' has no source; it has idx"),
     ]

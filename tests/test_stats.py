@@ -21,6 +21,45 @@ def test_unclustered_interval_is_scipys_bca():
     assert high > percentile[1]
 
 
+@pytest.mark.parametrize(("extra", "method"), [(0, "BCa"), (1, "percentile")])
+def test_the_correction_ends_where_it_costs_more_than_it_tells(monkeypatch, extra, method):
+    assert stats.BCA_LIMIT == 5000
+    monkeypatch.setattr(stats, "BCA_LIMIT", 50)
+    values = np.random.default_rng(0).exponential(size=50 + extra)
+    oracle = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method=method, rng=np.random.default_rng(0))
+    ends = oracle.confidence_interval
+    assert stats.bootstrap_interval(values) == pytest.approx((ends.low, ends.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_sums_are_over_rows_and_keep_columns_apart(clustered):
+    """Every resample is the sum of whole clusters, column by column, from a plain loop over the same draws."""
+    table = np.random.default_rng(0).integers(1, 9, size=(9, 3)).astype(float)
+    ids = np.array([4, 4, 0, 7, 0, 2, 2, 2, 9]) if clustered else np.arange(9)
+    units = [[sum(float(table[row, k]) for row in np.flatnonzero(ids == one)) for k in range(3)] for one in sorted(set(ids))]
+    drawn = np.random.default_rng(5).integers(len(units), size=(300, len(units)))
+    values = []
+    for resample in drawn:
+        sums = [sum(units[unit][k] for unit in resample) for k in range(3)]
+        values.append(sums[0] / (sums[1] + 2 * sums[2]))
+    seen = []
+
+    def statistic(sums):
+        seen.append(sums.shape)
+        return sums[:, 0] / (sums[:, 1] + 2 * sums[:, 2])
+
+    found = stats.bootstrap_sums(table, statistic, ids if clustered else None, 0.9, 300, seed=5)
+    assert seen == [(300, 3)] and found == pytest.approx(tuple(np.quantile(values, [0.05, 0.95])))
+
+
+def test_a_mean_of_clustered_rows_is_their_sum_by_their_number():
+    values, ids = [1.0, 2, 3, 10], np.array(["a", "b", "a", "c"])
+    drawn = np.random.default_rng(1).integers(3, size=(200, 3))
+    sums, counts = np.array([4.0, 2, 10]), np.array([2, 1, 1])
+    means = [sums[one].sum() / counts[one].sum() for one in drawn]
+    assert stats.bootstrap_interval(values, ids, 0.8, 200, seed=1) == pytest.approx(tuple(np.quantile(means, [0.1, 0.9])))
+
+
 def test_clusters_of_one_agree_with_the_percentile_bootstrap():
     values = np.random.default_rng(1).normal(size=200)
     oracle = scipy.stats.bootstrap(

@@ -1,10 +1,11 @@
-"""Readers of published benchmarks: the hub's layouts and local copies of them, and the drawn twins, as one small type.
+"""Published benchmarks of images and captions, and the drawn twins, as one small type.
 
 A spec names a kind and a source, ``mmvp-vlm:MMVP/MMVP_VLM`` or ``winoground:copies/winoground``; a source is a folder or
 a dataset id of the hub, which is downloaded or found in the hub's cache.  Ids are never built in.  Images are read
 only when asked for.  Benchmarks that ask questions are in `question_benchmarks.py`.
 
-The invariant: what stands in an annotation file is a name inside the benchmark's folder, or it is refused.
+The invariants: what stands in an annotation file is a name inside the benchmark's folder, or it is refused; all entries are
+checked before the first is used, and a message lists all that are at fault.
 
 Layouts as published:
 
@@ -19,30 +20,35 @@ Layouts as published:
 
 from __future__ import annotations
 
-import hashlib
-import os
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from PIL import Image
 
 from diffprobe.data import load_dataset
-from diffprobe.data.drawn import spread
-from diffprobe.data.files import content_digests, inside, numbered_lines, parse_json, read_text, real_path
+from diffprobe.data.files import inside, numbered_lines, read_text
 from diffprobe.data.images import ImageError, decode_image, read_image
-from diffprobe.data.samples import split_spec
+from diffprobe.data.samples import did_you_mean, split_spec
+from diffprobe.data.tables import (
+    Loader,
+    benchmark_folder,
+    check_columns,
+    check_ids,
+    collected,
+    csv_rows,
+    image_file,
+    image_folder,
+    items_digest,
+    json_object,
+    parquet_rows,
+)
 from diffprobe.data.twins import TwinsDataset
 
 Label = str | int | float
-Loader = Callable[[], Image.Image]
 PHOTO = "a photo of "
 _MAX_BYTES = 2**28  # that one picture of an archive may unpack to
 
@@ -82,23 +88,8 @@ class Benchmark:
 
     def fingerprint(self) -> str:
         """Hash of every id, caption and pattern, and of the pictures."""
-        digest = hashlib.sha256(self.protocol.encode())
-        for item in self.items:
-            digest.update(repr((item.id, item.captions, item.pattern, len(item.images))).encode())
-        return hashlib.sha256(f"{digest.hexdigest()}{pictures_digest(self.items)}".encode()).hexdigest()[:16]
-
-
-def pictures_digest(items: Sequence[Any]) -> str:
-    """Hash of the files that hold the items' images, and of the pixels of drawn ones, evenly spread where they are many."""
-    loaders = [load for item in items for load in item.images]
-    given = [(getattr(load, "args", ()) or (None,))[0] for load in loaders]  # the file: an image, an archive or a table of them
-    files = sorted({str(real_path(path)) for path in given if isinstance(path, Path)})
-    root = Path(os.path.commonpath(files)) if files else Path()
-    digest = hashlib.sha256(repr(content_digests(root.parent if root.is_file() else root, files)).encode())
-    drawn = [load for load, path in zip(loaders, given, strict=True) if not isinstance(path, Path)]
-    for number in spread(len(drawn)):
-        digest.update(np.asarray(drawn[number]()).tobytes())
-    return digest.hexdigest()
+        texts = [(item.id, item.captions, item.pattern, len(item.images)) for item in self.items]
+        return items_digest(self.protocol, texts, [load for item in self.items for load in item.images])
 
 
 def load_benchmark(spec: str) -> Benchmark:
@@ -108,7 +99,8 @@ def load_benchmark(spec: str) -> Benchmark:
     ``winoground:SOURCE`` and ``sugarcrepe:SOURCE?images=FOLDER`` are published ones, SOURCE being a folder or a hub id.
 
     Raises:
-        ValueError: the text names no benchmark, or a file, column or id of it is missing; the message names it.
+        ValueError: The text names no benchmark, or files, columns or entries of it are missing or wrong; the message names
+            all entries that are.
 
     >>> benchmark = load_benchmark("shapes-winoground:4")
     >>> len(benchmark), benchmark.protocol, [item.pattern for item in benchmark.items[:2]]
@@ -120,53 +112,15 @@ def load_benchmark(spec: str) -> Benchmark:
         assert isinstance(dataset, TwinsDataset)
         return Benchmark(dataset.name, DRAWN[kind], dataset.spec, tuple(_twins(dataset)))
     if kind not in READERS or not source:
-        near = get_close_matches(kind, [*DRAWN, *READERS], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{spec!r} names no benchmark; valid are {FORMS}.{hint}")
+        raise ValueError(f"{spec!r} names no benchmark; valid are {FORMS}.{did_you_mean(kind, [*DRAWN, *READERS])}")
     for name, value in options.items():
         if kind != "sugarcrepe" or name != "images" or not value:
             given = f"{name}={value}"
             raise ValueError(f"{spec!r}: {given!r} is no option of {kind}; sugarcrepe takes images=FOLDER, the others none.")
     images = Path(options["images"]).expanduser() if options else None
-    items = tuple(READERS[kind](benchmark_folder(source), images))
-    _check_ids(spec, [item.id for item in items])
+    items = tuple(collected(repr(spec), READERS[kind](benchmark_folder(source), images)))
+    check_ids(spec, [item.id for item in items])
     return Benchmark(kind, kind, spec, items)
-
-
-def benchmark_folder(source: str, patterns: list[str] | None = None) -> Path:
-    """A local copy's folder, or the folder of a hub dataset, downloaded or from the hub's cache.
-
-    Args:
-        source: A folder or a hub id.
-        patterns: Which files are downloaded ("data/validation-*"); all of them by default.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
-    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"No benchmark at {source!r}: neither a folder, nor a dataset that the hub or its cache can give here "
-            f"({type(error).__name__}). Give a folder, or for a gated dataset accept its terms and run 'hf auth login'."
-        ) from error
-
-
-def _check_ids(spec: str, ids: Sequence[str]) -> None:
-    if not ids:
-        raise ValueError(f"{spec!r} has no items: its annotation files are empty.")
-    for name, times in Counter(ids).items():
-        if times > 1:
-            raise ValueError(f"{spec!r}: id {name!r} stands twice; noise belongs to ids, so each must be unique.")
-
-
-# --- drawn twins ----------------------------------------------------------------------------------
 
 
 def _twins(dataset: TwinsDataset) -> Iterator[Item]:
@@ -180,7 +134,7 @@ def _twins(dataset: TwinsDataset) -> Iterator[Item]:
         )
 
 
-# --- images and captions: MMVP-VLM, Winoground, SugarCrepe ----------------------------------------
+# --- published ------------------------------------------------------------------------------------
 
 # First word of a type, in the annotation file or in the paper's figure -> this package's name of the pattern.
 MMVP_PATTERNS = {
@@ -194,63 +148,77 @@ WINOGROUND_COLUMNS = (
 SUGARCREPE_SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
-def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Iterator[Item]:
+Makers = Iterable[Callable[[], Item]]  # each makes one item, or raises ValueError where its entry is wrong
+
+
+def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Makers:
     """The pairs of MMVP-VLM, by ID; a type keeps its own words where it is not one of the nine."""
     source = folder / "Questions.csv"
-    rows: dict[int, tuple[str, str]] = {}
-    for line, (number, kind, statement) in enumerate(_csv_rows(source, ("Question ID", "Type", "Statement")), 2):
-        where = f"'{source}', line {line}"
+    rows: dict[int, tuple[str, str, str]] = {}  # by ID: where, type, statement
+
+    def read(where: str, number: str, kind: str, statement: str) -> None:
         if not number.isdigit() or int(number) in rows or not kind or not statement:
             raise ValueError(
                 f"{where}: each row needs a Question ID of its own (found {number!r}), a Type ({kind!r}) and a "
                 f"Statement ({statement!r})."
             )
-        rows[int(number)] = (inside(where, kind), statement)
-    for first in sorted(number for number in rows if number % 2):
-        if first + 1 not in rows or rows[first + 1][0] != rows[first][0]:
-            other = rows.get(first + 1)
-            found = f"has the type {other[0]!r}" if other else "is missing"
-            raise ValueError(
-                f"'{source}': IDs {first} and {first + 1} are a pair of type {rows[first][0]!r}, but {first + 1} {found}."
-            )
-        kind = rows[first][0]
-        paths = [_existing(folder / "MLLM_VLM Images" / kind / f"{number}.jpg", source) for number in (first, first + 1)]
-        yield Item(
-            f"mmvp-vlm-{(first + 1) // 2:03d}",
-            tuple(partial(read_image, path) for path in paths),
-            tuple(PHOTO + rows[number][1] for number in (first, first + 1)),
-            MMVP_PATTERNS.get(kind.replace("_", " ").split()[0].lower(), kind.lower()),
-            {"type": kind},
-        )
-    if odd := [number for number in rows if number % 2 == 0 and number - 1 not in rows]:
-        raise ValueError(f"'{source}': ID {odd[0] - 1} is missing, the other half of the pair of {odd[0]}.")
+        rows[int(number)] = (where, inside(where, kind), statement)
+
+    def pair(first: int) -> tuple[int, int]:
+        if first not in rows:
+            raise ValueError(f"'{source}': ID {first} is missing, the other half of the pair of {first + 1}.")
+        kind, other = rows[first][1], rows.get(first + 1)
+        if other is None or other[1] != kind:
+            found = f"has the type {other[1]!r}" if other else "is missing"
+            raise ValueError(f"'{source}': IDs {first} and {first + 1} are a pair of type {kind!r}, but {first + 1} {found}.")
+        return first, first + 1
+
+    lines = csv_rows(source, ("Question ID", "Type", "Statement"))
+    collected(f"'{source}'", (partial(read, where, *cells) for where, cells in lines))
+    pairs = collected(f"'{source}'", (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows})))
+    paths = {number: folder / "MLLM_VLM Images" / kind / f"{number}.jpg" for number, (_, kind, _) in rows.items()}
+    loaders = collected(f"'{source}'", (partial(image_file, rows[number][0], path) for number, path in paths.items()))
+    return (partial(_mmvp_pair, rows, dict(zip(paths, loaders, strict=True)), numbers) for numbers in pairs)
 
 
-def read_winoground(folder: Path, images: Path | None = None) -> Iterator[Item]:
+def _mmvp_pair(rows: Mapping[int, tuple[str, str, str]], loaders: Mapping[int, Loader], numbers: tuple[int, int]) -> Item:
+    kind = rows[numbers[0]][1]
+    return Item(
+        f"mmvp-vlm-{numbers[1] // 2:03d}",
+        tuple(loaders[number] for number in numbers),
+        tuple(PHOTO + rows[number][2] for number in numbers),
+        MMVP_PATTERNS.get(kind.replace("_", " ").split()[0].lower(), kind.lower()),
+        {"type": kind},
+    )
+
+
+def read_winoground(folder: Path, images: Path | None = None) -> Makers:
     """The quadruples of Winoground, grouped by collapsed_tag (Object, Relation, Both)."""
-    tables = sorted(folder.rglob("*.parquet"))
-    rows = _parquet_rows(tables, folder, WINOGROUND_COLUMNS, ("image_0", "image_1")) if tables else _winoground_lines(folder)
-    for row in rows:
-        yield Item(
-            f"winoground-{row['id']}",
-            (row["image_0"], row["image_1"]),
-            (str(row["caption_0"]), str(row["caption_1"])),
-            str(row["collapsed_tag"]),
-            {name: row[name] for name in ("tag", "secondary_tag", "num_main_preds")},
-        )
-
-
-def _winoground_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    if tables := sorted(folder.rglob("*.parquet")):
+        rows = parquet_rows(tables, folder, WINOGROUND_COLUMNS, ("image_0", "image_1"))
+        return (partial(_winoground_item, row) for row in rows)
     found = [path for name in ("examples.jsonl", "metadata.jsonl") for path in sorted(folder.rglob(name))]
     if not found:
         raise ValueError(
             f"'{folder}' has neither Parquet files nor an examples.jsonl; it should be a copy of facebook/winoground."
         )
     pictures = _Pictures(found[0].parent)
-    for where, row in _json_lines(found[0], WINOGROUND_COLUMNS):
-        for name in ("image_0", "image_1"):
-            row[name] = pictures.loader(where, str(row[name]))
-        yield row
+    return (partial(_winoground_line, pictures, where, line) for where, line in numbered_lines(found[0]))
+
+
+def _winoground_line(pictures: _Pictures, where: str, line: str) -> Item:
+    row = json_object(line, where, WINOGROUND_COLUMNS)
+    return _winoground_item(row | {name: pictures.loader(where, str(row[name])) for name in ("image_0", "image_1")})
+
+
+def _winoground_item(row: Mapping[str, Any]) -> Item:
+    return Item(
+        f"winoground-{row['id']}",
+        (row["image_0"], row["image_1"]),
+        (str(row["caption_0"]), str(row["caption_1"])),
+        str(row["collapsed_tag"]),
+        {name: row[name] for name in ("tag", "secondary_tag", "num_main_preds")},
+    )
 
 
 class _Pictures:
@@ -282,129 +250,27 @@ def _read_entry(archive: Path, name: str) -> Image.Image:
         return decode_image(opened.read(name), f"{archive}/{name}")
 
 
-def read_sugarcrepe(folder: Path, images: Path | None = None) -> Iterator[Item]:
+def read_sugarcrepe(folder: Path, images: Path | None = None) -> Makers:
     """The seven subsets of SugarCrepe; COCO's images in `images`, or in val2017 or images beside the JSON files."""
     root = folder if (folder / f"{SUGARCREPE_SUBSETS[0]}.json").is_file() else folder / "data"
     if absent := [name for name in SUGARCREPE_SUBSETS if not (root / f"{name}.json").is_file()]:
         raise ValueError(f"'{folder}' has no {', '.join(f'{name}.json' for name in absent)}; SugarCrepe has seven such files.")
     beside = [base / name for base in (folder, root) for name in ("val2017", "images")]
-    pictures = _image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
+    pictures = image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
     for subset in SUGARCREPE_SUBSETS:
         source = root / f"{subset}.json"
-        for key, row in _json(read_text(source), f"'{source}'").items():
-            where = f"'{source}', entry {key!r}"
-            _check_columns(where, row, ("filename", "caption", "negative_caption"))
-            path = _existing(pictures / inside(where, str(row["filename"])), source)
-            texts = (str(row["caption"]), str(row["negative_caption"]))
-            yield Item(f"{subset}-{key}", (partial(read_image, path),), texts, subset)
+        for key, row in json_object(read_text(source), f"'{source}'").items():
+            yield partial(_sugarcrepe_item, f"'{source}', entry {key!r}", f"{subset}-{key}", subset, pictures, row)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _existing(path: Path, source: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"'{path}', which '{source}' names, does not exist; copy the benchmark again.")
-    return path
-
-
-def _image_folder(kind: str, folder: Path, images: Path | None, what: str, beside: Sequence[Path]) -> Path:
-    """The folder of images that the user names, or the first of some beside the annotations that there is."""
-    found = images if images is not None else next((path for path in beside if path.is_dir()), None)
-    if found is None or not found.is_dir():
-        tried = f"'{images}' is no folder" if images is not None else f"there is no {beside[0].name} in '{folder}'"
-        raise ValueError(f"{kind} needs the images of {what}, and {tried}; name them: {kind}:{folder}?images=FOLDER.")
-    return found
-
-
-def _csv_rows(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The wanted cells of each line as stripped text."""
-    if not source.is_file():
-        raise ValueError(f"'{source}' does not exist; is '{source.parent}' a whole copy of the benchmark?")
-    try:
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{source}' could not be read as CSV: {error}") from error
-    frame.columns = frame.columns.str.strip()
-    _check_columns(f"'{source}'", frame.columns, columns)
-    yield from zip(*(frame[column].str.strip() for column in columns), strict=True)
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    found = parse_json(text, where)
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} holds a {type(found).__name__}, where an object with named entries was expected.")
-    return found
-
-
-def _json_lines(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each object of a JSON-lines file stands, and the object; empty lines are passed over."""
-    for where, line in numbered_lines(source):
-        row = _json(line, where)
-        _check_columns(where, row, columns)
-        yield where, row
-
-
-def _check_columns(where: str, found: Any, wanted: Sequence[str]) -> None:
-    """Refuse a row or table that lacks a column, naming it and those that there are."""
-    names = list(found) if not isinstance(found, str) else []
-    if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"{where} has no {', '.join(missing)}; it has {', '.join(map(str, names)) or 'nothing'}.")
-
-
-def _parquet_rows(
-    tables: Sequence[Path], folder: Path, columns: Sequence[str], pictures: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[dict[str, Any]]:
-    """Rows of Parquet files; a cell of an image column becomes what loads the image, so that pictures stay on the disk.
-
-    Args:
-        tables: The files.
-        folder: Where images lie that the table only names.
-        columns: Those that are wanted, pictures among them.
-        pictures: Which of them hold images.
-        optional: Which of these may be empty; the cell is None then.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(f"'{tables[0]}' is a Parquet file; reading it takes: pip install 'diffprobe[hub]'") from error
-    # of an image that may be missing the name alone is read, which is missing with it
-    wanted = [name for name in columns if name not in pictures] + [f"{name}.path" for name in optional]
-    for path in tables:
-        try:
-            table = parquet.ParquetFile(path)
-        except Exception as error:  # pyarrow raises its own kinds on broken files
-            raise ValueError(f"'{path}' could not be read as Parquet ({error}); copy it again.") from error
-        with table:
-            _check_columns(f"'{path}'", table.schema_arrow.names, columns)
-            for group in range(table.num_row_groups):
-                for row, cells in enumerate(table.read_row_group(group, wanted).to_pylist()):
-                    absent = [name for name in optional if cells.get(name) is None]  # a column without any image is no struct
-                    load = {name: partial(_parquet_image, path, group, row, name, folder) for name in pictures}
-                    yield cells | load | dict.fromkeys(absent)
-
-
-@lru_cache(maxsize=4)
-def _image_column(path: Path, group: int, column: str) -> Any:
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path) as table:
-        return table.read_row_group(group, [column]).column(0)
-
-
-def _parquet_image(path: Path, group: int, row: int, column: str, folder: Path) -> Image.Image:
-    """An image kept as {"bytes": ..., "path": ...}; without bytes the path is a file of the benchmark's folder."""
-    where = f"'{path}', row {row} of group {group}, {column}"
-    cell = _image_column(path, group, column)[row].as_py()
-    if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
-        raise ImageError(f"{where}: an image is {{'bytes': ..., 'path': ...}}; found {type(cell).__name__} without either.")
-    if cell.get("bytes"):
-        return decode_image(cell["bytes"], where.replace("'", ""))
-    return read_image(folder / inside(where, cell["path"]))
+def _sugarcrepe_item(where: str, name: str, subset: str, pictures: Path, row: Any) -> Item:
+    check_columns(where, row, ("filename", "caption", "negative_caption"))
+    image = image_file(where, pictures / inside(where, str(row["filename"])))
+    return Item(name, (image,), (str(row["caption"]), str(row["negative_caption"])), subset)
 
 
 DRAWN = {"shapes-mmvp": "mmvp-vlm", "shapes-winoground": "winoground"}
-READERS: dict[str, Callable[[Path, Path | None], Iterator[Item]]] = {
+READERS: dict[str, Callable[[Path, Path | None], Makers]] = {
     "mmvp-vlm": read_mmvp_vlm,
     "winoground": read_winoground,
     "sugarcrepe": read_sugarcrepe,

@@ -7,8 +7,9 @@ a file name.  The same type serves both, so nothing downstream asks where a samp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote
 
@@ -136,3 +137,37 @@ def join_spec(kind: str, target: object, options: Mapping[str, object]) -> str:
     plain = lambda text: re.sub("[%?&#,]", lambda found: f"%{ord(found[0]):02X}", str(text))  # noqa: E731
     query = "&".join(f"{name}={plain(value)}" for name, value in options.items())
     return f"{kind}:{plain(target)}" + (f"?{query}" if query else "")
+
+
+def check_options(spec: str, kind: str, options: dict[str, str], known: Sequence[str]) -> dict[str, str]:
+    """The options of a spec.
+
+    Raises:
+        ValueError: an option is not among the known ones of this kind.
+    """
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {', '.join(known)}.{did_you_mean(name, known)}")
+    return options
+
+
+def whole_number(spec: str, what: str, text: str, at_least: int = 0, at_most: int | None = None) -> int:
+    """A number in a spec.
+
+    Raises:
+        ValueError: the text is no whole number in the range.
+    """
+    if not (text.isascii() and text.isdigit() and at_least <= int(text) and (at_most is None or int(text) <= at_most)):
+        span = f"from {at_least} to {at_most}" if at_most is not None else f"of at least {at_least}"
+        raise ValueError(f"{spec!r}: {what} is {text!r}; it must be a whole number {span}.")
+    return int(text)
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest valid one, if there is any.
+
+    >>> did_you_mean("colour", ["color", "shape"]), did_you_mean("x", ["color"])
+    (" Did you mean 'color'?", '')
+    """
+    match = get_close_matches(name, list(valid), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""

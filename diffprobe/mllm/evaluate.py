@@ -5,11 +5,7 @@ groups by; each scorer names its fields.  Every scorer gives one row per score: 
 0 to 1), low, high, n (what is counted: items, pairs or groups), chance, unparsed (outputs in which no answer was found),
 seed (of the bootstrap).
 
-The invariant: an output in which no answer is found is wrong and is counted.  No scorer guesses for the model.
-
-Reading answers from free text (`read_choice`, `read_yes_no`) is ours and is documented there; the official scripts ask a
-language model (MMVP, BLINK), take everything that is not "no" for "yes" (POPE), or take an article "a" for option A
-(NaturalBench).  Scorers take the reader as an argument; `read_pope` is POPE's own.
+The invariant: an output in which no answer is found is wrong and is counted.  `diffprobe.mllm.answers` reads the answers.
 """
 
 from __future__ import annotations
@@ -17,197 +13,29 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from diffprobe.mllm.answers import Record, options_of, read_record, read_yes_no
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
-Record = Mapping[str, Any]
 COLUMNS = ["benchmark", "score", "group", "value", "low", "high", "n", "chance", "unparsed", "seed"]
 ALL, MACRO = "all", "macro"
 
 
-# --- reading answers ------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
-def read_yes_no(text: str) -> str | None:
-    """ "yes", "no", or None where neither is said.
-
-    The first whole word "yes" or "no" decides, in any case.  Without either, a negation ("not", "isn't") in the first
-    sentence is a no.
-
-    >>> [read_yes_no(t) for t in ("Yes.", "There is no dog", "The dog isn't there.", "Nothing", "")]
-    ['yes', 'no', 'no', None, None]
-    """
-    if found := re.search(r"\b(yes|no)\b", text, re.IGNORECASE):
-        return found[1].lower()
-    return "no" if re.search(r"\bnot\b|n['’]t\b", text.partition(".")[0], re.IGNORECASE) else None  # noqa: RUF001
-
-
-def read_pope(text: str) -> str | None:
-    """POPE's own rule (Li et al. 2023): "no" where the first sentence has "No", "no" or "not", else "yes", even when empty.
-
-    >>> [read_pope(t) for t in ("No, there is none.", "I cannot see. No", "NO", "")]
-    ['no', 'yes', 'yes', 'yes']
-    """
-    return "no" if {"No", "no", "not"} & set(text.partition(".")[0].replace(",", "").split(" ")) else "yes"
-
-
-def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int | None:
-    """Which option a text chooses, as an index, or None.  The first of these rules that finds exactly one option decides:
-
-    1. the whole text is an option or an option's letter: "B", "(b)", "b.", "two";
-    2. it states a letter: at its beginning ("B. two", "B, because", "B - not one"), alone on a line, in LaTeX's box, after
-       "answer", "the option is" or "I choose" ("Answer: **B**"), or as "B is correct";
-    3. a letter follows "option" or "choice", as a capital or before a stop: "I see option B", "option b.";
-    4. letters in brackets: "it must be (B)";
-    5. options stand in it as whole words, those inside a longer option that is there too left out: "dark red", not "red";
-    6. for options yes and no, `read_yes_no`.
-
-    A stated letter beats any option's words: two of them ("A or B"), or one that no option has, are no answer.  Letters that
-    are rejected ("A is wrong", "not A") are not read.
-
-    A bare letter inside a sentence is no answer: "a" is an article.  Without letters, options that are letters themselves ("H",
-    "L") are looked for as capitals, but for A and I.
-
-    Args:
-        text: What was said.
-        options: What could be said.
-        lettered: Whether the question shows a letter with each option (`shows_letters`); without, rules 1 to 4 read no letters.
-
-    >>> texts = ("(b)", "A", "It is dark red.", "the answer is: a", "The answer is A because", "the answer is a car", "A car")
-    >>> [read_choice(text, ("red", "dark red")) for text in texts]
-    [1, 0, 1, 0, 0, None, None]
-    >>> read_choice("red and blue", ("red", "blue")) is None
-    True
-    >>> [read_choice(text, ("H", "L"), lettered=False) for text in ("A", "It is an L.", "h")]
-    [None, 1, 0]
-    """
-    letters = string.ascii_lowercase[: len(options)]
-    folded = [_fold(option) for option in options]
-    whole = _fold(text)
-    if whole in folded:
-        return folded.index(whole)
-    if not lettered and all(len(option) == 1 and option.isalpha() for option in folded):
-        said = {folded.index(letter) for letter in folded if letter not in "ai" and re.search(rf"\b{letter.upper()}\b", text)}
-        return said.pop() if len(said) == 1 else None
-    if lettered:
-        if len(whole) == 1 and whole in letters:
-            return letters.index(whole)
-        stated, *weaker = _said_letters(text, letters, folded)
-        if stated:
-            return letters.index(min(stated)) if len(stated) == 1 and stated <= set(letters) else None
-        if by_letter := next((found for found in weaker if len(found) == 1), None):
-            return letters.index(min(by_letter))
-    # an option that is itself a letter ("a") would be found in every sentence
-    named = [(k, option) for k, option in enumerate(folded) if len(option) > 1 or option.isdigit()]
-    spans = [(m.span(), k) for k, option in named for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", whole)]
-    kept = {k for (a, b), k in spans if not any(c <= a and b <= d and (a, b) != (c, d) for (c, d), _ in spans)}
-    if len(kept) == 1:
-        return kept.pop()
-    if sorted(folded) == ["no", "yes"] and (answer := read_yes_no(text)):
-        return folded.index(answer)
-    return None
-
-
-def shows_letters(answer: str, options: Sequence[str]) -> bool:
-    """Whether a benchmark speaks of an option by its letter, as its own answer tells.
-
-    >>> shows_letters("(a)", ("Open", "Closed")), shows_letters("A", ("A", "B")), shows_letters("Open", ("Open", "Closed"))
-    (True, True, False)
-    """
-    folded = [_fold(option) for option in options]
-    return folded == list(string.ascii_lowercase[: len(options)]) or _fold(answer) not in folded
-
-
-def _said_letters(text: str, letters: str, options: Sequence[str]) -> list[set[str]]:
-    """Letters that a text states, those that follow "option" or "choice", and those in brackets.
-
-    Capitals up to H are taken for letters though no option has them, so that "D. red" is not read as "red".
-    """
-    capitals = max("ABCDEFGH", letters.upper(), key=len)
-    capital = rf"(?<![\w'’-])[{capitals}](?!\w|['’-]\w)"  # noqa: RUF001
-    small = rf"(?<![\w'’-])[{letters}](?=\s*(?:$|[)\],:;\n]|\.(?!\w)))"  # noqa: RUF001
-    one = rf"[(\[]?(?:{capital}|{small})[)\]]?"
-    several = rf"{one}(?:\s*(?:,?\s*\b(?:and|or)\b|[/&])\s*[(\[]?{capital}|\s*,\s*[(\[]?{capital}(?!\s+(?!and\b|or\b)[a-z]))*"
-    verb = r"(?:is|are|was|would\s+be|must\s+be|should\s+be|will\s+be|seems|looks)"
-    named = r"(?i:(?:the\s+)?(?:answer|option|choice|letter)\s+)?"
-
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\nAnswer: \1\n", text)
-    text = re.sub(r"[*`$]|(?<!\w)_|_(?!\w)", "", text)
-    for option in options:  # "A" before an option's own words is an article
-        if own := re.sub(r"^(?:an?|the) ", "", option):
-            text = re.sub(rf"(?<!\w)[Aa] (?={re.escape(own)}(?!\w))", "", text, flags=re.IGNORECASE)
-    for rejected in (
-        rf"(?i:\b(?:not|nor|neither|than|instead\s+of|unlike)|n['’]t(?:\s+be)?)\s+{named}{one}",  # noqa: RUF001
-        rf"{named}{several}\s+(?:{verb}\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|\w+n['’]t\b|(?:can|does|do)\s*not\b)",  # noqa: RUF001
-    ):
-        text = re.sub(rejected, ";", text)
-    after = (
-        rf"(?i:\banswers?\b(?:\s+{verb}\b)?|\b(?:option|choice|guess)\b(?:\s+{verb}\b|\s*(?=[:=]))"
-        r"|\b(?:choose|chose|pick|select|go\s+with)\b)[\s:=>\"'–—-]*"  # noqa: RUF001
-    )
-    rules = (
-        (
-            rf"^\W*({several})(?=[^\S\n]*(?:$|[).,:;!\]\n]|[–—]|-\s|(?:because|since|as|due)\b))",  # noqa: RUF001
-            rf"(?m)^[^\w\n]*({several})[^\w\n]*$",
-            rf"{after}{named}({several})",
-            rf"({several})\s+{verb}\s+(?:\w+\s+){{0,2}}?(?:correct|answer|(?:best|right|true)\s+(?:answer|option|choice))\b",
-        ),
-        (rf"(?i:\b(?:option|choice))\s*({one})",),
-        (r"([(\[][A-Za-z][)\]])",),
-    )
-    return [
-        {letter.lower() for rule in tier for said in re.findall(rule, text) for letter in re.findall(r"\b[A-Za-z]\b", said)}
-        & (set(capitals.lower()) if tier is rules[0] else set(letters))
-        for tier in rules
-    ]
-
-
-def split_options(text: str) -> list[str]:
-    """The options of a string such as MMVP's.
-
-    >>> split_options("(a) Open (b) Closed")
-    ['Open', 'Closed']
-    """
-    return [part.strip() for part in re.split(r"\([a-zA-Z]\)", text)[1:]]
-
-
-def _fold(text: str) -> str:
-    """Lower case, without punctuation at the ends of words, single spaces."""
-    return " ".join(word.strip(string.punctuation) for word in text.lower().split()).strip()
-
-
-def options_of(record: Record) -> list[str]:
-    """What could be said; a record without options is NaturalBench's, of A and B or of Yes and No.
-
-    >>> options_of({"options": "(a) Open (b) Closed"}), options_of({"kind": "multiple_choice"}), options_of({})
-    (['Open', 'Closed'], ['A', 'B'], ['Yes', 'No'])
-    """
-    options = record.get("options", ("A", "B") if record.get("kind") == "multiple_choice" else ("Yes", "No"))
-    return split_options(options) if isinstance(options, str) else [str(option) for option in options]
-
-
-def read_record(record: Record, options: Sequence[str]) -> tuple[int | None, int | None]:
-    """Which options a record's answer and its output choose; letters are read where its answer shows that there are any.
-
-    >>> read_record({"answer": "(b)", "output": "A"}, ("H", "L")), read_record({"answer": "L", "output": "A"}, ("H", "L"))
-    ((1, 0), (1, None))
-    """
-    answer, output = str(record.get("answer", "")), str(record["output"])
-    lettered = shows_letters(answer, options)
-    return read_choice(answer, options, lettered), read_choice(output, options, lettered)
-
-
-def _choice_hits(records: Sequence[Record], benchmark: str) -> tuple[Floats, Floats, int]:
+def _choice_hits(
+    records: Sequence[Record], benchmark: str, fields: Sequence[str] = ("options", "answer", "output")
+) -> tuple[Floats, Floats, int]:
     """(item,) hits and guessing chances of multiple-choice records, and how many outputs have no answer."""
     hits, chances, unparsed = [], [], 0
-    for index, record in enumerate(_given(records, benchmark, ("options", "answer", "output"))):
+    for index, record in enumerate(_given(records, benchmark, fields)):
         options = options_of(record)
         truth, said = read_record(record, options)
         if truth is None or len(options) < 2:
@@ -225,6 +53,12 @@ def _given(records: Sequence[Record], benchmark: str, fields: Sequence[str]) -> 
         if missing := [name for name in fields if name not in record]:
             raise ValueError(f"{benchmark}, record {index}: fields {', '.join(missing)} missing; it has {', '.join(record)}.")
     return records
+
+
+def _groups(names: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """All items, then each group of them: its name and which items are of it."""
+    for group in dict.fromkeys([ALL, *names]):
+        yield group, (names == group) | (group == ALL)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -289,26 +123,17 @@ def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: 
     """NaturalBench (Li et al. 2024): groups of two questions and two images, with opposite answers.
 
     Records, four a group in the hub's order, question 0 on images 0 and 1, then question 1 on images 0 and 1: answer
-    ("Yes", "No", "A", "B"), output, and kind ("yes_no" or "multiple_choice"; yes_no by default) with options for the latter
-    (A and B by default).  A question counts when it is right on both images, an image when both its questions are right,
-    a group when all four are.
+    ("Yes", "No", "A", "B"), output, and kind ("yes_no" by default, or "multiple_choice", whose options are A and B by default).
+    A question counts when it is right on both images, an image when both its questions are right, a group when all four are.
 
     >>> group = [{"answer": a, "output": o} for a, o in zip(("Yes", "No", "No", "Yes"), ("Yes", "No", "No", "No"))]
     >>> score_naturalbench(group).set_index("score").value.to_dict()
     {'group': 0.0, 'question': 0.5, 'image': 0.5, 'item': 0.75}
     """
-    hits, unparsed = [], 0
-    for index, record in enumerate(_given(records, "NaturalBench", ("answer", "output"))):
-        yes_no = record.get("kind", "yes_no") == "yes_no"
-        options = ("Yes", "No") if yes_no else record.get("options", ("A", "B"))
-        truth, said = read_record(record, options)
-        if truth is None:
-            raise ValueError(f"NaturalBench, record {index}: the answer {record['answer']!r} is none of {options}.")
-        unparsed += said is None
-        hits.append(said == truth)
+    hits, _, unparsed = _choice_hits(records, "NaturalBench", ("answer", "output"))
     if len(hits) % 4:
         raise ValueError(f"NaturalBench: a group has four records; got {len(hits)}.")
-    right = np.array(hits, np.float64).reshape(-1, 2, 2)  # (group, question, image)
+    right = hits.reshape(-1, 2, 2)  # (group, question, image)
     groups = np.arange(len(right))
     rows: list[dict[str, Any]] = [{"score": "group", **_share(right.all((1, 2)).astype(float), level), "chance": 1 / 16}]
     for score, each, chance in (("question", right.all(2), 1 / 4), ("image", right.all(1), 1 / 4), ("item", right, 1 / 2)):
@@ -521,8 +346,7 @@ def _score_vqa(
     types = np.array([str(record.get("answer_type", ALL)) for record in records])
     images = _images(records)
     rows: list[dict[str, Any]] = []
-    for group in dict.fromkeys([ALL, *types]):
-        mine = (types == group) | (group == ALL)
+    for group, mine in _groups(types):
         clusters = None if images is None else images[mine]
         value, chance = scores[mine].mean(), constant[mine].mean()
         n = int(mine.sum()) if clusters is None else len(np.unique(clusters))
@@ -563,8 +387,7 @@ def score_pope(
     groups = np.array([str(record.get("category", ALL)) for record in records])
     images = _images(records)
     rows: list[dict[str, Any]] = []
-    for group in dict.fromkeys([ALL, *groups]):
-        mine = (groups == group) | (group == ALL)
+    for group, mine in _groups(groups):
         clusters = None if images is None else images[mine]
         columns = np.stack([yes * true, yes, true], axis=1)[mine]
         base = float(true[mine].mean())
@@ -604,12 +427,12 @@ def score_llava_bench(
 
     Args:
         records: The answers.
-        judge: The user's: points of the reference answer and of the output, in this order, each above 0.
+        judge: Gives the points of the reference answer and of the output, in this order, each above 0.
         level: Coverage; items are resampled.
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: the judge's points are not two positive numbers.
+        ValueError: The judge's points are not two positive numbers.
 
     >>> said = [{"category": "conv", "question": "?", "output": text} for text in ("good", "bad")]
     >>> score_llava_bench(said, lambda record: (8, 8 if record["output"] == "good" else 4)).value.tolist()
@@ -625,13 +448,8 @@ def score_llava_bench(
     table = np.array(points)
     categories = np.array([str(record["category"]) for record in records])
     rows = []
-    for group in dict.fromkeys([ALL, *categories]):
-        mine = (categories == group) | (group == ALL)
-        row = {
-            "score": "relative",
-            "group": group,
-            **_from_sums(table[mine], lambda sums: sums[:, 1] / sums[:, 0], level, seed),
-        }
+    for group, mine in _groups(categories):
+        row = {"score": "relative", "group": group} | _from_sums(table[mine], lambda sums: sums[:, 1] / sums[:, 0], level, seed)
         empty = sum(not str(record["output"]).strip() for record, kept in zip(records, mine, strict=True) if kept)
         rows.append({**row, "chance": np.nan, "unparsed": empty})
     return _table("LLaVA-Bench", rows, seed)

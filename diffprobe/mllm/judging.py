@@ -1,10 +1,10 @@
-"""How well a `FusedMLLM` answers a benchmark, beside what can be had without looking.
+"""How well a `FusedMLLM` answers a benchmark, beside what it scores without an image.
 
-Every benchmark is answered under conditions that differ in what the model is shown and what its diffusion model is told:
+Every benchmark is answered under conditions that differ in the images and in the diffusion model's prompt:
 
 - ``own``: the images, and the question as the prompt;
-- ``unprompted``: the images, the diffusion model told nothing;
-- ``irrelevant``: the images, the diffusion model told a question about other images;
+- ``unprompted``: the images, without a prompt;
+- ``irrelevant``: the images, and a question about other images as the prompt;
 - ``blank``: even grey images, and the question as the prompt;
 - ``text``: no image at all, the language model alone.
 
@@ -24,9 +24,11 @@ import pandas as pd
 from PIL import Image
 
 from diffprobe.data.blank import GREY
+from diffprobe.data.files import listed
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem
-from diffprobe.mllm.evaluate import SCORERS, options_of, read_record
-from diffprobe.store import write_whole
+from diffprobe.mllm.answers import options_of, read_record
+from diffprobe.mllm.evaluate import SCORERS, score_llava_bench
+from diffprobe.rundir import write_json, write_whole
 
 if TYPE_CHECKING:
     from diffprobe.mllm.model import FusedMLLM
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 CONDITIONS = ("own", "unprompted", "irrelevant", "blank", "text")
 BLIND = ("blank", "text")
 DRAWN = ("shapes-vqa:270", "shapes-mmvp:135", "shapes-naturalbench:90", "shapes-blink:100")
-JUDGED = ("llava-bench",)  # a judge model gives the points
+JUDGED = ("llava-bench",)  # a judge model, or a person, gives the points
+POINTS = ("reference_points", "output_points")
 _AT_ONCE = 256  # items whose images are held in memory
 
 
@@ -50,7 +53,7 @@ def answer_items(
     """The records of items with the model's output and the item's id, under one of `CONDITIONS`.
 
     Raises:
-        ValueError: the condition is none.
+        ValueError: The condition is unknown.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"Condition {condition!r} is not one of {', '.join(CONDITIONS)}.")
@@ -87,53 +90,7 @@ def other_questions(questions: Sequence[str]) -> list[str]:
     return [following[question] for question in questions]
 
 
-def judge(
-    model: FusedMLLM,
-    benchmark: QuestionBenchmark,
-    conditions: Sequence[str] = ("own", *BLIND),
-    *,
-    batch: int = 32,
-    max_new_tokens: int = 32,
-    level: float = 0.95,
-    seed: int = 0,
-    tell: Callable[[str], None] = lambda line: None,
-    **options: Any,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores and answers of one benchmark.
-
-    Args:
-        options: more that the scorer takes (LLaVA-Bench's judge).
-
-    Returns:
-        The scorer's rows with a column `condition`, and one row for each item and condition: condition, id, question, answer,
-        output, hit (where an answer is right or wrong).
-
-    Raises:
-        ValueError: a condition is none, or the scorer lacks something.
-    """
-    said = _said(model, benchmark, conditions, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
-    return _scored(benchmark, said, level=level, seed=seed, **options), _answered(benchmark, said)
-
-
-Said = Mapping[str, Sequence[Mapping[str, Any]]]  # records with outputs by condition
-
-
-def _said(model: FusedMLLM, benchmark: QuestionBenchmark, conditions: Sequence[str], **options: Any) -> Said:
-    return {condition: answer_items(model, benchmark.items, condition, **options) for condition in conditions}
-
-
-def _scored(benchmark: QuestionBenchmark, said: Said, **options: Any) -> pd.DataFrame:
-    score = SCORERS[benchmark.scorer]
-    rows = [score(records, **options).assign(condition=condition) for condition, records in said.items()]
-    return pd.concat(rows, ignore_index=True).assign(benchmark=benchmark.name)
-
-
-def _answered(benchmark: QuestionBenchmark, said: Said) -> pd.DataFrame:
-    return pd.DataFrame([
-        {"condition": condition, "id": item.id, "question": item.question, "answer": str(record.get("answer", "")),
-         "output": record["output"], "hit": hit(record)}
-        for condition, records in said.items() for item, record in zip(benchmark.items, records, strict=True)
-    ])  # fmt: skip
+Answers = Mapping[str, Sequence[Mapping[str, Any]]]  # records with outputs, by condition
 
 
 def judge_all(
@@ -145,30 +102,86 @@ def judge_all(
     batch: int = 32,
     max_new_tokens: int = 32,
     tell: Callable[[str], None] = lambda line: None,
-    **options: Any,
 ) -> pd.DataFrame:
-    """`judge` several benchmarks and give the scores; ``answers.csv`` and ``scores.csv`` in a folder grow with each of them.
+    """Answer several benchmarks and score them; ``answers.csv`` and ``scores.csv`` in a folder grow with each of them.
 
-    LLaVA-Bench is scored by the judge model in `options`; without one its answers are written and it gets no score.
+    ``benchmarks.json`` keeps the spec and the fingerprint of each.  Answers to LLaVA-Bench go to ``to_judge.csv`` for
+    `score_judged`; they get no score here.
+
+    Returns:
+        The scorers' rows with a column `condition`.  ``answers.csv`` has one row for each item and condition: condition, id,
+        question, answer, output, hit (NaN where no answer is right or wrong), benchmark.
+
+    Raises:
+        ValueError: A condition is unknown, or a scorer refuses the records.
     """
     folder, scores, answers = Path(folder), pd.DataFrame(), pd.DataFrame()
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.csv").unlink(missing_ok=True)  # of answers that are about to be replaced
+    write_json(folder / "benchmarks.json", {b.name: {"spec": b.spec, "fingerprint": b.fingerprint()} for b in benchmarks})
     for benchmark in benchmarks:
         tell(f"{benchmark.name}: {len(benchmark)} questions, shown {', '.join(conditions)}")
-        said = _said(model, benchmark, conditions, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
-        answers = pd.concat([answers, _answered(benchmark, said).assign(benchmark=benchmark.name)], ignore_index=True)
-        write_whole(
-            folder / "answers.csv", answers.to_csv(index=False, lineterminator="\n")
-        )  # before scoring, which may refuse them
-        if benchmark.scorer in JUDGED and "judge" not in options:
+        said = {
+            condition: answer_items(model, benchmark.items, condition, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
+            for condition in conditions
+        }
+        answers = pd.concat([answers, _answer_rows(benchmark, said)], ignore_index=True)
+        _write_csv(folder / "answers.csv", answers)  # before scoring, which may refuse them
+        if benchmark.scorer in JUDGED:
+            path = folder / "to_judge.csv"
+            rows = [
+                {"condition": c, **record, **dict.fromkeys(POINTS, "")} for c, records in said.items() for record in records
+            ]
+            _write_csv(path, pd.DataFrame(rows))
             tell(
-                f"{benchmark.name}: answers are kept; its score needs a judge model (diffprobe.mllm.evaluate.score_llava_bench)."
+                f"{benchmark.name}: answers are kept; its score needs a judge model. "
+                f"Fill in {' and '.join(POINTS)} in {path}; 'diffprobe mllm score {path}' scores them."
             )
             continue
-        scores = pd.concat([scores, _scored(benchmark, said, **options)], ignore_index=True)
-        write_whole(folder / "scores.csv", scores.to_csv(index=False, lineterminator="\n"))
+        for condition, records in said.items():
+            rows_ = SCORERS[benchmark.scorer](records).assign(benchmark=benchmark.name, condition=condition)
+            scores = pd.concat([scores, rows_], ignore_index=True)
+        _write_csv(folder / "scores.csv", scores)
     return scores
+
+
+def score_judged(path: str | Path) -> pd.DataFrame:
+    """Scores of LLaVA-Bench from a judge's points, in the columns of `judge_all`.
+
+    Args:
+        path: ``to_judge.csv`` of `judge_all`, with the points of the reference answer and of the output filled in.
+
+    Raises:
+        ValueError: The file or a column is missing, or points are not numbers above 0; the message names the rows.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"'{path}' does not exist; 'diffprobe mllm eval' writes to_judge.csv for LLaVA-Bench.")
+    rows = pd.read_csv(path, keep_default_na=False, dtype={"output": str, "question": str})
+    if absent := [name for name in ("condition", "id", "category", "question", "output", *POINTS) if name not in rows]:
+        raise ValueError(f"'{path}' has no {', '.join(absent)}; 'diffprobe mllm eval' writes to_judge.csv with these columns.")
+    points = rows[list(POINTS)].apply(pd.to_numeric, errors="coerce")
+    bad = ~(points > 0).all(axis=1)
+    if bad.any():
+        named = [f"{row['id']} ({row['condition']})" for row in rows[bad].to_dict("records")]
+        raise ValueError(f"{bad.sum()} rows of '{path}' lack {' or '.join(POINTS)}, numbers above 0: {listed(named)}.")
+    rows[list(POINTS)] = points
+    scores = []
+    for condition, part in rows.groupby("condition", sort=False):
+        records = [{str(name): value for name, value in row.items()} for row in part.to_dict("records")]
+        found = score_llava_bench(records, lambda record: (record[POINTS[0]], record[POINTS[1]]))
+        scores.append(found.assign(condition=condition))
+    return pd.concat(scores, ignore_index=True)
+
+
+def _answer_rows(benchmark: QuestionBenchmark, said: Answers) -> pd.DataFrame:
+    return pd.DataFrame([
+        {"condition": condition, "id": item.id, "question": item.question, "answer": str(record.get("answer", "")),
+         "output": record["output"], "hit": hit(record), "benchmark": benchmark.name}
+        for condition, records in said.items() for item, record in zip(benchmark.items, records, strict=True)
+    ])  # fmt: skip
+
+
+def _write_csv(path: Path, rows: pd.DataFrame) -> None:
+    write_whole(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
 def hit(record: Mapping[str, Any]) -> float:

@@ -1,28 +1,27 @@
 """Does the language model see the image, or read the prompt?  From generated texts to a verdict.
 
-Leak is how much closer an output is to the text that conditioned its features than to the texts fed to other images;
-sight is how much closer it is to its image's references than to other images' references.  Both are 0 by chance.
-They are measured under mismatched prompts, where the fed text says nothing of the image: there, who only sees has
-leak 0 and who only reads has sight 0.  Under an image's own caption the two cannot be told apart.
+Leak is how much closer an output is to the text that conditioned its features than to the texts fed to other images; sight is
+how much closer it is to its image's references than to other images' references.  Both are 0 by chance.  They are measured
+under mismatched prompts, where the fed text says nothing of the image: a model that only sees has leak 0 there, a model that
+only reads has sight 0.  Under an image's own caption the two cannot be told apart.
 
-The invariants: "no leak" is said only after an equivalence test, never because nothing was found; and there is no
-verdict where the negative control (a site that no text has reached) leaks, or where the positive control (the prompt's
-own embeddings) is not read.
+The invariants: "no leak" is said only after an equivalence test, never because nothing was found; and there is no verdict where
+the negative control (a site that no text has reached) leaks, or where the positive control (the prompt's own embeddings) is not
+read.
 
-Projector seeds are a random factor, crossed with images: a score is the mean over both, and its variance is that of a
-two-way table without repeats, (MS_image + MS_seed - MS_rest) / (images x seeds), with Satterthwaite's (1946) degrees of
-freedom rounded down.  So an interval speaks of other images and of other projectors.  With one seed it speaks of other
-images only, and the table says so by n_seeds.
+Projector seeds are a random factor, crossed with images: a score is the mean over both, and its variance is that of a two-way
+table without repeats, (MS_image + MS_seed - MS_rest) / (images x seeds), with Satterthwaite's (1946) degrees of freedom rounded
+down.  So an interval covers other images and other projectors; with one seed (n_seeds of the table) it covers other images only.
 
-Sources: the set-up is that of arXiv 2507.07106; permutation p values as in Phipson & Smyth 2010, Holm 1979, two one-sided
-tests as in Schuirmann 1987; usable information as in Xu et al. 2020 and Hewitt et al. 2021.
+Sources: the set-up is that of arXiv 2507.07106; permutation p values as in Phipson & Smyth 2010, Holm 1979, two one-sided tests
+as in Schuirmann 1987; usable information as in Xu et al. 2020 and Hewitt et al. 2021.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ CONDITIONS = ("own", "mismatched", "mismatched_hard", "none", "blank_caption", "
 JUDGED = ("mismatched", "random_words")  # where the fed text says nothing of the image, and there is one
 NEGATIVE, POSITIVE = "K-", "K+"
 VERDICTS = ("sees", "leaks", "both", "neither", "inconclusive", "no verdict")
-LEAST_IMAGES = 10  # with fewer, a t interval of bounded scores is no ground for saying that something is absent
+LEAST_IMAGES = 10  # with fewer, a t interval of bounded scores cannot show that something is absent
 POWER = 0.8
 
 Bools = NDArray[np.bool_]
@@ -66,11 +65,11 @@ class Leakage:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One place and condition: by score, values (seed, image) and what is known of their mean."""
+    """One place and condition: its rows of the table, and by score the values (seed, image) behind them."""
 
     key: Mapping[str, Any]
     values: Mapping[str, pd.DataFrame]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: Sequence[dict[str, Any]]
 
 
 def judge_leakage(
@@ -89,38 +88,38 @@ def judge_leakage(
 
     Columns of `generated`, one row per text:
 
-    - arm: how the projector was trained ("U", "M s=4", "X", ...).
-    - site, timestep, guidance: where the features come from; guidance is the test's.
-    - seed: the projector's.
-    - condition: what the features were conditioned on, of `CONDITIONS`.
-    - sample: the image's id; every seed of a cell has the same samples, each once.
-    - fed: the text that conditioned the features; "" for none.  Rows without have no leak score.
+    - arm: How the projector was trained ("U", "M s=4", "X", ...).
+    - site, timestep, guidance: Where the features come from; guidance is the test's.
+    - seed: The projector's.
+    - condition: What the features were conditioned on, of `CONDITIONS`.
+    - sample: The image's id; every seed of a cell has the same samples, each once.
+    - fed: The text that conditioned the features, or "".  Rows without a text have no leak score.
     - references: JSON list (or a list) of texts that describe the image, never the fed text itself; rows with an empty
       list have no sight score.
-    - output: what the language model wrote.
+    - output: What the language model wrote.
     - control (optional): "" for what is asked about, "K-" for the negative and "K+" for the positive control.  A
-      control's own arm, timestep and guidance say which cells it serves; a missing one (NaN, None or "") serves all.
-    - source (optional): the sample that the fed text describes, "" for none.  Pairs of that image and that text are then
-      left out where texts are permuted; without this column who sees has a leak of about -1/n instead of 0.
+      control's arm, timestep and guidance name the cells that it serves; a missing one (NaN, None or "") serves all.
+    - source (optional): The sample that the fed text describes, or "".  Pairs of that image and that text are then left out
+      where texts are permuted; without this column a model that only sees has a leak of about -1/n instead of 0.
 
-    A score is found ("yes") where it is at least the margin and its permutation test, after Holm, is below `alpha`; absent
-    ("no") where two one-sided tests show it within +-margin; else it is "unclear".  Verdicts: leak yes and sight yes is
-    "both"; leak yes otherwise is "leaks"; leak no is "sees" or "neither", as sight is found or shown absent; the rest is
-    "inconclusive".
+    A score is found ("yes") where it is at least the margin and its permutation test, after Holm, is below `alpha`.  It is
+    absent ("no") where two one-sided tests show it within +-margin.  Otherwise it is "unclear".  Verdicts: "both" where leak
+    and sight are found; "leaks" where only leak is; where leak is absent, "sees" if sight is found and "neither" if it is
+    absent; the rest is "inconclusive".
 
     Args:
         generated: The texts.
-        similarity: How alike outputs and texts are; content-word F1 by default, else `cider_similarity(...)`.
+        similarity: Of outputs and texts; content-word F1 by default, else `cider_similarity(...)`.
         condition: The verdict's, of `JUDGED`; the table has all conditions.
         margin: What is too small to matter, in units of the similarity (F1: 0.05; CIDEr-D: about 0.5).
         alpha: Of every test; family-wise over the cells of an arm.
         level: Coverage of the intervals.
-        n_permutations: Of texts over images; the smallest p is 1 / (n_permutations + 1).
-        n_resamples: Of images and seeds, for the index.
-        seed: Of both.
+        n_permutations: Permutations of texts over images; the smallest p is 1 / (n_permutations + 1).
+        n_resamples: Bootstrap resamples of images and seeds, for the index.
+        seed: Of permutations and bootstrap.
 
     Raises:
-        ValueError: a column is missing, a value unknown, a cell incomplete, or a reference is the fed text.
+        ValueError: A column is missing, a value unknown, a cell incomplete, or a reference is the fed text.
     """
     if condition not in JUDGED:
         raise ValueError(
@@ -178,33 +177,41 @@ def _measure(
 ) -> _Cell:
     """Leak and sight of one cell, where its texts allow them."""
     samples = _crossed(key, group)
-    by_seed = [part.set_index("sample").loc[samples] for _, part in group.groupby("seed", sort=True)]
-    cell = _Cell(key, {})
+    by_seed = [part.set_index("sample").loc[samples].reset_index() for _, part in group.groupby("seed", sort=True)]
+    rows: list[dict[str, Any]] = []
     values: dict[str, pd.DataFrame] = {}
-    for score in ("leak", "sight"):
-        kept = np.all([part["fed"].map(bool) if score == "leak" else part["references"].map(bool) for part in by_seed], axis=0)
+    for score, column in (("leak", "fed"), ("sight", "references")):
+        kept = np.all([part[column].map(bool) for part in by_seed], axis=0)
         if kept.sum() < 2:
             continue
-        parts = [part[kept] for part in by_seed]
-        names = np.asarray(parts[0].index, dtype=str)
-        matrices, centred = [], []
-        for part in parts:
-            candidates = [[fed] for fed in part["fed"]] if score == "leak" else list(part["references"])
-            matrix = similarity(list(part["output"]), candidates)
-            sources = part["source"].to_numpy(dtype=str)
-            excluded = names[:, None] == sources[None, :] if score == "leak" else sources[:, None] == names[None, :]
-            matrices.append(matrix)
-            centred.append(centre(matrix, excluded))
+        matrices, centred = zip(*(score_matrix(part[kept], score, similarity) for part in by_seed), strict=True)
         own = np.stack([np.diag(matrix) for matrix in centred])
-        values[score] = pd.DataFrame(own, columns=names)
+        values[score] = pd.DataFrame(own, columns=by_seed[0]["sample"][kept].astype(str))
         mean = crossed_mean(own, level)
         whole = np.mean(matrices, axis=0)
         text, p = float(np.diag(whole).mean()), permutation_p(whole, n_permutations, seed)
         about = {"score": score, "text": text, "chance": text - mean["value"], **mean, "p": p}
-        cell.rows.append({**key, **about, "n": own.shape[1], "n_seeds": own.shape[0], "seed": seed})
+        rows.append({**key, **about, "n": own.shape[1], "n_seeds": own.shape[0], "seed": seed})
     if not values:
         raise ValueError(f"{_place(key)}: fewer than two samples with a fed text, and fewer than two with references.")
-    return _Cell(key, values, cell.rows)
+    return _Cell(key, values, rows)
+
+
+def score_matrix(texts: pd.DataFrame, score: str, similarity: Similarity) -> tuple[Floats, Floats]:
+    """Similarities of one projector's outputs with the texts of all its samples, as they are and centred: (output, text) each.
+
+    Args:
+        texts: Columns sample, source, fed, references (lists), output.
+        score: "leak" compares with fed texts, "sight" with references.
+        similarity: Of outputs and texts.
+    """
+    names, sources = texts["sample"].to_numpy(dtype=str), texts["source"].to_numpy(dtype=str)
+    describes = names[:, None] == sources[None, :]  # (sample, fed text)
+    if score == "leak":
+        matrix, excluded = similarity(list(texts["output"]), [[fed] for fed in texts["fed"]]), describes
+    else:
+        matrix, excluded = similarity(list(texts["output"]), list(texts["references"])), describes.T
+    return matrix, centre(matrix, excluded)
 
 
 def _crossed(key: Mapping[str, Any], group: pd.DataFrame) -> list[Any]:
@@ -227,7 +234,7 @@ def _place(key: Mapping[str, Any]) -> str:
 
 
 def centre(matrix: Floats, excluded: Bools | None = None) -> Floats:
-    """Similarities (output, text) less each output's mean over the texts of other images; excluded pairs become 0.
+    """Similarities (output, text) less each output's mean over the other images' texts; excluded pairs become 0.
 
     >>> centre(np.array([[1.0, 0.5, 0.1], [0.2, 0.2, 0.2], [0.0, 0.0, 0.9]])).round(2).tolist()[0]
     [0.7, 0.2, -0.2]
@@ -241,9 +248,8 @@ def centre(matrix: Floats, excluded: Bools | None = None) -> Floats:
 def permutation_p(similarity: Floats, n_permutations: int = 9999, seed: int = 0) -> float:
     """One-sided p of the mean of the diagonal of (output, text), when texts are permuted over outputs.
 
-    Exact where outputs do not depend on the texts.  Several projectors enter as the mean of their matrices, so that one
-    permutation serves all: under the hypothesis it holds for every projector, however much they differ.  Pairs that
-    `centre` leaves out stay in: they can only make p larger.
+    It is exact where outputs do not depend on the texts.  Several projectors enter as the mean of their matrices, since under
+    the hypothesis one permutation holds for each of them.  Pairs that `centre` excludes stay in: they can only make p larger.
 
     >>> permutation_p(np.eye(8), 999)
     0.001
@@ -292,7 +298,7 @@ def equivalence_p(value: float, se: float, df: float, margin: float) -> float:
 
 
 def _tested(table: pd.DataFrame, margin: float, alpha: float) -> pd.DataFrame:
-    """Adds Holm's p values, the equivalence test, the smallest detectable value and what was found."""
+    """Add Holm's p values, the equivalence test, the smallest detectable value and what was found."""
     table = table.copy()
     asked = table["control"] == ""
     table["p_holm"] = table["p"]
@@ -316,26 +322,24 @@ def _tested(table: pd.DataFrame, margin: float, alpha: float) -> pd.DataFrame:
 def _verdict(
     cell: _Cell, cells: Sequence[_Cell], rows: Mapping[str, dict[str, Any]], level: float, n_resamples: int, seed: int
 ) -> dict[str, Any]:
-    leak, sight = (rows[_name({**cell.key, "score": score})] for score in ("leak", "sight"))
-    negative, positive = (_control(cell, cells, name) for name in (NEGATIVE, POSITIVE))
+    scores = {score: rows[_name({**cell.key, "score": score})] for score in ("leak", "sight")}
+    leak, sight = scores["leak"], scores["sight"]
+    controls = {name: _control(cell, cells, name) for name in (NEGATIVE, POSITIVE)}
+    negative, positive = controls.values()
     index = {"index": np.nan, "index_low": np.nan, "index_high": np.nan}
     if negative and positive:
-        three = [c.values["leak"] for c in (cell, negative, positive)]
-        index = normalised_index(three[0], three[1], three[2], level, n_resamples, seed)
-    found = [rows[_name({**c.key, "score": "leak"})] if c else None for c in (negative, positive)]
-    why = _objection(dict(zip((NEGATIVE, POSITIVE), found, strict=True)))
+        own, low, high = (c.values["leak"] for c in (cell, negative, positive))
+        index = normalised_index(own, low, high, level, n_resamples, seed)
     row = {name: cell.key[name] for name in [*KEYS[1:], "condition"]}
-    for score, mine in (("leak", leak), ("sight", sight)):
+    for score, mine in scores.items():
         row |= {score: mine["value"], f"{score}_low": mine["low"], f"{score}_high": mine["high"]}
         row |= {f"{score}_p_holm": mine["p_holm"], f"{score}_detectable": mine["detectable"]}
     row |= {**index, "n": min(leak["n"], sight["n"]), "n_seeds": leak["n_seeds"], "margin": leak["margin"], "seed": seed}
+    why = _objection({name: rows[_name({**c.key, "score": "leak"})] if c else None for name, c in controls.items()})
     if why:
         return {**row, "verdict": "no verdict", "why": why}
-    return {
-        **row,
-        "verdict": _word(leak["found"], sight["found"]),
-        "why": f"{_finding('leak', leak)}; {_finding('sight', sight)}",
-    }
+    reasons = "; ".join(_finding(score, mine) for score, mine in scores.items())
+    return {**row, "verdict": _word(leak["found"], sight["found"]), "why": reasons}
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -354,7 +358,7 @@ def _control(cell: _Cell, cells: Sequence[_Cell], name: str) -> _Cell | None:
 
 
 def _objection(controls: Mapping[str, dict[str, Any] | None]) -> str:
-    """Why nothing may be said; empty where the controls are in order."""
+    """Why there is no verdict; empty where the controls are in order."""
     for name, row in controls.items():
         if row is None:
             return f"{name} was not run for this arm, timestep and guidance"
@@ -367,7 +371,7 @@ def _objection(controls: Mapping[str, dict[str, Any] | None]) -> str:
 
 
 def _word(leak: str, sight: str) -> str:
-    """The verdict from what was found of leak and sight; a clean bill needs the leak shown absent.
+    """The verdict from what was found of leak and sight; "sees" needs the leak shown absent.
 
     >>> [_word("yes", "no"), _word("yes", "unclear"), _word("no", "yes"), _word("unclear", "yes")]
     ['leaks', 'leaks', 'sees', 'inconclusive']
@@ -404,10 +408,9 @@ def normalised_index(
 ) -> dict[str, float]:
     """Where a leak lies between the controls, (L - L_K-) / (L_K+ - L_K-): index, index_low, index_high.
 
-    Each frame is (seed, image) with images as columns; images that all three have are resampled jointly.  Seeds are
-    resampled apart, their deviations stretched by sqrt(R / (R - 1)), since a bootstrap of R values has only (R - 1) / R of
-    their variance; with three it still knows little of other projectors.  NaN where fewer than two images are shared,
-    or where K+ does not exceed K-; resamples where it does not are left out.
+    Each frame is (seed, image) with images as columns; images that all three have are resampled jointly.  Seeds are resampled
+    apart, their deviations stretched by sqrt(R / (R - 1)), since a bootstrap of R values has only (R - 1) / R of their variance.
+    NaN where fewer than two images are shared, or where K+ does not exceed K-; resamples where it does not are left out.
     """
     shared = [name for name in leak.columns if name in negative.columns and name in positive.columns]
     unknown = {"index": np.nan, "index_low": np.nan, "index_high": np.nan}
@@ -446,13 +449,13 @@ def matched_candidates(texts: Sequence[str], n: int = 100, lengths: ArrayLike | 
     """For each text, `n` texts of nearly its length, itself first: indices (text, candidate).
 
     Args:
-        texts: Fed texts; the same words are never two candidates of one row.
+        texts: Fed texts; no row has two candidates with the same words.
         n: Candidates, with the text itself.
-        lengths: One length per text, in the language model's tokens; words by default.
+        lengths: One length per text, in the language model's tokens; in words by default.
         seed: Of the order among equally long texts.
 
     Raises:
-        ValueError: a text has fewer than n - 1 others.
+        ValueError: A text has fewer than n - 1 others.
 
     >>> matched_candidates(["a", "a b c d", "b c", "e"], n=2).tolist()[0]
     [0, 3]
@@ -475,36 +478,27 @@ def matched_candidates(texts: Sequence[str], n: int = 100, lengths: ArrayLike | 
 
 
 def rank_fed(
-    conditional: ArrayLike,
-    baseline: ArrayLike,
-    fed: ArrayLike = 0,
-    *,
-    clusters: ArrayLike | None = None,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    conditional: ArrayLike, baseline: ArrayLike, fed: ArrayLike = 0, *, clusters: ArrayLike | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Is the fed text the likeliest of its candidates, given the features?
+    """Whether the fed text is the likeliest of its candidates, given the features.
 
-    Candidates are ranked by log P(text | features) - log P(text | baseline), which takes away how likely a text is anyhow.
-    top1 is the share ranked first (a tie is a miss); mrr the mean of 1 / rank (of equal candidates, the middle rank); bits
-    is log2 of the softmax of the differences at the fed text, relative to 1 / candidates: what the features tell of
-    which text was fed, a lower bound of their information, negative where they mislead.
+    Candidates are ranked by log P(text | features) - log P(text | baseline).  top1 is the share ranked first (a tie is a
+    miss); mrr the mean of 1 / rank (equal candidates have their middle rank); bits is log2 of the softmax of the differences
+    at the fed text, relative to 1 / candidates: a lower bound of the features' information on which text was fed, negative
+    where they mislead.
 
     Args:
         conditional: (item, candidate) natural log-likelihoods of whole texts.
-        baseline: The same without what is asked about, a blank image or no prompt: (item, candidate) or (candidate,).
-        fed: Each item's fed candidate; 0, where `matched_candidates` puts it.
+        baseline: The same given a blank image, or no prompt: (item, candidate) or (candidate,).
+        fed: Column of each item's fed candidate; `matched_candidates` puts it at 0.
         clusters: One id per item, for example its image where several projectors score it.
-        level: Coverage of the intervals.
-        n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
 
     Returns:
-        Rows top1, mrr, bits; columns score, value, low, high, chance, n, n_candidates, seed.
+        Rows top1, mrr, bits; columns score, value, low, high (95% intervals), chance, n, n_candidates, seed.
 
     Raises:
-        ValueError: shapes do not fit, or a value is not finite.
+        ValueError: Shapes do not fit, or a value is not finite.
 
     >>> rank_fed([[-1.0, -9.0], [-2.0, -2.0]], [-5.0, -5.0]).value.round(2).tolist()
     [0.5, 0.83, 0.5]
@@ -530,43 +524,34 @@ def rank_fed(
     rows = []
     for score, (values, chance) in scores.items():
         if score == "top1" and clusters is None:
-            low, high = wilson_interval(values.sum(), items, level)
+            low, high = wilson_interval(values.sum(), items)
         else:
-            low, high = bootstrap_interval(values, clusters, level, n_resamples, seed)
+            low, high = bootstrap_interval(values, clusters, seed=seed)
         rows.append({"score": score, "value": values.mean(), "low": low, "high": high, "chance": chance, "n": items})
     return pd.DataFrame(rows).assign(n_candidates=n, seed=seed)
 
 
 def usable_information(
-    conditional: ArrayLike,
-    unconditional: ArrayLike,
-    n_tokens: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    conditional: ArrayLike, unconditional: ArrayLike, n_tokens: ArrayLike, *, clusters: ArrayLike | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """What conditional features tell of the prompt beyond unconditional features of the same image, in bits per token.
+    """Information on the prompt in conditional features beyond the same image's unconditional ones, in bits per token.
 
     Conditional V-information (Xu et al. 2020; conditional probing, Hewitt et al. 2021): the drop in the prompt's
-    cross-entropy from a reader of the unconditional features to a reader of both.  Both readers are trained alike and
-    scored on held-out images; a reader that uses less than it is given makes the value too small, even negative.
+    cross-entropy from a reader of the unconditional features to a reader of both.  Both readers are trained alike and scored on
+    held-out images; a reader that does not use all of its input makes the value too small, even negative.
 
     Args:
         conditional: (text,) natural log-likelihood of each fed text, all its tokens, under the reader of both.
         unconditional: The same under the reader of unconditional features.
         n_tokens: Tokens of each text.
         clusters: One id per text (its image), where several projectors read it.
-        level: Coverage.
-        n_resamples: Bootstrap resamples.
         seed: Of bootstrap and sign flips.
 
     Returns:
-        One row: score, value, low, high, chance (0), p (sign flips of the texts' differences), n, n_tokens, seed.
+        One row: score, value, low, high (95% interval), chance (0), p (sign flips of the texts' differences), n, n_tokens, seed.
 
     Raises:
-        ValueError: shapes differ, or a text has no token.
+        ValueError: Shapes differ, or a text has no token.
 
     >>> usable_information([-2.0, -4.0], [-4.0, -8.0], [3, 3]).value.round(3).tolist()
     [1.443]
@@ -578,7 +563,7 @@ def usable_information(
             f"Each text needs two log-likelihoods and at least one token; got shapes {gain.shape} and {tokens.shape}."
         )
     columns = np.stack([gain, tokens], axis=1)
-    low, high = bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], clusters, level, n_resamples, seed)
+    low, high = bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], clusters, seed=seed)
     _, p = paired_permutation_test(gain, np.zeros_like(gain), seed, clusters=clusters)
     row = {"score": "bits per token", "value": gain.sum() / tokens.sum(), "low": low, "high": high, "chance": 0.0, "p": p}
     return pd.DataFrame([{**row, "n": len(gain), "n_tokens": int(tokens.sum()), "seed": seed}])
