@@ -53,6 +53,7 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SCORES, HEAT = "cividis", "magma"  # both even in lightness, so they survive grey printing and colour blindness
 SCORE_NAMES = {"accuracy": "accuracy", "r2": "R²"}
+OLD_COLUMNS = {"control_accuracy": "control_value"}  # of tables written before the name was changed
 PACKAGES = (
     "diffprobe",
     "matplotlib",
@@ -358,15 +359,16 @@ def plot_probe_grid(frame: pd.DataFrame, *, control: bool = True, title: str = "
     bar marks chance (its mean over the cells).
 
     Args:
-        frame: Rows of `diffprobe.probes.linear.probe_table`: site, timestep, label, score, value, chance and,
-            for the control, control_accuracy; one row per cell.
+        frame: Rows of `diffprobe.probes.fitting.probe_table`: site, timestep, label, score, value, chance and,
+            for the control, control_value; one row per cell.
         control: Whether to draw the control beside the score, where the frame has it.
         title: Above the figure.
         width: In inches.
     """
+    frame = frame.rename(columns=OLD_COLUMNS)
     panels = _panels(frame, ["site", "timestep"])
-    control = control and "control_accuracy" in frame and bool(frame["control_accuracy"].notna().any())
-    kinds = ["value", "control_accuracy"] if control else ["value"]
+    control = control and "control_value" in frame and bool(frame["control_value"].notna().any())
+    kinds = ["value", "control_value"] if control else ["value"]
     sites = list(dict.fromkeys(frame["site"]))
     steps = sorted(dict.fromkeys(frame["timestep"]))
     figure, axes = grid(len(panels), len(kinds), width, len(panels) * (0.21 * len(sites) + 0.62) + 0.2 * bool(title))
@@ -410,12 +412,13 @@ def plot_probe_curves(
     """Score against timestep, one curve per site with its interval as a band, and a line at chance.
 
     Args:
-        frame: Rows of `diffprobe.probes.linear.probe_table`; one row per site, timestep, label and conditioning.
+        frame: Rows of `diffprobe.probes.fitting.probe_table`; one row per site, timestep, label and conditioning.
         control: Whether to add the control task, as thin lines without markers.
         columns: Panels in a row.
         title: Above the figure.
         width: In inches.
     """
+    frame = frame.rename(columns=OLD_COLUMNS)
     panels = _panels(frame, ["site", "timestep"])
     sites = list(dict.fromkeys(frame["site"]))
     columns = min(columns, len(panels))
@@ -432,8 +435,8 @@ def plot_probe_curves(
             look = {"color": OKABE_ITO[k % len(OKABE_ITO)], "linestyle": LINES[k // len(OKABE_ITO) % len(LINES)]}
             axis.plot(curve["timestep"], curve["value"], marker=MARKERS[k % len(MARKERS)], label=str(site), **look)
             axis.fill_between(curve["timestep"], curve["low"], curve["high"], color=look["color"], alpha=0.15, linewidth=0)
-            if control and "control_accuracy" in curve:
-                axis.plot(curve["timestep"], curve["control_accuracy"], **{**thin, "color": look["color"]})
+            if control and "control_value" in curve:
+                axis.plot(curve["timestep"], curve["control_value"], **{**thin, "color": look["color"]})
         chance = part.groupby("timestep")["chance"].mean()
         axis.plot(chance.index, chance, color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1, label="chance")
         axis.set_title(heading)

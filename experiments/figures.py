@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.plotting import COLUMN, HEAT, MARKERS, OKABE_ITO, PAGE, bare, grid, pad, short, styled, wrap
+from diffprobe.plotting import COLUMN, HEAT, MARKERS, OKABE_ITO, OLD_COLUMNS, PAGE, bare, grid, pad, short, styled, wrap
 
 
 @styled
@@ -24,17 +24,18 @@ def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy", title: str =
     """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
 
     Args:
-        frame: Rows with label, encoder, value, low, high, chance and control_accuracy (NaN for none); one row a bar.
+        frame: Rows with label, encoder, value, low, high, chance and control_value (NaN for none); one row a bar.
         name: Of the score.
         title: Above the figure.
         width: In inches.
     """
+    frame = frame.rename(columns=OLD_COLUMNS)
     labels, encoders = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["encoder"]))
     figure, axes = grid(1, 1, width, 2.1 + 0.2 * bool(title))
     axis = axes[0, 0]
     step = 0.8 / len(encoders)
     top = float(frame[["high", "chance"]].to_numpy(dtype=float).max()) * 1.08
-    controlled = bool(frame["control_accuracy"].notna().any())
+    controlled = bool(frame["control_value"].notna().any())
     for group, label in enumerate(labels):
         rows = frame[frame["label"] == label]
         for _, row in rows.iterrows():
@@ -44,7 +45,7 @@ def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy", title: str =
             axis.bar(x, row["value"], 0.9 * step, color=OKABE_ITO[place % len(OKABE_ITO)])
             axis.plot([x, x], [row["low"], row["high"]], color="black", linewidth=0.9)
             axis.plot(
-                x, row["control_accuracy"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none"
+                x, row["control_value"], marker="o", markersize=3, color="black", markerfacecolor="white", linestyle="none"
             )
             axis.text(x, row["high"] + 0.012 * top, short(float(row["value"])), ha="center", va="bottom", fontsize=6)
         axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, color="0.3", linewidth=1, linestyle=(0, (3, 1.5)))
