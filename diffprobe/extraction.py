@@ -30,7 +30,7 @@ from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode
 from diffprobe.data.folder import known_values
-from diffprobe.data.images import ImageError, UnavailableError, fit_image
+from diffprobe.data.images import ImageError, UnavailableError, fit_image, normalised_pixels
 from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import EncoderRecorder, VisionEncoder, load_extractor
 from diffprobe.models import DiffusionModel, EncodedText, LatentRule, kept_name, out_of_memory
@@ -305,7 +305,7 @@ class _Run:
             except ImageError as error:
                 loaded.append(str(error))
             else:
-                loaded.append(np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1))
+                loaded.append(normalised_pixels(image))
         return loaded
 
     def encode_images(self, images: Sequence[Pixels], ids: Sequence[str]) -> Tensor:

@@ -212,6 +212,15 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> I
     return canvas
 
 
+def normalised_pixels(image: Image.Image) -> np.ndarray:
+    """An RGB image as diffusion models take it: (3, y, x) in float32 from -1 to 1.
+
+    >>> normalised_pixels(Image.new("RGB", (2, 1), (0, 0, 255)))[:, 0, 0].tolist()
+    [-1.0, -1.0, 1.0]
+    """
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+
+
 def fit_masks(masks: np.ndarray, size: tuple[int, int], fit: str = "crop") -> np.ndarray:
     """Bring masks (object, y, x) to `size` as `fit_image` does; a pixel is in when at least half of it was.
 
