@@ -549,8 +549,8 @@ def _probe(
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
     import pandas as pd
 
-    from diffprobe.probes.labels import PREFIX, with_mask_labels
     from diffprobe.probes.fitting import probe_table, save_table
+    from diffprobe.probes.labels import PREFIX, with_mask_labels
     from diffprobe.probes.task import pool_features
     from diffprobe.store import features, open_store, provenance, site_names
 
