@@ -196,7 +196,8 @@ class _Denoising:
                 image, text, step, draw = part.T
                 timesteps = [request.timesteps[s] for s in step]
                 noise = [
-                    sample_noise(request.seed, item.id, t, d, latents.shape[1:]) for t, d in zip(timesteps, draw, strict=True)
+                    sample_noise(request.seed, item.id, t, d, latents.shape[1:])
+                    for t, d in zip(timesteps, draw.tolist(), strict=True)
                 ]
                 found = self._forward(latents[image], torch.stack(noise), timesteps, encoded.take(text.tolist()), recorder)
                 for name, values in found.items():

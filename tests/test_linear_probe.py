@@ -411,7 +411,7 @@ def test_table_over_sites_and_labels():
 
 
 def test_unknown_label_names_the_closest():
-    message = r"Label 'color' is not among the samples' labels \(area, colour, one\); did you mean 'colour'\?"
+    message = r"Label 'color' is not among the samples' labels \(area, colour, one\)\. Did you mean 'colour'\?"
     with pytest.raises(ValueError, match=message):
         fit_probe(planted(), "color")
 

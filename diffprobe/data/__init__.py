@@ -1,23 +1,23 @@
 """Datasets: the drawn world, drawn twins of benchmarks, folders of photographs; all yield `Sample`.
 
-samples.py    what every dataset yields
+samples.py    what every dataset yields, and the specs that name datasets
 files.py      texts, JSON, names and contents of files that others wrote
+images.py     reading photographs safely, and fitting images and masks to a size
 shapes.py     the drawn world: scenes, pixels, masks and captions
 drawn.py      its scenes as a dataset
 questions.py  questions about drawn scenes
 twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
-folder.py     a folder of photographs, with or without captions
-blank.py      any of them with its pictures taken away
-annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
+keypoints.py  points that show the same thing in two images of a twin; spair.py those of SPair-71k
 several.py    questions about several drawn images at once, in the manner of BLINK
+folder.py     a folder of photographs, with or without captions
+blank.py      any dataset with grey images
+annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC; segmentations.py decodes COCO's masks
 benchmarks.py published benchmarks of images and texts, from the hub or a folder
 question_benchmarks.py  those that ask questions, published and drawn
-images.py     reading photographs safely, and fitting images and masks to a size
 """
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from diffprobe.data.annotations import AnnotatedDataset, VocDataset, coco_dataset, refcoco_dataset
@@ -25,7 +25,18 @@ from diffprobe.data.blank import BlankDataset
 from diffprobe.data.drawn import ShapesDataset
 from diffprobe.data.folder import FolderDataset
 from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
-from diffprobe.data.samples import Caption, Dataset, Question, Sample, Span, iterate, split_spec
+from diffprobe.data.samples import (
+    Caption,
+    Dataset,
+    Question,
+    Sample,
+    Span,
+    check_options,
+    did_you_mean,
+    iterate,
+    split_spec,
+    whole_number,
+)
 from diffprobe.data.shapes import COUNT_WORDS, SPLITS
 from diffprobe.data.twins import KINDS, TwinsDataset
 
@@ -64,14 +75,14 @@ FORMS = ", ".join(
 
 
 def load_dataset(spec: str) -> Dataset:
-    """The dataset that a short text names.
+    """Makes a dataset from its spec.
 
     ``shapes:N`` is N drawn scenes, with options ``split`` (train, validation, test, compositional), ``seed`` and
     ``objects`` (1-4, any number by default); ``shapes-mmvp:N``, ``shapes-winoground:N`` and ``shapes-naturalbench:N``
     are N pairs of drawn images, with the option ``seed``.  ``coco:INSTANCES.json?images=FOLDER`` (with ``captions``),
     ``refcoco:REFS.json?images=FOLDER`` (with ``instances``, ``split``) and ``voc:FOLDER`` (with ``split``) are annotated
-    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with even grey pictures; anything else is
-    the path of a folder of photographs.  In a path after a colon or an equals sign, %26 stands for &, and so on.
+    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with grey images; anything else is the
+    path of a folder of photographs.  In a path after a colon or an equals sign, %26 stands for &, and so on.
 
     Raises:
         ValueError: the text names no dataset; the message lists what does.
@@ -91,9 +102,9 @@ def load_dataset(spec: str) -> Dataset:
     if kind not in OPTIONS:
         if Path(spec).expanduser().is_dir():
             return FolderDataset(spec)
-        raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{_closest(kind, OPTIONS)}")
+        raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{did_you_mean(kind, OPTIONS)}")
     _, target, given = split_spec(spec)
-    options = _options(spec, kind, given, OPTIONS[kind])
+    options = check_options(spec, kind, given, OPTIONS[kind])
     if not target:
         example = f"'{kind}:256'" if kind not in ANNOTATED else next(f"'{form}'" for form in _FILES if form.startswith(kind))
         raise ValueError(
@@ -101,21 +112,21 @@ def load_dataset(spec: str) -> Dataset:
         )
     if kind in ANNOTATED:
         return _annotated(spec, kind, target, options)
-    count = _whole(spec, "the number after ':'", target, at_least=1)
-    seed = _whole(spec, "seed", options.get("seed", "0"))
+    count = whole_number(spec, "the number after ':'", target, at_least=1)
+    seed = whole_number(spec, "seed", options.get("seed", "0"))
     if kind != "shapes":
         return TwinsDataset(kind.removeprefix("shapes-"), count, seed)
     split = options.get("split", "train")
     if split not in SPLITS:
-        raise ValueError(f"{spec!r}: unknown split {split!r}; valid are {', '.join(SPLITS)}.{_closest(split, SPLITS)}")
+        raise ValueError(f"{spec!r}: unknown split {split!r}; valid are {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
     most = len(COUNT_WORDS) - 1
-    objects = _whole(spec, "objects", options["objects"], at_least=1, at_most=most) if "objects" in options else None
+    objects = whole_number(spec, "objects", options["objects"], at_least=1, at_most=most) if "objects" in options else None
     return ShapesDataset(count, split, seed, objects)
 
 
 def _annotated(spec: str, kind: str, path: str, options: dict[str, str]) -> Dataset:
     """A dataset of annotated photographs from the path after the colon and its options."""
-    limit = _whole(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
+    limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
     if kind == "voc":
         return VocDataset(path, options.get("split", "val"), limit)
     if "images" not in options:
@@ -123,23 +134,3 @@ def _annotated(spec: str, kind: str, path: str, options: dict[str, str]) -> Data
     if kind == "coco":
         return coco_dataset(path, options["images"], options.get("captions"), limit)
     return refcoco_dataset(path, options["images"], options.get("instances"), options.get("split"), limit)
-
-
-def _closest(name: str, valid: tuple[str, ...] | dict[str, tuple[str, ...]]) -> str:
-    match = get_close_matches(name, list(valid), n=1)
-    return f" Did you mean {match[0]!r}?" if match else ""
-
-
-def _options(spec: str, kind: str, options: dict[str, str], known: tuple[str, ...]) -> dict[str, str]:
-    """The options of a spec, if the kind has them all."""
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {', '.join(known)}.{_closest(name, known)}")
-    return options
-
-
-def _whole(spec: str, what: str, text: str, at_least: int = 0, at_most: int | None = None) -> int:
-    if not (text.isascii() and text.isdigit() and at_least <= int(text) and (at_most is None or int(text) <= at_most)):
-        span = f"from {at_least} to {at_most}" if at_most is not None else f"of at least {at_least}"
-        raise ValueError(f"{spec!r}: {what} is {text!r}; it must be a whole number {span}.")
-    return int(text)

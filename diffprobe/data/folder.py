@@ -9,20 +9,19 @@ except a captions file that the caller names.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffprobe.data.files import content_digests, inside, listed, numbered_lines, parse_json, read_text, real_path, spellings
 from diffprobe.data.images import read_image
-from diffprobe.data.samples import Caption, Sample
+from diffprobe.data.samples import Caption, IndexedDataset, Sample
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
@@ -38,7 +37,7 @@ class _Known:
     labels: dict[str, Label] = field(default_factory=dict)
 
 
-class FolderDataset:
+class FolderDataset(IndexedDataset):
     """The images of a folder and of its subfolders, sorted; a sample's id is its path inside the folder.
 
     Args:
@@ -151,9 +150,7 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.files):
-            raise IndexError(f"Image {index} of a folder of {len(self.files)}.")
+    def sample(self, index: int) -> Sample:
         name = self.files[index]
         known = self._known.get(name, _Known())
         return Sample(
@@ -163,17 +160,13 @@ class FolderDataset:
             labels=dict(known.labels),
         )
 
-    def fingerprint(self) -> str:
-        """Hash of names, contents, captions and labels; no times, which a copy changes."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def content(self) -> Iterator[bytes]:
+        """Names, contents, captions and labels; no times, which a copy changes."""
         rows = []
         for name, content in zip(self.files, content_digests(self.root, self.files), strict=True):
             known = self._known.get(name, _Known())
             rows.append([name, content, known.captions, sorted(known.labels.items())])
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        yield json.dumps(rows).encode()
 
 
 # --- captions files -------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _deep_grey(image: Image.Image, name: str, unsigned: bool) -> Image.Image:
 Box = tuple[float, float, float, float]
 
 
-def _geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+def geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[Box, tuple[int, int], tuple[int, int]]:
     """Which box of the source is kept, at which (width, height) it is drawn, and where its corner then lies."""
     if fit not in FITS:
         raise ValueError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
@@ -202,7 +202,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> I
     """
     if image.mode != "RGB":
         image = to_rgb(image, upright=False)
-    box, drawn, corner = _geometry((image.height, image.width), size, fit)
+    box, drawn, corner = geometry((image.height, image.width), size, fit)
     # One resampling of the box, not a crop of a resized whole: a 10 x 100000 image would fill the memory.
     scaled = image.resize(drawn, Image.Resampling.LANCZOS, box=box)
     if drawn == (size[1], size[0]):
@@ -232,7 +232,7 @@ def fit_masks(masks: np.ndarray, size: tuple[int, int], fit: str = "crop") -> np
     fitted = np.zeros((len(masks), *size), bool)
     if not len(masks):
         return fitted
-    box, (width, height), (left, top) = _geometry(masks.shape[1:], size, fit)
+    box, (width, height), (left, top) = geometry(masks.shape[1:], size, fit)
     for index, mask in enumerate(masks):
         area = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX, box=box)
         fitted[index, top : top + height, left : left + width] = np.asarray(area) >= 0.5

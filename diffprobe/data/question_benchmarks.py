@@ -51,7 +51,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffprobe.data import ShapesDataset, TwinsDataset, _options, _whole, iterate
+from diffprobe.data import ShapesDataset, TwinsDataset, iterate
 from diffprobe.data.benchmarks import (
     Loader,
     _check_columns,
@@ -68,7 +68,7 @@ from diffprobe.data.benchmarks import (
 from diffprobe.data.files import inside, read_text
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import CATEGORIES
-from diffprobe.data.samples import split_spec
+from diffprobe.data.samples import check_options, split_spec, whole_number
 from diffprobe.data.several import several_images
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5
@@ -139,16 +139,16 @@ def load_questions(spec: str) -> QuestionBenchmark:
     """
     kind, source, given = split_spec(spec)
     if kind in DRAWN and source:
-        count = _whole(spec, "the number after ':'", source, at_least=1)
-        seed = _whole(spec, "seed", _options(spec, kind, given, ("seed",)).get("seed", "0"))
+        count = whole_number(spec, "the number after ':'", source, at_least=1)
+        seed = whole_number(spec, "seed", check_options(spec, kind, given, ("seed",)).get("seed", "0"))
         scorer, draw = DRAWN[kind]
         return QuestionBenchmark(f"{kind}-{seed}", scorer, f"{kind}:{count}?seed={seed}", tuple(draw(count, seed)))
     if kind not in READERS or not source:
         near = get_close_matches(kind, [*DRAWN, *READERS], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{spec!r} names no benchmark of questions; valid are {FORMS}.{hint}")
-    options = _options(spec, kind, given, ("images", "limit") if kind in WITH_IMAGES else ("limit",))
-    limit = _whole(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
+    options = check_options(spec, kind, given, ("images", "limit") if kind in WITH_IMAGES else ("limit",))
+    limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
     images = Path(options["images"]).expanduser() if "images" in options else None
     read, patterns = READERS[kind]
     if limit and limit % UNITS.get(kind, 1):

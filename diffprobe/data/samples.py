@@ -6,9 +6,12 @@ a file name.  The same type serves both, so nothing downstream asks where a samp
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote
 
@@ -99,6 +102,39 @@ class Dataset(Protocol):
         ...
 
 
+class IndexedDataset:
+    """What datasets with a length share: the check of an index, and a fingerprint that is computed once.
+
+    A subclass gives `name`, `spec`, `__len__`, `sample` (for an index that is in range) and `content` (pieces
+    of bytes that the fingerprint is a hash of).
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def content(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sample {index} of a dataset of {len(self)}.")
+        return self.sample(index)
+
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of SHA-256."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for piece in self.content():
+            digest.update(piece)
+        return digest.hexdigest()[:16]
+
+
 def iterate(dataset: Dataset) -> Iterator[Sample]:
     """Yield every sample in order (a Protocol with ``__getitem__`` alone is not iterable to a type checker)."""
     for index in range(len(dataset)):
@@ -136,3 +172,37 @@ def join_spec(kind: str, target: object, options: Mapping[str, object]) -> str:
     plain = lambda text: re.sub("[%?&#,]", lambda found: f"%{ord(found[0]):02X}", str(text))  # noqa: E731
     query = "&".join(f"{name}={plain(value)}" for name, value in options.items())
     return f"{kind}:{plain(target)}" + (f"?{query}" if query else "")
+
+
+def check_options(spec: str, kind: str, options: dict[str, str], known: Sequence[str]) -> dict[str, str]:
+    """The options of a spec.
+
+    Raises:
+        ValueError: an option is not among the known ones of this kind.
+    """
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{spec!r}: unknown option {name!r}; {kind} takes {', '.join(known)}.{did_you_mean(name, known)}")
+    return options
+
+
+def whole_number(spec: str, what: str, text: str, at_least: int = 0, at_most: int | None = None) -> int:
+    """A number in a spec.
+
+    Raises:
+        ValueError: the text is no whole number in the range.
+    """
+    if not (text.isascii() and text.isdigit() and at_least <= int(text) and (at_most is None or int(text) <= at_most)):
+        span = f"from {at_least} to {at_most}" if at_most is not None else f"of at least {at_least}"
+        raise ValueError(f"{spec!r}: {what} is {text!r}; it must be a whole number {span}.")
+    return int(text)
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest valid one, if there is any.
+
+    >>> did_you_mean("colour", ["color", "shape"]), did_you_mean("x", ["color"])
+    (" Did you mean 'color'?", '')
+    """
+    match = get_close_matches(name, list(valid), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffprobe.data.files import file_inside, inside, listed, parse_json, read_text, real_path
-from diffprobe.data.images import _geometry, stored_size
+from diffprobe.data.images import geometry, stored_size
 from diffprobe.data.keypoints import KeypointPair
 
 SPLITS = ("trn", "val", "test")
@@ -145,6 +145,6 @@ def _seen_through(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The corner of the model's image, and its width and height, (x, y) in the photograph's pixels."""
     width, height = size[:2]
-    box, drawn, corner = _geometry((height, width), resolution, fit)
+    box, drawn, corner = geometry((height, width), resolution, fit)
     pixels = np.array([box[2] - box[0], box[3] - box[1]]) / drawn  # of the photograph in one of the model's
     return np.array(box[:2]) - np.array(corner) * pixels, pixels * resolution[::-1]

@@ -5,7 +5,6 @@ Masks come from the dataset that the store names, brought to the model's size by
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.data import fit_masks, load_dataset
-from diffprobe.data.samples import Dataset, Sample, iterate
+from diffprobe.data.samples import Dataset, Sample, did_you_mean, iterate
 from diffprobe.store import provenance
 
 BACKGROUND = "background"
@@ -66,9 +65,7 @@ def patch_labels(
             )
         known = dict.fromkeys(str(key) for one in sample.objects for key in one)
         if attribute not in known:
-            near = difflib.get_close_matches(attribute, list(known), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{hint}")
+            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{did_you_mean(attribute, known)}")
         values = [
             "" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects
         ]  # "": a probe drops the patch

@@ -1,11 +1,11 @@
 """Localization: does a map light up where its word's object is?
 
-Maps (row, ..., y, x) that are not negative meet masks (row, y, x) on the masks' grid; every combination of the dimensions in
-between (timestep, head, ...) is a cell of one table.  Maps are enlarged bilinearly, which keeps them between their own
-extremes (bicubic enlargement would invent negative mass and new peaks).
+Maps (row, ..., y, x), not negative, are scored against masks (row, y, x) on the masks' grid.  Every combination of the
+dimensions in between (timestep, head, ...) is a cell of one table.  Maps are enlarged bilinearly, which keeps their range
+(bicubic enlargement would add negative mass and new peaks).
 
-The invariant: beside each score stand what chance gives on the same rows, and the same score of maps and masks that have
-nothing to do with each other, on the same rows.
+The invariant: each score comes with its chance level and with the same score of unrelated maps and masks, all on the same
+rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from diffprobe.stats import bootstrap_sums, holm, wilson_interval
+from diffprobe.probes.task import combinations, need_dimensions
+from diffprobe.stats import holm, wilson_interval
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -62,31 +63,31 @@ def localization_score(
 ) -> pd.DataFrame:
     """Scores every map against its row's mask, with controls, chance and intervals.
 
-    Controls that are always there: a centred Gaussian (standard deviation a quarter of each side) against the row's
+    Two controls are always scored: a centred Gaussian (standard deviation a quarter of each side) against the row's
     mask, and the row's map against the mask of another group.  Others are given as row numbers.
 
-    `value` is the mean over rows (micro), `macro` the mean over classes of their means; intervals resample groups as
-    wholes (`diffprobe.stats`).  `lead` is the map's own score minus chance or, in a control's line, minus that control's
-    score, in pairs; `p` tests lead > 0 by Student's t of the groups' sums (one-sided; cluster-robust, Liang & Zeger
-    1986), and `p_holm` is Holm's adjustment over all cells of one score and one comparison.
+    `value` is the mean over rows (micro), `macro` the mean of the classes' means; intervals resample whole groups
+    (`diffprobe.stats`).  `lead` is the paired difference of the map's own score and chance or, in a control's line, of the
+    map's own score and the control's.  `p` tests lead > 0 by Student's t of the groups' sums (one-sided; cluster-robust,
+    Liang & Zeger 1986), `p_holm` is Holm's adjustment over all cells of one score and one comparison.
 
     Args:
         maps: (row, ..., y, x), not negative; rows beyond those of `masks` are maps for controls.
-        masks: (row, y, x) booleans, on the grid where maps and masks meet.
-        controls: By name, for every row of `masks` the row of `maps` to be scored in place of its own; -1 for none.
+        masks: (row, y, x) booleans, on the grid of the scores.
+        controls: Name to (row,) row numbers of `maps`: the map that is scored in place of the row's own; -1 for none.
         classes: One label per mask, for the macro average.
         groups: One id per mask, for example its image; each row is its own by default.
-        own: What the lines of the rows' own maps are called.
-        seed: Of the bootstrap and of the halves that thresholds are tuned on.
+        own: Name of the lines of the rows' own maps.
+        seed: Seed of the bootstrap and of the halves that thresholds are tuned on.
         n_resamples: Bootstrap resamples.
 
     Returns:
         One line per combination, map (`own`, then controls) and score (`SCORES`): its coordinates, map, score, value,
         low, high, macro, macro_low, macro_high, chance, lead, lead_low, lead_high, p, p_holm, threshold (mean share of
         the range, for IoU), n, n_images (groups), n_classes, n_left_out, left_out (the reasons, counted), seed.
-        Chance is the mask's area share for pointing and mass, 1 for lift, 1/2 for AUC and 0 for NSS.  For AP and IoU
-        it is measured: the same score of the row's own map with the mask moved to a random place (over the edges).
-        Their closed forms, such as the area share for AP, hold for independent pixels; smooth noise lies above them.
+        Chance is the mask's area share for pointing and mass, 1 for lift, 1/2 for AUC and 0 for NSS.  For AP and IoU it
+        is measured: the score of the row's own map with the mask moved to a random place, wrapped at the edges, because
+        the closed forms (such as the area share for AP) hold for independent pixels only.
 
     Raises:
         ValueError: Shapes do not fit, or a map is negative somewhere, so that shares of its sum mean nothing.
@@ -102,16 +103,12 @@ def localization_score(
     kinds = _codes(classes, len(truth), "classes") if classes is not None else np.zeros(len(truth), np.int64)
     plan = _Plan.of(truth, maps.sizes["row"], {own: np.arange(len(truth)), **(controls or {})}, images, seed)
     gaussian = _score_maps(_gaussian(plan.size)[None], plan, plan.of_gaussian)
-    outer = [d for d in maps.dims if d not in ("row", "y", "x")]
-    fixed = {str(k): c.item() for k, c in maps.coords.items() if c.ndim == 0}
     places, parts = [], []
-    for index in np.ndindex(*(maps.sizes[d] for d in outer)):
-        block = maps.isel(dict(zip(outer, index, strict=True))).transpose("row", "y", "x")
-        here = {str(d): block[d].item() if d in block.coords else i for d, i in zip(outer, index, strict=True)}
-        scored = _score_maps(np.asarray(block, np.float32), plan, plan.of_maps)
+    for place, block in combinations(maps, ("row", "y", "x")):
+        scored = _score_maps(np.asarray(block.transpose("row", "y", "x"), np.float32), plan, plan.of_maps)
         scored = {**scored, GAUSSIAN: gaussian[GAUSSIAN]}
         chance = _chance(scored, plan, own)
-        places += [{**fixed, **here, "map": name} for name in plan.names]
+        places += [{**place, "map": name} for name in plan.names]
         parts += [(scored[name], chance) for name in plan.names]
     frame = _summary(places, parts, plan, own, images, kinds, seed, n_resamples)
     return with_holm(frame.assign(seed=seed))
@@ -159,7 +156,7 @@ Pairs = dict[int, list[tuple[str, int, int]]]  # by map: name of the line, row, 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is scored against what; a map is sorted once, whatever the number of its masks.
+    """Which maps are scored against which masks; a map is sorted once for all its masks.
 
     Masks are numbered: those of the rows, then the same ones moved to a random place (`MOVED`).
     """
@@ -198,7 +195,7 @@ class _Plan:
 
 
 def _other_masks(images: NDArray[np.int64], usable: Bools) -> NDArray[np.int64]:
-    """For each row a usable row of another image: half the table further on, then the next; -1 where there is none."""
+    """For each row a usable row of another image, sought from half the table further on; -1 where there is none."""
     n = len(images)
     found = np.full(n, -1)
     for row in range(n):
@@ -226,8 +223,7 @@ def _codes(ids: ArrayLike | None, n: int, name: str) -> NDArray[np.int64]:
 
 
 def _check_shapes(maps: xr.DataArray, masks: Bools) -> None:
-    if absent := {"row", "y", "x"} - set(maps.dims):
-        raise ValueError(f"Maps need the dimensions row, y and x; {', '.join(sorted(absent))} is not in {maps.dims}.")
+    need_dimensions(maps, "row", "y", "x")
     if masks.ndim != 3 or len(masks) > maps.sizes["row"]:
         raise ValueError(f"Masks need the shape (row, y, x) and a map each; got {masks.shape} for {maps.sizes['row']} maps.")
     if not len(masks):
@@ -239,14 +235,11 @@ def _check_shapes(maps: xr.DataArray, masks: Bools) -> None:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores (row, column) of one line of the table: `_DIRECT`, IoU at each of `THRESHOLDS`, IoU at Otsu's.
+    """Scores of one line of the table."""
 
-    `otsu` (row,) is Otsu's share of the range and `reasons` (row,) why a row has no scores.
-    """
-
-    scores: Floats
-    otsu: Floats
-    reasons: NDArray[np.int64]
+    scores: Floats  # (row, column): `_DIRECT`, IoU at each of `THRESHOLDS`, IoU at Otsu's threshold
+    otsu: Floats  # (row,) Otsu's threshold as a share of the map's range
+    reasons: NDArray[np.int64]  # (row,) number in `_REASONS`: why the row has no scores
 
     @classmethod
     def empty(cls, n: int) -> _Scored:
@@ -289,9 +282,13 @@ def _score_one(
     moments: tuple[float, float],
     pixels: NDArray[np.intp],
 ) -> Floats:
-    """Scores of one map's `values` (sorted: `ordered`) for the flat pixel numbers of one mask, in the columns of `_Scored`.
+    """Scores of one map for one mask, in the columns of `_Scored`, from the ranks of the mask's values among all values.
 
-    Everything follows from where the mask's own values stand among all values.
+    Args:
+        values: (pixel,) of the map; `ordered` has the same, sorted.
+        cuts: (threshold,) from `_cuts`.
+        moments: Mean and standard deviation of the map.
+        pixels: Flat pixel numbers of the mask.
     """
     total, size = len(ordered), len(pixels)
     mean, deviation = moments
@@ -317,9 +314,9 @@ def _score_one(
 
 
 def _cuts(ordered: NDArray[np.float32]) -> tuple[NDArray[np.float32], Floats]:
-    """Values above which a pixel counts, (map, threshold): `THRESHOLDS` of each range, then Otsu's; and Otsu's share.
+    """Thresholds (map, threshold): `THRESHOLDS` of each range, then Otsu's; and Otsu's as a share of the range (map,).
 
-    Otsu 1979: the cut between two of `BINS` even bins that leaves the most variance between the two sides.
+    Otsu 1979: the cut between two of `BINS` even bins with the largest variance between the two sides.
     """
     low, high = ordered[:, :1].astype(np.float64), ordered[:, -1:].astype(np.float64)
     edges = low + (high - low) * np.linspace(0, 1, BINS + 1)
@@ -338,7 +335,7 @@ def _cuts(ordered: NDArray[np.float32]) -> tuple[NDArray[np.float32], Floats]:
 
 
 def _tuned(scores: Floats, halves: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each half of the images the number of the threshold with the best mean IoU on the other; -1 if that is empty."""
+    """(half,) number of the threshold with the best mean IoU on the other half of the images; -1 if that is empty."""
     grid = scores[:, len(_DIRECT) : _OTSU_COLUMN]
     best = np.full(2, -1)
     for half in (0, 1):
@@ -350,20 +347,18 @@ def _tuned(scores: Floats, halves: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _in_order(scores: Floats, halves: NDArray[np.int64], best: NDArray[np.int64]) -> Floats:
     """(row, score) in the order of `SCORES`, with the tuned thresholds `best` of the halves."""
-    columns = {name: scores[:, k] for k, name in enumerate(_DIRECT)}
-    columns["iou_fixed"] = scores[:, _FIXED_COLUMN]
-    columns["iou_otsu"] = scores[:, _OTSU_COLUMN]
     chosen = best[halves]
-    columns["iou_tuned"] = np.where(chosen >= 0, scores[np.arange(len(scores)), len(_DIRECT) + np.maximum(chosen, 0)], np.nan)
+    tuned = np.where(chosen >= 0, scores[np.arange(len(scores)), len(_DIRECT) + np.maximum(chosen, 0)], np.nan)
+    columns = dict(zip(_DIRECT, scores.T, strict=False))
+    columns |= {"iou_fixed": scores[:, _FIXED_COLUMN], "iou_otsu": scores[:, _OTSU_COLUMN], "iou_tuned": tuned}
     return np.stack([columns[name] for name in SCORES], axis=1)
 
 
 def _chance(scored: Mapping[str, _Scored], plan: _Plan, own: str) -> Floats:
-    """(row, score) chance levels: closed forms where they hold for any map, else the same score at a random place."""
+    """(row, score) chance levels: closed forms where they hold for any map, else the score at a random place."""
     best = _tuned(scored[own].scores, plan.halves)
     chance = _in_order(scored[MOVED].scores, plan.halves, best)
-    known: dict[str, Floats | float] = {"pointing": plan.area, "mass": plan.area, "lift": 1.0, "auc": 0.5, "nss": 0.0}
-    for name, level in known.items():
+    for name, level in {"pointing": plan.area, "mass": plan.area, "lift": 1.0, "auc": 0.5, "nss": 0.0}.items():
         chance[:, list(SCORES).index(name)] = level
     return chance
 
@@ -389,7 +384,7 @@ def _summary(
     seed: int,
     n_resamples: int,
 ) -> pd.DataFrame:
-    """One line per place and score; a cell is a column of the (row, cell) tables below."""
+    """One line per place and score; each is a column of the (row, cell) tables below."""
     best = [_tuned(scored.scores, plan.halves) for scored, _ in parts]
     values = np.stack([_in_order(scored.scores, plan.halves, b) for (scored, _), b in zip(parts, best, strict=True)])
     is_own = np.array([place["map"] == own for place in places])
@@ -424,29 +419,24 @@ def _summary(
 
 @lru_cache(maxsize=4)
 def resampling_weights(clusters: int, seed: int, n_resamples: int) -> Floats:
-    """How often each resample of `bootstrap_sums` takes each cluster: (resample, cluster).
+    """How often each resample of `diffprobe.stats.bootstrap_sums` takes each cluster: (resample, cluster).
 
     With them, the intervals of thousands of cells are one matrix product, and all cells share their resamples.
     """
-    drawn: list[Floats] = []
-
-    def keep(sums: Floats) -> Floats:
-        drawn.append(sums)
-        return sums[:, 0]
-
-    bootstrap_sums(np.eye(clusters), keep, n_resamples=n_resamples, seed=seed)
-    return np.concatenate(drawn) if drawn else np.zeros((0, clusters))
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(clusters, size=clusters) for _ in range(n_resamples if clusters > 1 else 0))
+    return np.array([np.bincount(rows, minlength=clusters) for rows in drawn], np.float64).reshape(-1, clusters)
 
 
 def _mean(table: Floats) -> Floats:
-    """Column means of what is known; NaN where nothing is."""
+    """Column means over finite values; NaN where there are none."""
     known = np.isfinite(table)
     count = known.sum(0)
     return np.where(count, np.where(known, table, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def _sums(table: Floats, images: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Sums and counts of what is known, (image, column)."""
+    """Sums and counts of finite values, (image, column)."""
     known = np.isfinite(table)
     sums = np.zeros((int(images.max()) + 1, table.shape[1]))
     counts = np.zeros_like(sums)
@@ -462,7 +452,7 @@ def _ratios(sums: Floats, counts: Floats, weights: Floats) -> Floats:
 
 
 def _quantiles(drawn: Floats) -> tuple[Floats, Floats]:
-    """The middle 95% of each column; NaN where nothing was drawn."""
+    """Ends of the middle 95% of each column; NaN where nothing was drawn."""
     if not len(drawn):
         return np.full(drawn.shape[1], np.nan), np.full(drawn.shape[1], np.nan)
     ends = np.full((2, drawn.shape[1]), np.nan)
@@ -483,7 +473,7 @@ def _mean_interval(table: Floats, images: NDArray[np.int64], weights: Floats) ->
 def _macro(
     table: Floats, images: NDArray[np.int64], classes: NDArray[np.int64], weights: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """Mean over classes of the classes' means, with its interval; a class that a resample lacks is left out of it."""
+    """Mean of the classes' means, with its interval; a resample's mean is over the classes that it has."""
     total, present = np.zeros(table.shape[1]), np.zeros(table.shape[1])
     drawn_total, drawn_present = np.zeros((2, len(weights), table.shape[1]))
     for code in range(int(classes.max()) + 1):
@@ -502,10 +492,9 @@ def _macro(
 
 
 def _p_above_zero(table: Floats, images: NDArray[np.int64]) -> Floats:
-    """One-sided p of each column's mean, rows of one image together.
+    """(column,) one-sided p of mean > 0, rows of one image as one cluster.
 
-    Where every image gives the same, Student's t has no spread to work with; then 2 to the minus number of images, the
-    exact sign test.
+    Where all images have the same value, Student's t is not defined; p is then that of the exact sign test, 0.5 ** images.
     """
     sums, counts = _sums(table, images)
     there, size = (counts > 0).sum(0), counts.sum(0)

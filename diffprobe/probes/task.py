@@ -8,7 +8,6 @@ split, so their scores are paired.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
+
+from diffprobe.data.samples import did_you_mean
 
 Task = Literal["classification", "regression"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -28,6 +29,7 @@ FOLDS = 5  # one to test, one to validate, three to train
 PARTS = {"test": 0, "validation": 1, "train": 2}  # the folds of a split by name
 MOST_CLASSES = 20  # whole numbers with more distinct values than this are measured, not classified
 SPACE = ("y", "x")
+INNER = ("sample", "channel", "patch", *SPACE)  # the dimensions of what one probe is fitted on
 
 
 # --- features -----------------------------------------------------------------------------------------
@@ -103,14 +105,14 @@ def pool_features(features: xr.DataArray, pool: Pool = "mean") -> xr.DataArray:
     return wide
 
 
-def outer_dimensions(features: xr.DataArray) -> list[Hashable]:
+def outer_dimensions(features: xr.DataArray, inner: Sequence[str] = INNER) -> list[Hashable]:
     """The dimensions of which every combination gets a probe of its own."""
-    return [d for d in features.dims if d not in ("sample", "channel", "patch", *SPACE)]
+    return [d for d in features.dims if d not in inner]
 
 
-def combinations(features: xr.DataArray) -> Iterator[tuple[dict[str, Any], xr.DataArray]]:
+def combinations(features: xr.DataArray, inner: Sequence[str] = INNER) -> Iterator[tuple[dict[str, Any], xr.DataArray]]:
     """Every block along the outer dimensions, with the scalar coordinates that say where it lies."""
-    outer = outer_dimensions(features)
+    outer = outer_dimensions(features, inner)
     fixed = {str(n): c.item() for n, c in features.coords.items() if c.ndim == 0}
     for index in np.ndindex(*(features.sizes[d] for d in outer)):
         block = features.isel(dict(zip(outer, index, strict=True)))
@@ -278,9 +280,8 @@ def sample_coordinate(
     """
     there = [str(n) for n, c in features.coords.items() if n != "sample" and c.dims in dimensions]
     if name not in there:
-        close = difflib.get_close_matches(name, there, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"Label {name!r} is not among the samples' labels ({', '.join(sorted(there)) or 'none'}){hint}")
+        listed = ", ".join(sorted(there)) or "none"
+        raise ValueError(f"Label {name!r} is not among the samples' labels ({listed}).{did_you_mean(name, there)}")
     return features.coords[name]
 
 
