@@ -82,7 +82,7 @@ _PATH = re.compile(r"(down|mid|up)_block[s.]*(\d*)\.?attentions\.(\d+)\.transfor
 
 
 class Scorer(Protocol):
-    """What scores one item: arrays (image, text) or (image, text, timestep, draw) by the score's name."""
+    """Scores one item: arrays (image, text) or (image, text, timestep, draw) by the score's name."""
 
     def __call__(self, item: Item) -> dict[str, Floats]: ...
 
@@ -93,7 +93,7 @@ class Scorer(Protocol):
 def map_lse(maps: Float[Tensor, "row head token y x"]) -> Float[Tensor, " row"]:
     """Log of the sum over tokens and places of exp(probability), mean over heads.
 
-    Summed in float64: of tens of thousands of terms near 1, what tells two texts apart is in the last digits.
+    Summed in float64: two texts differ in the last digits of a sum of tens of thousands of terms near 1.
     """
     return maps.float().exp().flatten(2).sum(-1, dtype=torch.float64).log().mean(1)
 
@@ -110,7 +110,7 @@ def score_lse(
 
 
 def discffusion_sites(sites: Sequence[Site]) -> list[str]:
-    """Names (without -Cross-Q, -Cross-K) of the cross-attentions that Discffusion's code reads.
+    """Names, without -Cross-Q or -Cross-K, of the cross-attentions that Discffusion's code reads.
 
     Raises:
         ValueError: the network has no down, mid and up part with cross-attention.
@@ -145,7 +145,7 @@ def discffusion_sites(sites: Sequence[Site]) -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides the scores in a file; see `alignment_score`."""
+    """All that determines the scores in a file; see `alignment_score`."""
 
     model: str
     weights: str
@@ -427,7 +427,7 @@ def alignment_score(
             if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
                 _save(table, Path(out))
                 saved = time.perf_counter()
-    finally:  # also what was complete when the user stopped the run
+    finally:  # also when the user stops the run
         if out is not None:
             _save(table, Path(out))
     return table
@@ -452,7 +452,7 @@ def _check_arguments(
 
 
 def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Dataset:
-    """The scores so far: an earlier run's file, or nothing but NaN."""
+    """The scores so far: those of an earlier run's file, else NaN."""
     if out is not None and out.exists():
         try:
             table = xr.load_dataset(out, engine="scipy")
@@ -493,12 +493,12 @@ def _save(table: xr.Dataset, out: Path) -> None:
 
 
 def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
-    """The items to do, with progress; the first one's time gives the forecast."""
+    """Yields the items to do, with progress; the time of the second one gives the forecast."""
     with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
         for number, index in enumerate(pending):
             started = time.perf_counter()
             yield index
             advance(1)
-            if number == min(1, len(pending) - 1):  # the first item also pays for what is done once
+            if number == min(1, len(pending) - 1):  # the first item also loads and compiles
                 minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
                 console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", soft_wrap=True)

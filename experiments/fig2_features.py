@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.plotting import plot_pca_grid, plot_site_curves
+from diffprobe.probes.measures import cosines
 from diffprobe.probes.pca import outlier_tokens, pca_rgb
-from diffprobe.probes.similarity import cosines, similarity, split_pairs
+from diffprobe.probes.similarity import similarity, split_pairs
 from diffprobe.probes.streaming import GramRidge
 from diffprobe.probes.task import FOLDS, split_folds
 from diffprobe.sites import LATENT

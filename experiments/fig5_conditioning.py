@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffprobe.plotting import heat_colours, plot_pca_grid, plot_site_curves
+from diffprobe.probes.measures import cka, jackknife_interval
 from diffprobe.probes.pca import pca_rgb
-from diffprobe.probes.similarity import cka, jackknife_interval, similarity
+from diffprobe.probes.similarity import similarity
 from diffprobe.probes.task import pool_features
 from experiments.framework import Claim, Experiment, Options, Result, reference, verdict, worst
 

@@ -9,11 +9,11 @@ from diffprobe.data.questions import questions
 from diffprobe.data.samples import IndexedDataset, Question, Sample
 from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, picture, random_scene, relation, render
 
-FINGERPRINTED = 256  # scenes that a fingerprint is made of: a quarter of a second
+FINGERPRINTED = 256  # scenes in a fingerprint: a quarter of a second
 
 
 def spread(count: int) -> list[int]:
-    """Which of `count` drawn items a fingerprint is made of: all of few, evenly spread ones where drawing all takes minutes.
+    """The indices of drawn items that a fingerprint covers: all of few, `FINGERPRINTED` evenly spread ones of many.
 
     >>> spread(3), len(spread(10**6)), spread(10**6)[-1]
     ([0, 1, 2], 256, 999999)
@@ -22,7 +22,7 @@ def spread(count: int) -> list[int]:
 
 
 def scene_labels(scene: Scene) -> dict[str, str | int | float]:
-    """What probes can be asked to read from a scene; object attributes are the first object's."""
+    """The labels of a scene for probes; object attributes are those of the first object."""
     first = scene.objects[0]
     labels: dict[str, str | int | float] = {
         "n_objects": len(scene.objects),
@@ -82,7 +82,7 @@ class ShapesDataset(IndexedDataset):
 
     def _questions(self, scene: Scene) -> tuple[Question, ...]:
         asked = questions(scene, self.seed)
-        # Where all scenes have as many objects, "how many" can be answered without looking.
+        # where all scenes have the same number of objects, "how many" can be answered without the image
         return asked if self.n_objects is None else tuple(q for q in asked if q.category != "count")
 
     def content(self) -> Iterator[bytes]:

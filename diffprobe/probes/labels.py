@@ -1,6 +1,6 @@
-"""Labels of patches: what the object that covers each place of a feature map is.
+"""Labels of patches: an attribute of the object that covers each place of a feature map.
 
-Masks come from the dataset that the store names, brought to the model's size by the same geometry as its images were.
+Masks come from the dataset that the store names, fitted to the model's size as the images were.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, data
     Args:
         features: (sample, ..., channel, y, x) of a site of the store.
         tree: The store.
-        label: ``mask:ATTRIBUTE``; ``mask:shape`` says of every patch which shape covers most of it, or background.
-        dataset: Instead of the one that the store names.
+        label: ``mask:ATTRIBUTE``; ``mask:shape`` is the shape that covers most of a patch, or background.
+        dataset: By default the one that the store names.
 
     Raises:
-        ValueError: the features have no places, the dataset is another than the recorded one, or it has no masks with
-            that attribute.
+        ValueError: the features have no y and x, the dataset is not the recorded one, or its objects lack masks or the
+            attribute.
     """
     if not {"y", "x"} <= set(features.dims):
         raise ValueError(f"Label {label!r} belongs to places, and these features have none: {features.dims}.")
@@ -49,12 +49,12 @@ def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, data
 def patch_labels(
     samples: Sequence[Sample], attribute: str, grid: tuple[int, int], size: tuple[int, int], fit: str = "crop"
 ) -> NDArray[np.object_]:
-    """For each patch the attribute of the objects that cover the largest part of it, or background: (sample, y, x).
+    """The attribute value that covers the largest part of each patch, or background: (sample, y, x).
 
     Args:
-        attribute: Of the samples' objects, such as "shape"; objects with one value count together.
+        attribute: An attribute of the samples' objects, such as "shape"; objects with the same value count together.
         grid: (y, x) patches.
-        size: (height, width) in pixels that the images were brought to, `fit` how.
+        size: (height, width) of the fitted images in pixels; `fit` is as in `fit_image`.
     """
     labels = np.full((len(samples), *grid), BACKGROUND, object)
     for index, sample in enumerate(samples):
@@ -66,13 +66,12 @@ def patch_labels(
         known = dict.fromkeys(str(key) for one in sample.objects for key in one)
         if attribute not in known:
             raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{did_you_mean(attribute, known)}")
-        values = [
-            "" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects
-        ]  # "": a probe drops the patch
+        # an object without the attribute gets "", for which a probe drops the patch
+        values = ["" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects]
         names = sorted(set(values))
         together = np.stack([np.any([m for m, v in zip(masks, values, strict=True) if v == n], axis=0) for n in names])
         cover = np.stack([_shares(mask, grid) for mask in together])
-        # A patch is background unless one class covers more of it than nothing does.
+        # a patch is background unless one class covers more of it than is left uncovered
         empty = 1 - _shares(np.any(masks, axis=0), grid)
         labels[index] = np.array([BACKGROUND, *names], object)[np.argmax(np.concatenate([empty[None], cover]), axis=0)]
     return labels
