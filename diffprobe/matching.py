@@ -72,9 +72,9 @@ from diffprobe.probes.alignment import (
     fit_text_map,
 )
 from diffprobe.recorder import Recorder
+from diffprobe.rundir import check_request, whole_file
 from diffprobe.sites import Site, select_sites
 from diffprobe.stats import Floats
-from diffprobe.store import request_differences, whole_file
 
 TIMESTEPS = (189, 389, 589, 789, 989)  # the ensemble of arXiv 2507.07106, with 3 draws
 _SAVE_SECONDS = 20.0
@@ -462,8 +462,7 @@ def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Datas
             raise ValueError(
                 f"{out} exists and holds no alignment scores ({error}); give another file, or remove it."
             ) from error
-        if differences := request_differences(known, asdict(request)):
-            raise ValueError(f"{out} holds another request; give another file, or match it. {'; '.join(differences)}.")
+        check_request(out, known, asdict(request), "holds another request; give another file, or match it.")
         return table
     images, texts = len(benchmark.items[0].images), len(benchmark.items[0].captions)
     pairs = (len(benchmark), images, texts)

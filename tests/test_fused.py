@@ -30,7 +30,7 @@ from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, Samples, StageConfig,
 from diffprobe.mllm.streams import FeatureCache, InputEye, Picture, Streams, TruthEye
 from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
 from diffprobe.models import load_model
-from diffprobe.store import sole_writer
+from diffprobe.rundir import sole_writer
 
 Make = Callable[..., LanguageModel]
 QUESTIONS = ["is it bright?", "what is the shade of this even picture?", "?"]
@@ -556,7 +556,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(
 ) -> None:
     told: list[str] = []
     stages = StageConfig(steps=1, batch=8), StageConfig(steps=1, batch=8, tune="full")
-    monkeypatch.setattr("diffprobe.mllm.stages._free_bytes", lambda folder: 100_000)
+    monkeypatch.setattr("diffprobe.mllm.stages.free_bytes", lambda folder: 100_000)
     with pytest.raises(ValueError, match=r"needs 1.03 MB more and 100 kB are free.*--force goes on"):
         train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, tell=told.append)
     assert "a checkpoint of" in told[1] and told[2].startswith("disk: ") and not list(tmp_path.iterdir())

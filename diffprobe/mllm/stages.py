@@ -28,14 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from diffprobe.console import size_text
 from diffprobe.data.blank import GREY
 from diffprobe.data.conversations import Conversations
-from diffprobe.extraction import _free_bytes, _size
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM, Tuned
 from diffprobe.mllm.streams import FeatureCache, Picture, Streams, image_id
 from diffprobe.mllm.train import FORMATS, LanguageModel, Schedule, answer_losses, check_schedule, fit, lay_out, settle, sharded
-from diffprobe.store import sole_writer
+from diffprobe.rundir import free_bytes, sole_writer
 
 Precision = Literal["auto", "no", "bf16"]
 MOMENT_PICTURES = 512  # that a fusion's moments are taken from
@@ -495,8 +495,8 @@ class StageForecast:
         return (
             f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
             f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}; on disk "
-            + (f"features {_size(self.cache)}, " if self.cache else "")
-            + f"a checkpoint of {_size(self.checkpoint)} every {self.every} steps, the model {_size(self.model)}"
+            + (f"features {size_text(self.cache)}, " if self.cache else "")
+            + f"a checkpoint of {size_text(self.checkpoint)} every {self.every} steps, the model {size_text(self.model)}"
         )
 
 
@@ -571,11 +571,11 @@ def _check_room(
     needed = sum(f.cache + f.model for f in forecasts) + 2 * max(f.checkpoint for f in forecasts)
     folders = {folder.resolve(), *([] if cache is None else [cache.folder.resolve()])}
     there = sum(path.stat().st_size for path in {p for f in folders for p in f.rglob("*")} if path.is_file())
-    free = _free_bytes(folder) or 0
-    tell(f"disk: {_size(needed)} at most, {_size(there)} of it there, {_size(free)} free")
+    free = free_bytes(folder) or 0
+    tell(f"disk: {size_text(needed)} at most, {size_text(there)} of it there, {size_text(free)} free")
     if not waived and needed - there >= 0.95 * free and not (folder / CONFIG).exists():
         raise ValueError(
-            f"The training needs {_size(needed - there)} more and {_size(free)} are free. Keep no features (--no-cache), train "
+            f"The training needs {size_text(needed - there)} more and {size_text(free)} are free. Keep no features (--no-cache), train "
             "an adapter (--tune lora) or choose another disk; --force goes on regardless."
         )
 

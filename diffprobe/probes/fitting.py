@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -39,7 +38,7 @@ from diffprobe.probes.task import (
     outer_dimensions,
     pool_features,
 )
-from diffprobe.store import whole_file
+from diffprobe.rundir import package_versions, whole_file
 
 # --- the result ---------------------------------------------------------------------------------------
 
@@ -285,7 +284,7 @@ def save_table(
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     kept = {name: request.get(name) for name in ("model", "revision", "weights", "dataset", "fingerprint")}
     kept["random_weights"] = attributes.get("random_weights")
-    versions = {name: importlib.metadata.version(name) for name in ("diffprobe", "numpy", "scikit-learn", "scipy", "xarray")}
+    versions = package_versions(("diffprobe", "numpy", "scikit-learn", "scipy", "xarray"))
     origin = {"store": Path(str(store)).name, "request": digest, **kept, "options": dict(options), "versions": versions}
     sidecar = re.sub(r"(\.[^./]*)?$", ".json", str(path), count=1)
     with whole_file(sidecar) as beside, whole_file(path) as table:  # both files are complete before either gets its name
