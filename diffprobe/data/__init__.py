@@ -11,7 +11,8 @@ keypoints.py  points that show the same thing in two images of a twin; spair.py 
 several.py    questions about several drawn images at once, in the manner of BLINK
 folder.py     a folder of photographs, with or without captions
 blank.py      any dataset with grey images
-annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC; segmentations.py decodes COCO's masks
+annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
+segmentations.py  COCO's polygons and run lengths as masks; categories.py names of categories in captions
 benchmarks.py published benchmarks of images and texts, from the hub or a folder
 question_benchmarks.py  those that ask questions, published and drawn
 """

@@ -11,7 +11,6 @@ Sources: Lin et al. 2014 (COCO), Yu et al. 2016 (RefCOCO), Everingham et al. 201
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffprobe.data.categories import by_category, category_spans, listing
 from diffprobe.data.files import content_digests, file_inside, inside, listed, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import MAX_PIXELS, ImageError, read_image, refusal
-from diffprobe.data.questions import article
 from diffprobe.data.samples import Caption, IndexedDataset, Sample, Span, join_spec
 from diffprobe.data.segmentations import Bools, checked_runs, decode_masks
 
 PICKLES = (".p", ".pkl", ".pickle")
-IRREGULAR = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -239,7 +237,7 @@ def coco_dataset(
     records = []
     for number, (name, size) in places.items():
         categories = tuple(category for category, _ in instances[number])
-        objects = _by_category(categories)
+        objects = by_category(categories)
         written = tuple(Caption(text, category_spans(text, objects), "coco") for text in (texts or {}).get(number, []))
         segmentations = tuple(segmentation for _, segmentation in instances[number])
         labels: dict[str, str | int] = {"n_objects": len(categories)}
@@ -269,67 +267,6 @@ def _spec(kind: str, path: Path, options: Mapping[str, str | Path | int | None])
         if value
     }
     return join_spec(kind, path.resolve(), given)
-
-
-def _by_category(categories: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, list[int]] = {}
-    for index, name in enumerate(categories):
-        found.setdefault(name, []).append(index)
-    return {name: tuple(indices) for name, indices in found.items()}
-
-
-def plural_forms(name: str) -> tuple[str, ...]:
-    """A category's name and its plurals, as captions write them.
-
-    >>> plural_forms("bus"), plural_forms("wine glass"), plural_forms("person")
-    (('bus', 'buses'), ('wine glass', 'wine glasses'), ('person', 'people', 'persons'))
-    """
-    head, _, last = name.rpartition(" ")
-    front, small = f"{head} " if head else "", last.lower()
-    if small.endswith(("s", "x", "ch", "sh")):
-        regular = f"{last}es"
-    elif small.endswith("y") and small[-2:-1] not in "aeiou":
-        regular = f"{last[:-1]}ies"
-    else:
-        regular = f"{last}s"
-    irregular = IRREGULAR.get(small)
-    plurals = (regular,) if irregular is None else (irregular, regular) if small == "person" else (irregular,)
-    return tuple(dict.fromkeys([name, *(front + plural for plural in plurals)]))
-
-
-def category_spans(text: str, objects: Mapping[str, tuple[int, ...]]) -> tuple[Span, ...]:
-    """Where a text names categories: whole words, singular or plural, in any case; "hot dog" is no dog.
-
-    >>> category_spans("Dogs eat a hot dog", {"dog": (0, 1), "hot dog": (2,)})
-    (Span(start=0, end=4, objects=(0, 1), role='noun'), Span(start=11, end=18, objects=(2,), role='noun'))
-    """
-    words = sorted(((form, name) for name in objects if name.strip() for form in plural_forms(name)), key=lambda w: -len(w[0]))
-    if not words:
-        return ()
-    # one group per form, the longest first, tells which form matched without comparing case
-    pattern = rf"(?<!\w)(?:{'|'.join(f'({re.escape(form)})' for form, _ in words)})(?!\w)"
-    return tuple(
-        Span(*match.span(), objects[words[(match.lastindex or 1) - 1][1]], "noun")
-        for match in re.finditer(pattern, text, re.IGNORECASE)
-    )
-
-
-def listing(objects: Mapping[str, tuple[int, ...]], words: Mapping[str, str] | None = None) -> Caption:
-    """A caption that lists what is in an image, for images without one.
-
-    >>> listing({"dog": (0, 2), "apple": (1,)}).text
-    'a photo of dogs and an apple'
-    """
-    text, spans = "a photo", []
-    for position, (name, indices) in enumerate(objects.items()):
-        word = (words or {}).get(name, name)
-        several = len(indices) > 1
-        phrase = plural_forms(word)[-1 if word.lower() != "person" else 1] if several else article(word)
-        text += " of " if position == 0 else " and " if position == len(objects) - 1 else ", "
-        text += phrase
-        start = len(text) - len(phrase) if several else len(text) - len(word)
-        spans.append(Span(start, len(text), indices, "noun"))
-    return Caption(text, tuple(spans), "listing")
 
 
 # --- RefCOCO ------------------------------------------------------------------------------------------
@@ -504,7 +441,7 @@ class VocDataset(IndexedDataset):
             id=name,
             load=partial(_load, image, size),
             masks=partial(_voc_masks, instances),
-            captions=(listing(_by_category(categories), VOC_WORDS),),
+            captions=(listing(by_category(categories), VOC_WORDS),),
             labels={"n_objects": len(categories)},
             objects=tuple({"category": c} for c in categories),
         )

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +291,3 @@ def save_table(
         table.write_text(frame.to_csv(index=False), encoding="utf-8", newline="")
         beside.write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
-
-
-def rename_column(result: ProbeResult, old: str, new: str) -> ProbeResult:
-    """The result with a column of its table renamed."""
-    return replace(result, table=result.table.rename(columns={old: new}))

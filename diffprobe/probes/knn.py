@@ -7,6 +7,7 @@ those of the linear probes, so the two tables compare.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import xarray as xr
@@ -15,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from diffprobe.probes.fitting import ProbeResult, rename_column, run_probes
+from diffprobe.probes.fitting import ProbeResult, run_probes
 from diffprobe.probes.task import Ids, Pool, Problem, Settings, Task, as_features, pool_features
 
 Metric = Literal["cosine", "euclidean", "manhattan"]
@@ -82,4 +83,4 @@ def knn_probe(
     result = run_probes(
         pool_features(given, pool), problem, settings, model, pool=pool, n_jobs=n_jobs, keep_estimators=keep_estimators
     )
-    return rename_column(result, "n_neighbors", "k")
+    return replace(result, table=result.table.rename(columns={"n_neighbors": "k"}))
