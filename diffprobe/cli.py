@@ -689,7 +689,7 @@ def probe_similarity(
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
     from diffprobe.probes.similarity import store_similarity
-    from diffprobe.probes.task import save_table
+    from diffprobe.probes.fitting import save_table
     from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
@@ -731,7 +731,7 @@ def probe_correspondence(
     from diffprobe.data.keypoints import twin_keypoints
     from diffprobe.data.spair import read_spair
     from diffprobe.probes.correspondence import correspondence
-    from diffprobe.probes.task import save_table
+    from diffprobe.probes.fitting import save_table
     from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
@@ -794,7 +794,7 @@ def probe_localization(
 ) -> None:
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
     from diffprobe.probes.grounding import attention_localization, difference_localization
-    from diffprobe.probes.task import save_table
+    from diffprobe.probes.fitting import save_table
     from diffprobe.store import open_store, provenance
 
     tree = open_store(store)

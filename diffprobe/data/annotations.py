@@ -336,7 +336,7 @@ def _instances(file: _Checked) -> Callable[[Mapping[str, Any], _Checked], _Found
             )
             return None
         found = annotations[annotation]
-        return found, images[image], categories.get(found.get("category_id"), "")
+        return found, images[image], categories.get(found.get("category_id", -1), "")
 
     return find
 

@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from diffprobe.data.keypoints import KeypointPair
+from diffprobe.probes.localization import bilinear_weights
 from diffprobe.probes.measures import ROUNDING, standardised
 from diffprobe.probes.task import SPACE, Floats, combinations, finite, need_dimensions
 from diffprobe.stats import bootstrap_interval, wilson_interval
@@ -108,12 +109,12 @@ def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Flo
     array([[0.75, 0.25]])
     """
     points = np.asarray(points, np.float64)
-    across, down = _weights(points[:, 0], source.shape[2]), _weights(points[:, 1], source.shape[1])
+    across, down = (bilinear_weights(points[:, k] * source.shape[2 - k], source.shape[2 - k]) for k in (0, 1))
     asked = np.einsum("cyx,py,px->pc", source, down, across, optimize=True)
     length = np.linalg.norm(asked, axis=1, keepdims=True)
     asked /= np.where(length > 0, length, 1)
     centres = (np.arange(grid) + 0.5) / grid
-    across, down = _weights(centres, target.shape[2]), _weights(centres, target.shape[1])
+    across, down = (bilinear_weights(centres * target.shape[2 - k], target.shape[2 - k]) for k in (0, 1))
     wide = target @ across.T  # (channel, y, grid)
     best, worst, where = np.full(len(asked), -np.inf), np.full(len(asked), np.inf), np.zeros(len(asked), np.int64)
     for start in range(0, grid, STRIP):
@@ -128,12 +129,6 @@ def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Flo
         best[better], where[better] = value[better], place[better] + start * grid
     found = np.stack([centres[where % grid], centres[where // grid]], axis=1)
     return np.where((best - worst > ROUNDING)[:, None], found, np.nan)
-
-
-def _weights(places: Floats, cells: int) -> Floats:
-    """Bilinear weights (place, cell) of positions given as fractions of the side; level beyond the outer centres."""
-    at = np.clip(places * cells - 0.5, 0, cells - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0)
 
 
 def _distances(pair: KeypointPair, points: Floats) -> Floats:

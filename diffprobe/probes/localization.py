@@ -13,15 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student
 
+from diffprobe.probes.cells import column_means, macro_mean, mean_interval, p_above_zero, resampling_weights
 from diffprobe.probes.task import combinations, need_dimensions
 from diffprobe.stats import holm, wilson_interval
 
@@ -98,7 +97,11 @@ def localization_score(
     [1.0, 0.25]
     """
     truth = np.asarray(masks, bool)
-    _check_shapes(maps, truth)
+    need_dimensions(maps, "row", "y", "x")
+    if truth.ndim != 3 or len(truth) > maps.sizes["row"]:
+        raise ValueError(f"Masks need the shape (row, y, x) and a map each; got {truth.shape} for {maps.sizes['row']} maps.")
+    if not len(truth):
+        raise ValueError("There are no masks; nothing can be scored.")
     images = _codes(groups, len(truth), "groups")
     kinds = _codes(classes, len(truth), "classes") if classes is not None else np.zeros(len(truth), np.int64)
     plan = _Plan.of(truth, maps.sizes["row"], {own: np.arange(len(truth)), **(controls or {})}, images, seed)
@@ -129,19 +132,25 @@ def enlarge(maps: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
     small = np.asarray(maps, np.float32)
     if small.shape[-2:] == tuple(size):
         return small
-    down, across = (_bilinear(n, m) for n, m in zip(small.shape[-2:], size, strict=True))
+    down, across = (
+        bilinear_weights((np.arange(m) + 0.5) * n / m, n).astype(np.float32)
+        for n, m in zip(small.shape[-2:], size, strict=True)
+    )
     return np.asarray(down @ (small @ across.T), np.float32)
 
 
-def _bilinear(source: int, target: int) -> NDArray[np.float32]:
-    """(target, source) weights of linear interpolation between pixel centres."""
-    places = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    lower = np.minimum(places.astype(int), max(0, source - 2))
-    weights = np.zeros((target, source), np.float32)
-    rows = np.arange(target)
-    weights[rows, lower] = 1 - (places - lower)
-    weights[rows, np.minimum(lower + 1, source - 1)] += places - lower
-    return weights
+def bilinear_weights(places: Floats, cells: int) -> Floats:
+    """Weights (place, cell) of linear interpolation between cell centres, constant beyond the outer ones.
+
+    Args:
+        places: (place,) in cells from the edge: the centre of the first cell is at 0.5.
+        cells: Cells along the side.
+
+    >>> bilinear_weights(np.array([0.25, 1.0, 1.5]), 2).tolist()
+    [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    """
+    at = np.clip(places - 0.5, 0, cells - 1)
+    return np.asarray(np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0))
 
 
 def _gaussian(size: tuple[int, ...]) -> NDArray[np.float32]:
@@ -199,11 +208,10 @@ def _other_masks(images: NDArray[np.int64], usable: Bools) -> NDArray[np.int64]:
     n = len(images)
     found = np.full(n, -1)
     for row in range(n):
-        for shift in range(n):
-            other = (row + n // 2 + shift) % n
-            if usable[other] and images[other] != images[row]:
-                found[row] = other
-                break
+        order = (row + n // 2 + np.arange(n)) % n
+        fits = usable[order] & (images[order] != images[row])
+        if fits.any():
+            found[row] = order[fits.argmax()]
     return found
 
 
@@ -220,14 +228,6 @@ def _codes(ids: ArrayLike | None, n: int, name: str) -> NDArray[np.int64]:
     if values.shape != (n,):
         raise ValueError(f"`{name}` needs one id per mask, shape ({n},); got shape {values.shape}.")
     return np.asarray(pd.factorize(values, use_na_sentinel=False)[0], np.int64)
-
-
-def _check_shapes(maps: xr.DataArray, masks: Bools) -> None:
-    need_dimensions(maps, "row", "y", "x")
-    if masks.ndim != 3 or len(masks) > maps.sizes["row"]:
-        raise ValueError(f"Masks need the shape (row, y, x) and a map each; got {masks.shape} for {maps.sizes['row']} maps.")
-    if not len(masks):
-        raise ValueError("There are no masks; nothing can be scored.")
 
 
 # --- one map ------------------------------------------------------------------------------------------
@@ -358,7 +358,8 @@ def _chance(scored: Mapping[str, _Scored], plan: _Plan, own: str) -> Floats:
     """(row, score) chance levels: closed forms where they hold for any map, else the score at a random place."""
     best = _tuned(scored[own].scores, plan.halves)
     chance = _in_order(scored[MOVED].scores, plan.halves, best)
-    for name, level in {"pointing": plan.area, "mass": plan.area, "lift": 1.0, "auc": 0.5, "nss": 0.0}.items():
+    known: dict[str, Any] = {"pointing": plan.area, "mass": plan.area, "lift": 1.0, "auc": 0.5, "nss": 0.0}
+    for name, level in known.items():
         chance[:, list(SCORES).index(name)] = level
     return chance
 
@@ -393,9 +394,9 @@ def _summary(
     table, chance, reference = wide(values), wide(np.stack([c for _, c in parts])), wide(values[home])
     lead = np.where(np.repeat(is_own, len(SCORES)), table - chance, reference - table)
     weights = resampling_weights(int(images.max()) + 1, seed, n_resamples)
-    low, high = _mean_interval(table, images, weights)
-    lead_low, lead_high = _mean_interval(lead, images, weights)
-    macro, macro_low, macro_high = _macro(table, images, classes, weights)
+    low, high = mean_interval(table, images, weights)
+    lead_low, lead_high = mean_interval(lead, images, weights)
+    macro, macro_low, macro_high = macro_mean(table, images, classes, weights)
     known = np.isfinite(table)
     rows = pd.DataFrame([{**place, "score": score} for place in places for score in SCORES])
     for cell in np.flatnonzero(rows["score"] == "pointing"):
@@ -406,102 +407,12 @@ def _summary(
     used = np.full((len(places), len(SCORES)), np.nan)
     names = list(SCORES)
     used[:, names.index("iou_fixed")] = FIXED_THRESHOLD
-    used[:, names.index("iou_otsu")] = [_mean(scored.otsu[:, None])[0] for scored, _ in parts]
-    used[:, names.index("iou_tuned")] = [_mean(np.where(b >= 0, THRESHOLDS[b], np.nan)[:, None])[0] for b in best]
+    used[:, names.index("iou_otsu")] = [column_means(scored.otsu[:, None])[0] for scored, _ in parts]
+    used[:, names.index("iou_tuned")] = [column_means(np.where(b >= 0, THRESHOLDS[b], np.nan)[:, None])[0] for b in best]
     return rows.assign(
-        value=_mean(table), low=low, high=high, macro=macro, macro_low=macro_low, macro_high=macro_high,
-        chance=_mean(np.where(known, chance, np.nan)), lead=_mean(lead), lead_low=lead_low, lead_high=lead_high,
-        p=_p_above_zero(lead, images), threshold=used.ravel(), n=known.sum(0),
+        value=column_means(table), low=low, high=high, macro=macro, macro_low=macro_low, macro_high=macro_high,
+        chance=column_means(np.where(known, chance, np.nan)), lead=column_means(lead), lead_low=lead_low, lead_high=lead_high,
+        p=p_above_zero(lead, images), threshold=used.ravel(), n=known.sum(0),
         n_images=[len(np.unique(images[k])) for k in known.T], n_classes=[len(np.unique(classes[k])) for k in known.T],
         n_left_out=(~known).sum(0), left_out=np.repeat([_counted(scored.reasons) for scored, _ in parts], len(SCORES)),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=4)
-def resampling_weights(clusters: int, seed: int, n_resamples: int) -> Floats:
-    """How often each resample of `diffprobe.stats.bootstrap_sums` takes each cluster: (resample, cluster).
-
-    With them, the intervals of thousands of cells are one matrix product, and all cells share their resamples.
-    """
-    rng = np.random.default_rng(seed)
-    drawn = (rng.integers(clusters, size=clusters) for _ in range(n_resamples if clusters > 1 else 0))
-    return np.array([np.bincount(rows, minlength=clusters) for rows in drawn], np.float64).reshape(-1, clusters)
-
-
-def _mean(table: Floats) -> Floats:
-    """Column means over finite values; NaN where there are none."""
-    known = np.isfinite(table)
-    count = known.sum(0)
-    return np.where(count, np.where(known, table, 0).sum(0) / np.maximum(count, 1), np.nan)
-
-
-def _sums(table: Floats, images: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Sums and counts of finite values, (image, column)."""
-    known = np.isfinite(table)
-    sums = np.zeros((int(images.max()) + 1, table.shape[1]))
-    counts = np.zeros_like(sums)
-    np.add.at(sums, images, np.where(known, table, 0))
-    np.add.at(counts, images, known)
-    return sums, counts
-
-
-def _ratios(sums: Floats, counts: Floats, weights: Floats) -> Floats:
-    """(resample, column) means; NaN where a resample has no row."""
-    drawn, size = weights @ sums, weights @ counts
-    return np.where(size > 0, drawn / np.maximum(size, 1), np.nan)
-
-
-def _quantiles(drawn: Floats) -> tuple[Floats, Floats]:
-    """Ends of the middle 95% of each column; NaN where nothing was drawn."""
-    if not len(drawn):
-        return np.full(drawn.shape[1], np.nan), np.full(drawn.shape[1], np.nan)
-    ends = np.full((2, drawn.shape[1]), np.nan)
-    whole = np.isfinite(drawn).all(0)
-    ends[:, whole] = np.quantile(drawn[:, whole], [0.025, 0.975], axis=0)
-    for column in np.flatnonzero(~whole & np.isfinite(drawn).any(0)):
-        ends[:, column] = np.nanquantile(drawn[:, column], [0.025, 0.975])
-    return ends[0], ends[1]
-
-
-def _mean_interval(table: Floats, images: NDArray[np.int64], weights: Floats) -> tuple[Floats, Floats]:
-    sums, counts = _sums(table, images)
-    low, high = _quantiles(_ratios(sums, counts, weights))
-    lonely = (counts > 0).sum(0) < 2  # one image has no interval
-    return np.where(lonely, np.nan, low), np.where(lonely, np.nan, high)
-
-
-def _macro(
-    table: Floats, images: NDArray[np.int64], classes: NDArray[np.int64], weights: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """Mean of the classes' means, with its interval; a resample's mean is over the classes that it has."""
-    total, present = np.zeros(table.shape[1]), np.zeros(table.shape[1])
-    drawn_total, drawn_present = np.zeros((2, len(weights), table.shape[1]))
-    for code in range(int(classes.max()) + 1):
-        rows = classes == code
-        here, index = np.unique(images[rows], return_inverse=True)
-        mean = _mean(table[rows])
-        total += np.nan_to_num(mean)
-        present += np.isfinite(mean)
-        drawn = _ratios(*_sums(table[rows], index), weights[:, here])
-        drawn_total += np.nan_to_num(drawn)
-        drawn_present += np.isfinite(drawn)
-    share = lambda top, below: np.where(below > 0, top / np.maximum(below, 1), np.nan)  # noqa: E731
-    low, high = _quantiles(share(drawn_total, drawn_present))
-    lonely = (_sums(table, images)[1] > 0).sum(0) < 2
-    return share(total, present), np.where(lonely, np.nan, low), np.where(lonely, np.nan, high)
-
-
-def _p_above_zero(table: Floats, images: NDArray[np.int64]) -> Floats:
-    """(column,) one-sided p of mean > 0, rows of one image as one cluster.
-
-    Where all images have the same value, Student's t is not defined; p is then that of the exact sign test, 0.5 ** images.
-    """
-    sums, counts = _sums(table, images)
-    there, size = (counts > 0).sum(0), counts.sum(0)
-    mean = sums.sum(0) / np.maximum(size, 1)
-    spread = np.sqrt((there / np.maximum(there - 1, 1)) * ((sums - mean * counts) ** 2).sum(0)) / np.maximum(size, 1)
-    flat = spread <= 1e-12 * np.abs(mean)
-    p = np.where(
-        flat, np.where(mean > 0, 0.5**there, 1.0), student.sf(mean / np.where(flat, 1, spread), np.maximum(there - 1, 1))
-    )
-    return np.where(there < 2, np.nan, p)
