@@ -344,10 +344,10 @@ fit_probe(features, np.arange(40) % 2, estimator=Slow(), n_jobs=2)
         return found
 
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
-        assert within(30, lambda: len(alive()) == 2)
+        assert within(120, lambda: len(alive()) == 2)
         parent.kill()
         parent.wait(10)
-        assert within(10, lambda: not alive()), alive()
+        assert within(30, lambda: not alive()), alive()
 
 
 def within(seconds, condition):
