@@ -20,19 +20,23 @@ BACKGROUND = "background"
 PREFIX = "mask:"
 
 
-def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, dataset: Dataset | None = None) -> xr.DataArray:
-    """The features with the coordinate `label` (sample, y, x), for probes with ``pool="patches"``.
+def with_mask_labels(
+    features: xr.DataArray, tree: xr.DataTree, attribute: str, dataset: Dataset | None = None
+) -> xr.DataArray:
+    """The features with the coordinate ``mask:ATTRIBUTE`` (sample, y, x), for probes with ``pool="patches"``.
 
     Args:
         features: (sample, ..., channel, y, x) of a site of the store.
         tree: The store.
-        label: ``mask:ATTRIBUTE``; ``mask:shape`` is the shape that covers most of a patch, or background.
+        attribute: An attribute of the objects, with or without ``mask:`` in front; "shape" labels each patch with the
+            shape that covers most of it, or background.
         dataset: By default the one that the store names.
 
     Raises:
         ValueError: the features have no y and x, the dataset is not the recorded one, or its objects lack masks or the
             attribute.
     """
+    label = PREFIX + attribute.removeprefix(PREFIX)
     if not {"y", "x"} <= set(features.dims):
         raise ValueError(f"Label {label!r} belongs to places, and these features have none: {features.dims}.")
     request = provenance(tree)["request"]
