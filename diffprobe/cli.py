@@ -688,8 +688,8 @@ def probe_similarity(
     seed: Annotated[int, typer.Option(help="Of minibatches and bootstrap.")] = 0,
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
-    from diffprobe.probes.similarity import store_similarity
     from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.similarity import store_similarity
     from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
@@ -793,8 +793,8 @@ def probe_localization(
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
 ) -> None:
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
-    from diffprobe.probes.grounding import attention_localization, difference_localization
     from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.grounding import attention_localization, difference_localization
     from diffprobe.store import open_store, provenance
 
     tree = open_store(store)

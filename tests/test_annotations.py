@@ -288,7 +288,7 @@ def test_links_out_of_the_folder_are_refused(coco: Path) -> None:
         (lambda d: d.pop("categories"), "has no list 'categories'; it has info, licenses"),
         (lambda d: d["annotations"][0].update(category_id=99), "image 139 and category 99; one of them is not listed"),
         (lambda d: d["annotations"][0].update(image_id="139"), "image_id is '139' where int was expected"),
-        (lambda d: d["images"][0].update(id=139), "an image id stands twice"),
+        (lambda d: d["images"][0].update(id=139), "an image id occurs twice"),
         (lambda d: d["images"][0].update(file_name="gone.jpg"), "1 of the 2 annotated images are not in .*'gone.jpg'.*limit=N"),
         (lambda d: d.update(images=[], annotations=[]), "holds no samples"),
     ],

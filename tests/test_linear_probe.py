@@ -701,6 +701,8 @@ def test_the_result_predicts_and_points():
     np.testing.assert_allclose(fit_probe(features, "area", penalties=[1.0], n_jobs=1).predict(features), plain, atol=1e-3)
     streamed = stream_probe(features, "colour", penalties=[1.0]).predict(features)
     assert (streamed.sel(timestep=10) == features.colour).mean() > 0.95
+    alone = fit_probe(features.expand_dims(conditioning=["null"]), "colour", n_jobs=1)
+    np.testing.assert_array_equal(alone.direction("red", timestep=10), probes.direction("red", timestep=10))
     with pytest.raises(ValueError, match="'pink' is not one of 'blue', 'green', 'red'"):
         one.direction("pink")
     with pytest.raises(ValueError, match="2 probes were fitted at the place that is not named; there are: timestep=10"):

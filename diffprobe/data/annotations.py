@@ -1,6 +1,6 @@
 """Photographs with annotated objects: COCO instances, RefCOCO expressions, Pascal VOC segmentation.
 
-All yield `Sample` with masks, and captions whose spans name the objects that a word speaks of.  The layouts are those of
+All yield `Sample` with masks, and captions whose spans tell which objects a word names.  The layouts are those of
 the published files; nothing is downloaded.  The invariants: masks and images are those of the stored pixels, whatever its
 EXIF note says about turning a photograph; an annotation file can name only images of the folder that is given; reading one
 never runs code (RefCOCO's pickles are refused); a file is checked as a whole before anything is used.
@@ -201,8 +201,8 @@ def coco_dataset(
 ) -> AnnotatedDataset:
     """COCO's ``instances_*.json`` with, if there is one, ``captions_*.json``; images in the order of their ids.
 
-    Categories that a caption names, as whole words in singular or plural, become noun spans that speak of all the
-    image's instances of the category.  Without a captions file each image gets the caption "a photo of a dog and a cat".
+    Categories that a caption names, as whole words in singular or plural, become noun spans of all the image's
+    instances of the category.  Without a captions file each image gets the caption "a photo of a dog and a cat".
 
     Args:
         annotations: The file of instances.
@@ -219,7 +219,7 @@ def coco_dataset(
     every = file.entries(data, "images")
     known = file.by_id(every)
     if len(known) < len(every) and not file.faults:
-        file.faults.append(f"'{file.path}': an image id stands twice among its images; each must be unique")
+        file.faults.append(f"'{file.path}': an image id occurs twice among its images; each must be unique")
     chosen = dict(sorted(known.items())[:limit])
     instances: dict[int, list[tuple[str, Any]]] = {number: [] for number in chosen}
     for entry in file.entries(data, "annotations"):

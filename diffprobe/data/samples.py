@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Caption:
-    """One description of an image: its text, its style, and which words speak of which objects."""
+    """One description of an image: its text, its style, and which words name which objects."""
 
     text: str
     spans: tuple[Span, ...] = ()

@@ -43,7 +43,7 @@ def diffusion_scores(raw: Mapping[str, Floats], names: Sequence[str], candidates
     Args:
         raw: (image, text, ...) of "error" (mean squared), "map_lse" and "score_lse", as far as `names` need them; the
             null text follows the candidates.
-        names: From `DIFFUSION_SCORES`; others are passed over.
+        names: Names of scores; those that are not in `DIFFUSION_SCORES` are ignored.
         candidates: Texts without the null text.
         numbers: Numbers in one latent: an error's norm is the root of `numbers` times its mean square.
 
@@ -101,7 +101,7 @@ class Metric:
     chance: float
 
 
-# The first metric of a protocol is the one that its benchmark is known by.
+# The first metric of a protocol is the one that its benchmark reports.
 PROTOCOLS: dict[str, dict[str, Metric]] = {
     "mmvp-vlm": {"pair": Metric(images_right, 1 / 4)},
     "winoground": {
@@ -135,7 +135,7 @@ def _over_draws(scores: xr.DataArray) -> NDArray[np.float64]:
 
 
 def alignment_table(scores: xr.Dataset, protocol: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """How often each score chooses right: one row per score, metric and pattern.
+    """The share of items that each score gets right: one row per score, metric and pattern.
 
     Args:
         scores: Variables (item, image, text[, timestep, draw]) with the coordinate `pattern` on item.
@@ -175,18 +175,18 @@ def _macro(right: Bools, patterns: NDArray[np.str_], level: float, seed: int) ->
 
     def mean_share(sums: Floats) -> Floats:
         hits, counts = np.split(sums, 2, axis=1)
-        with np.errstate(invalid="ignore"):  # a resample without one of the patterns has no macro score
+        with np.errstate(invalid="ignore"):  # NaN for a resample that lacks a pattern
             return np.asarray((hits / counts).mean(1))
 
     value = float(mean_share(columns.sum(0, keepdims=True))[0])
     low, high = bootstrap_sums(columns, mean_share, level=level, seed=seed)
-    if not low < high:  # every resample is the same, which a few items a pattern can do: take the interval of the items
+    if not low < high:  # all resamples are equal, as with few items per pattern: take the interval over items
         low, high = wilson_interval(value * len(right), len(right), level)
     return {"value": value, "low": low, "high": high}
 
 
 def item_hits(scores: xr.Dataset, protocol: str) -> dict[str, xr.DataArray]:
-    """Whether each item is right: (metric, item) by the score's name."""
+    """For each score, by name, whether each item is right by each metric: (metric, item)."""
     metrics = protocol_metrics(protocol)
     found = {}
     for name, values in scores.data_vars.items():

@@ -116,8 +116,7 @@ class ProbeResult:
         found = [
             e for e, p in zip(self.estimators_, self.places, strict=True) if all(place.get(k, v) == v for k, v in p.items())
         ]
-        named = all(key in place for key in self.places[0])
-        if len(found) == 1 and (named or len(self.places) == 1):
+        if len(found) == 1:
             return found[0]
         there = "; ".join(", ".join(f"{k}={v!r}" for k, v in p.items()) or "the only place" for p in self.places[:8])
         raise ValueError(

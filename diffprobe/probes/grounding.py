@@ -100,7 +100,9 @@ def attention_localization(
     rows = _MapRows.of(tree, conditioning, targets)
     left_out["word cut off the prompt"] += len(targets) - len(rows.targets)
     if not rows.targets:
-        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "no caption says what its words speak of"
+        why = (
+            ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "no caption says which objects its words name"
+        )
         raise ValueError(
             f"No word of the role {' or '.join(roles)} can be scored: {why}. Choose other roles, or data with masks."
         )
@@ -326,7 +328,7 @@ def difference_localization(
     targets, left_out = _texts(tree, dataset, texts, grid or _grid(tree))
     if not targets:
         raise ValueError(
-            f"None of the texts {', '.join(texts)} speaks of an object with a mask; choose others, or data with masks."
+            f"None of the texts {', '.join(texts)} names an object with a mask; choose others, or data with masks."
         )
     columns = [*texts, *(["mismatched"] if "mismatched" in recorded else [])]
     count, groups = tree.sizes["sample"], _groups(tree)

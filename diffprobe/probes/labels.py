@@ -20,9 +20,7 @@ BACKGROUND = "background"
 PREFIX = "mask:"
 
 
-def with_mask_labels(
-    features: xr.DataArray, tree: xr.DataTree, attribute: str, dataset: Dataset | None = None
-) -> xr.DataArray:
+def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, attribute: str, dataset: Dataset | None = None) -> xr.DataArray:
     """The features with the coordinate ``mask:ATTRIBUTE`` (sample, y, x), for probes with ``pool="patches"``.
 
     Args:

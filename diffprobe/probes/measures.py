@@ -57,7 +57,7 @@ def cosines(a: xr.DataArray, b: xr.DataArray, *, standardise: bool = False, grou
 
     Args:
         a: (sample, channel) or (sample, channel, y, x).
-        b: The same shape and samples.
+        b: Features of the same samples, of equal shape.
         standardise: Bring every channel to mean 0 and deviation 1 over the samples and positions of both sides first.
         groups: One id per sample; samples of one group are not compared with each other.
 

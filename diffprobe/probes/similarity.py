@@ -64,7 +64,7 @@ def similarity(
         measures: One or several of `MEASURES`.
         groups: A coordinate on `sample`, or one id a sample of `first`: samples that belong together (twin images).
             Intervals leave out, and chance passes over, whole groups.
-        pool: What makes a sample's row for CKA and neighbours: "flatten" (channel * y * x columns) or "mean".
+        pool: How a map becomes a sample's row for CKA and neighbours: "flatten" or "mean", as in `pool_features`.
         batch: Rows of one Gram matrix; with more samples, CKA is averaged over random minibatches.
         k: Neighbours.
         seed: Seed of minibatches and bootstrap.
