@@ -21,7 +21,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from diffprobe.probes.cells import column_means, macro_mean, mean_interval, p_above_zero, resampling_weights
-from diffprobe.probes.task import combinations, need_dimensions
+from diffprobe.probes.task import combinations, need_dimensions, number_ids
 from diffprobe.stats import holm, wilson_interval
 
 Floats = NDArray[np.float64]
@@ -102,8 +102,9 @@ def localization_score(
         raise ValueError(f"Masks need the shape (row, y, x) and a map each; got {truth.shape} for {maps.sizes['row']} maps.")
     if not len(truth):
         raise ValueError("There are no masks; nothing can be scored.")
-    images = _codes(groups, len(truth), "groups")
-    kinds = _codes(classes, len(truth), "classes") if classes is not None else np.zeros(len(truth), np.int64)
+    count = len(truth)
+    images = np.arange(count) if groups is None else number_ids(groups, count, "groups", "mask")
+    kinds = np.zeros(count, np.int64) if classes is None else number_ids(classes, count, "classes", "mask")
     plan = _Plan.of(truth, maps.sizes["row"], {own: np.arange(len(truth)), **(controls or {})}, images, seed)
     gaussian = _score_maps(_gaussian(plan.size)[None], plan, plan.of_gaussian)
     places, parts = [], []
@@ -219,15 +220,6 @@ def _halves(images: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """0 or 1 per row: images dealt at random into two halves."""
     count = int(images.max(initial=-1)) + 1
     return (np.random.default_rng([seed, 2]).permutation(count) % 2)[images]
-
-
-def _codes(ids: ArrayLike | None, n: int, name: str) -> NDArray[np.int64]:
-    if ids is None:
-        return np.arange(n)
-    values = np.asarray(ids)
-    if values.shape != (n,):
-        raise ValueError(f"`{name}` needs one id per mask, shape ({n},); got shape {values.shape}.")
-    return np.asarray(pd.factorize(values, use_na_sentinel=False)[0], np.int64)
 
 
 # --- one map ------------------------------------------------------------------------------------------

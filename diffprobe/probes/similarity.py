@@ -22,7 +22,7 @@ from diffprobe.probes.measures import (
     minibatches,
     mutual_knn,
 )
-from diffprobe.probes.task import SPACE, Floats, Pool, finite, pool_features, sample_coordinate
+from diffprobe.probes.task import SPACE, Floats, Pool, finite, one_per, pool_features, sample_coordinate
 from diffprobe.stats import bootstrap_interval
 from diffprobe.store import features, site_names
 
@@ -260,9 +260,7 @@ def _group_ids(array: xr.DataArray, groups: str | ArrayLike | None) -> xr.DataAr
     """One group number per sample, with the sample ids as coordinate."""
     count = array.sizes["sample"]
     given = sample_coordinate(array, groups) if isinstance(groups, str) else groups
-    values = np.arange(count) if given is None else np.asarray(given)
-    if values.shape != (count,):
-        raise ValueError(f"`groups` needs one id per sample, shape ({count},); got shape {values.shape}.")
+    values = np.arange(count) if given is None else one_per(given, count, "groups")
     coords = {"sample": array["sample"].values} if "sample" in array.coords else {}
     return xr.DataArray(np.unique(values, return_inverse=True)[1], dims="sample", coords=coords)
 

@@ -373,12 +373,29 @@ def _control_labels(codes: NDArray[Any], known: Rows, kinds: NDArray[np.int64] |
 
 def _values(features: xr.DataArray, ids: Ids, name: str) -> NDArray[Any]:
     """One value per sample, given as such or as a coordinate's name."""
-    values = np.asarray(sample_coordinate(features, ids) if isinstance(ids, str) else ids)
-    if values.shape != (count := features.sizes["sample"],):
-        raise ValueError(f"`{name}` needs one id per sample, shape ({count},); got shape {values.shape}.")
-    return values
+    return one_per(sample_coordinate(features, ids) if isinstance(ids, str) else ids, features.sizes["sample"], name)
 
 
 def _numbered(features: xr.DataArray, ids: Ids, name: str) -> NDArray[np.int64]:
-    """Ids as numbers from 0 in the order of their first appearance: (sample,)."""
-    return np.asarray(pd.factorize(_values(features, ids, name), use_na_sentinel=False)[0], dtype=np.int64)
+    return number_ids(_values(features, ids, name), features.sizes["sample"], name)
+
+
+def one_per(ids: ArrayLike | xr.DataArray, count: int, name: str, unit: str = "sample") -> NDArray[Any]:
+    """The ids as an array.
+
+    Raises:
+        ValueError: there is not one id per unit; the message calls the ids `name`.
+    """
+    values = np.asarray(ids)
+    if values.shape != (count,):
+        raise ValueError(f"`{name}` needs one id per {unit}, shape ({count},); got shape {values.shape}.")
+    return values
+
+
+def number_ids(ids: ArrayLike, count: int, name: str, unit: str = "sample") -> NDArray[np.int64]:
+    """Ids as numbers from 0 in the order of their first appearance; errors as for `one_per`.
+
+    >>> number_ids(["b", "a", "b"], 3, "groups").tolist()
+    [0, 1, 0]
+    """
+    return np.asarray(pd.factorize(one_per(ids, count, name, unit), use_na_sentinel=False)[0], dtype=np.int64)
