@@ -54,7 +54,7 @@ from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.images import fit_image, normalised_pixels
-from diffprobe.data.samples import Dataset, iterate
+from diffprobe.data.samples import Dataset
 from diffprobe.extraction import NotFiniteError
 from diffprobe.models import DiffusionModel, EncodedText, load_model, quiet, resolve, weights_hash
 from diffprobe.noise import sample_noise
@@ -264,21 +264,17 @@ class _Pooled:
     def fit(self, dataset: Dataset) -> TextMap:
         """Each image's feature against the mean embedding of its captions."""
         features, texts = [], []
-        pending: list[tuple[str, Tensor, list[str]]] = []
-        for number, sample in enumerate(iterate(dataset), 1):
-            if not sample.captions:
+        for start in range(0, len(dataset), self.batch_rows):
+            samples = [dataset[row] for row in range(start, min(start + self.batch_rows, len(dataset)))]
+            if bare := [sample.id for sample in samples if not sample.captions]:
                 raise ValueError(
-                    f"Sample {sample.id!r} of {dataset.name} has no caption, and the map to text is learned from them."
+                    f"Sample {bare[0]!r} of {dataset.name} has no caption, and the map to text is learned from them."
                 )
-            image = _to_tensor(sample.load(), self.request.resolution, self.request.fit)
-            pending.append((sample.id, image, [caption.text for caption in sample.captions]))
-            if len(pending) == self.batch_rows or number == len(dataset):
-                ids, images, captions = zip(*pending, strict=True)
-                features.append(self.features(torch.stack(images), ids))
-                embedded = self.texts([text for several in captions for text in several])
-                owner = np.repeat(np.arange(len(captions)), [len(several) for several in captions])
-                texts += [embedded[owner == row].mean(0) for row in range(len(captions))]
-                pending = []
+            images = [_to_tensor(sample.load(), self.request.resolution, self.request.fit) for sample in samples]
+            features.append(self.features(torch.stack(images), [sample.id for sample in samples]))
+            embedded = self.texts([caption.text for sample in samples for caption in sample.captions])
+            ends = np.cumsum([len(sample.captions) for sample in samples])
+            texts += [rows.mean(0) for rows in np.split(embedded, ends[:-1])]
         return fit_text_map(np.concatenate(features), np.stack(texts))
 
     @torch.no_grad()
