@@ -65,7 +65,7 @@ def probe_grid(setting: Setting) -> Iterator[Row]:
     values = features.values
 
     def ours(control: bool) -> np.ndarray:
-        return fit_probe(features, classes, penalties=PENALTIES, control=control, n_jobs=1)["value"].to_numpy()
+        return fit_probe(features, classes, penalties=PENALTIES, control=control, n_jobs=1).table["value"].to_numpy()
 
     apart = abs(np.mean(plain_probes(values, classes)) - ours(False).mean())
     if apart > 0.15:

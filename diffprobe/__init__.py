@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from diffprobe.models import load_model
     from diffprobe.probes.correspondence import correspondence
     from diffprobe.probes.knn import knn_probe
-    from diffprobe.probes.linear import fit_probe, stream_probe
+    from diffprobe.probes.linear import fit_probe
     from diffprobe.probes.localization import localization_score
     from diffprobe.probes.similarity import similarity
+    from diffprobe.probes.streaming import stream_probe
     from diffprobe.recorder import Recorder
     from diffprobe.sites import list_sites
     from diffprobe.store import attention_maps, features, open_store
@@ -45,7 +46,7 @@ _HOMES = {
     "localization_score": "probes.localization",
     "open_store": "store",
     "similarity": "probes.similarity",
-    "stream_probe": "probes.linear",
+    "stream_probe": "probes.streaming",
 }
 __all__ = [
     "FusedMLLM",

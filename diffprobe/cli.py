@@ -494,7 +494,8 @@ def probe_linear(
     ] = None,
 ) -> None:
     """Fit a linear probe per site, timestep and conditioning, with its control task."""
-    from diffprobe.probes.linear import fit_probe, stream_probe
+    from diffprobe.probes.linear import fit_probe
+    from diffprobe.probes.streaming import stream_probe
 
     options: dict[str, Any] = {"penalties": _numbers(penalties, float, "--penalties"), "seed": seed}
     if streaming and (device or cross_fit):
@@ -542,14 +543,15 @@ def _table_place(out: str, store: str, name: str) -> str:
 
 
 def _probe(
-    store: str, name: str, probe: Callable[..., pd.DataFrame], label: str, sites: str, conditioning: str, pool: Pooling, out: str,
+    store: str, name: str, probe: Callable[..., Any], label: str, sites: str, conditioning: str, pool: Pooling, out: str,
     options: dict[str, Any], lazy: bool = False,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
     import pandas as pd
 
+    from diffprobe.probes.fitting import probe_table, save_table
     from diffprobe.probes.labels import PREFIX, with_mask_labels
-    from diffprobe.probes.task import pool_features, probe_table, save_table
+    from diffprobe.probes.task import pool_features
     from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
@@ -596,7 +598,7 @@ def _show_best(frame: pd.DataFrame) -> None:
         best = rows.iloc[int(rows["value"].to_numpy().argmax())]
         table.add_row(
             str(label), str(conditioning), str(best["site"]), str(best["timestep"]), f"{best['value']:.3f}",
-            f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", f"{best['control_accuracy']:.3f}", str(best["n_test"]),
+            f"{best['low']:.3f}-{best['high']:.3f}", f"{best['chance']:.3f}", f"{best['control_value']:.3f}", str(best["n_test"]),
         )  # fmt: skip
     _show(table)
 
@@ -686,8 +688,8 @@ def probe_similarity(
     seed: Annotated[int, typer.Option(help="Of minibatches and bootstrap.")] = 0,
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
+    from diffprobe.probes.fitting import save_table
     from diffprobe.probes.similarity import store_similarity
-    from diffprobe.probes.task import save_table
     from diffprobe.store import open_store, provenance
 
     tree = open_store(store)
@@ -729,7 +731,7 @@ def probe_correspondence(
     from diffprobe.data.keypoints import twin_keypoints
     from diffprobe.data.spair import read_spair
     from diffprobe.probes.correspondence import correspondence
-    from diffprobe.probes.task import save_table
+    from diffprobe.probes.fitting import save_table
     from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
@@ -791,8 +793,8 @@ def probe_localization(
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of the halves that thresholds are tuned on.")] = 0,
 ) -> None:
     """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
+    from diffprobe.probes.fitting import save_table
     from diffprobe.probes.grounding import attention_localization, difference_localization
-    from diffprobe.probes.task import save_table
     from diffprobe.store import open_store, provenance
 
     tree = open_store(store)

@@ -157,12 +157,13 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
     bar marks chance (its mean over the cells).
 
     Args:
-        frame: Rows of `diffprobe.probes.linear.probe_table`: site, timestep, label, score, value, chance and,
-            for the control, control_accuracy; one row per cell.  The numbers of rows whose column `bold` is true are bold.
+        frame: Rows of `diffprobe.probes.fitting.probe_table`: site, timestep, label, score, value, chance and,
+            for the control, control_value; one row per cell.  The numbers of rows whose column `bold` is true are bold.
     """
+    frame = frame.rename(columns=plotting.OLD_COLUMNS)
     parts = _by_label(frame)
-    control = "control_accuracy" in frame and bool(frame["control_accuracy"].notna().any())
-    kinds = ["value", "control_accuracy"] if control else ["value"]
+    control = "control_value" in frame and bool(frame["control_value"].notna().any())
+    kinds = ["value", "control_value"] if control else ["value"]
     sites, steps = list(dict.fromkeys(frame["site"])), sorted(dict.fromkeys(frame["timestep"]))
     height = len(parts) * (0.21 * len(sites) + 0.62)
     figure, axes = plotting.grid(len(parts), len(kinds), plotting.PAGE, height, title=title, pad=(0.03, 0.04))
@@ -192,7 +193,7 @@ def plot_probe_curves(frame: pd.DataFrame, *, title: str = "", width: float = pl
     """Score against timestep as `plot_site_curves` draws it, a panel per label and conditioning.
 
     Args:
-        frame: Rows of `diffprobe.probes.linear.probe_table`; one row per site, timestep, label and conditioning.
+        frame: Rows of `diffprobe.probes.fitting.probe_table`; one row per site, timestep, label and conditioning.
     """
     parts = _by_label(frame)
     scores = list(dict.fromkeys(score for _, score, _ in parts))

@@ -1,7 +1,7 @@
 """How well texts fit images, according to a diffusion model: items -> scores (item, image, text, timestep, draw).
 
-Noise belongs to the item: all its images and all its texts share each (timestep, draw), so scores are compared under
-equal noise.  Larger is a better fit, always.
+Noise belongs to the item: all its images and texts share the noise of each (timestep, draw), so scores are compared under
+equal noise.  A larger score is a better fit.
 
 With e the drawn noise, e(c, t) the noise that the model predicts under text c, and A the cross-attention of a head:
 
@@ -26,24 +26,24 @@ With e the drawn noise, e(c, t) the noise that the model predicts under text c, 
 ``clip_cosine``
     Cosine of the embeddings of a `transformers.CLIPModel`.
 
-The last two have no timesteps and draws: (item, image, text).  All is computed item by item and kept in one small
-NetCDF file, from which an interrupted run goes on.
+The last two have no timesteps and draws: (item, image, text).  `diffprobe.probes.alignment` holds the formulas and the
+benchmarks' rules of choice; this file calls the models.  Items are scored one by one and kept in one small NetCDF file,
+from which an interrupted run resumes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import scipy.stats
 import torch
 import xarray as xr
 from jaxtyping import Float
@@ -53,30 +53,36 @@ from transformers import CLIPModel, CLIPProcessor
 from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
-from diffprobe.data.images import fit_image
-from diffprobe.data.samples import Dataset, iterate
+from diffprobe.data.images import fit_image, normalised_pixels
+from diffprobe.data.samples import Dataset
 from diffprobe.extraction import NotFiniteError
 from diffprobe.models import DiffusionModel, EncodedText, load_model, quiet, resolve, weights_hash
 from diffprobe.noise import sample_noise
-from diffprobe.probes.alignment import TextMap, fit_text_map
+from diffprobe.probes.alignment import (
+    CLIP,
+    DIFFUSION_SCORES,
+    DISCFFUSION,
+    LOSS,
+    NORMALISED,
+    PAPER,
+    POOLED,
+    SCORES,
+    TextMap,
+    diffusion_scores,
+    fit_text_map,
+)
 from diffprobe.recorder import Recorder
+from diffprobe.rundir import check_request, whole_file
 from diffprobe.sites import Site, select_sites
 from diffprobe.stats import Floats
-from diffprobe.store import request_differences, whole_file
 
-TIMESTEPS = (189, 389, 589, 789, 989)  # of the paper's ensemble, with 3 draws
-PAPER, DISCFFUSION = "attention_lse_paper", "attention_lse_discffusion"
-LOSS, NORMALISED = "denoising_loss", "denoising_loss_normalised"
-POOLED, CLIP = "pooled_cosine", "clip_cosine"
-DIFFUSION_SCORES = (PAPER, DISCFFUSION, LOSS, NORMALISED)
-SCORES = (*DIFFUSION_SCORES, POOLED, CLIP)
-Row = tuple[int, ...]  # image, text, timestep's place, draw
+TIMESTEPS = (189, 389, 589, 789, 989)  # the ensemble of arXiv 2507.07106, with 3 draws
 _SAVE_SECONDS = 20.0
 _PATH = re.compile(r"(down|mid|up)_block[s.]*(\d*)\.?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2")
 
 
 class Scorer(Protocol):
-    """What scores one item: arrays (image, text) or (image, text, timestep, draw) by the score's name."""
+    """Scores one item: arrays (image, text) or (image, text, timestep, draw) by the score's name."""
 
     def __call__(self, item: Item) -> dict[str, Floats]: ...
 
@@ -87,7 +93,7 @@ class Scorer(Protocol):
 def map_lse(maps: Float[Tensor, "row head token y x"]) -> Float[Tensor, " row"]:
     """Log of the sum over tokens and places of exp(probability), mean over heads.
 
-    Summed in float64: of tens of thousands of terms near 1, what tells two texts apart is in the last digits.
+    Summed in float64: two texts differ in the last digits of a sum of tens of thousands of terms near 1.
     """
     return maps.float().exp().flatten(2).sum(-1, dtype=torch.float64).log().mean(1)
 
@@ -104,7 +110,7 @@ def score_lse(
 
 
 def discffusion_sites(sites: Sequence[Site]) -> list[str]:
-    """Names (without -Cross-Q, -Cross-K) of the cross-attentions that Discffusion's code reads.
+    """Names, without -Cross-Q or -Cross-K, of the cross-attentions that Discffusion's code reads.
 
     Raises:
         ValueError: the network has no down, mid and up part with cross-attention.
@@ -139,7 +145,7 @@ def discffusion_sites(sites: Sequence[Site]) -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides the scores in a file; see `alignment_score`."""
+    """All that determines the scores in a file; see `alignment_score`."""
 
     model: str
     weights: str
@@ -151,7 +157,6 @@ class Request:
     seed: int
     resolution: list[int]
     fit: str
-    prune: bool
     site: str
     site_timestep: int
     train: str
@@ -173,10 +178,41 @@ class _Denoising:
         paths = {site.name: site.path.removesuffix(".to_q") for site in model.sites}
         names = discffusion_sites(model.sites) if DISCFFUSION in wanted else []
         self.attentions = {name: modules[paths[f"{name}-Cross-Q"]] for name in names}
-        self.quantities = ["error"] * self.error + ["map_lse"] * self.maps + ["score_lse"] * bool(self.attentions)
-        self.passes = self.passes_unpruned = 0
+        self.passes = 0
 
-    def recorder(self) -> Recorder | None:
+    @torch.no_grad()
+    def __call__(self, item: Item) -> dict[str, Floats]:
+        """Scores (image, text, timestep, draw)."""
+        request = self.request
+        latents = self.model.encode_image(_pixels(item, request.resolution, request.fit))
+        texts = [*item.captions, *([None] if self.null else [])]
+        encoded = self.model.encode_text(texts)
+        shape = (len(item.images), len(texts), len(request.timesteps), request.draws)
+        order = itertools.product(range(shape[0]), range(shape[1]), range(request.draws), range(shape[2]))
+        rows = np.array([(image, text, step, draw) for image, text, draw, step in order])
+        raw: dict[str, Floats] = {}
+        with self._recorder() or contextlib.nullcontext() as recorder:
+            for part in np.array_split(rows, -(-len(rows) // self.batch_rows)):
+                image, text, step, draw = part.T
+                timesteps = [request.timesteps[s] for s in step]
+                noise = [
+                    sample_noise(request.seed, item.id, t, d, latents.shape[1:])
+                    for t, d in zip(timesteps, draw.tolist(), strict=True)
+                ]
+                found = self._forward(latents[image], torch.stack(noise), timesteps, encoded.take(text.tolist()), recorder)
+                for name, values in found.items():
+                    if not np.isfinite(values).all():
+                        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+                        words = texts[text[bad]]
+                        raise NotFiniteError(
+                            f"Item {item.id!r}, image {image[bad]}, {'the null text' if words is None else repr(words)}, "
+                            f"timestep {timesteps[bad]}: {name} is not finite in {request.dtype}. Try --dtype float32."
+                        )
+                    raw.setdefault(name, np.full(shape, np.nan))[tuple(part.T)] = values
+        self.passes += len(rows)
+        return diffusion_scores(raw, request.scores, len(item.captions), latents[0].numel())
+
+    def _recorder(self) -> Recorder | None:
         """Hooks for the attention, where it is asked for; the pass ends early where the error is not."""
         sites = [f"{name}-Cross-{part}" for name in self.attentions for part in "QK"]
         if not sites and not self.maps:
@@ -186,143 +222,25 @@ class _Denoising:
             reduce=lambda site, tensor: map_lse(tensor) if site.is_map else tensor, keep_steps=False, reuse=True,
         )  # fmt: skip
 
-    @torch.no_grad()
-    def __call__(self, item: Item) -> dict[str, Floats]:
-        """Scores (image, text, timestep, draw); NaN where a text was pruned."""
-        request = self.request
-        latents = self.model.encode_image(_pixels(item, request.resolution, request.fit))
-        texts = self.model.encode_text([*item.captions, *([None] if self.null else [])])
-        images, candidates = len(item.images), len(item.captions)
-        steps = [(t, draw) for draw in range(request.draws) for t in range(len(request.timesteps))]
-        shape = (images, candidates + self.null, len(request.timesteps), request.draws)
-        raw = {name: np.full(shape, np.nan) for name in self.quantities}
-        with self.recorder() or contextlib.nullcontext() as recorder:
-            fill = partial(self._fill, raw, item, latents, texts, recorder)
-            if request.prune and candidates > 2:
-                fill([(i, candidates, t, d) for i in range(images) for t, d in steps if self.null])
-                for image in range(images):
-
-                    def errors(candidates: Sequence[int], part: Sequence[int], image: int = image) -> Floats:
-                        fill([(image, text, *steps[step]) for text in candidates for step in part])
-                        return np.array([[raw["error"][image, text, *steps[step]] for step in part] for text in candidates])
-
-                    prune_candidates(errors, candidates, len(steps))
-            else:
-                fill([(i, c, t, d) for i in range(images) for c in range(shape[1]) for t, d in steps])
-        self.passes_unpruned += int(np.prod(shape))
-        return self._scores(raw, candidates, latents[0].numel())
-
-    def _fill(
-        self,
-        raw: dict[str, Floats],
-        item: Item,
-        latents: Tensor,
-        texts: EncodedText,
-        recorder: Recorder | None,
-        rows: Sequence[Row],
-    ) -> None:
-        """Run rows through the model, in batches of nearly equal size, and put what they give into `raw`."""
-        count = -(-len(rows) // self.batch_rows)
-        for part in np.array_split(np.array(rows, int), count) if count else ():
-            for name, values in self._run(item, latents, texts, [tuple(row) for row in part.tolist()], recorder).items():
-                raw[name][tuple(part.T)] = values
-        self.passes += len(rows)
-
-    def _run(
-        self,
-        item: Item,
-        latents: Tensor,
-        texts: EncodedText,
-        rows: Sequence[Row],
-        recorder: Recorder | None,
+    def _forward(
+        self, latents: Tensor, noise: Tensor, timesteps: Sequence[int], texts: EncodedText, recorder: Recorder | None
     ) -> dict[str, Floats]:
-        """One forward pass; each quantity of its rows."""
-        request, model = self.request, self.model
-        timesteps = torch.tensor([request.timesteps[t] for _, _, t, _ in rows])
-        shape = latents.shape[1:]
-        noise = torch.stack([sample_noise(request.seed, item.id, request.timesteps[t], d, shape) for _, _, t, d in rows])
-        noise = noise.to(model.device)
-        noised = model.add_noise(latents[[i for i, _, _, _ in rows]], noise, timesteps)
-        predicted = model.denoise(noised, timesteps, texts.take([c for _, c, _, _ in rows]))
+        """One forward pass; (row,) of the squared error and of the attention's log-sum-exps."""
+        noise, steps = noise.to(self.model.device), torch.tensor(timesteps)
+        predicted = self.model.denoise(self.model.add_noise(latents, noise, steps), steps, texts)
         values: dict[str, Tensor] = {}
         if self.error:
             assert predicted is not None
             values["error"] = (predicted.float() - noise).double().square().mean((1, 2, 3))
-        if recorder is not None:
-            found = recorder.last
-            if self.maps:
-                values["map_lse"] = torch.stack([v for name, v in found.items() if name.endswith("-Map")]).mean(0)
-            if self.attentions:
-                layers = [
-                    score_lse(found[f"{name}-Cross-Q"], found[f"{name}-Cross-K"], attention.heads, attention.scale)
-                    for name, attention in self.attentions.items()
-                ]
-                values["score_lse"] = torch.stack(layers).mean(0)
-        for name, value in values.items():
-            if not value.isfinite().all():
-                image, text, t, _ = rows[int((~value.isfinite()).nonzero()[0])]
-                caption = item.captions[text] if text < len(item.captions) else "the null text"
-                raise NotFiniteError(
-                    f"Item {item.id!r}, image {image}, {caption!r}, timestep {request.timesteps[t]}: {name} is not finite in "
-                    f"{request.dtype}. Try --dtype float32."
-                )
+        if recorder is not None and self.maps:
+            values["map_lse"] = torch.stack([v for name, v in recorder.last.items() if name.endswith("-Map")]).mean(0)
+        if recorder is not None and self.attentions:
+            layers = [
+                score_lse(recorder.last[f"{name}-Cross-Q"], recorder.last[f"{name}-Cross-K"], layer.heads, layer.scale)
+                for name, layer in self.attentions.items()
+            ]
+            values["score_lse"] = torch.stack(layers).mean(0)
         return {name: value.cpu().numpy() for name, value in values.items()}
-
-    def _scores(self, raw: dict[str, Floats], candidates: int, numbers: int) -> dict[str, Floats]:
-        """The asked scores (image, text, timestep, draw) from what the passes gave; a latent has so many numbers."""
-        given = {name: values[:, :candidates] for name, values in raw.items()}
-        null = {name: values[:, candidates:] for name, values in raw.items()}
-        formulas: dict[str, Callable[[], Floats]] = {
-            PAPER: lambda: given["map_lse"],
-            DISCFFUSION: lambda: (
-                (given["score_lse"] + null["score_lse"]) / 2
-                + np.sqrt(numbers) * (np.sqrt(null["error"]) - np.sqrt(given["error"]))
-            ),
-            LOSS: lambda: -given["error"],
-            NORMALISED: lambda: null["error"] - given["error"],
-        }
-        return {name: formula() for name, formula in formulas.items() if name in self.request.scores}
-
-
-def prune_candidates(
-    errors: Callable[[Sequence[int], Sequence[int]], Floats],
-    candidates: int,
-    steps: int,
-    *,
-    stage: int = 5,
-    alpha: float = 1e-3,
-) -> Floats:
-    """Measure candidates stage by stage and drop those that are clearly worse than the best (Li et al. 2023, section 3.3).
-
-    There the best few are kept by their mean; here a candidate goes when a paired one-sided t test over all steps so far
-    says that its error is above the best one's, since the noise of a step is shared.
-
-    Args:
-        errors: Gives (candidate, step) errors of some candidates at some steps.
-        candidates: How many there are.
-        steps: Draws to measure at most; the measuring ends when one candidate is left.
-        stage: Steps between two tests.
-        alpha: Level of each test.
-
-    Returns:
-        (candidate, step) errors, NaN where a candidate was not measured any more.
-    """
-    found = np.full((candidates, steps), np.nan)
-    alive = list(range(candidates))
-    for first in range(0, steps, stage):
-        part = list(range(first, min(first + stage, steps)))
-        found[np.ix_(alive, part)] = errors(alive, part)
-        seen = found[alive, : part[-1] + 1]
-        worse = seen - seen[seen.mean(1).argmin()]
-        count = seen.shape[1]
-        if count < 2:
-            continue
-        spread = worse.std(1, ddof=1) / np.sqrt(count)
-        limit = float(scipy.stats.t.isf(alpha, count - 1))
-        alive = [c for c, mean, error in zip(alive, worse.mean(1), spread, strict=True) if mean <= limit * error]
-        if len(alive) == 1:
-            break
-    return found
 
 
 # --- scores from embeddings -----------------------------------------------------------------------
@@ -337,7 +255,7 @@ class _Pooled:
         self.fitted: TextMap | None = None
 
     def __call__(self, item: Item) -> dict[str, Floats]:
-        if self.fitted is None:  # on the first item, so that a finished file costs no training
+        if self.fitted is None:  # on the first item: a file that is complete needs no training
             self.fitted = self.fit(load_dataset(self.request.train))
         pixels = _pixels(item, self.request.resolution, self.request.fit)
         features = self.features(pixels, [item.id] * len(pixels))
@@ -346,21 +264,17 @@ class _Pooled:
     def fit(self, dataset: Dataset) -> TextMap:
         """Each image's feature against the mean embedding of its captions."""
         features, texts = [], []
-        pending: list[tuple[str, Tensor, list[str]]] = []
-        for number, sample in enumerate(iterate(dataset), 1):
-            if not sample.captions:
+        for start in range(0, len(dataset), self.batch_rows):
+            samples = [dataset[row] for row in range(start, min(start + self.batch_rows, len(dataset)))]
+            if bare := [sample.id for sample in samples if not sample.captions]:
                 raise ValueError(
-                    f"Sample {sample.id!r} of {dataset.name} has no caption, and the map to text is learned from them."
+                    f"Sample {bare[0]!r} of {dataset.name} has no caption, and the map to text is learned from them."
                 )
-            image = _to_tensor(sample.load(), self.request.resolution, self.request.fit)
-            pending.append((sample.id, image, [caption.text for caption in sample.captions]))
-            if len(pending) == self.batch_rows or number == len(dataset):
-                ids, images, captions = zip(*pending, strict=True)
-                features.append(self.features(torch.stack(images), ids))
-                embedded = self.texts([text for several in captions for text in several])
-                owner = np.repeat(np.arange(len(captions)), [len(several) for several in captions])
-                texts += [embedded[owner == row].mean(0) for row in range(len(captions))]
-                pending = []
+            images = [_to_tensor(sample.load(), self.request.resolution, self.request.fit) for sample in samples]
+            features.append(self.features(torch.stack(images), [sample.id for sample in samples]))
+            embedded = self.texts([caption.text for sample in samples for caption in sample.captions])
+            ends = np.cumsum([len(sample.captions) for sample in samples])
+            texts += [rows.mean(0) for rows in np.split(embedded, ends[:-1])]
         return fit_text_map(np.concatenate(features), np.stack(texts))
 
     @torch.no_grad()
@@ -407,16 +321,12 @@ class _Clip:
         return {CLIP: (image @ text.T).cpu().numpy()}
 
 
-# --- images ---------------------------------------------------------------------------------------
+def _pixels(item: Item, resolution: Sequence[int], fit: str) -> Float[Tensor, "image 3 height width"]:
+    return torch.stack([_to_tensor(load(), resolution, fit) for load in item.images])
 
 
 def _to_tensor(image: Any, resolution: Sequence[int], fit: str) -> Float[Tensor, "3 height width"]:
-    fitted = fit_image(image, (resolution[0], resolution[1]), fit)
-    return torch.from_numpy(np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1))
-
-
-def _pixels(item: Item, resolution: Sequence[int], fit: str) -> Float[Tensor, "image 3 height width"]:
-    return torch.stack([_to_tensor(load(), resolution, fit) for load in item.images])
+    return torch.from_numpy(normalised_pixels(fit_image(image, (resolution[0], resolution[1]), fit)))
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -433,7 +343,6 @@ def alignment_score(
     resolution: int | None = None,
     fit: str = "crop",
     batch_rows: int = 16,
-    prune: bool = True,
     site: str = "U-L2-R1-B0-Cross-Q",
     site_timestep: int = 100,
     train: str = "shapes:600",
@@ -444,23 +353,26 @@ def alignment_score(
     """Score every (image, text) of a benchmark; the same call again goes on from its file.
 
     Args:
-        model: a loaded model, or an id, folder or embedded name for `load_model`.
-        data: a benchmark, or a spec for `load_benchmark`.
-        scores: names of this module's docstring; of the first four, all come from the same passes.
-        timesteps, draws: noise levels, and noise tensors at each, that an item's images and texts share.
-        prune: drop hopeless texts early (`prune_candidates`) in items of more than two; the dropped ones' later draws are
-            NaN.  Scores then compare texts of one image, not images.
-        site, site_timestep, train: of pooled_cosine: where the feature is taken, and the captioned dataset
-            (for `load_dataset`) that the map to text is learned from.
-        clip: of clip_cosine: folder, hub id or embedded name of a CLIP model.
-        out: NetCDF file that is written on the way; nothing is kept without it.
+        model: A loaded model, or an id, folder or embedded name for `load_model`.
+        data: A benchmark, or a spec for `load_benchmark`.
+        scores: Names from this module's docstring; the first four come from the same passes.
+        timesteps: Noise levels.
+        draws: Noise tensors at each timestep, which an item's images and texts share.
+        seed: Seed of the noise.
+        resolution: Side of the model's image in pixels; the model's own by default.
+        fit: How images are brought there; see `fit_image`.
+        batch_rows: Rows of one forward pass.
+        site, site_timestep, train: For pooled_cosine: where the feature is taken, and the captioned dataset (for
+            `load_dataset`) that the map to text is learned from.
+        clip: For clip_cosine: folder, hub id or embedded name of a CLIP model.
+        out: NetCDF file that is written during the run; nothing is kept without it.
 
     Returns:
         One variable a score, (item, image, text, timestep, draw), or (item, image, text) for the two cosines; coordinates
-        item, pattern, timestep; attributes `request` (JSON), `protocol`, `truncated_captions`, `passes`, `passes_unpruned`.
+        item, pattern, timestep; attributes `request` (JSON), `protocol`, `truncated_captions`, `passes`.
 
     Raises:
-        ValueError: the request is off, or `out` holds another one (the message lists the differences).
+        ValueError: the request makes no sense, or `out` holds another one (the message lists the differences).
         NotFiniteError: a pass gave a value that is not finite.
 
     >>> found = alignment_score(load_model("shapes-sd"), load_benchmark("shapes-mmvp:45"))  # doctest: +SKIP
@@ -468,10 +380,9 @@ def alignment_score(
     45
     """
     console = Console(stderr=True, quiet=not progress)
-    tell = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
     benchmark = load_benchmark(data) if isinstance(data, str) else data
     model = load_model(model) if isinstance(model, str) else model
-    _check_arguments(model, benchmark, scores, timesteps, draws, prune)
+    _check_arguments(model, benchmark, scores, timesteps, draws)
     size = (resolution, resolution) if resolution else model.size
     model.latent_size(*size)
     passing = any(name in DIFFUSION_SCORES for name in scores)
@@ -479,7 +390,7 @@ def alignment_score(
     request = Request(
         model=model.model_id, weights=model.weights_hash(), benchmark=benchmark.name, fingerprint=benchmark.fingerprint(),
         scores=[name for name in SCORES if name in scores], timesteps=list(timesteps) if passing else [],
-        draws=draws if passing else 0, seed=seed, resolution=list(size), fit=fit, prune=prune,
+        draws=draws if passing else 0, seed=seed, resolution=list(size), fit=fit,
         site=site if POOLED in scores else "", site_timestep=site_timestep if POOLED in scores else 0,
         train=train if POOLED in scores else "", clip=clip if contrast else "",
         clip_weights=weights_hash(contrast.model) if contrast else "",
@@ -492,15 +403,15 @@ def alignment_score(
     lengths = [n for item in benchmark.items for n in model.tokens(item.captions)[2]]
     table.attrs["truncated_captions"] = sum(n > model.prompt_tokens for n in lengths)
     if table.attrs["truncated_captions"]:
-        tell(f"{table.attrs['truncated_captions']} captions are longer than {model.prompt_tokens} tokens and are cut.")
+        cut = f"{table.attrs['truncated_captions']} captions are longer than {model.prompt_tokens} tokens and are cut."
+        console.print(cut, soft_wrap=True)
     denoising = _Denoising(model, request, batch_rows) if passing else None
     scorers: list[Scorer] = [
         *([denoising] if denoising else []),
         *([_Pooled(model, request, batch_rows)] if POOLED in scores else []),
         *([contrast] if contrast else []),
     ]
-    before = (table.attrs["passes"], table.attrs["passes_unpruned"])
-    saved = time.perf_counter()
+    before, saved = table.attrs["passes"], time.perf_counter()
     try:
         for index in _watched(pending.tolist(), benchmark, console):
             for scorer in scorers:
@@ -508,21 +419,18 @@ def alignment_score(
                     table[name].values[index] = values
             table["done"].values[index] = 1
             if denoising:
-                table.attrs["passes"] = before[0] + denoising.passes
-                table.attrs["passes_unpruned"] = before[1] + denoising.passes_unpruned
+                table.attrs["passes"] = before + denoising.passes
             if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
                 _save(table, Path(out))
                 saved = time.perf_counter()
-    finally:  # also what was complete when the user stopped the run
+    finally:  # also when the user stops the run
         if out is not None:
             _save(table, Path(out))
-    if table.attrs["passes"] < table.attrs["passes_unpruned"]:
-        tell(f"Pruning left {table.attrs['passes']} of {table.attrs['passes_unpruned']} passes.")
     return table
 
 
 def _check_arguments(
-    model: DiffusionModel, benchmark: Benchmark, scores: Sequence[str], timesteps: Sequence[int], draws: int, prune: bool
+    model: DiffusionModel, benchmark: Benchmark, scores: Sequence[str], timesteps: Sequence[int], draws: int
 ) -> None:
     if unknown := [name for name in scores if name not in SCORES]:
         raise ValueError(f"Score {unknown[0]!r} is not one of {', '.join(SCORES)}.")
@@ -537,23 +445,20 @@ def _check_arguments(
         raise ValueError(
             f"Items of {benchmark.name} must have the same numbers of images and captions; found {sorted(shapes)}."
         )
-    losses = {LOSS, NORMALISED} & set(scores)
-    if prune and next(iter(shapes))[1] > 2 and set(DIFFUSION_SCORES) & set(scores) and not losses:
-        raise ValueError(f"Pruning goes by the denoising error: ask for {LOSS} too, or set prune=False.")
 
 
 def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Dataset:
-    """The scores so far: an earlier run's file, or nothing but NaN."""
+    """The scores so far: those of an earlier run's file, else NaN."""
     if out is not None and out.exists():
         try:
             table = xr.load_dataset(out, engine="scipy")
             known = json.loads(table.attrs["request"])
+            known.pop("prune", None)  # an option of earlier versions, which changed nothing for two texts
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(
                 f"{out} exists and holds no alignment scores ({error}); give another file, or remove it."
             ) from error
-        if differences := request_differences(known, asdict(request)):
-            raise ValueError(f"{out} holds another request; give another file, or match it. {'; '.join(differences)}.")
+        check_request(out, known, asdict(request), "holds another request; give another file, or match it.")
         return table
     images, texts = len(benchmark.items[0].images), len(benchmark.items[0].captions)
     pairs = (len(benchmark), images, texts)
@@ -572,7 +477,7 @@ def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Datas
         coords["timestep"] = np.array(request.timesteps, np.int32)
     attributes = {
         "request": json.dumps(asdict(request)), "protocol": benchmark.protocol, "data": benchmark.spec,
-        "truncated_captions": 0, "passes": 0, "passes_unpruned": 0,
+        "truncated_captions": 0, "passes": 0,
     }  # fmt: skip
     return xr.Dataset(variables, coords, attributes)
 
@@ -583,12 +488,12 @@ def _save(table: xr.Dataset, out: Path) -> None:
 
 
 def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
-    """The items to do, with progress; the first one's time gives the forecast."""
+    """Yields the items to do, with progress; the time of the second one gives the forecast."""
     with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
         for number, index in enumerate(pending):
             started = time.perf_counter()
             yield index
             advance(1)
-            if number == min(1, len(pending) - 1):  # the first item also pays for what is done once
+            if number == min(1, len(pending) - 1):  # the first item also loads and compiles
                 minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
                 console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", soft_wrap=True)

@@ -49,6 +49,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHED: Look = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (4, 2))}
 DOTTED: Look = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
 SCORES, HEAT = "cividis", "magma"  # both even in lightness, so they survive grey printing and colour blindness
+OLD_COLUMNS = {"control_accuracy": "control_value"}  # of tables written before the name was changed
 PACKAGES = (
     "diffprobe", "matplotlib", "numpy", "pandas", "scikit-learn", "scipy", "xarray", "torch", "diffusers", "transformers"
 )  # fmt: skip

@@ -35,9 +35,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.figures import plot_pca_grid, plot_site_curves
-from diffprobe.probes.linear import GramRidge
+from diffprobe.probes.measures import cosines
 from diffprobe.probes.pca import outlier_tokens, pca_rgb
-from diffprobe.probes.similarity import cosines, similarity, split_pairs
+from diffprobe.probes.similarity import similarity, split_pairs
+from diffprobe.probes.streaming import GramRidge
 from diffprobe.probes.task import FOLDS, split_folds
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval

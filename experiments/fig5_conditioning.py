@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from diffprobe.figures import plot_pca_grid, plot_site_curves
 from diffprobe.plotting import heat_colours
+from diffprobe.probes.measures import cka, jackknife_interval
 from diffprobe.probes.pca import pca_rgb
-from diffprobe.probes.similarity import cka, jackknife_interval, similarity
+from diffprobe.probes.similarity import similarity
 from diffprobe.probes.task import pool_features
 from experiments.figures import in_order
 from experiments.framework import Claim, Experiment, Options, Result, reference, verdict, worst

@@ -32,9 +32,10 @@ def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy") -> Figure:
     """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
 
     Args:
-        frame: Rows with label, encoder, value, low, high, chance and control_accuracy (NaN for none); one row a bar.
+        frame: Rows with label, encoder, value, low, high, chance and control_value (NaN for none); one row a bar.
         name: Of the score.
     """
+    frame = frame.rename(columns=plotting.OLD_COLUMNS)
     labels, encoders = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["encoder"]))
     figure, axes = plotting.grid(1, 1, plotting.PAGE, 2.1)
     axis = axes[0, 0]
@@ -49,13 +50,13 @@ def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy") -> Figure:
             x = group + (shown.index(row["encoder"]) - (len(shown) - 1) / 2) * step
             axis.bar(x, row["value"], 0.9 * step, color=COLOURS[encoders.index(row["encoder"]) % len(COLOURS)])
             axis.plot([x, x], [row["low"], row["high"]], color="black", linewidth=0.9)
-            axis.plot(x, row["control_accuracy"], **hollow)
+            axis.plot(x, row["control_value"], **hollow)
             axis.text(x, row["high"] + 0.012 * top, plotting.short(row["value"]), ha="center", va="bottom", fontsize=6)
         axis.plot([group - 0.42, group + 0.42], [rows["chance"].mean()] * 2, **dashed)
     for place, encoder in enumerate(encoders):
         axis.bar(0, 0, color=COLOURS[place % len(COLOURS)], label=encoder)
     axis.plot([], [], label="chance", **dashed)
-    controlled = bool(frame["control_accuracy"].notna().any())
+    controlled = bool(frame["control_value"].notna().any())
     if controlled:
         axis.plot([], [], label="control task", **hollow)
     axis.set_xticks(range(len(labels)), [plotting.wrap(str(label), (plotting.PAGE - 0.6) / len(labels)) for label in labels])

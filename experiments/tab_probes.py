@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffprobe.figures import plot_probe_grid
+from diffprobe.plotting import OLD_COLUMNS
 from diffprobe.probes.labels import with_mask_labels
 from diffprobe.probes.linear import fit_probe
 from diffprobe.sites import LATENT
@@ -107,7 +108,7 @@ def _record(options: Options, encoder: str, model: Any, spec: str) -> xr.DataTre
 
 def _fit(encoder: str, kind: str, found: xr.DataArray, label: Any, options: Options, **more: Any) -> pd.DataFrame:
     settings = {"penalties": PENALTIES, "seed": options.seed, "cross_fit": not options.smoke, "keep_rows": True}
-    frame = fit_probe(found, label, n_jobs=1 if options.smoke else 2, **{**settings, **more})
+    frame = fit_probe(found, label, n_jobs=1 if options.smoke else 2, **{**settings, **more}).table
     site = found.attrs["site"]
     return frame.assign(kind=kind, encoder=INPUT if site == LATENT else encoder, site=site)
 
@@ -182,7 +183,7 @@ def _comparisons(table: pd.DataFrame, options: Options) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for (label, encoder), cells in null.groupby(["label", "encoder"], sort=False):
         place = cells.iloc[int(cells["value"].to_numpy().argmax())]
-        kept = {k: place[k] for k in ("site", "timestep", "chance", "control_accuracy", "score", "n_classes", "seed")}
+        kept = {k: place[k] for k in ("site", "timestep", "chance", "control_value", "score", "n_classes", "seed")}
         rows.append(
             {
                 "kind": "best",
@@ -287,7 +288,8 @@ def draw(result: Result) -> dict[str, Figure]:
 def _overlap(patches: pd.DataFrame) -> pd.DataFrame:
     """Mean IoU a site; who calls everything background gets the background's share in one class and nothing in the others."""
     shown = {"value": "miou", "low": "miou_low", "high": "miou_high", "chance": "miou_chance"}
-    return patches.assign(label=patches["site"], control_accuracy=np.nan, **{k: patches[v] for k, v in shown.items()})
+    patches = patches.rename(columns=OLD_COLUMNS)
+    return patches.assign(label=patches["site"], control_value=np.nan, **{k: patches[v] for k, v in shown.items()})
 
 
 EXPERIMENT = Experiment(

@@ -306,7 +306,7 @@ def _object_probes(options: Options, model: str, site: str, timestep: int | None
         table = fit_probe(
             array, [truth[i] for i in rows], groups=[scenes[i] for i in rows], seed=options.seed, control=False,
             penalties=(100.0, 1000.0, 10_000.0, 100_000.0),
-        )  # fmt: skip
+        ).table  # fmt: skip
         row = table.iloc[0]
         kept = {"value": row["value"], "low": row["low"], "high": row["high"], "n": int(row["n_test"])}
         yield {"what": f"{model}, {site}: {name} of an object", **kept, "chance": row["chance"]}

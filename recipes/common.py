@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffprobe.data import shapes
+from diffprobe.data.images import normalised_pixels
 
 SIDE = 64
 GROUP = 4  # scenes that are drawn together: one object, two, any number, and the two mirrored
@@ -62,7 +63,7 @@ def random_caption(scene: shapes.Scene, rng: np.random.Generator) -> str:
 def drawn(scene: shapes.Scene) -> np.ndarray:
     """The scene at the models' resolution (3, y, x) in [-1, 1], resized as the pipelines' preprocessors do."""
     image = Image.fromarray(shapes.render(scene)[0]).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+    return normalised_pixels(image)
 
 
 def drawn_batch(scenes: Sequence[shapes.Scene]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from PIL import Image
 from skimage.draw import polygon as draw_polygon
 
 from diffprobe.data import AnnotatedDataset, ImageError, VocDataset, coco_dataset, iterate, load_dataset, refcoco_dataset
-from diffprobe.data.annotations import VOC_CLASSES, category_spans, decode_masks, listing, plural_forms
+from diffprobe.data.annotations import VOC_CLASSES
+from diffprobe.data.categories import category_spans, listing, plural_forms
+from diffprobe.data.segmentations import decode_masks
 
 HEIGHT, WIDTH = 24, 32
 SQUARE = [2.0, 3.0, 10.0, 3.0, 10.0, 11.0, 2.0, 11.0]  # x, y pairs: columns 2-9, rows 3-10
@@ -210,6 +213,29 @@ def test_every_bad_segmentation_is_listed_before_anything_is_read(coco: Path) ->
             coco_dataset(edited(coco, lambda d: d["annotations"][3].update(segmentation=wrong)), coco / "val2017")  # noqa: B023
 
 
+def test_every_bad_entry_of_a_file_is_listed(coco: Path) -> None:
+    def spoil(data: dict[str, Any]) -> None:
+        data["images"][0].update(height="24", file_name="../x.jpg")
+        data["annotations"][0].update(category_id=99)
+        data["annotations"][1].update(image_id=None)
+
+    with pytest.raises(ValueError, match="height is '24'") as found:
+        coco_dataset(edited(coco, spoil), coco / "val2017")
+    for fault in ("leaves the folder of images", "category 99; one of them is not listed", "image_id is None where int"):
+        assert fault in str(found.value)
+    rows = [{**ref, "ann_id": wrong} for ref, wrong in zip(refs(), (99, "7"), strict=False)]
+    (coco / "refs.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"names annotation 99 .*; .*ann_id is '7' where int was expected"):
+        refcoco_dataset(coco / "refs.json", coco / "val2017", coco / "instances.json")
+
+
+def test_run_lengths_need_no_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert decode_masks([{"size": [1, 3], "counts": [1, 2]}], (1, 3), "x").tolist() == [[[False, True, True]]]
+    with pytest.raises(ValueError, match="COCO's polygons need pycocotools"):
+        decode_masks([[[0, 0, 2, 0, 2, 2]]], (3, 3), "x")
+
+
 def test_every_absent_image_is_listed(coco: Path) -> None:
     for path in (coco / "val2017").iterdir():
         path.unlink()
@@ -262,7 +288,7 @@ def test_links_out_of_the_folder_are_refused(coco: Path) -> None:
         (lambda d: d.pop("categories"), "has no list 'categories'; it has info, licenses"),
         (lambda d: d["annotations"][0].update(category_id=99), "image 139 and category 99; one of them is not listed"),
         (lambda d: d["annotations"][0].update(image_id="139"), "image_id is '139' where int was expected"),
-        (lambda d: d["images"][0].update(id=139), "an image id stands twice"),
+        (lambda d: d["images"][0].update(id=139), "an image id occurs twice"),
         (lambda d: d["images"][0].update(file_name="gone.jpg"), "1 of the 2 annotated images are not in .*'gone.jpg'.*limit=N"),
         (lambda d: d.update(images=[], annotations=[]), "holds no samples"),
     ],

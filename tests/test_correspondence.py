@@ -348,7 +348,7 @@ def test_errors_say_what_was_asked_and_found(spair, tmp_path):
         correspondence(features, [pair([[0.5, 0.5]], [[0.5, 0.5]])])
     with pytest.raises(ValueError, match="there are no pairs"):
         correspondence(features, [])
-    with pytest.raises(ValueError, match="x is missing"):
+    with pytest.raises(ValueError, match="x is not in"):
         correspondence(features.mean("x"), pairs)
     with pytest.raises(ValueError, match="Tolerances are positive"):
         correspondence(features, pairs, alphas=(0.0,))

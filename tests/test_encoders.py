@@ -97,7 +97,7 @@ def test_a_store_of_an_encoder_is_like_any_other(encoder_folder: Callable[[str],
     faults, _ = repair(out, progress=False)
     assert len(faults) == 1 and verify_store(out) == []
     np.testing.assert_array_equal(features(open_store(out), "L2").values, before)
-    frame = fit_probe(features(tree, "L2", pool="mean"), "size", n_jobs=1)
+    frame = fit_probe(features(tree, "L2", pool="mean"), "size", n_jobs=1).table
     assert frame[["timestep", "conditioning"]].to_numpy().tolist() == [[0, "null"]]
     assert not any(module._forward_hooks for module in encoder.network.modules()), "hooks are gone"
 

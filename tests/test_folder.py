@@ -40,7 +40,7 @@ def test_images_are_found_sorted_and_read_lazily(photos: Path) -> None:
     assert dataset[1].captions == () and dataset[1].masks().shape[0] == 0
     with pytest.raises(ImageError, match=r"z\.png"):
         dataset[3].load()
-    with pytest.raises(IndexError, match="Image 4 of a folder of 4"):
+    with pytest.raises(IndexError, match="Sample 4 of a dataset of 4"):
         dataset[4]
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, r2_score
 from sklearn.pipeline import make_pipeline
@@ -21,22 +24,12 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from diffprobe.data import fit_masks, iterate, load_dataset
 from diffprobe.data.samples import Sample
+from diffprobe.probes.fitting import fit_quietly, probe_table, save_table
 from diffprobe.probes.labels import patch_labels, with_mask_labels
-from diffprobe.probes.linear import GramRidge, LinearModel, fit_probe, stream_probe
-from diffprobe.probes.task import (
-    FOLDS,
-    Problem,
-    Settings,
-    Turn,
-    _overlap,
-    best_choice,
-    make_row,
-    pool_features,
-    probe_table,
-    run_probes,
-    save_table,
-    split_folds,
-)
+from diffprobe.probes.linear import LinearProbe, fit_probe
+from diffprobe.probes.scoring import Turn, _overlap, best_choice, make_row
+from diffprobe.probes.streaming import GramRidge, stream_probe
+from diffprobe.probes.task import FOLDS, Problem, Settings, pool_features, split_folds
 
 N = 200
 COLOURS = np.array(["red", "green", "blue"])
@@ -70,7 +63,7 @@ def split(features, name, groups=None, seed=0):
 
 
 def test_planted_direction_is_found_and_noise_is_at_chance():
-    frame = fit_probe(planted(), "colour").set_index("timestep")
+    frame = fit_probe(planted(), "colour").table.set_index("timestep")
     strong, noise = frame.loc[10], frame.loc[900]
     assert strong.value > 0.9
     assert strong.low <= strong.value <= strong.high
@@ -83,12 +76,12 @@ def test_planted_direction_is_found_and_noise_is_at_chance():
 
 
 def test_permuted_control_is_at_chance_and_shows_memory_on_train():
-    frame = fit_probe(planted(channels=150, strength=(4.0, 0.0)), "colour", penalties=[1e-3])
-    assert (frame.control_accuracy < 0.6).all()
-    assert (frame.control_train_accuracy > 0.9).all()  # 150 columns, 160 rows: everything can be memorised
-    assert frame.selectivity.to_list() == pytest.approx((frame.value - frame.control_accuracy).to_list())
-    without = fit_probe(planted(), "colour", control=False)
-    assert without.control_accuracy.isna().all() and without.selectivity.isna().all()
+    frame = fit_probe(planted(channels=150, strength=(4.0, 0.0)), "colour", penalties=[1e-3]).table
+    assert (frame.control_value < 0.6).all()
+    assert (frame.control_train_value > 0.9).all()  # 150 columns, 160 rows: everything can be memorised
+    assert frame.selectivity.to_list() == pytest.approx((frame.value - frame.control_value).to_list())
+    without = fit_probe(planted(), "colour", control=False).table
+    assert without.control_value.isna().all() and without.selectivity.isna().all()
 
 
 def test_control_by_types_measures_capacity():
@@ -97,15 +90,15 @@ def test_control_by_types_measures_capacity():
     types = rng.integers(12, size=400)
     values = np.eye(12)[types] + 0.05 * rng.normal(size=(400, 12))
     features = xr.DataArray(values, dims=("sample", "channel"), coords={"parity": ("sample", types % 2)})
-    by_type = fit_probe(features, "parity", types=types, penalties=[0.1]).iloc[0]
-    permuted = fit_probe(features, "parity", penalties=[0.1]).iloc[0]
-    assert by_type.value == 1 and by_type.control_accuracy == 1 and by_type.selectivity == 0
-    assert permuted.control_accuracy < 0.7
+    by_type = fit_probe(features, "parity", types=types, penalties=[0.1]).table.iloc[0]
+    permuted = fit_probe(features, "parity", penalties=[0.1]).table.iloc[0]
+    assert by_type.value == 1 and by_type.control_value == 1 and by_type.selectivity == 0
+    assert permuted.control_value < 0.7
 
 
 def test_agrees_with_a_plain_pipeline():
     features = planted(strength=(1.0, 0.3))
-    frame = fit_probe(features, "colour", penalties=[2.0], seed=3)
+    frame = fit_probe(features, "colour", penalties=[2.0], seed=3).table
     fitted, test = split(features, "colour", seed=3)
     for _, row in frame.iterrows():
         x, y = features.sel(timestep=row.timestep).values, features.colour.values
@@ -120,7 +113,7 @@ def test_agrees_with_a_plain_pipeline():
 def test_penalty_is_chosen_on_validation_only():
     features = planted(n=150, channels=60, strength=(1.2, 0.0))
     penalties = [1e-3, 1.0, 1e3]
-    row = fit_probe(features, "colour", penalties=penalties).set_index("timestep").loc[10]
+    row = fit_probe(features, "colour", penalties=penalties).table.set_index("timestep").loc[10]
     folds = split_folds(np.unique(features.colour, return_inverse=True)[1], np.arange(150))
     x, y = features.sel(timestep=10).values, features.colour.values
     scores = {
@@ -133,12 +126,12 @@ def test_penalty_is_chosen_on_validation_only():
     assert len(set(scores.values())) > 1
     # what happens to the test rows cannot move the choice
     x[folds == 0] = 1e6
-    assert fit_probe(features, "colour", penalties=penalties).set_index("timestep").loc[10].penalty == row.penalty
+    assert fit_probe(features, "colour", penalties=penalties).table.set_index("timestep").loc[10].penalty == row.penalty
 
 
 def test_ridge_for_quantities():
     features = planted()
-    frame = fit_probe(features, "area", penalties=[5.0]).set_index("timestep")
+    frame = fit_probe(features, "area", penalties=[5.0]).table.set_index("timestep")
     assert (frame.score == "r2").all() and (frame.chance == 0).all()
     fitted, test = split(features, "area")
     for step in frame.index:
@@ -146,17 +139,17 @@ def test_ridge_for_quantities():
         plain = make_pipeline(StandardScaler(), Ridge(alpha=5.0)).fit(x[fitted], y[fitted])
         assert frame.value[step] == pytest.approx(r2_score(y[test], plain.predict(x[test])))
     assert frame.low[10] > 0.8 and frame.low[10] < frame.value[10] < frame.high[10]
-    assert frame.value[900] < 0.15 and frame.control_accuracy.max() < 0.15
+    assert frame.value[900] < 0.15 and frame.control_value.max() < 0.15
 
 
 def test_auto_takes_whole_numbers_for_classes_even_with_gaps():
     features = planted()
     counts = np.random.default_rng(0).integers(1, 4, size=N).astype(float)
     counts[:5] = np.nan
-    frame = fit_probe(features, counts)
+    frame = fit_probe(features, counts).table
     assert (frame.score == "accuracy").all() and (frame.n_classes == 3).all() and (frame.label == "label").all()
-    assert (fit_probe(features, np.arange(N)).score == "r2").all()
-    assert (fit_probe(features, counts, task="ridge").score == "r2").all()
+    assert (fit_probe(features, np.arange(N)).table.score == "r2").all()
+    assert (fit_probe(features, counts, task="regression").table.score == "r2").all()
 
 
 @pytest.mark.parametrize("missing", [None, "", np.nan])
@@ -164,11 +157,11 @@ def test_missing_labels_are_dropped_and_counted(missing):
     features = planted()
     labels = features.colour.values.astype(object)
     labels[::4] = missing
-    frame = fit_probe(features, labels)
+    frame = fit_probe(features, labels).table
     kept = features.isel(sample=np.arange(N) % 4 != 0)
     assert (frame.n_dropped == 50).all()
     assert (frame.n_train + frame.n_validation + frame.n_test == 150).all()
-    assert frame.value.to_list() == fit_probe(kept, "colour").value.to_list()
+    assert frame.value.to_list() == fit_probe(kept, "colour").table.value.to_list()
 
 
 @pytest.mark.parametrize("missing", [None, "", np.nan, np.inf, -np.inf])
@@ -176,10 +169,10 @@ def test_a_gap_leaves_numbers_numbers(missing):
     features = planted()
     area = features.area.values.astype(object)
     area[::4] = missing
-    frame = fit_probe(features, area)
+    frame = fit_probe(features, area).table
     kept = features.isel(sample=np.arange(N) % 4 != 0)
     assert (frame.score == "r2").all() and (frame.n_dropped == 50).all()
-    assert frame.value.to_list() == fit_probe(kept, "area").value.to_list()
+    assert frame.value.to_list() == fit_probe(kept, "area").table.value.to_list()
 
 
 def test_objects_without_the_attribute_are_no_class():
@@ -193,7 +186,7 @@ def test_objects_without_the_attribute_are_no_class():
 def test_label_array_is_aligned_by_sample():
     features = planted()
     shuffled = features.colour.isel(sample=np.random.default_rng(0).permutation(N))
-    pd.testing.assert_frame_equal(fit_probe(features, shuffled), fit_probe(features, "colour"))
+    pd.testing.assert_frame_equal(fit_probe(features, shuffled).table, fit_probe(features, "colour").table)
     with pytest.raises(ValueError, match="no entry for 1 samples, such as 's000'"):
         fit_probe(features, features.colour[1:])
 
@@ -208,7 +201,7 @@ def test_groups_are_never_split_and_widen_the_interval():
     # each scene four times: ungrouped, the test scenes were seen in training
     scenes = np.random.default_rng(1).normal(size=(60, 100))
     features = xr.DataArray(scenes[groups], dims=("sample", "channel"), coords={"colour": ("sample", colour)})
-    leaked, honest = fit_probe(features, "colour").iloc[0], fit_probe(features, "colour", groups=groups).iloc[0]
+    leaked, honest = fit_probe(features, "colour").table.iloc[0], fit_probe(features, "colour", groups=groups).table.iloc[0]
     assert leaked.value > 0.9 and honest.value < 0.65
     assert honest.high - honest.low > 0.3
 
@@ -217,12 +210,12 @@ def test_repeated_sample_ids_stay_together():
     rng = np.random.default_rng(0)
     ids = np.repeat(np.arange(60), 4)
     features = xr.DataArray(rng.normal(size=(60, 100))[ids], dims=("sample", "channel"), coords={"sample": ids})
-    assert fit_probe(features, rng.integers(3, size=60)[ids]).value[0] < 0.65
+    assert fit_probe(features, rng.integers(3, size=60)[ids]).table.value[0] < 0.65
 
 
 def test_repeated_ids_are_types_of_the_control():
     features = planted(n=40).isel(timestep=0).assign_coords(sample=np.repeat(np.arange(20), 2))
-    control = Problem.of(features, "colour", "auto", None, None, 0).control.reshape(20, 2)
+    control = Problem.of(features, "colour").control.reshape(20, 2)
     assert (control[:, 0] == control[:, 1]).all() and len(np.unique(control)) > 1
 
 
@@ -241,10 +234,10 @@ def test_folds_are_stratified_and_follow_the_seed():
 
 def test_pooling():
     features = planted(side=4, strength=(20.0, 0.0))
-    mean = fit_probe(features, "colour")
-    pd.testing.assert_frame_equal(mean, fit_probe(features.mean(("y", "x")).astype(np.float32), "colour"))
+    mean = fit_probe(features, "colour").table
+    pd.testing.assert_frame_equal(mean, fit_probe(features.mean(("y", "x")).astype(np.float32), "colour").table)
     assert (mean.n_features == 6).all()
-    flat = fit_probe(features, "colour", pool="flatten", penalties=[100.0])
+    flat = fit_probe(features, "colour", pool="flatten", penalties=[100.0]).table
     assert (flat.n_features == 96).all()
     matrix = pool_features(features, "flatten").transpose("sample", "timestep", "channel").values
     np.testing.assert_array_equal(matrix, features.values.reshape(N, 2, -1).astype(np.float32))
@@ -263,7 +256,7 @@ def segmentation(n=30, side=5, seed=0):
 
 def test_patches_are_rows_of_their_sample():
     features, truth = segmentation()
-    row = fit_probe(features, truth, pool="patches", penalties=[1.0]).iloc[0]
+    row = fit_probe(features, truth, pool="patches", penalties=[1.0]).table.iloc[0]
     assert row.n_test == 6 * 25 and row.n_features == 4
     strata = np.array([np.bincount(t.ravel()).argmax() for t in truth])
     folds = np.repeat(split_folds(strata, np.arange(30)), 25)
@@ -282,9 +275,9 @@ def test_patches_are_rows_of_their_sample():
     # unlabelled patches are dropped one by one, and the axes are read by name
     holed = truth.astype(float)
     holed[:, 0, :] = np.nan
-    turned = fit_probe(features.transpose("x", "sample", "channel", "y"), holed, pool="patches").iloc[0]
+    turned = fit_probe(features.transpose("x", "sample", "channel", "y"), holed, pool="patches").table.iloc[0]
     assert turned.n_dropped == 30 * 5 and turned.value > 0.75
-    whole = fit_probe(features, np.arange(30) % 2, pool="patches").iloc[0]
+    whole = fit_probe(features, np.arange(30) % 2, pool="patches").table.iloc[0]
     assert whole.n_test == 150 and whole.value < 0.7
 
 
@@ -294,26 +287,26 @@ def test_intervals_of_patches_are_clustered():
     easy = rng.normal(size=(40, 1, 1, 1)) > 0
     truth = rng.integers(2, size=(40, 6, 6))
     values = np.where(easy, 8.0 * (truth[:, None] - 0.5), 0) + 0.1 * rng.normal(size=(40, 1, 6, 6))
-    row = fit_probe(xr.DataArray(values, dims=("sample", "channel", "y", "x")), truth, pool="patches").iloc[0]
+    row = fit_probe(xr.DataArray(values, dims=("sample", "channel", "y", "x")), truth, pool="patches").table.iloc[0]
     independent = 2 * 1.96 * np.sqrt(row.value * (1 - row.value) / row.n_test)
     assert row.high - row.low > 2 * independent
 
 
 def test_all_right_has_wilsons_interval():
     features = planted(strength=(50.0, 50.0))
-    row = fit_probe(features, "colour").iloc[0]
+    row = fit_probe(features, "colour").table.iloc[0]
     assert row.value == 1 and row.high == 1 and row.low == pytest.approx(40 / (40 + 1.959964**2))
 
 
 def test_workers_have_one_blas_thread(monkeypatch):
     seen = []
-    inner = LinearModel.fit
+    inner = LinearProbe.fit
 
-    def spy(self, x, y, rows, choice):
+    def spy(self, x, y):
         seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
-        return inner(self, x, y, rows, choice)
+        return inner(self, x, y)
 
-    monkeypatch.setattr(LinearModel, "fit", spy)
+    monkeypatch.setattr(LinearProbe, "fit", spy)
     with threadpool_limits(limits=2):
         before = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
         fit_probe(planted(), "colour", n_jobs=1)
@@ -324,24 +317,22 @@ def test_workers_have_one_blas_thread(monkeypatch):
 
 def test_processes_change_nothing():
     features = planted(n=80, timesteps=(1, 2, 3, 4), strength=(2.0, 1.0, 0.5, 0.0))
-    pd.testing.assert_frame_equal(fit_probe(features, "colour", n_jobs=2), fit_probe(features, "colour", n_jobs=1))
+    pd.testing.assert_frame_equal(fit_probe(features, "colour", n_jobs=2).table, fit_probe(features, "colour", n_jobs=1).table)
 
 
 def test_workers_end_with_their_parent(tmp_path):
     code = f"""
 import os, pathlib, time
 import numpy as np, xarray as xr
-from diffprobe.probes.task import Problem, Settings, run_probes
+from diffprobe import fit_probe
 
 class Slow:
-    converged = True
-    def choose(self, *arguments):
+    def fit(self, x, y):
         (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()
         time.sleep(60)
 
 features = xr.DataArray(np.ones((40, 4, 2), np.float32), dims=("sample", "timestep", "channel"))
-problem = Problem.of(features, np.arange(40) % 2, "logistic", None, None, 0)
-run_probes(features, problem, Settings("penalty", (1.0, 2.0), False, 0, 10), Slow, 2)
+fit_probe(features, np.arange(40) % 2, estimator=Slow(), n_jobs=2)
 """
 
     def alive():
@@ -372,7 +363,7 @@ import time
 import numpy as np, xarray as xr
 from diffprobe import fit_probe
 x = xr.DataArray(np.random.default_rng(0).normal(size=(40, 3)), dims=("sample", "channel"))
-print(len(fit_probe(x, np.arange(40) % 2, n_jobs=-1)))
+print(len(fit_probe(x, np.arange(40) % 2, n_jobs=-1).table))
 time.sleep(0.7)
 print("here")
 """
@@ -384,23 +375,26 @@ print("here")
 
 def test_every_combination_is_a_row_and_lazy_arrays_are_read():
     features = planted(n=60).expand_dims(conditioning=["null", "caption"]).chunk(sample=30)
-    frame = fit_probe(features.assign_coords(guidance=7.5), "colour", n_jobs=1)
+    frame = fit_probe(features.assign_coords(guidance=7.5), "colour", n_jobs=1).table
     places = {("null", 10), ("null", 900), ("caption", 10), ("caption", 900)}
     assert set(zip(frame.conditioning, frame.timestep, strict=True)) == places
     assert (frame.guidance == 7.5).all()
-    single = fit_probe(planted(n=60).sel(timestep=10), "colour")
+    single = fit_probe(planted(n=60).sel(timestep=10), "colour").table
     assert len(single) == 1 and single.timestep[0] == 10
 
 
 def test_non_convergence_is_a_column_not_a_warning():
-    frame = fit_probe(planted(), "colour", max_iter=2)
+    frame = fit_probe(planted(), "colour", max_iter=2).table
     assert not frame.converged.any() and (frame.iterations <= 4).all()
 
 
 def test_seed_repeats_and_matters():
     features = planted(strength=(1.0, 0.0))
-    pd.testing.assert_frame_equal(fit_probe(features, "colour", seed=5), fit_probe(features, "colour", seed=5))
-    assert fit_probe(features, "colour", seed=5).value.to_list() != fit_probe(features, "colour", seed=6).value.to_list()
+    pd.testing.assert_frame_equal(fit_probe(features, "colour", seed=5).table, fit_probe(features, "colour", seed=5).table)
+    assert (
+        fit_probe(features, "colour", seed=5).table.value.to_list()
+        != fit_probe(features, "colour", seed=6).table.value.to_list()
+    )
 
 
 def test_table_over_sites_and_labels():
@@ -410,14 +404,14 @@ def test_table_over_sites_and_labels():
     assert frame.groupby(["site", "label"], sort=False).size().to_dict() == {
         (site, label): 2 for site in sites for label in ("colour", "area")
     }
-    alone = fit_probe(sites["mid"], "colour", n_jobs=1)
+    alone = fit_probe(sites["mid"], "colour", n_jobs=1).table
     pd.testing.assert_series_equal(
         frame[(frame.site == "mid") & (frame.label == "colour")].value.reset_index(drop=True), alone.value
     )
 
 
 def test_unknown_label_names_the_closest():
-    message = r"Label 'color' is not among the samples' labels \(area, colour, one\); did you mean 'colour'\?"
+    message = r"Label 'color' is not among the samples' labels \(area, colour, one\)\. Did you mean 'colour'\?"
     with pytest.raises(ValueError, match=message):
         fit_probe(planted(), "color")
 
@@ -429,8 +423,8 @@ def test_other_refusals():
     with pytest.raises(ValueError, match=r"shape \(3,\); these features need \(200,\)"):
         fit_probe(features, [1, 2, 3])
     with pytest.raises(ValueError, match="holds words such as"):
-        fit_probe(features, "colour", task="ridge")
-    with pytest.raises(ValueError, match="'logistic', 'ridge' or 'auto'"):
+        fit_probe(features, "colour", task="regression")
+    with pytest.raises(ValueError, match="'classification', 'regression' or 'auto'"):
         fit_probe(features, "colour", task="tree")
     with pytest.raises(ValueError, match="known for 6 independent samples; a split needs at least 10"):
         fit_probe(features[:6], "colour")
@@ -476,7 +470,7 @@ def test_gram_ridge_takes_more_rows_after_a_solution():
 
 def test_every_fold_is_the_test_fold_once():
     features = planted(strength=(1.5, 0.0)).sel(timestep=10)
-    row = fit_probe(features, "colour", penalties=[10.0], cross_fit=True, keep_rows=True).iloc[0]
+    row = fit_probe(features, "colour", penalties=[10.0], cross_fit=True, keep_rows=True).table.iloc[0]
     x, y = features.values, features.colour.values
     folds = split_folds(np.unique(y, return_inverse=True)[1], np.arange(N))
     right = np.zeros(N)
@@ -487,10 +481,10 @@ def test_every_fold_is_the_test_fold_once():
         right[folds == fold] = plain.predict(x[folds == fold]) == y[folds == fold]
     assert row.n_test == N and row.value == pytest.approx(right.mean())
     np.testing.assert_array_equal(row.rows, right)
-    one = fit_probe(features, "colour", penalties=[10.0]).iloc[0]
+    one = fit_probe(features, "colour", penalties=[10.0]).table.iloc[0]
     assert row.high - row.low < 0.7 * (one.high - one.low)
-    area = fit_probe(features, "area", cross_fit=True, keep_rows=True).iloc[0]
-    assert area.value > 0.8 and (area.rows <= 0).all() and area.control_accuracy < 0.1
+    area = fit_probe(features, "area", cross_fit=True, keep_rows=True).table.iloc[0]
+    assert area.value > 0.8 and (area.rows <= 0).all() and area.control_value < 0.1
 
 
 def test_more_columns_than_rows_change_no_answer():
@@ -498,14 +492,17 @@ def test_more_columns_than_rows_change_no_answer():
     features = planted(channels=300, strength=(2.0, 0.0), n=100).sel(timestep=10)
     for label in (features.colour.values, np.where(features.colour == "red", "red", "not")):  # three classes and two
         fitted, test = (np.isin(np.arange(100), rows) for rows in (np.arange(70), np.arange(70, 100)))
-        model = LinearModel("logistic")
-        model.fit(features.values, label, fitted, 3.0)
+        codes = np.unique(label, return_inverse=True)[1]
+        model = LinearProbe("classification", 3.0)
+        assert fit_quietly(model, features.values[fitted], codes[fitted])
         plain = LogisticRegression(C=1 / 3, tol=1e-9, max_iter=20_000)
-        plain = make_pipeline(StandardScaler(), plain).fit(features.values[fitted], label[fitted])
-        assert model.converged and (model.predict(features.values[test]) == plain.predict(features.values[test])).all()
-        weights = model.model.coef_ @ model._axes[0].T
+        plain = make_pipeline(StandardScaler(), plain).fit(features.values[fitted], codes[fitted])
+        assert (model.predict(features.values[test]) == plain.predict(features.values[test])).all()
+        readout = model.readout()
+        assert (readout.predict(features.values[test]) == plain.predict(features.values[test])).all()
+        weights = readout.weights * plain[0].scale_
         np.testing.assert_allclose(weights, plain[-1].coef_, atol=2e-4)
-        np.testing.assert_allclose(model.model.intercept_, plain[-1].intercept_, atol=2e-4)
+        np.testing.assert_allclose(readout.intercept + readout.weights @ plain[0].mean_, plain[-1].intercept_, atol=2e-4)
 
 
 def test_weaker_penalties_are_tried_until_two_score_below_the_best():
@@ -516,18 +513,18 @@ def test_weaker_penalties_are_tried_until_two_score_below_the_best():
 
 
 def test_streaming_is_ridge_on_indicators_and_reads_blocks_only(monkeypatch):
-    from diffprobe.probes import linear
+    from diffprobe.probes import streaming
 
     features = planted(side=3, strength=(6.0, 0.0))
     held = []
-    inner = linear.matrix
+    inner = streaming.matrix
 
     def spy(block):
         held.append(block.sizes["sample"])
         return inner(block)
 
-    monkeypatch.setattr(linear, "matrix", spy)
-    frame = stream_probe(features, "colour", penalties=[20.0], block=16).set_index("timestep")
+    monkeypatch.setattr(streaming, "matrix", spy)
+    frame = stream_probe(features, "colour", penalties=[20.0], block=16).table.set_index("timestep")
     assert max(held) == 16, "never more than a block is in memory"
     fitted, test = split(features, "colour")
     for step in (10, 900):
@@ -536,20 +533,20 @@ def test_streaming_is_ridge_on_indicators_and_reads_blocks_only(monkeypatch):
         plain = make_pipeline(StandardScaler(), Ridge(alpha=20.0)).fit(x[fitted], y[fitted][:, None] == classes)
         right = classes[plain.predict(x[test]).argmax(1)] == y[test]
         assert frame.value[step] == pytest.approx(right.mean())
-    assert frame.low[10] > frame.chance[10] and frame.value[900] < 0.6 and (frame.control_accuracy < 0.6).all()
-    assert list(frame.reset_index().columns) == list(fit_probe(features, "colour", n_jobs=1).columns)
-    area = stream_probe(features, "area", penalties=[5.0]).set_index("timestep")
-    pooled = fit_probe(features, "area", penalties=[5.0], n_jobs=1).set_index("timestep")
+    assert frame.low[10] > frame.chance[10] and frame.value[900] < 0.6 and (frame.control_value < 0.6).all()
+    assert list(frame.reset_index().columns) == list(fit_probe(features, "colour", n_jobs=1).table.columns)
+    area = stream_probe(features, "area", penalties=[5.0]).table.set_index("timestep")
+    pooled = fit_probe(features, "area", penalties=[5.0], n_jobs=1).table.set_index("timestep")
     np.testing.assert_allclose(area.value, pooled.value, atol=1e-6)
-    np.testing.assert_allclose(area.control_accuracy, pooled.control_accuracy, atol=1e-6)
+    np.testing.assert_allclose(area.control_value, pooled.control_value, atol=1e-6)
 
 
 def test_streaming_chooses_its_penalty_and_reads_patches():
     features, truth = segmentation(n=60)
-    row = stream_probe(features, truth, pool="patches", block=7).iloc[0]
+    row = stream_probe(features, truth, pool="patches", block=7).table.iloc[0]
     assert row.value > 0.75 and row.n_test == 12 * 25 and row.miou > 0.6
     weak = planted(channels=100, strength=(1.0, 0.0))
-    assert (stream_probe(weak, "colour").penalty >= 100).all()
+    assert (stream_probe(weak, "colour").table.penalty >= 100).all()
     bad = planted()
     bad[5, 0, 0] = np.inf
     with pytest.raises(ValueError, match="timestep=10 are not finite in 1 of"):
@@ -565,7 +562,7 @@ rng = np.random.default_rng(0)
 y = rng.integers(3, size=150)
 x = xr.DataArray(rng.normal(size=(150, 8)) + 2 * np.eye(3, 8)[y], dims=("sample", "channel"))
 for label in (y, y * 1.5 + rng.normal(size=150)):
-    plain, torch = (fit_probe(x, label, device=d, penalties=[1.0], n_jobs=1).iloc[0] for d in (None, "cpu"))
+    plain, torch = (fit_probe(x, label, device=d, penalties=[1.0], n_jobs=1).table.iloc[0] for d in (None, "cpu"))
     assert abs(plain.value - torch.value) < 1e-6 and torch.converged, (plain, torch)
 """
     environment = {**os.environ, "SCIPY_ARRAY_API": "1"}
@@ -603,11 +600,12 @@ def test_drawn_masks_are_read_from_the_pixels_themselves():
     request = {"fingerprint": dataset.fingerprint(), "dataset": dataset.name, "resolution": list(size), "fit": "crop"}
     tree = xr.DataTree()
     tree.attrs["diffprobe"] = json.dumps({"data": dataset.spec, "request": request})
-    found = with_mask_labels(features, tree, "mask:shape")
+    found = with_mask_labels(features, tree, "shape")
+    assert found.equals(with_mask_labels(features, tree, "mask:shape")) and "shape" not in found.coords
     share = (found["mask:shape"].values != "background").mean()
     assert 0.02 < share < 0.3
     assert ((covered > 0.5) == (found["mask:shape"].values != "background")).mean() > 0.999  # but for ties at one half
-    row = fit_probe(found, "mask:shape", pool="patches", penalties=[0.01], n_jobs=1).iloc[0]
+    row = fit_probe(found, "mask:shape", pool="patches", penalties=[0.01], n_jobs=1).table.iloc[0]
     assert row.label == "mask:shape" and row.miou > 0.8
     tree.attrs["diffprobe"] = json.dumps({"data": dataset.spec, "request": {**request, "fingerprint": "other"}})
     with pytest.raises(ValueError, match="its content differs"):
@@ -615,7 +613,7 @@ def test_drawn_masks_are_read_from_the_pixels_themselves():
 
 
 def test_a_table_keeps_its_origin(tmp_path):
-    frame = fit_probe(planted(n=60), "colour", n_jobs=1)
+    frame = fit_probe(planted(n=60), "colour", n_jobs=1).table
     attributes = {"request": {"model": "m", "weights": "w", "seed": 0}, "random_weights": 7}
     path = tmp_path / "a.zarr.linear.csv"
     save_table(frame, path, "/somewhere/a.zarr", attributes, {"label": "colour"})
@@ -629,36 +627,43 @@ def test_a_table_keeps_its_origin(tmp_path):
 
 def test_a_row_of_several_turns_speaks_for_all_of_them():
     features = planted(n=40).isel(timestep=0)
-    problem = Problem.of(features, "colour", "auto", None, None, 0)
+    problem = Problem.of(features, "colour")
     turns = [
         Turn(problem.parts(k), problem.target[problem.parts(k)[2]], 10.0**k, (0.1 * k, 0.2 * k), k != 1, k)
         for k in range(FOLDS)
     ]
     row = make_row(problem, Settings("penalty", (1.0,), True, 0, 50), turns, {}, 6)
     assert row["converged"] is False and row["iterations"] == FOLDS - 1 and row["penalty"] == 100
-    assert (row["control_accuracy"], row["control_train_accuracy"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert (row["control_value"], row["control_train_value"]) == (pytest.approx(0.2), pytest.approx(0.4))
     assert row["value"] == 1 and row["n_test"] == 40
 
 
 def test_one_fit_that_did_not_converge_is_remembered():
-    model = LinearModel("logistic")
-    model.converged = False
-    model.fit(np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2, np.ones(40, bool), 10.0)
-    assert not model.converged
+    """The choice among penalties did not converge; the refit did."""
+    fits = []
+
+    class Late(BaseEstimator):
+        def __init__(self, c=1.0):
+            self.c = c
+
+        def fit(self, x, y):
+            fits.append(self.c)
+            if len(fits) == 1:
+                warnings.warn("not yet", ConvergenceWarning, stacklevel=1)
+
+        def predict(self, x):
+            return np.zeros(len(x), np.int64)
+
+    table = fit_probe(planted(n=60).sel(timestep=10), "colour", estimator=Late(), choices={"c": (2.0, 1.0)}, n_jobs=1).table
+    assert fits == [2.0, 1.0, 2.0, 2.0] and not table.converged[0] and table.c[0] == 2.0
 
 
 def test_the_control_is_fitted_on_known_labels_only():
     seen = []
 
     class Spy:
-        converged = True
-
-        def choose(self, x, y, train, validation, choices):
-            return choices[0]
-
-        def fit(self, x, y, rows, choice):
-            seen.append(rows)
-            return 0
+        def fit(self, x, y):
+            seen.append(x[:, 0].tolist())
 
         def predict(self, x):
             return np.zeros(len(x), np.int64)
@@ -666,11 +671,108 @@ def test_the_control_is_fitted_on_known_labels_only():
     labels = np.random.default_rng(0).integers(3, size=(40, 4, 4)).astype(float)
     labels[:, 0] = np.nan  # of every image other patches are unknown in the control than in the task
     labels[::2, 1] = np.nan
-    features = planted(n=40, side=4).isel(timestep=[0])
-    problem = Problem.of(features, labels, "logistic", None, None, 0)
-    run_probes(features, problem, Settings("penalty", (1.0,), True, 0, 20), Spy, 1)
-    assert len(seen) == 2 and (problem.keep != problem.control_keep).any()
-    assert not (seen[0] & ~problem.keep).any() and not (seen[1] & ~problem.control_keep).any()
+    numbers = np.arange(40 * 16).reshape(40, 1, 4, 4).astype(float)  # every row says which one it is
+    features = xr.DataArray(numbers, dims=("sample", "channel", "y", "x"))
+    fit_probe(features, labels, estimator=Spy(), pool="patches", n_jobs=1)
+    problem = Problem.of(features, labels, pool="patches")
+    fitted = problem.parts()[0] | problem.parts()[1]
+    assert (problem.keep != problem.control_keep).any()
+    assert seen == [np.flatnonzero(fitted).tolist(), np.flatnonzero(fitted & problem.control_keep).tolist()]
+
+
+def test_the_result_predicts_and_points():
+    features = planted(strength=(6.0, 0.0))
+    probes = fit_probe(features, "colour", n_jobs=1)
+    assert len(probes.estimators_) == len(probes.table) == 2
+    answers = probes.predict(features)
+    assert answers.dims == ("sample", "timestep") and answers.name == "colour"
+    assert (answers.sel(timestep=10) == features.colour).mean() > 0.95
+    # one timestep's probe on every timestep, and features in other units
+    one = fit_probe(1000 * features.sel(timestep=10) + 5, "colour")
+    assert (one.predict(1000 * features + 5).sel(timestep=10) == answers.sel(timestep=10)).mean() > 0.98
+    for code, name in enumerate(one.classes):  # "blue", "green" and "red" lie on the channels 2, 1 and 0
+        assert one.direction(name).argmax() == 2 - code and np.linalg.norm(one.direction(name)) == pytest.approx(1)
+    two = fit_probe(features.sel(timestep=10), np.where(features.colour == "red", "red", "not"))
+    np.testing.assert_array_equal(two.direction("red"), -two.direction("not"))
+    np.testing.assert_array_equal(two.direction(), two.direction("red"))
+    area = fit_probe(features, "area", n_jobs=1)
+    np.testing.assert_allclose(area.direction(timestep=10)[3], 1, atol=0.02)
+    plain = stream_probe(features, "area", penalties=[1.0]).predict(features)
+    np.testing.assert_allclose(fit_probe(features, "area", penalties=[1.0], n_jobs=1).predict(features), plain, atol=1e-3)
+    streamed = stream_probe(features, "colour", penalties=[1.0]).predict(features)
+    assert (streamed.sel(timestep=10) == features.colour).mean() > 0.95
+    alone = fit_probe(features.expand_dims(conditioning=["null"]), "colour", n_jobs=1)
+    np.testing.assert_array_equal(alone.direction("red", timestep=10), probes.direction("red", timestep=10))
+    with pytest.raises(ValueError, match="'pink' is not one of 'blue', 'green', 'red'"):
+        one.direction("pink")
+    with pytest.raises(ValueError, match="2 probes were fitted at the place that is not named; there are: timestep=10"):
+        probes.direction("red")
+    with pytest.raises(ValueError, match=r"0 probes were fitted at .*50"):
+        probes.predict(features.assign_coords(timestep=[10, 50]))
+    with pytest.raises(ValueError, match="keep_estimators=True"):
+        fit_probe(features, "colour", n_jobs=1, keep_estimators=False).predict(features)
+
+
+def test_patches_are_predicted_in_their_places():
+    features, truth = segmentation(n=60)
+    probes = fit_probe(features, truth, pool="patches", penalties=[1.0])
+    answers = probes.predict(features)
+    assert answers.dims == ("sample", "y", "x") and (answers.values.astype(int) == truth).mean() > 0.8
+    # a store's own patches are the same rows
+    patches = pool_features(features, "patches")
+    again = fit_probe(patches, truth.reshape(60, -1), pool="patches", penalties=[1.0])
+    pd.testing.assert_frame_equal(again.table, probes.table)
+
+
+def test_plain_arrays_are_features():
+    features = planted(side=2).sel(timestep=10)
+    label = features.colour.values
+    pd.testing.assert_frame_equal(
+        fit_probe(features.values, label).table, fit_probe(features.drop_vars(["timestep", "sample"]), label).table
+    )
+    with pytest.raises(ValueError, match=r"\(sample, channel\) or \(sample, channel, y, x\); got shape \(3, 4, 5\)"):
+        fit_probe(np.zeros((3, 4, 5)), [1, 2, 3])
+
+
+def test_a_split_of_ones_own():
+    features = planted().sel(timestep=10)
+    folds = split_folds(np.unique(features.colour, return_inverse=True)[1], np.arange(N))
+    names = np.array(["test", "validation", "train", "train", "train"])[folds]
+    drawn = fit_probe(features, "colour").table
+    pd.testing.assert_frame_equal(fit_probe(features, "colour", split=names).table, drawn)
+    kept = features.assign_coords(part=("sample", np.where(folds == 4, "", names)))
+    row = fit_probe(kept, "colour", split="part").table.iloc[0]
+    assert row.n_train == drawn.n_train[0] - (folds == 4).sum() and row.n_test == drawn.n_test[0]
+    without = np.where(folds == 1, "train", names)
+    assert fit_probe(features, "colour", split=without, penalties=[1.0]).table.n_validation[0] == 0
+    with pytest.raises(ValueError, match="no 'validation' rows to choose 'penalty' on"):
+        fit_probe(features, "colour", split=without)
+    with pytest.raises(ValueError, match="none is 'test', it holds train, validation"):
+        fit_probe(features, "colour", split=np.where(folds == 0, "train", names))
+    with pytest.raises(ValueError, match="samples or groups stand in several parts"):
+        fit_probe(features, "colour", split=names, groups=np.arange(N) // 4)
+    with pytest.raises(ValueError, match="cross_fit=True deals the folds itself"):
+        fit_probe(features, "colour", split=names, cross_fit=True)
+
+
+def test_an_estimator_of_ones_own():
+    features = planted(strength=(2.0, 0.0))
+    plain = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=5000))
+    options = {"seed": 3, "n_jobs": 1, "keep_rows": True}
+    mine = fit_probe(features, "colour", estimator=plain, choices={"logisticregression__C": (0.1, 1.0, 10.0)}, **options)
+    ours = fit_probe(features, "colour", penalties=[10.0, 1.0, 0.1], **options)
+    same = ["value", "low", "high", "chance", "control_value", "control_train_value", "n_test"]
+    pd.testing.assert_frame_equal(mine.table[same], ours.table[same])
+    assert mine.table.C.to_list() == (1 / ours.table.penalty).to_list()
+    assert (mine.predict(features) == ours.predict(features)).all() and not hasattr(plain, "classes_")
+    fixed = fit_probe(features, "colour", estimator=plain, n_jobs=1).table
+    assert "C" not in fixed and fixed.value[0] > 0.7
+    with pytest.raises(ValueError, match="A direction needs a linear probe; Pipeline has no `weights`"):
+        mine.direction("red", timestep=10)
+    with pytest.raises(ValueError, match="names one parameter of the estimator; got a, b"):
+        fit_probe(features, "colour", estimator=plain, choices={"a": (1,), "b": (2,)})
+    with pytest.raises(ValueError, match="the linear probe's are `penalties`"):
+        fit_probe(features, "colour", choices={"C": (1,)})
 
 
 def test_a_class_that_a_resample_lacks_does_not_count_there():
@@ -681,7 +783,7 @@ def test_a_class_that_a_resample_lacks_does_not_count_there():
 
 def test_a_table_is_written_whole_and_to_a_url(tmp_path, monkeypatch):
     files = fsspec.filesystem("memory")
-    frame = fit_probe(planted(n=60), "colour", n_jobs=1)
+    frame = fit_probe(planted(n=60), "colour", n_jobs=1).table
     monkeypatch.chdir(tmp_path)
     save_table(frame, "memory://bucket/a.csv", "memory://bucket/a.zarr", {"request": {}}, {})
     assert files.cat_file("/bucket/a.csv").decode() == frame.to_csv(index=False)

@@ -24,10 +24,10 @@ import diffprobe.matching
 from diffprobe import alignment_score
 from diffprobe.data.benchmarks import Benchmark, Item
 from diffprobe.extraction import NotFiniteError
-from diffprobe.matching import CLIP, DISCFFUSION, LOSS, NORMALISED, PAPER, POOLED, prune_candidates
+from diffprobe.matching import CLIP, DISCFFUSION, LOSS, NORMALISED, PAPER, POOLED
 from diffprobe.models import DiffusionModel
 from diffprobe.noise import sample_noise
-from diffprobe.probes.alignment import alignment_table, pool_draws
+from diffprobe.probes.alignment import alignment_table
 
 TIMESTEPS = (100, 700)
 TEXTS = ("a red circle", "a blue star on the left of a circle")
@@ -275,51 +275,19 @@ def test_items_must_be_alike(tiny: Callable[[str], DiffusionModel]) -> None:
         score(tiny("sd1"), data)
 
 
-# --- pruning --------------------------------------------------------------------------------------
+def test_many_texts_are_all_scored(tiny: Callable[[str], DiffusionModel]) -> None:
+    data = benchmark(1, images=1, texts=(*TEXTS, "a square"), protocol="sugarcrepe")
+    found = score(tiny("sd1"), data, scores=(LOSS, NORMALISED), batch_rows=5)
+    assert np.isfinite(found[LOSS]).all() and found.sizes["text"] == 3 and found.attrs["passes"] == 4 * 4
 
 
-def test_pruning_finds_the_planted_winner_at_less_cost() -> None:
-    """Errors with a large common part (the draw) and small own parts, as denoising errors have."""
-    rng = np.random.default_rng(0)
-    spent = []
-    for _ in range(60):
-        best = int(rng.integers(10))
-        errors = rng.normal(0, 5, (1, 40)) + rng.normal(0, 0.2, (10, 40)) + 0.3 * (np.arange(10)[:, None] != best)
-        found = prune_candidates(lambda rows, part, errors=errors: errors[np.ix_(rows, part)], 10, 40)
-        pooled = pool_draws(xr.DataArray(-found[None, None], dims=("item", "image", "text", "draw"))).to_numpy()[0, 0]
-        assert np.nanargmax(pooled) == errors.mean(1).argmin() == best
-        known = np.isfinite(found)
-        np.testing.assert_array_equal(found[known], errors[known])
-        spent.append(known.mean())
-    assert np.mean(spent) < 0.5
-
-
-def test_pruning_keeps_what_cannot_be_told_apart() -> None:
-    errors = np.random.default_rng(1).normal(0, 1, (4, 30))
-    found = prune_candidates(lambda rows, part: errors[np.ix_(rows, part)], 4, 30)
-    assert np.isfinite(found).mean() > 0.95
-    equal = prune_candidates(lambda rows, part: np.ones((len(rows), len(part))), 3, 12)
-    assert np.isfinite(equal).all()  # ties are never hopeless
-
-
-def test_items_of_many_texts_are_pruned(fresh_pipeline: Callable[..., Any]) -> None:
-    model = DiffusionModel(fresh_pipeline("sd2"), "swayed")
-    for name, parameter in model.network.named_parameters():
-        if "attn2.to_out" in name:
-            parameter.mul_(20)  # an untrained network hardly listens to its text
-    texts = ("a red circle", "a blue star", "the left of", "on a red", "a blue blue blue circle")
-    data = benchmark(1, images=1, texts=texts, protocol="sugarcrepe")
-    options: dict[str, Any] = {"scores": (LOSS, NORMALISED), "timesteps": (300, 700), "draws": 8}
-    whole, pruned = (score(model, data, prune=prune, **options) for prune in (False, True))
-    known = np.isfinite(pruned[LOSS].values)
-    np.testing.assert_allclose(pruned[LOSS].values[known], whole[LOSS].values[known], rtol=1e-5)
-    np.testing.assert_array_equal(known, np.isfinite(pruned[NORMALISED].values))
-    assert whole.attrs["passes"] == whole.attrs["passes_unpruned"] == pruned.attrs["passes_unpruned"] == 6 * 16
-    assert pruned.attrs["passes"] == known.sum() + 16 < 6 * 16  # the null text is never dropped
-    best = pool_draws(whole[LOSS]).argmax("text")
-    assert np.nanargmax(pool_draws(pruned[LOSS])[0, 0]) == best
-    with pytest.raises(ValueError, match="Pruning goes by the denoising error: ask for denoising_loss too"):
-        score(model, data, scores=(PAPER,))
+def test_a_file_with_the_former_option_prune_is_gone_on_with(tmp_path: Path, tiny: Callable[[str], DiffusionModel]) -> None:
+    out = tmp_path / "scores.nc"
+    found = score(tiny("sd1"), benchmark(1), out=out, scores=(LOSS,))
+    old = xr.load_dataset(out, engine="scipy")
+    old.attrs["request"] = json.dumps({**json.loads(old.attrs["request"]), "prune": True})
+    old.to_netcdf(out, engine="scipy")
+    np.testing.assert_array_equal(score(tiny("sd1"), benchmark(1), out=out, scores=(LOSS,))[LOSS], found[LOSS])
 
 
 # --- embeddings -----------------------------------------------------------------------------------

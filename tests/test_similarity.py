@@ -8,17 +8,8 @@ import pytest
 import xarray as xr
 from sklearn.neighbors import NearestNeighbors
 
-from diffprobe.probes.similarity import (
-    MEASURES,
-    cka,
-    cosines,
-    jackknife_interval,
-    minibatches,
-    mutual_knn,
-    similarity,
-    split_pairs,
-    store_similarity,
-)
+from diffprobe.probes.measures import cka, cosines, jackknife_interval, minibatches, mutual_knn
+from diffprobe.probes.similarity import MEASURES, similarity, split_pairs, store_similarity
 from experiments import fig2_features as fig2
 
 

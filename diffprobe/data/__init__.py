@@ -1,19 +1,21 @@
 """Datasets: the drawn world, drawn twins of benchmarks, folders of photographs; all yield `Sample`.
 
-samples.py    what every dataset yields
+samples.py    what every dataset yields, and the specs that name datasets
 files.py      texts, JSON, names and contents of files that others wrote
+images.py     reading photographs safely, and fitting images and masks to a size
 shapes.py     the drawn world: scenes, pixels, masks and captions
 drawn.py      its scenes as a dataset
 questions.py  questions about drawn scenes
 twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
-folder.py     a folder of photographs, with or without captions
-blank.py      any of them with its pictures taken away
-annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
+keypoints.py  points that show the same thing in two images of a twin; spair.py those of SPair-71k
 several.py    questions about several drawn images at once, in the manner of BLINK
+folder.py     a folder of photographs, with or without captions
+blank.py      any dataset with grey images
+annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
+segmentations.py  COCO's polygons and run lengths as masks; categories.py names of categories in captions
 benchmarks.py published benchmarks of images and texts, from the hub or a folder
 tables.py     their files: rows of CSV, JSON and Parquet, and the images that they name
 question_benchmarks.py  those that ask questions, published and drawn
-images.py     reading photographs safely, and fitting images and masks to a size
 """
 
 from __future__ import annotations
@@ -75,14 +77,14 @@ FORMS = ", ".join(
 
 
 def load_dataset(spec: str) -> Dataset:
-    """The dataset that a short text names.
+    """Makes a dataset from its spec.
 
     ``shapes:N`` is N drawn scenes, with options ``split`` (train, validation, test, compositional), ``seed`` and
     ``objects`` (1-4, any number by default); ``shapes-mmvp:N``, ``shapes-winoground:N`` and ``shapes-naturalbench:N``
     are N pairs of drawn images, with the option ``seed``.  ``coco:INSTANCES.json?images=FOLDER`` (with ``captions``),
     ``refcoco:REFS.json?images=FOLDER`` (with ``instances``, ``split``) and ``voc:FOLDER`` (with ``split``) are annotated
-    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with even grey pictures; anything else is
-    the path of a folder of photographs.  In a path after a colon or an equals sign, %26 stands for &, and so on.
+    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with grey images; anything else is the
+    path of a folder of photographs.  In a path after a colon or an equals sign, %26 stands for &, and so on.
 
     Raises:
         ValueError: the text names no dataset; the message lists what does.

@@ -1,21 +1,19 @@
 """Photographs with annotated objects: COCO instances, RefCOCO expressions, Pascal VOC segmentation.
 
-All yield `Sample` with masks, and captions whose spans say which objects a word speaks of.  The layouts are those of the
-published files; nothing is downloaded.  The invariants: masks and images are those of the stored pixels, whatever note
-about turning them a photograph carries; an annotation file can name only images of the folder that is given, and reading
-one never runs code (RefCOCO's pickles are refused).
+All yield `Sample` with masks, and captions whose spans tell which objects a word names.  The layouts are those of
+the published files; nothing is downloaded.  The invariants: masks and images are those of the stored pixels, whatever its
+EXIF note says about turning a photograph; an annotation file can name only images of the folder that is given; reading one
+never runs code (RefCOCO's pickles are refused); a file is checked as a whole before anything is used.
 
 Sources: Lin et al. 2014 (COCO), Yu et al. 2016 (RefCOCO), Everingham et al. 2010 (VOC).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffprobe.data.categories import by_category, category_spans, listing
 from diffprobe.data.files import content_digests, file_inside, inside, listed, numbered_lines, parse_json, read_text, real_path
 from diffprobe.data.images import MAX_PIXELS, ImageError, read_image, refusal
-from diffprobe.data.questions import article
-from diffprobe.data.samples import Caption, Sample, Span, join_spec
+from diffprobe.data.samples import Caption, IndexedDataset, Sample, Span, join_spec
+from diffprobe.data.segmentations import Bools, checked_runs, decode_masks
 
-Bools = NDArray[np.bool_]
 PICKLES = (".p", ".pkl", ".pickle")
-IRREGULAR = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -52,14 +49,14 @@ class Record:
     labels: Mapping[str, str | int] = field(default_factory=dict)
 
 
-class AnnotatedDataset:
+class AnnotatedDataset(IndexedDataset):
     """Samples of an annotation file, whose images lie in one folder.
 
     Args:
         name: For provenance.
-        spec: What `load_dataset` makes it from.
+        spec: The text from which `load_dataset` makes this dataset.
         images: Folder that the records' files are relative to.
-        records: In order.
+        records: One per sample, in order.
 
     Raises:
         ValueError: there are no records, or images are missing, or masks cannot be read; all are listed.
@@ -87,9 +84,7 @@ class AnnotatedDataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.records):
-            raise IndexError(f"Sample {index} of a dataset of {len(self.records)}.")
+    def sample(self, index: int) -> Sample:
         record = self.records[index]
         return Sample(
             id=record.id,
@@ -100,26 +95,32 @@ class AnnotatedDataset:
             objects=tuple({"category": c} for c in record.categories),
         )
 
-    def fingerprint(self) -> str:
-        """Hash of names, contents, texts, categories and segmentations."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def content(self) -> Iterator[bytes]:
+        """Names, contents, texts, categories and segmentations."""
         found = {file: path.relative_to(self.root).as_posix() for file, path in self._paths.items()}
         contents = dict(zip(found, content_digests(self.root, list(found.values())), strict=True))
-        digest = hashlib.sha256()
-        for record in self.records:
-            texts = [c.text for c in record.captions]
-            row = [record.id, record.file, contents[record.file], texts, record.categories, record.segmentations]
-            digest.update(json.dumps(row).encode())
-        return digest.hexdigest()[:16]
+        for r in self.records:
+            texts = [caption.text for caption in r.captions]
+            yield json.dumps([r.id, r.file, contents[r.file], texts, r.categories, r.segmentations]).encode()
+
+
+def _faults(record: Record) -> list[str]:
+    """What is wrong with a record's segmentations."""
+    found = []
+    for segmentation in record.segmentations:
+        try:
+            if segmentation:
+                checked_runs(segmentation, record.size, record.id)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def _load(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The image as its pixels are stored, which is what was annotated; upright where the annotated size fits only so.
+    """The image as its pixels are stored, which is what was annotated; turned upright where only that fits the size.
 
-    Of any other size it is not used: the masks would lie elsewhere.
+    Raises:
+        ImageError: the image has another size, so the masks would lie elsewhere.
     """
     image = read_image(path, upright=False)
     if (image.height, image.width) != size:
@@ -132,6 +133,66 @@ def _load(path: Path, size: tuple[int, int]) -> Image.Image:
     return image
 
 
+# --- checked files ------------------------------------------------------------------------------------
+
+
+class _Checked:
+    """An annotation file whose entries are checked while they are read; `finish` raises all faults together."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.faults: list[str] = []
+
+    def json(self, kind: type[Any]) -> Any:
+        """The file's value, of a type.
+
+        Raises:
+            ValueError: the file is not there, no JSON, or of another type.
+        """
+        data = parse_json(read_text(self.path), f"'{self.path}'")
+        if not isinstance(data, kind):
+            wanted, found = kind.__name__, type(data).__name__
+            raise ValueError(f"'{self.path}' holds a {found} where a {wanted} was expected; is it the right file?")
+        return data
+
+    def entries(self, data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+        """A list of objects in COCO's layout.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        found = data.get(key)
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise ValueError(f"'{self.path}' has no list {key!r}; it has {', '.join(data) or 'nothing'}. Is it COCO's layout?")
+        return found
+
+    def get(self, entry: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+        """A value of a type; another is noted as a fault, and the type's empty value returned."""
+        value = entry.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer) if kind is int else kind):
+            self.faults.append(f"'{self.path}': {key} is {value!r} where {kind.__name__} was expected")
+            return kind()
+        return kind(value)
+
+    def image(self, entry: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+        """The file inside the folder of images and the (height, width) of an entry of COCO's images."""
+        size = (self.get(entry, "height", int), self.get(entry, "width", int))
+        name = self.get(entry, "file_name", str)
+        try:
+            return inside(f"'{self.path}'", name), size
+        except ValueError as error:
+            self.faults.append(str(error))
+            return name, size
+
+    def by_id(self, entries: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+        return {self.get(entry, "id", int): entry for entry in entries}
+
+    def finish(self) -> None:
+        """Raises ValueError if anything was noted."""
+        if self.faults:
+            raise ValueError(f"{listed(list(dict.fromkeys(self.faults)))}.")
+
+
 # --- COCO ---------------------------------------------------------------------------------------------
 
 
@@ -140,128 +201,72 @@ def coco_dataset(
 ) -> AnnotatedDataset:
     """COCO's ``instances_*.json`` with, if there is one, ``captions_*.json``; images in the order of their ids.
 
-    Categories that a caption names, as whole words in singular or plural, become noun spans that speak of all the
-    image's instances of the category.  Without a captions file each image gets the caption "a photo of a dog and a cat".
+    Categories that a caption names, as whole words in singular or plural, become noun spans of all the image's
+    instances of the category.  Without a captions file each image gets the caption "a photo of a dog and a cat".
 
     Args:
-        annotations: The instances' file.
+        annotations: The file of instances.
         images: Folder of the images.
-        captions: The captions' file.
-        limit: The first images only.
+        captions: The file of captions.
+        limit: How many images, from the first.
 
     Raises:
-        ValueError: a file is not in COCO's layout; the message says where.
+        ValueError: a file is not in COCO's layout; the message lists the places.
     """
-    path = Path(annotations).expanduser()
-    data = _json(path, dict)
-    names = {_get(c, "id", int, path): _get(c, "name", str, path) for c in _list(data, "categories", path)}
-    entries = sorted(_list(data, "images", path), key=lambda entry: _get(entry, "id", int, path))[:limit]
-    files = {_get(e, "id", int, path): e for e in entries}
-    if len(files) < len(entries):
-        raise ValueError(f"'{path}': an image id stands twice among its images; each must be unique.")
-    instances: dict[int, list[tuple[str, Any]]] = {number: [] for number in files}
-    known = {_get(e, "id", int, path) for e in _list(data, "images", path)}
-    for entry in _list(data, "annotations", path):
-        number, category = _get(entry, "image_id", int, path), _get(entry, "category_id", int, path)
-        if number not in known or category not in names:
-            raise ValueError(
-                f"'{path}': an annotation names image {number} and category {category}; one of them is not listed."
+    file = _Checked(annotations)
+    data = file.json(dict)
+    names = {number: file.get(entry, "name", str) for number, entry in file.by_id(file.entries(data, "categories")).items()}
+    every = file.entries(data, "images")
+    known = file.by_id(every)
+    if len(known) < len(every) and not file.faults:
+        file.faults.append(f"'{file.path}': an image id occurs twice among its images; each must be unique")
+    chosen = dict(sorted(known.items())[:limit])
+    instances: dict[int, list[tuple[str, Any]]] = {number: [] for number in chosen}
+    for entry in file.entries(data, "annotations"):
+        before = len(file.faults)
+        number, category = file.get(entry, "image_id", int), file.get(entry, "category_id", int)
+        if len(file.faults) == before and (number not in known or category not in names):
+            file.faults.append(
+                f"'{file.path}': an annotation names image {number} and category {category}; one of them is not listed"
             )
-        if number in instances:
-            instances[number].append((names[category], entry.get("segmentation", [])))
-    texts = _coco_captions(Path(captions).expanduser(), set(files)) if captions is not None else {}
+        elif number in instances:
+            instances[number].append((names.get(category, ""), entry.get("segmentation", [])))
+    places = {number: file.image(entry) for number, entry in chosen.items()}
+    file.finish()
+    texts = None if captions is None else _coco_captions(_Checked(captions), set(chosen))
     records = []
-    for number, entry in files.items():
-        categories = tuple(name for name, _ in instances[number])
-        objects = _by_category(categories)
-        said = texts.get(number, [])
-        written = tuple(Caption(text, category_spans(text, objects), "coco") for text in said) if captions is not None else ()
+    for number, (name, size) in places.items():
+        categories = tuple(category for category, _ in instances[number])
+        objects = by_category(categories)
+        written = tuple(Caption(text, category_spans(text, objects), "coco") for text in (texts or {}).get(number, []))
+        segmentations = tuple(segmentation for _, segmentation in instances[number])
         labels: dict[str, str | int] = {"n_objects": len(categories)}
-        records.append(
-            Record(
-                id=inside(f"'{path}'", _get(entry, "file_name", str, path)), file=inside(f"'{path}'", entry["file_name"]),
-                size=(_get(entry, "height", int, path), _get(entry, "width", int, path)),
-                captions=written or (listing(objects),), categories=categories,
-                segmentations=tuple(s for _, s in instances[number]), labels=labels,
-            )
-        )  # fmt: skip
-    options = {
-        "images": _absolute(images),
-        **({"captions": _absolute(captions)} if captions else {}),
-        **({"limit": limit} if limit else {}),
-    }
-    return AnnotatedDataset(f"coco-{path.stem}", join_spec("coco", path.resolve(), options), images, records)
+        records.append(Record(name, name, size, written or (listing(objects),), categories, segmentations, labels))
+    options = {"images": images, "captions": captions, "limit": limit}
+    return AnnotatedDataset(f"coco-{file.path.stem}", _spec("coco", file.path, options), images, records)
 
 
-def _coco_captions(path: Path, wanted: set[int]) -> dict[int, list[str]]:
+def _coco_captions(file: _Checked, wanted: set[int]) -> dict[int, list[str]]:
     texts: dict[int, list[str]] = {}
-    for entry in _list(_json(path, dict), "annotations", path):
+    for entry in file.entries(file.json(dict), "annotations"):
         if "caption" not in entry:
-            raise ValueError(f"'{path}' holds annotations without a caption; give COCO's captions_*.json as captions=FILE.")
+            raise ValueError(
+                f"'{file.path}' holds annotations without a caption; give COCO's captions_*.json as captions=FILE."
+            )
         if entry.get("image_id") in wanted:
-            texts.setdefault(entry["image_id"], []).append(" ".join(_get(entry, "caption", str, path).split()))
+            texts.setdefault(entry["image_id"], []).append(" ".join(file.get(entry, "caption", str).split()))
+    file.finish()
     return texts
 
 
-def _by_category(categories: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, list[int]] = {}
-    for index, name in enumerate(categories):
-        found.setdefault(name, []).append(index)
-    return {name: tuple(indices) for name, indices in found.items()}
-
-
-def plural_forms(name: str) -> tuple[str, ...]:
-    """A category's name and its plurals, as captions write them.
-
-    >>> plural_forms("bus"), plural_forms("wine glass"), plural_forms("person")
-    (('bus', 'buses'), ('wine glass', 'wine glasses'), ('person', 'people', 'persons'))
-    """
-    head, _, last = name.rpartition(" ")
-    front, small = f"{head} " if head else "", last.lower()
-    if small.endswith(("s", "x", "ch", "sh")):
-        regular = f"{last}es"
-    elif small.endswith("y") and small[-2:-1] not in "aeiou":
-        regular = f"{last[:-1]}ies"
-    else:
-        regular = f"{last}s"
-    irregular = IRREGULAR.get(small)
-    plurals = (regular,) if irregular is None else (irregular, regular) if small == "person" else (irregular,)
-    return tuple(dict.fromkeys([name, *(front + plural for plural in plurals)]))
-
-
-def category_spans(text: str, objects: Mapping[str, tuple[int, ...]]) -> tuple[Span, ...]:
-    """Where a text names categories, as whole words in singular or plural and any case; "hot dog" is no dog.
-
-    >>> category_spans("Dogs eat a hot dog", {"dog": (0, 1), "hot dog": (2,)})
-    (Span(start=0, end=4, objects=(0, 1), role='noun'), Span(start=11, end=18, objects=(2,), role='noun'))
-    """
-    words = sorted(((form, name) for name in objects if name.strip() for form in plural_forms(name)), key=lambda w: -len(w[0]))
-    if not words:
-        return ()
-    # a group for each form, the longest first: which one matched is then no question of how case is folded
-    pattern = rf"(?<!\w)(?:{'|'.join(f'({re.escape(form)})' for form, _ in words)})(?!\w)"
-    return tuple(
-        Span(*match.span(), objects[words[(match.lastindex or 1) - 1][1]], "noun")
-        for match in re.finditer(pattern, text, re.IGNORECASE)
-    )
-
-
-def listing(objects: Mapping[str, tuple[int, ...]], words: Mapping[str, str] | None = None) -> Caption:
-    """A caption for an image that has none: what is in it.
-
-    >>> listing({"dog": (0, 2), "apple": (1,)}).text
-    'a photo of dogs and an apple'
-    """
-    text, spans = "a photo", []
-    for position, (name, indices) in enumerate(objects.items()):
-        word = (words or {}).get(name, name)
-        several = len(indices) > 1
-        phrase = plural_forms(word)[-1 if word.lower() != "person" else 1] if several else article(word)
-        text += " of " if position == 0 else " and " if position == len(objects) - 1 else ", "
-        text += phrase
-        start = len(text) - len(phrase) if several else len(text) - len(word)
-        spans.append(Span(start, len(text), indices, "noun"))
-    return Caption(text, tuple(spans), "listing")
+def _spec(kind: str, path: Path, options: Mapping[str, str | Path | int | None]) -> str:
+    """The spec of a dataset, with absolute paths; options that are not given are left out."""
+    given = {
+        name: value if isinstance(value, int) or name == "split" else real_path(value)
+        for name, value in options.items()
+        if value
+    }
+    return join_spec(kind, path.resolve(), given)
 
 
 # --- RefCOCO ------------------------------------------------------------------------------------------
@@ -281,68 +286,79 @@ def refcoco_dataset(
     The label `image` tells which samples share an image, so that intervals can be clustered by it.
 
     Raises:
-        ValueError: the file is a pickle, or in no known layout.
+        ValueError: the file is a pickle, or in no known layout; the message lists the places.
     """
-    path = Path(refs).expanduser()
-    rows = _rows(path)
+    file = _Checked(refs)
+    rows = _rows(file)
     if split is not None:
         there = sorted({str(row.get("split")) for row in rows})
         rows = [row for row in rows if row.get("split") == split]
         if not rows:
-            raise ValueError(f"'{path}' has no split {split!r}; it has {', '.join(there)}.")
-    source = _Instances(Path(instances).expanduser()) if instances is not None else None
+            raise ValueError(f"'{file.path}' has no split {split!r}; it has {', '.join(there)}.")
+    find = _from_row if instances is None else _instances(_Checked(instances))
     records = []
     for row in rows[:limit]:
-        annotation, image, category = source.of(row, path) if source else _from_row(row, path)
-        file = inside(f"'{path}'", _get(image, "file_name", str, path))
+        found = find(row, file)
+        if found is None:
+            continue
+        annotation, image, category = found
+        name, size = file.image(image)
         said = [" ".join(str(s.get("sent") or s.get("raw")).split()) for s in row["sentences"]]
         nouns = {category: (0,)} if category else {}
         captions = tuple(
             Caption(text, (Span(0, len(text), (0,), "phrase"), *category_spans(text, nouns)), "expression") for text in said
         )
-        labels = {"image": file, "split": str(row.get("split", "")), **({"category": category} if category else {})}
-        size = (_get(image, "height", int, path), _get(image, "width", int, path))
-        segmentation = annotation.get("segmentation", [])
-        name = f"{Path(file).stem}-{_get(row, 'ref_id', int, path)}"
-        records.append(Record(name, file, size, captions, (category or "object",), (segmentation,), labels))
-    options = {
-        "images": _absolute(images), **({"instances": _absolute(instances)} if instances else {}),
-        **({"split": split} if split else {}), **({"limit": limit} if limit else {}),
-    }  # fmt: skip
-    return AnnotatedDataset(f"refcoco-{path.stem}", join_spec("refcoco", path.resolve(), options), images, records)
+        labels = {"image": name, "split": str(row.get("split", "")), **({"category": category} if category else {})}
+        key = f"{Path(name).stem}-{file.get(row, 'ref_id', int)}"
+        records.append(
+            Record(key, name, size, captions, (category or "object",), (annotation.get("segmentation", []),), labels)
+        )
+    file.finish()
+    options = {"images": images, "instances": instances, "split": split, "limit": limit}
+    return AnnotatedDataset(f"refcoco-{file.path.stem}", _spec("refcoco", file.path, options), images, records)
 
 
-class _Instances:
-    """RefCOCO's instances.json by annotation and image."""
-
-    def __init__(self, path: Path) -> None:
-        data = _json(path, dict)
-        self.path = path
-        self.annotations = {_get(a, "id", int, path): a for a in _list(data, "annotations", path)}
-        self.images = {_get(i, "id", int, path): i for i in _list(data, "images", path)}
-        self.categories = {_get(c, "id", int, path): _get(c, "name", str, path) for c in _list(data, "categories", path)}
-
-    def of(self, row: Mapping[str, Any], refs: Path) -> tuple[Mapping[str, Any], Mapping[str, Any], str]:
-        annotation, image = _get(row, "ann_id", int, refs), _get(row, "image_id", int, refs)
-        if annotation not in self.annotations or image not in self.images:
-            raise ValueError(f"'{refs}' names annotation {annotation} of image {image}, which '{self.path}' does not have.")
-        found = self.annotations[annotation]
-        return found, self.images[image], self.categories.get(found.get("category_id"), "")
+_Found = tuple[Mapping[str, Any], Mapping[str, Any], str] | None  # annotation, image and category ("" where not known)
 
 
-def _from_row(row: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any], str]:
-    """Annotation, image and (unknown) category of a row that brings them as JSON texts."""
+def _instances(file: _Checked) -> Callable[[Mapping[str, Any], _Checked], _Found]:
+    """Finds a row's annotation, image and category in RefCOCO's instances.json."""
+    data = file.json(dict)
+    annotations, images = (file.by_id(file.entries(data, key)) for key in ("annotations", "images"))
+    categories = {n: file.get(entry, "name", str) for n, entry in file.by_id(file.entries(data, "categories")).items()}
+    file.finish()
+
+    def find(row: Mapping[str, Any], refs: _Checked) -> _Found:
+        annotation, image = refs.get(row, "ann_id", int), refs.get(row, "image_id", int)
+        if annotation not in annotations or image not in images:
+            refs.faults.append(
+                f"'{refs.path}' names annotation {annotation} of image {image}, which '{file.path}' does not have"
+            )
+            return None
+        found = annotations[annotation]
+        return found, images[image], categories.get(found.get("category_id", -1), "")
+
+    return find
+
+
+def _from_row(row: Mapping[str, Any], file: _Checked) -> _Found:
+    """Annotation and image of a row that brings them as JSON texts."""
     if "raw_anns" not in row or "raw_image_info" not in row:
         raise ValueError(
-            f"'{path}' has refs without masks (no column raw_anns); give RefCOCO's instances.json as instances=FILE."
+            f"'{file.path}' has refs without masks (no column raw_anns); give RefCOCO's instances.json as instances=FILE."
         )
-    found = [parse_json(str(row[name]), f"'{path}', {name} of a row") for name in ("raw_anns", "raw_image_info")]
-    if not all(isinstance(value, dict) for value in found):
-        raise ValueError(f"'{path}': raw_anns and raw_image_info of a row must be objects; found {found}.")
+    try:
+        found = [parse_json(str(row[name]), f"'{file.path}', {name} of a row") for name in ("raw_anns", "raw_image_info")]
+        if not all(isinstance(value, dict) for value in found):
+            raise ValueError(f"'{file.path}': raw_anns and raw_image_info of a row must be objects; found {found}")
+    except ValueError as error:
+        file.faults.append(str(error))
+        return None
     return found[0], found[1], ""
 
 
-def _rows(path: Path) -> list[Mapping[str, Any]]:
+def _rows(file: _Checked) -> list[Mapping[str, Any]]:
+    path = file.path
     if path.suffix in PICKLES:
         raise ValueError(
             f"'{path}' is a pickle, and opening one runs whatever code it holds. Where you trust it, write its list of refs as "
@@ -357,7 +373,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
     elif path.suffix == ".jsonl":
         rows = [parse_json(line, where) for where, line in numbered_lines(path)]
     else:
-        rows = _json(path, list)
+        rows = file.json(list)
     for row in rows:
         said = row.get("sentences") if isinstance(row, dict) else None
         if not isinstance(said, list | np.ndarray) or not all(isinstance(sentence, dict) for sentence in said):
@@ -368,7 +384,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
 # --- Pascal VOC ---------------------------------------------------------------------------------------
 
 
-class VocDataset:
+class VocDataset(IndexedDataset):
     """A folder in Pascal VOC's layout (``VOC2012``), one sample per image of a segmentation split.
 
     Each instance of ``SegmentationObject`` is an object, of the class that most of its pixels have in
@@ -377,7 +393,7 @@ class VocDataset:
     Args:
         root: The folder that holds JPEGImages, SegmentationClass, SegmentationObject and ImageSets.
         split: A file of ``ImageSets/Segmentation``: train, val, trainval.
-        limit: The first images only.
+        limit: How many images, from the first.
 
     Raises:
         ValueError: the folder is not laid out so.
@@ -385,7 +401,6 @@ class VocDataset:
 
     def __init__(self, root: str | Path, split: str = "val", limit: int | None = None) -> None:
         self.root = real_path(root)
-        self.split, self.limit = split, limit
         lists = self.root / "ImageSets" / "Segmentation"
         there = sorted(p.stem for p in lists.glob("*.txt"))
         if split not in there:
@@ -401,15 +416,9 @@ class VocDataset:
             raise ValueError(
                 f"{len(bad)} file(s) that the split {split} lists are not in the folder, or links out of it: {listed(bad)}."
             )
+        self.name = f"voc-{self.root.name}-{split}"
+        self.spec = _spec("voc", self.root, {"split": split, "limit": limit})
         self._categories: dict[str, tuple[str, ...]] = {}
-
-    @property
-    def name(self) -> str:
-        return f"voc-{self.root.name}-{self.split}"
-
-    @property
-    def spec(self) -> str:
-        return join_spec("voc", self.root.resolve(), {"split": self.split, **({"limit": self.limit} if self.limit else {})})
 
     def _paths(self, name: str) -> tuple[Path, Path, Path]:
         """Image, classes, instances."""
@@ -420,33 +429,27 @@ class VocDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.ids):
-            raise IndexError(f"Image {index} of a dataset of {len(self.ids)}.")
+    def sample(self, index: int) -> Sample:
         name = self.ids[index]
         image, classes, instances = self._paths(name)
         if name not in self._categories:
             self._categories[name] = _voc_categories(classes, instances)
         categories = self._categories[name]
-        objects = _by_category(categories)
+        with Image.open(classes, formats=("PNG",)) as annotated:
+            size = annotated.height, annotated.width
         return Sample(
             id=name,
-            load=partial(_load, image, _png_size(classes)),
+            load=partial(_load, image, size),
             masks=partial(_voc_masks, instances),
-            captions=(listing(objects, VOC_WORDS),),
+            captions=(listing(by_category(categories), VOC_WORDS),),
             labels={"n_objects": len(categories)},
             objects=tuple({"category": c} for c in categories),
         )
 
-    def fingerprint(self) -> str:
-        """Hash of names and contents of images and segmentations."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def content(self) -> Iterator[bytes]:
+        """Names and contents of images and segmentations."""
         paths = [path.relative_to(self.root).as_posix() for name in self.ids for path in self._paths(name)]
-        rows = [self.ids, content_digests(self.root, paths)]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        yield json.dumps([self.ids, content_digests(self.root, paths)]).encode()
 
 
 def _indices(path: Path) -> NDArray[np.uint8]:
@@ -458,11 +461,6 @@ def _indices(path: Path) -> NDArray[np.uint8]:
             return np.asarray(image, np.uint8)
     except (OSError, SyntaxError) as error:
         raise refusal(path, error) from error
-
-
-def _png_size(path: Path) -> tuple[int, int]:
-    with Image.open(path, formats=("PNG",)) as image:
-        return image.height, image.width
 
 
 def _voc_numbers(instances: NDArray[np.uint8]) -> list[int]:
@@ -489,114 +487,3 @@ def _voc_masks(instances: Path) -> Bools:
     numbers = _indices(instances)
     found = [numbers == number for number in _voc_numbers(numbers)]
     return np.stack(found) if found else np.zeros((0, *numbers.shape), bool)
-
-
-# --- segmentations ------------------------------------------------------------------------------------
-
-
-def decode_masks(segmentations: Sequence[Any], size: tuple[int, int], where: str) -> Bools:
-    """COCO's segmentations, polygons or run lengths, as (object, y, x)."""
-    masks = np.zeros((len(segmentations), *size), bool)
-    for index, segmentation in enumerate(segmentations):
-        if segmentation:
-            masks[index] = _decode(segmentation, size, where)
-    return masks
-
-
-def _faults(record: Record) -> list[str]:
-    """What is wrong with a record's segmentations."""
-    found = []
-    for segmentation in record.segmentations:
-        try:
-            if segmentation:
-                _checked(segmentation, record.size, record.id)
-        except ValueError as error:
-            found.append(str(error))
-    return found
-
-
-def _checked(segmentation: Any, size: tuple[int, int], where: str) -> Any:
-    """The segmentation, its runs unpacked; what does not fit the image is refused before the decoder, written in C, sees it.
-
-    The decoder would fill what packed runs leave open with whatever lay in the memory.
-    """
-    height, width = size
-    if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"The annotations of {where} are for {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}."
-        )
-    if isinstance(segmentation, dict):
-        if segmentation.get("size") not in ([height, width], (height, width)):
-            raise ValueError(f"A mask of {where} has the size {segmentation.get('size')}; its image has {[height, width]}.")
-        counts = segmentation.get("counts")
-        counts = _unpacked(counts, where) if isinstance(counts, str | bytes) else counts
-        if not isinstance(counts, list) or not all(isinstance(n, int) for n in counts):
-            raise ValueError(f"A mask of {where} has no counts; COCO's run lengths have size and counts.")
-        if min(counts, default=0) < 0 or sum(counts) != height * width:
-            raise ValueError(f"A mask of {where} has runs of {sum(counts)} pixels; its image has {height * width}.")
-        return {"size": [height, width], "counts": counts}
-    for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
-        fits = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not fits or not all(isinstance(v, int | float) and -1e300 < v < 1e300 for v in polygon):
-            raise ValueError(f"A polygon of {where} is not a list of at least three x, y pairs.")
-        if min(polygon) < -max(size) or max(polygon) > 2 * max(size):
-            raise ValueError(
-                f"A polygon of {where} reaches from {min(polygon):g} to {max(polygon):g}; its image is {width} x {height}."
-            )
-    return segmentation
-
-
-def _unpacked(packed: str | bytes, where: str) -> list[int]:
-    """Run lengths from COCO's packed form: numbers of five bits a letter, from the fourth on as differences to the last but one."""
-    runs: list[int] = []
-    value = shift = 0
-    for letter in packed.encode() if isinstance(packed, str) else packed:
-        bits = letter - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise ValueError(f"A mask of {where} has packed runs (RLE) with the byte {letter}, which stands for none.")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the number's last letter; its highest bit is the sign
-            value -= (1 << shift) if bits & 16 else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError(f"A mask of {where} has packed runs (RLE) that are cut off.")
-    return runs
-
-
-def _decode(segmentation: Any, size: tuple[int, int], where: str) -> Bools:
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise ValueError("COCO's masks need pycocotools; install it with: pip install 'diffprobe[coco]'") from error
-    encoded = coco.frPyObjects(_checked(segmentation, size, where), *size)
-    return np.asarray(coco.decode(coco.merge(encoded) if isinstance(encoded, list) else encoded), bool)
-
-
-# --- files --------------------------------------------------------------------------------------------
-
-
-def _json(path: Path, kind: type[Any]) -> Any:
-    data = parse_json(read_text(path), f"'{path}'")
-    if not isinstance(data, kind):
-        raise ValueError(f"'{path}' holds a {type(data).__name__} where a {kind.__name__} was expected; is it the right file?")
-    return data
-
-
-def _list(data: Mapping[str, Any], key: str, path: Path) -> list[Mapping[str, Any]]:
-    found = data.get(key)
-    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise ValueError(f"'{path}' has no list {key!r}; it has {', '.join(data) or 'nothing'}. Is it COCO's layout?")
-    return found
-
-
-def _get(entry: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
-    value = entry.get(key)
-    if not isinstance(value, (kind, np.integer) if kind is int else kind) or isinstance(value, bool):
-        raise ValueError(f"'{path}': {key} is {value!r} where {kind.__name__} was expected.")
-    return kind(value)
-
-
-def _absolute(path: str | Path) -> str:
-    return str(real_path(path))

@@ -1,4 +1,4 @@
-"""A dataset with its pictures taken away: what can be said without looking."""
+"""A dataset with grey images, to measure what a model says without seeing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ GREY = (128, 128, 128)
 
 @dataclass(frozen=True)
 class BlankDataset:
-    """The samples of another dataset, each with an even grey picture; ``blank:SPEC`` on the command line.
+    """The samples of another dataset with uniform grey images; ``blank:SPEC`` on the command line.
 
-    Ids stay, so noise and captions do too; masks, labels and questions spoke of the picture and go.
+    Ids, and with them noise and captions, stay; masks, labels and questions, which describe the image, are dropped.
 
     >>> from diffprobe.data.drawn import ShapesDataset
     >>> blank = BlankDataset(ShapesDataset(2))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from diffprobe.data.questions import questions
-from diffprobe.data.samples import Question, Sample
+from diffprobe.data.samples import IndexedDataset, Question, Sample
 from diffprobe.data.shapes import CAPTION_STYLES, Scene, all_alike, caption, picture, random_scene, relation, render
 
-FINGERPRINTED = 256  # scenes that a fingerprint is made of: a quarter of a second
+FINGERPRINTED = 256  # scenes in a fingerprint: a quarter of a second
 
 
 def spread(count: int) -> list[int]:
-    """Which of `count` drawn items a fingerprint is made of: all of few, evenly spread ones where drawing all takes minutes.
+    """The indices of drawn items that a fingerprint covers: all of few, `FINGERPRINTED` evenly spread ones of many.
 
     >>> spread(3), len(spread(10**6)), spread(10**6)[-1]
     ([0, 1, 2], 256, 999999)
@@ -23,7 +22,7 @@ def spread(count: int) -> list[int]:
 
 
 def scene_labels(scene: Scene) -> dict[str, str | int | float]:
-    """What probes can be asked to read from a scene; object attributes are the first object's."""
+    """The labels of a scene for probes; object attributes are those of the first object."""
     first = scene.objects[0]
     labels: dict[str, str | int | float] = {
         "n_objects": len(scene.objects),
@@ -40,7 +39,7 @@ def scene_labels(scene: Scene) -> dict[str, str | int | float]:
 
 
 @dataclass(frozen=True)
-class ShapesDataset:
+class ShapesDataset(IndexedDataset):
     """`count` scenes of one split; ``shapes:256?split=test&objects=1`` on the command line.
 
     >>> sample = ShapesDataset(4)[0]
@@ -69,9 +68,7 @@ class ShapesDataset:
     def scene(self, index: int) -> Scene:
         return random_scene(self.seed, index, self.split, self.n_objects)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.count:
-            raise IndexError(f"Scene {index} of a dataset of {self.count}.")
+    def sample(self, index: int) -> Sample:
         scene = self.scene(index)
         return Sample(
             id=f"{self.name}-{index:06d}",
@@ -85,19 +82,15 @@ class ShapesDataset:
 
     def _questions(self, scene: Scene) -> tuple[Question, ...]:
         asked = questions(scene, self.seed)
-        # Where all scenes have as many objects, "how many" can be answered without looking.
+        # where all scenes have the same number of objects, "how many" can be answered without the image
         return asked if self.n_objects is None else tuple(q for q in asked if q.category != "count")
 
-    def fingerprint(self) -> str:
-        """Hash of the parameters and of scenes from first to last, pixels and words: changes when the drawing code does."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self).encode())
+    def content(self) -> Iterator[bytes]:
+        """The parameters and scenes from first to last, pixels and words: changes when the drawing code does."""
+        yield repr(self).encode()
         for index in spread(self.count):
             scene = self.scene(index)
             texts = [caption(scene, style).text for style in CAPTION_STYLES]
             texts += [f"{question.text} {question.answer}" for question in self._questions(scene)]
-            digest.update(b"".join(part.tobytes() for part in render(scene)) + repr((scene_labels(scene), texts)).encode())
-        return digest.hexdigest()[:16]
+            yield from (part.tobytes() for part in render(scene))
+            yield repr((scene_labels(scene), texts)).encode()

@@ -1,6 +1,6 @@
-"""What every reader of files that others wrote shares: texts, JSON, names inside a folder, digests of contents.
+"""Reading files that others wrote: texts, JSON, names inside a folder, digests of contents.
 
-The invariant: a text ends its lines with \\n alone, and whatever is wrong with a file is one sentence that names it.
+The invariants: lines of a text end with \\n alone; a fault of a file is one sentence that names the file.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 from diffprobe.rundir import file_digest, write_whole
 
-LISTED = 20  # faults that a message names; it counts the rest
-_REMEMBERED = 2**26  # bytes from which digests are kept on the disk: what is less is read again in a moment
-_SETTLED = 2.0  # seconds after which a change of a file is sure to show in its times
+LISTED = 20  # most faults that a message names; it counts the rest
+_REMEMBERED = 2**26  # fewer bytes are quickly read again, so their digests are not kept on the disk
+_SETTLED = 2.0  # seconds after which a later change of a file is sure to change its times
 _Known = dict[str, list[Any]]
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text, with or without byte order mark; \\r\\n and \\r become \\n, no other character ends a line.
+    """Reads a UTF-8 text, with or without byte order mark; \\r\\n and \\r become \\n, no other character ends a line.
 
     Raises:
         ValueError: there is no such file, or it is not UTF-8.
@@ -40,9 +40,9 @@ def read_text(path: Path) -> str:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line that is not empty stands, and the line.
+    """Yields the place ('FILE', line N) and the text of each line that is not empty.
 
-    `str.splitlines` would also cut at U+2028, U+0085 and U+000B, which stand inside captions.
+    `str.splitlines` would also cut at U+2028, U+0085 and U+000B, which occur inside captions.
     """
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -50,10 +50,10 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text; `pairs` makes the objects.
+    """The value of a JSON text; `pairs` makes objects from lists of pairs.
 
     Raises:
-        ValueError: it is no JSON, has a number that no computer holds, or is nested too deep.
+        ValueError: the text is no JSON, has a number with too many digits, or is nested too deep.
 
     >>> parse_json("[" * 100_000, "x.json")
     Traceback (most recent call last):
@@ -63,12 +63,12 @@ def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], A
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"{where} is nested too deep to be read; is it the right file?") from None
-    except ValueError as error:  # also of a number with thousands of digits
+    except ValueError as error:  # also for a number with thousands of digits
         raise ValueError(f"{where} is not JSON ({error}).") from error
 
 
 def check_unicode(what: str, text: object) -> None:
-    r"""Raise ValueError, naming `what`, where a text holds half of a surrogate pair: a byte that was no UTF-8, or bad JSON.
+    r"""Raises ValueError, naming `what`, where a text holds half of a surrogate pair, from bytes or JSON that were broken.
 
     >>> check_unicode("A caption", "\ud800 star")
     Traceback (most recent call last):
@@ -83,7 +83,7 @@ def check_unicode(what: str, text: object) -> None:
 
 
 def listed(faults: Sequence[str]) -> str:
-    """All faults of an input in one message, the first ones in words.
+    """Joins the faults of an input into one message; those after the first `LISTED` are counted.
 
     >>> listed(["a is absent", "b is absent"])
     'a is absent; b is absent'
@@ -93,7 +93,10 @@ def listed(faults: Sequence[str]) -> str:
 
 
 def inside(where: str, name: str) -> str:
-    """A path relative to the folder in its plain form; leaving the folder is refused.
+    """The plain form of a path relative to the folder of images.
+
+    Raises:
+        ValueError: the path leaves the folder; the message begins with `where`.
 
     >>> inside("captions.csv, line 2", "./cats/1.jpg")
     'cats/1.jpg'
@@ -105,12 +108,12 @@ def inside(where: str, name: str) -> str:
 
 
 def real_path(path: str | Path) -> Path:
-    """The absolute path behind all links; one link that leads to itself is a path that does not exist."""
+    """The absolute path behind all links; a link that leads to itself gives a path that does not exist."""
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
 def spellings(name: str) -> list[str]:
-    """A name as it is written, then composed and decomposed: systems write the accents of file names either way.
+    """A name as written, then composed and decomposed: systems write the accents of file names either way.
 
     >>> [len(form) for form in spellings("café.png")]
     [8, 8, 9]
@@ -119,14 +122,14 @@ def spellings(name: str) -> list[str]:
 
 
 def file_inside(root: Path, name: str) -> Path | None:
-    """The file of a folder that a name means, however its accents are spelt; None where there is none.
+    """The file of a folder by name, in any spelling of its accents; None where there is none.
 
     Args:
         root: The folder, its links followed.
-        name: As `inside` gives it.
+        name: As `inside` returns it.
 
     Raises:
-        ValueError: it is a link that leaves the folder.
+        ValueError: the file is a link that leaves the folder.
     """
     path = next((path for form in spellings(name) if (path := root / form).is_file()), None)
     if path is None:
@@ -137,7 +140,7 @@ def file_inside(root: Path, name: str) -> Path | None:
     return path
 
 
-@lru_cache(maxsize=1024)  # there are 100,000 names in some of them
+@lru_cache(maxsize=1024)  # some folders have 100,000 files
 def _real_folder(folder: Path) -> Path:
     return real_path(folder)
 
@@ -146,15 +149,15 @@ def _real_folder(folder: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what may be lost is kept: ``$DIFFPROBE_CACHE``, else ``~/.cache/diffprobe``."""
+    """The folder for what can be computed again: ``$DIFFPROBE_CACHE``, else ``~/.cache/diffprobe``."""
     return Path(os.environ.get("DIFFPROBE_CACHE") or Path.home() / ".cache" / "diffprobe")
 
 
 def content_digests(root: Path, names: Sequence[str]) -> list[str]:
     """A hash of the content of each file of a folder.
 
-    Of large folders they are remembered in `cache_folder`; a file is read again when its size or its times, which no
-    program can set back (ctime), are others.
+    Those of large folders are kept in `cache_folder`.  A file is read again when its size or one of its times has
+    changed, among them ctime, which programs cannot set.
 
     Raises:
         ValueError: files cannot be read; the message lists them.
@@ -174,7 +177,7 @@ def content_digests(root: Path, names: Sequence[str]) -> list[str]:
         except OSError as error:
             faults.append(f"'{root / name}' ({error.strerror})")
     wanted = [name for name, state in states.items() if known.get(name, [])[:3] != state]
-    with ThreadPoolExecutor(4) as readers:  # hashing and waiting for a disk leave Python free
+    with ThreadPoolExecutor(4) as readers:  # hashing and reading release the interpreter lock
         for name, digest in zip(wanted, readers.map(lambda name: _digest(root / name), wanted), strict=True):
             if isinstance(digest, OSError):
                 faults.append(f"'{root / name}' ({digest.strerror})")
@@ -187,7 +190,7 @@ def content_digests(root: Path, names: Sequence[str]) -> list[str]:
     if read >= _REMEMBERED:
         before = (time.time() - _SETTLED) * 1e9
         known |= {name: entry for name, entry in fresh.items() if max(entry[1:3]) < before}
-        with contextlib.suppress(OSError):  # a home that cannot be written to costs time, not the run
+        with contextlib.suppress(OSError):  # without a writable cache the next run reads again
             write_whole(memory, json.dumps(known))
     return digests
 

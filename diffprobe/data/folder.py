@@ -1,50 +1,49 @@
 """A folder of photographs as a dataset, with or without captions.
 
-Captions are looked for in this order: the file that is named, `captions.jsonl` or `captions.csv` in the
-folder, a text file beside each image (`cat.jpg`, `cat.txt`; one caption a line).  Hidden files are left
-out.  The invariant: nothing outside the folder is ever read, whatever a captions file or a link says,
-except a captions file that the caller names.
+Captions come from the file that is named, else from `captions.jsonl` or `captions.csv` in the folder, else from a text file
+beside each image (`cat.jpg`, `cat.txt`; one caption a line).  Hidden files are left out.  The invariant: nothing outside
+the folder is read, except a captions file that the caller names.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffprobe.data.files import content_digests, inside, listed, numbered_lines, parse_json, read_text, real_path, spellings
 from diffprobe.data.images import read_image
-from diffprobe.data.samples import Caption, Sample
+from diffprobe.data.samples import Caption, IndexedDataset, Sample
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
-NOTHING = ("none", "null", "na", "n/a", "<na>")  # beside numbers; among words, "none" may be a class
+NOTHING = ("none", "null", "na", "n/a", "<na>")  # no value in a column of numbers; among words, "none" may be a class
 Label = str | int | float
 
 
 @dataclass
 class _Known:
-    """What a captions file says of one image."""
+    """Captions and labels of one image."""
 
     captions: list[str] = field(default_factory=list)
     labels: dict[str, Label] = field(default_factory=dict)
 
 
-class FolderDataset:
+class FolderDataset(IndexedDataset):
     """The images of a folder and of its subfolders, sorted; a sample's id is its path inside the folder.
 
     Args:
-        captions: a `.jsonl` file of ``{"file": ..., "caption": ...}`` (or ``"captions": [...]``) or a `.csv` file
-            with columns file and caption; other keys and columns become labels.  A label that is empty, null or NaN is one
-            that this image does not have; beside numbers so are inf and words such as NA.
+        root: The folder.
+        captions: A `.jsonl` file of ``{"file": ..., "caption": ...}`` (or ``"captions": [...]``) or a `.csv` file
+            with columns file and caption; other keys and columns become labels.  An image does not have a label that is
+            empty, null or NaN or, among numbers, inf or a word such as NA.
 
     Raises:
         ValueError: the folder is missing or has no images, or its captions do not fit it.
@@ -116,7 +115,7 @@ class FolderDataset:
         return known
 
     def _read_captions(self, source: Path) -> dict[str, _Known]:
-        """Captions and labels by image, from a captions file that may name only images of this folder."""
+        """Captions and labels by image; the file may name only images of this folder."""
         if not source.is_file():
             raise ValueError(f"The captions file '{source}' does not exist; check its name, or leave it out.")
         readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
@@ -151,9 +150,7 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.files):
-            raise IndexError(f"Image {index} of a folder of {len(self.files)}.")
+    def sample(self, index: int) -> Sample:
         name = self.files[index]
         known = self._known.get(name, _Known())
         return Sample(
@@ -163,17 +160,13 @@ class FolderDataset:
             labels=dict(known.labels),
         )
 
-    def fingerprint(self) -> str:
-        """Hash of names, contents, captions and labels; no times, which a copy changes."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def content(self) -> Iterator[bytes]:
+        """Names, contents, captions and labels; no times, which a copy changes."""
         rows = []
         for name, content in zip(self.files, content_digests(self.root, self.files), strict=True):
             known = self._known.get(name, _Known())
             rows.append([name, content, known.captions, sorted(known.labels.items())])
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        yield json.dumps(rows).encode()
 
 
 # --- captions files -------------------------------------------------------------------------------
@@ -181,7 +174,7 @@ class FolderDataset:
 
 @dataclass(frozen=True)
 class _Row:
-    """What one line says, and where it stands."""
+    """One line of a captions file, and its place."""
 
     where: str
     file: str
@@ -217,8 +210,8 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _csv_rows(source: Path, faults: list[str]) -> Iterator[_Row]:
     text = read_text(source)
-    limit = csv.field_size_limit(len(text) + 1)  # the library's own is 131,072 characters
-    # strict: otherwise a quote that nobody closes swallows all that follows
+    limit = csv.field_size_limit(len(text) + 1)  # 131,072 characters by default
+    # strict: otherwise a quote that is not closed takes in the rest of the file
     reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
     try:
         lines = [(reader.line_num, cells) for cells in reader if cells]
@@ -251,16 +244,16 @@ def _csv_rows(source: Path, faults: list[str]) -> Iterator[_Row]:
 
 
 def _absent(value: object) -> bool:
-    """Whether there is no value: null, NaN or an empty text."""
+    """Whether a value is null, NaN or an empty text."""
     return value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
 
 
 def known_values(values: Sequence[Any], table: bool = False) -> list[Any]:
-    """One label of all images, None where an image does not have it; a column of numbers stays one beside words for nothing.
+    """One label of all images, None where an image lacks it; words for nothing (`NOTHING`) do not make numbers words.
 
     Args:
-        values: Texts and numbers; None, NaN and empty texts where there are none.
-        table: The values are cells of a table, where a number is a text too.
+        values: Texts and numbers; None, NaN or an empty text where there is none.
+        table: Whether the values are cells of a table, where numbers are texts too.
 
     >>> known_values(["3", "", "inf"], True), known_values(["1", "2.5", "NA"], True), known_values(["1", "two", "none"], True)
     ([3, None, None], [1.0, 2.5, None], ['1', 'two', 'none'])
@@ -278,7 +271,7 @@ def known_values(values: Sequence[Any], table: bool = False) -> list[Any]:
 
 
 def _number(value: Label, table: bool) -> int | float | None:
-    """A number, or None for what stands for none; ValueError for other words."""
+    """A number, or None for a word of `NOTHING`; ValueError for other words."""
     if isinstance(value, str):
         text = value.strip().lower()
         if text in NOTHING:

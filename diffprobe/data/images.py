@@ -1,8 +1,7 @@
 """Reading photographs safely, and fitting an image and its masks to a model's size by the same geometry.
 
-Images are RGB, 8 bits a channel, upright, on white where they were transparent; masks are (object, y, x)
-bool.  Sizes are (height, width).  The invariant: `fit_image` and `fit_masks` take the same piece of the
-source to the same place, so a mask that covered an object still does.
+Images are RGB, 8 bits a channel, upright, on white where they were transparent; masks are (object, y, x) bool.  Sizes are
+(height, width).  The invariant: `fit_image` and `fit_masks` use the same geometry, so a mask still covers its object.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# Decoders of photographs only: others (EPS, PDF) run programs or fetch files.
+# only decoders of photographs: others (EPS, PDF) run programs or fetch files
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM")
 FITS = ("crop", "squash", "pad")
 MAX_PIXELS = 100_000_000
@@ -30,15 +29,15 @@ class ImageError(ValueError):
 
 
 class UnavailableError(ImageError):
-    """An image that this machine could not read: its disk, folder, memory or open files failed, and it may be whole."""
+    """An image that may be intact but could not be read: disk, folder, memory or number of open files failed."""
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
-    """Read a photograph as RGB: the first frame, upright, transparency on white, 16 bits brought to 8.
+    """Reads a photograph as RGB: the first frame, upright, transparency on white, 16 bits converted to 8.
 
     Args:
-        max_pixels: larger images are refused before they are decoded.
-        upright: turned as its EXIF note says; otherwise as its pixels are stored.
+        max_pixels: Larger images are refused before they are decoded.
+        upright: Turn the image as its EXIF note says; otherwise its pixels stay as stored.
 
     Raises:
         ImageError: the file is missing, empty, broken, cut off, too large or no image.
@@ -47,10 +46,10 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, upright: bool = T
 
 
 def stored_size(path: Path) -> tuple[int, int, int]:
-    """Width and height of the pixels of an image as they are stored, and the EXIF orientation that viewers turn them by.
+    """Width and height of an image as stored, and its EXIF orientation (1: upright).
 
     Raises:
-        ImageError: as for `read_image`, from what its header says.
+        ImageError: the header cannot be read, as for `read_image`.
     """
     try:
         with warnings.catch_warnings():
@@ -77,7 +76,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
 
 def _read(path: Path, source: Path | IO[bytes], max_pixels: int, upright: bool) -> Image.Image:
     try:
-        # Odd metadata makes Pillow warn about files that it reads well; its size warning is our own check below.
+        # Pillow warns about odd metadata of good files; its warning about sizes is our own check below
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(source, formats=FORMATS) as image:
@@ -103,7 +102,7 @@ def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
 
 
 def refusal(path: Path, error: Exception) -> ImageError:
-    """Say what is wrong with a file that Pillow could not read: an `UnavailableError` where the system refused it."""
+    """The error for a file that Pillow could not read: `UnavailableError` where the system refused, else `ImageError`."""
     if isinstance(error, FileNotFoundError):
         return UnavailableError(f"'{path}' does not exist; check the name, or list the folder again.")
     if isinstance(error, IsADirectoryError):
@@ -114,7 +113,7 @@ def refusal(path: Path, error: Exception) -> ImageError:
         return ImageError(f"'{path}' is far too large to decode safely ({error}); make it smaller.")
     if isinstance(error, MemoryError):
         return UnavailableError(f"'{path}' needs more memory than there is; make it smaller, or free some.")
-    if isinstance(error, OSError) and error.errno is not None:  # the system's own; a decoder's have no number
+    if isinstance(error, OSError) and error.errno is not None:  # errors of decoders have no number
         return UnavailableError(f"'{path}' could not be read ({os.strerror(error.errno)}); try again once it can.")
     if isinstance(error, UnidentifiedImageError):
         if path.is_file() and path.stat().st_size == 0:
@@ -127,30 +126,30 @@ def refusal(path: Path, error: Exception) -> ImageError:
 
 
 def to_rgb(image: Image.Image, name: str = "image", upright: bool = True) -> Image.Image:
-    """An RGB copy as `read_image` makes it: upright, transparency on white, 16 bits brought to 8.
+    """An RGB copy: upright, transparency on white, 16 bits converted to 8.
 
     Raises:
-        ImageError: grey values that are neither; the message calls the image `name`.
+        ImageError: the grey values are neither of 8 nor of 16 bits; the message calls the image `name`.
     """
     unsigned = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) in (1, (1,))
     if upright:
-        with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels, which are loaded
+        with contextlib.suppress(Exception):  # the pixels are loaded, whatever their EXIF note
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_grey(image, name, unsigned).convert("RGB")
     if image.has_transparency_data:
         clear = image.info.get("transparency")
-        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, of which Pillow keeps the upper 8
+        if isinstance(clear, tuple) and max(clear) > 255:  # 16 bits, and Pillow's pixels have the upper 8
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in clear)
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
-    # A copy, also of what is RGB already: the original's file closes when `read_image` returns.
+    # a copy even of an RGB image: the original's file closes when `read_image` returns
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
 def _deep_grey(image: Image.Image, name: str, unsigned: bool) -> Image.Image:
-    """Grey of 16 bits, or float from 0 to 1, to 8 bits on white; Pillow's own conversion would clip at 255."""
+    """Converts grey of 16 bits, or floats from 0 to 1, to 8 bits; Pillow's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.float64)
     if image.mode == "I" and unsigned:
         values %= 2.0**32  # Pillow reads unsigned numbers as signed ones
@@ -161,7 +160,7 @@ def _deep_grey(image: Image.Image, name: str, unsigned: bool) -> Image.Image:
             "convert it to 8 or 16 bits."
         )
     if image.mode == "I" and values.max() <= 255:
-        white = 255.0  # 32 bits do not say where white is: so small they are 8 bits in a wide cell
+        white = 255.0  # 32 bits do not define white: such small values are 8 bits in a wide type
     pixels = np.rint(values * (255 / white))
     if isinstance(clear := image.info.get("transparency"), int):
         pixels[values == clear] = 255
@@ -171,8 +170,14 @@ def _deep_grey(image: Image.Image, name: str, unsigned: bool) -> Image.Image:
 Box = tuple[float, float, float, float]
 
 
-def _geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[Box, tuple[int, int], tuple[int, int]]:
-    """Which box of the source is kept, at which (width, height) it is drawn, and where its corner then lies."""
+def geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+    """How an image is fitted: the box of the source that is kept, its new (width, height), and its new corner (x, y).
+
+    Args:
+        source: (height, width).
+        size: (height, width) to fit to.
+        fit: As for `fit_image`.
+    """
     if fit not in FITS:
         raise ValueError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
     (height, width), (to_height, to_width) = source, size
@@ -192,7 +197,7 @@ def _geometry(source: tuple[int, int], size: tuple[int, int], fit: str) -> tuple
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> Image.Image:
-    """Bring an image to `size`, (height, width), as RGB; its pixels are taken as they lie, because masks are.
+    """Fits an image to `size`, (height, width), as RGB; EXIF notes are ignored, because masks belong to stored pixels.
 
     Args:
         fit: "crop" scales the shorter side and keeps the middle, "squash" changes the proportions, "pad" adds white.
@@ -202,8 +207,8 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> I
     """
     if image.mode != "RGB":
         image = to_rgb(image, upright=False)
-    box, drawn, corner = _geometry((image.height, image.width), size, fit)
-    # One resampling of the box, not a crop of a resized whole: a 10 x 100000 image would fill the memory.
+    box, drawn, corner = geometry((image.height, image.width), size, fit)
+    # the box is resampled, not the whole image cropped afterwards: a 10 x 100000 image would fill the memory
     scaled = image.resize(drawn, Image.Resampling.LANCZOS, box=box)
     if drawn == (size[1], size[0]):
         return scaled
@@ -212,8 +217,17 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str = "crop") -> I
     return canvas
 
 
+def normalised_pixels(image: Image.Image) -> np.ndarray:
+    """An RGB image as diffusion models take it: (3, y, x) in float32 from -1 to 1.
+
+    >>> normalised_pixels(Image.new("RGB", (2, 1), (0, 0, 255)))[:, 0, 0].tolist()
+    [-1.0, -1.0, 1.0]
+    """
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+
+
 def fit_masks(masks: np.ndarray, size: tuple[int, int], fit: str = "crop") -> np.ndarray:
-    """Bring masks (object, y, x) to `size` as `fit_image` does; a pixel is in when at least half of it was.
+    """Fits masks (object, y, x) to `size` as `fit_image` does; a pixel is inside when at least half of its area was.
 
     >>> masks = np.zeros((1, 4, 8), bool)
     >>> masks[0, :, :4] = True
@@ -223,7 +237,7 @@ def fit_masks(masks: np.ndarray, size: tuple[int, int], fit: str = "crop") -> np
     fitted = np.zeros((len(masks), *size), bool)
     if not len(masks):
         return fitted
-    box, (width, height), (left, top) = _geometry(masks.shape[1:], size, fit)
+    box, (width, height), (left, top) = geometry(masks.shape[1:], size, fit)
     for index, mask in enumerate(masks):
         area = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX, box=box)
         fitted[index, top : top + height, left : left + width] = np.asarray(area) >= 0.5

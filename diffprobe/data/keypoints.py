@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from diffprobe.data.shapes import SIDE, Obj, Scene, _silhouette
 from diffprobe.data.twins import TwinsDataset
 
-PLACE = ("x", "y", "radius")  # what of an object may differ between the two scenes
+PLACE = ("x", "y", "radius")  # the attributes in which an object may differ between the two scenes
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class KeypointPair:
 
     Attributes:
         source: Sample id of the image whose points are given.
-        target: Sample id of the image in which they are looked for.
+        target: Sample id of the image in which they are sought.
         source_points: (point, 2), x and y.
-        target_points: (point, 2), where they are.
+        target_points: (point, 2), the true places.
         box: The object's box in the target, x0, y0, x1, y1.
         size: Width and height of the target image in pixels; the unit of distances.
-        group: What an interval resamples: pairs that share images or objects.
+        group: Pairs that share images or objects, which intervals resample together.
         category: For tables by class.
     """
 
@@ -52,13 +52,13 @@ class KeypointPair:
 def twin_keypoints(dataset: TwinsDataset, moved: float = 0.05) -> list[KeypointPair]:
     """Centre and extremities of every object that both scenes of a twin show at different places, in both directions.
 
-    An object is the same when everything but its place is, and when its scene has no other like it.  Extremities are the
-    highest, lowest, leftmost and rightmost points of its outline.  Objects turn in no twin, so an arrow's tip stays its
-    tip.  Those that move are in mmvp's "position" and "viewpoint" and in winoground's "relation"; the distant view also
-    makes them smaller.
+    Two objects are the same when all attributes but their place are equal and neither scene has another such object.
+    Extremities are the highest, lowest, leftmost and rightmost points of the outline.  No twin turns an object, so an
+    arrow's tip stays its tip.  Objects move in mmvp's "position" and "viewpoint", where the distant view also makes them
+    smaller, and in winoground's "relation".
 
     Args:
-        moved: Least distance between the two centres, in image sides; objects that stay would be found by position alone.
+        moved: Least distance between the two centres, in image sides; position alone would find an object that stays.
 
     >>> pairs = twin_keypoints(TwinsDataset("winoground", 2))
     >>> [(p.source[-8:], p.target[-8:], p.source_points.shape) for p in pairs][:2]
@@ -77,23 +77,14 @@ def twin_keypoints(dataset: TwinsDataset, moved: float = 0.05) -> list[KeypointP
                 continue
             for source, target in ((0, 1), (1, 0)):
                 (x0, y0), (x1, y1) = points[target].min(axis=0), points[target].max(axis=0)
-                pairs.append(
-                    KeypointPair(
-                        source=names[source],
-                        target=names[target],
-                        source_points=points[source],
-                        target_points=points[target],
-                        box=(float(x0), float(y0), float(x1), float(y1)),
-                        size=(float(SIDE), float(SIDE)),
-                        group=str(number),
-                        category=obj.shape,
-                    )
-                )
+                box, size = (float(x0), float(y0), float(x1), float(y1)), (float(SIDE), float(SIDE))
+                ends = (names[source], names[target], points[source], points[target])
+                pairs.append(KeypointPair(*ends, box, size, group=str(number), category=obj.shape))
     return pairs
 
 
 def _unlike_objects(scene: Scene) -> dict[tuple[object, ...], Obj]:
-    """The objects that no other of the scene equals, by everything but their place."""
+    """The objects without an equal in the scene, by all attributes but their place."""
     kinds = [tuple(v for k, v in sorted(vars(o).items()) if k not in PLACE) for o in scene.objects]
     return {kind: obj for kind, obj in zip(kinds, scene.objects, strict=True) if kinds.count(kind) == 1}
 
@@ -106,9 +97,9 @@ def _points(obj: Obj, scene: Scene) -> NDArray[np.float64]:
 
 @cache
 def _landmarks(shape: str, direction: str) -> NDArray[np.float64]:
-    """The same five points in radii about the centre.
+    """The same five points relative to the centre, in radii.
 
-    From the silhouette and not from pixels: a star has two lowest tips, and rounding would pick another one in each image.
+    They come from the silhouette, not from pixels: a star has two lowest tips, and rounding would pick one at random.
     """
     side = np.linspace(-1.2, 1.2, 481)
     y, x = np.nonzero(_silhouette(shape, side[None, :], side[:, None], direction) <= 0)

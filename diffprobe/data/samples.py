@@ -1,15 +1,17 @@
-"""What every dataset yields: one image with whatever is known about it.
+"""The samples that every dataset yields, and the specs that name datasets.
 
-A drawn scene knows everything (masks, attributes, questions); a folder of photographs may know only
-a file name.  The same type serves both, so nothing downstream asks where a sample came from.
+One type serves drawn scenes, of which everything is known (masks, attributes, questions), and photographs, of which perhaps
+only the file name is.  No other code asks where a sample came from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote
 
@@ -19,7 +21,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Span:
-    """Characters ``text[start:end]`` of a caption that speak of some objects.
+    """Characters ``text[start:end]`` of a caption that name some objects.
 
     `objects` are indices into the sample's masks (several for a plural); `role` is "noun", "colour",
     "phrase" (the whole noun phrase) or "background" (then `objects` is empty).
@@ -33,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Caption:
-    """One description of an image: its text, its style, and which words speak of which objects."""
+    """One description of an image: its text, its style, and which words name which objects."""
 
     text: str
     spans: tuple[Span, ...] = ()
@@ -63,9 +65,11 @@ class Question:
 class Sample:
     """One image and what is known about it.
 
-    `load` returns the RGB image (drawn or read only when asked); `masks` returns a boolean array
-    (object, y, x), with no objects where no truth is known.  `labels` holds scalars by name
-    (``n_objects``, ``colour``, ...), the targets of probes.
+    Attributes:
+        load: Draws or reads the RGB image.
+        labels: Scalars by name (``n_objects``, ``colour``, ...), the targets of probes.
+        masks: Makes the boolean array (object, y, x), without objects where none are known.
+        objects: Attributes of each object, in the order of the masks.
     """
 
     id: str
@@ -88,7 +92,7 @@ class Dataset(Protocol):
 
     @property
     def spec(self) -> str:
-        """What `load_dataset` makes this dataset from."""
+        """The text from which `load_dataset` makes this dataset."""
         ...
 
     def __len__(self) -> int: ...
@@ -96,23 +100,56 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def fingerprint(self) -> str:
-        """A short hash that changes when any sample's identity or content does."""
+        """A short hash of the samples' ids and contents."""
         ...
 
 
+class IndexedDataset:
+    """What datasets with a length share: the check of an index, and a fingerprint that is computed once.
+
+    A subclass gives `name`, `spec`, `__len__`, `sample` (for an index that is in range) and `content` (pieces
+    of bytes that the fingerprint is a hash of).
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def content(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sample {index} of a dataset of {len(self)}.")
+        return self.sample(index)
+
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of SHA-256."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for piece in self.content():
+            digest.update(piece)
+        return digest.hexdigest()[:16]
+
+
 def iterate(dataset: Dataset) -> Iterator[Sample]:
-    """Yield every sample in order (a Protocol with ``__getitem__`` alone is not iterable to a type checker)."""
+    """Yields every sample in order (type checkers do not see that ``__getitem__`` makes a protocol iterable)."""
     for index in range(len(dataset)):
         yield dataset[index]
 
 
 def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
-    """Kind, target and options of ``kind:target?name=value&name=value``, as every loader by name reads it.
+    """Splits ``kind:target?name=value&name=value`` into kind, target and options.
 
-    %XX stands for a character, as in a URL.  A ? or & that no NAME= follows is part of the path in which it stands.
+    %XX stands for a character, as in a URL.  A ? or & without a NAME= behind it is part of the path.
 
     Raises:
-        ValueError: an option stands twice.
+        ValueError: an option occurs twice.
 
     >>> split_spec("coco:what?/a.json?images=/data/R&D&limit=2"), split_spec("voc:/data/R%26D")
     (('coco', 'what?/a.json', {'images': '/data/R&D', 'limit': '2'}), ('voc', '/data/R&D', {}))
@@ -129,7 +166,7 @@ def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
 
 
 def join_spec(kind: str, target: object, options: Mapping[str, object]) -> str:
-    """The spec that `split_spec` takes apart again; it has no comma, which parts specs on the command line.
+    """The inverse of `split_spec`; the spec has no comma, which separates specs on the command line.
 
     >>> join_spec("voc", "/data/R&D", {"split": "val"})
     'voc:/data/R%26D?split=val'

@@ -1,7 +1,7 @@
 """Drawn questions about several images at once, in the manner of BLINK (Fu et al. 2024).
 
 Each item is a pure function of (seed, index); tasks take turns, and so do the places of the answer within a task.  The
-invariant: the text is the same, or as likely, wherever the answer lies, so that only looking can find it.
+invariant: the text does not depend on the place of the answer, so it can be found only in the images.
 
 Tasks: match (two images that differ in one thing; which one a caption is true of), find (four images; which one shows an
 object), more (two images; which one has more objects), same (a scene, then two that are arranged anew; which one keeps
@@ -24,13 +24,13 @@ from diffprobe.data.twins import Rng, _cast, _stage, mmvp_pair
 ORDINALS: tuple[str, ...] = ("first", "second", "third", "fourth")
 GREY = (128, 128, 128)
 Load = Callable[[], Image.Image]
-Drawn = tuple[list[Load], str]  # the images, the answer among them where it belongs, and the question
-_STREAM = 1000  # keeps these items apart from every stream of `twin_rng`
+Drawn = tuple[list[Load], str]  # the images, with the answer at its place, and the question
+_STREAM = 1000  # differs from every stream of `twin_rng`
 
 
 @dataclass(frozen=True)
 class Several:
-    """Images in order, a question about them, and which of the options (ordinal words) answers it."""
+    """Images in order, a question about them, and the right one of the options (ordinal words)."""
 
     task: str
     images: tuple[Load, ...]
@@ -85,7 +85,7 @@ def _same(rng: Rng, place: int) -> Drawn:
         for colour in COLOURS
         for shape in SHAPES
         if (colour != first.colour) != (shape != first.shape) and not held_out(colour, shape) and (colour, shape) != second.pair
-    ]  # one attribute of one object is another
+    ]  # one attribute of one object changes
     colour, shape = free[int(rng.integers(len(free)))]
     changed = replace(scene, objects=(replace(first, colour=colour, shape=shape), second))
     scenes = _placed(_arranged(rng, scene), [_arranged(rng, changed)], place)
@@ -95,7 +95,7 @@ def _same(rng: Rng, place: int) -> Drawn:
 
 def _jigsaw(rng: Rng, place: int) -> Drawn:
     def crossed() -> Scene:
-        # an object that the cut goes through: which piece fits can be seen even where the backgrounds are alike
+        # the cut goes through an object, so the right piece can be told even where the backgrounds are equal
         (obj,) = _cast(rng, 1, size="large")
         x, y = (float(v) for v in rng.uniform((0.42, 0.65), (0.58, 0.75)))
         return replace(_stage(rng, [obj]), objects=(replace(obj, x=x, y=y),))
@@ -110,7 +110,7 @@ def _jigsaw(rng: Rng, place: int) -> Drawn:
 
 def _quarter(scene: Scene) -> Image.Image:
     piece = picture(scene).crop((SIDE // 2, SIDE // 2, SIDE, SIDE))
-    del piece.info["scene"]  # of which a piece shows a part
+    del piece.info["scene"]  # a piece shows only a part of it
     return piece
 
 
@@ -121,7 +121,7 @@ def _without_quarter(scene: Scene) -> Image.Image:
     return image
 
 
-# What draws a task, and where among the images the options begin and end.
+# For each task the function that draws it, and which of its images are the options.
 TASKS: dict[str, tuple[Callable[[Rng, int], Drawn], slice]] = {
     "match": (_match, slice(0, 2)),
     "find": (_find, slice(0, 4)),

@@ -3,7 +3,7 @@
 ``SPair-71k/PairAnnotation/{trn,val,test}/*.json`` has one file a pair, ``SPair-71k/JPEGImages/CATEGORY/*.jpg`` the images.
 Features come from the images as a folder of photographs: ``diffprobe extract --data SPair-71k/JPEGImages --fit squash``;
 then a sample's id is CATEGORY/NAME.jpg.  The invariant: points and boxes are those of the annotation, which is of the stored
-pixels, turned as the folder turns a photograph with an EXIF note; nothing is dropped unless the model did not see it.
+pixels, turned as the folder turns a photograph with an EXIF note; only points that the model did not see are left out.
 """
 
 from __future__ import annotations
@@ -17,20 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffprobe.data.files import file_inside, inside, listed, parse_json, read_text, real_path
-from diffprobe.data.images import _geometry, stored_size
+from diffprobe.data.images import geometry, stored_size
 from diffprobe.data.keypoints import KeypointPair
 
 SPLITS = ("trn", "val", "test")
-FIELDS = (
-    "category",
-    "src_imname",
-    "trg_imname",
-    "src_imsize",
-    "trg_imsize",
-    "src_kps",
-    "trg_kps",
-    "trg_bndbox",
-)
+FIELDS = ("category", "src_imname", "trg_imname", "src_imsize", "trg_imsize", "src_kps", "trg_kps", "trg_bndbox")
 
 
 def read_spair(
@@ -48,8 +39,8 @@ def read_spair(
         split: trn, val or test.
         category: Only this class.
         resolution: Height and width of the model's image.
-        fit: How images were brought there (the store's `fit`).  Points that a crop cut off, in either image, are left
-            out; "squash" keeps all, as published scores do.
+        fit: The store's `fit`.  Points that a crop cut off in either image are left out; "squash" keeps all, as
+            published scores do.
 
     Raises:
         ValueError: no such folder, split or category, or a file that is not a pair's annotation.
@@ -120,7 +111,7 @@ def _pair(
 
 
 def _stored(folder: Path, name: str) -> tuple[int, int, int]:
-    """Width, height and EXIF orientation of a photograph's stored pixels; of one that is not there, nothing to turn."""
+    """Width, height and EXIF orientation of a photograph's stored pixels; (0, 0, 1) for one that is absent."""
     path = file_inside(folder, name)
     return (0, 0, 1) if path is None else stored_size(path)
 
@@ -128,7 +119,7 @@ def _stored(folder: Path, name: str) -> tuple[int, int, int]:
 def _upright(
     points: NDArray[np.float64], size: Sequence[int], stored: tuple[int, int, int]
 ) -> tuple[Sequence[int], NDArray[np.float64]]:
-    """The size and points (point, 2) of a photograph as it is shown; annotations that fit only so stay as they are."""
+    """The size and points (point, 2) of a photograph as it is shown; annotations of the turned size stay as they are."""
     (width, height), (x, y) = size, points.T
     if list(size) != list(stored[:2]) and list(size) == [stored[1], stored[0]]:
         return size, points
@@ -143,8 +134,8 @@ def _upright(
 def _seen_through(
     size: Sequence[int], resolution: tuple[int, int], fit: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The corner of the model's image, and its width and height, (x, y) in the photograph's pixels."""
+    """The corner (x, y) and the size (width, height) of the model's image in the photograph's pixels."""
     width, height = size[:2]
-    box, drawn, corner = _geometry((height, width), resolution, fit)
-    pixels = np.array([box[2] - box[0], box[3] - box[1]]) / drawn  # of the photograph in one of the model's
+    box, drawn, corner = geometry((height, width), resolution, fit)
+    pixels = np.array([box[2] - box[0], box[3] - box[1]]) / drawn  # photograph's pixels per pixel of the model
     return np.array(box[:2]) - np.array(corner) * pixels, pixels * resolution[::-1]

@@ -1,7 +1,8 @@
-"""Image-text alignment: exact, strict protocols over arrays of scores, and a learned linear map from features to text.
+"""Image-text alignment on arrays: scores from what forward passes give, the benchmarks' strict rules, a learned text map.
 
 Scores are (item, image, text), larger where the text fits the image better; in every item text i is true of image i.
-With several noise draws they are (item, image, text, timestep, draw), and `pool_draws` brings them to one number.
+Scores of single passes are (item, image, text, timestep, draw) and are averaged over timesteps and draws before a choice.
+`diffprobe.matching` runs the models and names the scores.
 
 The invariant: a choice counts only where the true candidate is strictly above every other one; a tie, and a score that
 is not a number, is a miss.
@@ -11,8 +12,7 @@ Sources: MMVP-VLM (Tong et al. 2024), Winoground (Thrush et al. 2022, equations 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,40 @@ Bools = NDArray[np.bool_]
 ALL, MACRO = "all", "macro"
 PENALTIES = tuple(10.0**k for k in range(-1, 6))
 DIMS = ("item", "image", "text")
+PAPER, DISCFFUSION = "attention_lse_paper", "attention_lse_discffusion"
+LOSS, NORMALISED = "denoising_loss", "denoising_loss_normalised"
+POOLED, CLIP = "pooled_cosine", "clip_cosine"
+DIFFUSION_SCORES = (PAPER, DISCFFUSION, LOSS, NORMALISED)
+SCORES = (*DIFFUSION_SCORES, POOLED, CLIP)
+
+
+# --- scores of one item -----------------------------------------------------------------------------
+
+
+def diffusion_scores(raw: Mapping[str, Floats], names: Sequence[str], candidates: int, numbers: int) -> dict[str, Floats]:
+    """The scores (image, text, ...) from what the passes gave; their formulas stand in `diffprobe.matching`.
+
+    Args:
+        raw: (image, text, ...) of "error" (mean squared), "map_lse" and "score_lse", as far as `names` need them; the
+            null text follows the candidates.
+        names: Names of scores; those that are not in `DIFFUSION_SCORES` are ignored.
+        candidates: Texts without the null text.
+        numbers: Numbers in one latent: an error's norm is the root of `numbers` times its mean square.
+
+    >>> diffusion_scores({"error": np.array([[1.0, 4.0, 9.0]])}, (LOSS, NORMALISED), 2, 100)
+    {'denoising_loss': array([[-1., -4.]]), 'denoising_loss_normalised': array([[8., 5.]])}
+    """
+    given = {name: values[:, :candidates] for name, values in raw.items()}
+    null = {name: values[:, candidates:] for name, values in raw.items()}
+    formulas: dict[str, Callable[[], Floats]] = {
+        PAPER: lambda: given["map_lse"],
+        DISCFFUSION: lambda: (
+            (given["score_lse"] + null["score_lse"]) / 2 + np.sqrt(numbers) * (np.sqrt(null["error"]) - np.sqrt(given["error"]))
+        ),
+        LOSS: lambda: -given["error"],
+        NORMALISED: lambda: null["error"] - given["error"],
+    }
+    return {name: formula() for name, formula in formulas.items() if name in names}
 
 
 # --- strict choices -------------------------------------------------------------------------------
@@ -67,7 +101,7 @@ class Metric:
     chance: float
 
 
-# The first metric of a protocol is the one that its benchmark is known by.
+# The first metric of a protocol is the one that its benchmark reports.
 PROTOCOLS: dict[str, dict[str, Metric]] = {
     "mmvp-vlm": {"pair": Metric(images_right, 1 / 4)},
     "winoground": {
@@ -90,42 +124,24 @@ def protocol_metrics(protocol: str) -> dict[str, Metric]:
     return PROTOCOLS[protocol]
 
 
-def pool_draws(scores: xr.DataArray) -> xr.DataArray:
-    """One score a pair: the mean over timesteps and noise draws.
-
-    Where candidates were pruned, some draws of some texts are missing.  A text then gets the mean of the image's text
-    with most draws, plus its own mean difference to that text over the draws that both have; noise is shared, so
-    the difference is what the pruning trusted.  Without pruning this is the plain mean.
-
-    >>> errors = xr.DataArray([[[[-1.0, -3.0], [-2.0, np.nan]]]], dims=(*DIMS, "draw"))
-    >>> pool_draws(errors).values.tolist()
-    [[[-2.0, -3.0]]]
-    """
+def _over_draws(scores: xr.DataArray) -> NDArray[np.float64]:
+    """(item, image, text): the mean over timesteps and draws.  Scores that are equal in all draws stay equal exactly."""
     over = [d for d in scores.dims if d not in DIMS]
-    if not over:
-        return scores.transpose(*DIMS)
-    values = scores.transpose(*DIMS, *over).to_numpy().reshape(*(scores.sizes[d] for d in DIMS), -1)
-    complete = np.isfinite(values).all(3)
-    fullest = np.take_along_axis(values, np.isfinite(values).sum(3).argmax(2)[:, :, None, None], 2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice")  # a pair without any draw stays NaN, and is a miss
-        paired = np.nanmean(fullest, 3) + np.nanmean(values - fullest, 3)
-    pooled = np.where(complete, values.mean(3), paired)  # equal scores must stay equal to the last bit
-    coords = {name: c for name, c in scores.coords.items() if set(c.dims) <= set(DIMS)}
-    return xr.DataArray(pooled, coords, DIMS, scores.name, scores.attrs)
+    values = scores.transpose(*DIMS, *over).to_numpy()
+    return np.asarray(values.reshape(*values.shape[:3], -1).mean(3)) if over else values
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
 def alignment_table(scores: xr.Dataset, protocol: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """How often each score chooses right: one row per score, metric and pattern.
+    """The share of items that each score gets right: one row per score, metric and pattern.
 
     Args:
         scores: Variables (item, image, text[, timestep, draw]) with the coordinate `pattern` on item.
         protocol: A key of `PROTOCOLS`.
         level: Coverage of the intervals.
-        seed: Of the bootstrap behind the rows of pattern "macro".
+        seed: Seed of the bootstrap behind the rows of pattern "macro".
 
     Returns:
         Columns score, metric, pattern, value, low, high, n, chance, seed.  Rows "all" and those of single patterns have
@@ -159,29 +175,29 @@ def _macro(right: Bools, patterns: NDArray[np.str_], level: float, seed: int) ->
 
     def mean_share(sums: Floats) -> Floats:
         hits, counts = np.split(sums, 2, axis=1)
-        with np.errstate(invalid="ignore"):  # a resample without one of the patterns has no macro score
+        with np.errstate(invalid="ignore"):  # NaN for a resample that lacks a pattern
             return np.asarray((hits / counts).mean(1))
 
     value = float(mean_share(columns.sum(0, keepdims=True))[0])
     low, high = bootstrap_sums(columns, mean_share, level=level, seed=seed)
-    if not low < high:  # every resample is the same, which a few items a pattern can do: take the interval of the items
+    if not low < high:  # all resamples are equal, as with few items per pattern: take the interval over items
         low, high = wilson_interval(value * len(right), len(right), level)
     return {"value": value, "low": low, "high": high}
 
 
 def item_hits(scores: xr.Dataset, protocol: str) -> dict[str, xr.DataArray]:
-    """By score, (metric, item) of whether the item is right."""
+    """For each score, by name, whether each item is right by each metric: (metric, item)."""
     metrics = protocol_metrics(protocol)
     found = {}
     for name, values in scores.data_vars.items():
         if not set(DIMS) <= set(values.dims):
             continue
-        pooled = pool_draws(values)
-        images, texts = pooled.sizes["image"], pooled.sizes["text"]
+        pooled = _over_draws(values)
+        images, texts = pooled.shape[1:]
         if texts < max(2, images) or (images < 2 and protocol != "sugarcrepe"):
             raise ValueError(f"Protocol {protocol} cannot score items of {images} images and {texts} texts.")
-        right = np.stack([metric.right(pooled.to_numpy()) for metric in metrics.values()])
-        coords = {"metric": list(metrics), "item": pooled["item"], "pattern": ("item", pooled["pattern"].values)}
+        right = np.stack([metric.right(pooled) for metric in metrics.values()])
+        coords = {"metric": list(metrics), "item": values["item"], "pattern": ("item", values["pattern"].values)}
         found[str(name)] = xr.DataArray(right, coords, ("metric", "item"))
     if not found:
         raise ValueError(

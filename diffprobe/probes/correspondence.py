@@ -2,8 +2,8 @@
 
 A keypoint's feature in the source image is looked for in the target image: the predicted place is the target position of
 highest cosine.  It is correct within alpha times the larger side of the object's box (Yang & Ramanan 2013; for diffusion
-features Tang et al. 2023).  The invariant: a score stands beside what needs no features, namely a random position in the
-image, a random one in the object's box, and the source's own coordinates.
+features Tang et al. 2023).  The invariant: each score comes with the scores of guesses without features: a random position
+in the image, a random position in the object's box, and the source's own coordinates.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from numpy.typing import NDArray
 
 from diffprobe.data.keypoints import KeypointPair
-from diffprobe.probes.similarity import ROUNDING, standardised
-from diffprobe.probes.task import SPACE, combinations
+from diffprobe.probes.localization import bilinear_weights
+from diffprobe.probes.measures import ROUNDING, standardised
+from diffprobe.probes.task import SPACE, Floats, combinations, finite, need_dimensions
 from diffprobe.stats import bootstrap_interval, wilson_interval
 
-Floats = NDArray[np.float64]
 STRIP = 16  # rows of the upsampled map in memory at once
 
 
@@ -35,29 +34,28 @@ def correspondence(
     by_category: bool = False,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """PCK of nearest-neighbour matches, one pair of rows (per point, per image) for each timestep, conditioning, ...
+    """PCK of nearest-neighbour matches: two rows (per point, per image) for each timestep, conditioning, ...
 
-    "point" is the share of correct points over all pairs; "image" the mean over pairs of a pair's own share, so that
-    images with many points weigh no more.  Intervals are bootstrapped over groups of pairs (Wilson's over groups where
-    all or none are correct).
+    "point" is the share of correct points over all pairs; "image" is the mean of the pairs' own shares, so that images
+    with many points weigh no more.  Intervals are bootstrapped over groups of pairs (Wilson's over groups where all or
+    none are correct).
 
     Args:
         features: (sample, ..., channel, y, x) with sample ids.
-        pairs: From `diffprobe.data.keypoints` or `diffprobe.data.spair`; those whose images are not among the samples
+        pairs: From `diffprobe.data.keypoints` or `diffprobe.data.spair`; pairs whose images are not among the samples
             are left out.
-        alphas: Tolerances, in larger sides of the target object's box.
-        grid: Rows and columns of the target's upsampled (bilinear) map; the finest place that can be predicted.
+        alphas: Tolerances, as a share of the larger side of the target object's box.
+        grid: Rows and columns of the target's upsampled (bilinear) map: the resolution of predicted places.
         standardise: Bring channels to mean 0 and deviation 1 over all samples and positions first, because a few with
             large means decide a raw cosine.  Published scores of diffusion features (DIFT) do not.
-        by_category: A row for each category too.
-        seed: Of the bootstrap.
+        by_category: Adds rows for each category.
+        seed: Seed of the bootstrap.
 
     Returns:
         The coordinates of the dimensions in between, per ("point" or "image"), category ("all" or one), alpha, value,
-        low, high, chance (a random position of the image), chance_box (a random position of the object's box:
-        what one gets who finds the object and not the part), position (the source's coordinates) with position_low
-        and position_high, n (points or pairs), n_groups, seed, and the reason where value is NaN because some point has
-        no nearest place.
+        low, high, chance (a random position in the image), chance_box (a random position in the object's box, as if the
+        object were found and its parts not), position (the source's coordinates) with position_low and position_high,
+        n (points or pairs), n_groups, seed, and the reason where value is NaN because some point has no nearest place.
 
     Raises:
         ValueError: no pair's images are among the samples, missing dimensions, or non-finite features.
@@ -66,8 +64,7 @@ def correspondence(
     >>> pairs = twin_keypoints(load_dataset(provenance(tree)["data"]))  # doctest: +SKIP
     >>> correspondence(features(tree, "U-L1-Out"), pairs)[["timestep", "per", "value", "chance"]]  # doctest: +SKIP
     """
-    if missing := {"sample", "channel", *SPACE} - set(features.dims):
-        raise ValueError(f"Correspondence needs maps with sample, channel, y and x; {', '.join(sorted(missing))} is missing.")
+    need_dimensions(features, "sample", "channel", *SPACE)
     if not alphas or min(alphas) <= 0 or grid < 2:
         raise ValueError(f"Tolerances are positive and the grid has at least 2 rows; got {list(alphas)} and {grid}.")
     ids = [str(s) for s in features["sample"].values] if "sample" in features.coords else []
@@ -77,9 +74,8 @@ def correspondence(
         example = f"the first pair is {pairs[0].source!r} and {pairs[0].target!r}" if pairs else "there are no pairs"
         raise ValueError(f"No pair has both images among the samples: {example}; the samples begin with {ids[:2]}.")
     blind = pd.concat([_blind(p, number, alphas, grid) for number, p in enumerate(known)], ignore_index=True)
-    outer = [d for d in features.dims if d not in ("sample", "channel", *SPACE)]
     tables = []
-    for place, block in combinations(features, outer):
+    for place, block in combinations(features):
         maps = _maps(block, standardise)
         found = [match(maps[rows_of[p.source]], maps[rows_of[p.target]], p.source_points, grid) for p in known]
         errors = np.concatenate([_distances(p, guess) / p.box_side for p, guess in zip(known, found, strict=True)])
@@ -94,7 +90,7 @@ def correspondence(
 
 
 def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Floats:
-    """The target positions most like the source's features at some points, by cosine.
+    """The target positions whose features have the highest cosine with the source's features at some points.
 
     Both maps are interpolated bilinearly with pixel centres in place: the source at the points, the target on a
     grid x grid raster whose cell centres are the candidates.
@@ -106,19 +102,19 @@ def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Flo
         grid: Rows and columns of candidates.
 
     Returns:
-        (point, 2), x and y as fractions; NaN where the source is zero or all of the target is equally like it.
+        (point, 2), x and y as fractions; NaN where the source is zero or all target positions have the same cosine.
 
     >>> source = np.eye(4).reshape(4, 2, 2)
     >>> match(source, source[:, :, ::-1], np.array([[0.25, 0.25]]), grid=2)  # what was left is right
     array([[0.75, 0.25]])
     """
     points = np.asarray(points, np.float64)
-    across, down = _weights(points[:, 0], source.shape[2]), _weights(points[:, 1], source.shape[1])
+    across, down = (bilinear_weights(points[:, k] * source.shape[2 - k], source.shape[2 - k]) for k in (0, 1))
     asked = np.einsum("cyx,py,px->pc", source, down, across, optimize=True)
     length = np.linalg.norm(asked, axis=1, keepdims=True)
     asked /= np.where(length > 0, length, 1)
     centres = (np.arange(grid) + 0.5) / grid
-    across, down = _weights(centres, target.shape[2]), _weights(centres, target.shape[1])
+    across, down = (bilinear_weights(centres * target.shape[2 - k], target.shape[2 - k]) for k in (0, 1))
     wide = target @ across.T  # (channel, y, grid)
     best, worst, where = np.full(len(asked), -np.inf), np.full(len(asked), np.inf), np.zeros(len(asked), np.int64)
     for start in range(0, grid, STRIP):
@@ -135,18 +131,12 @@ def match(source: Floats, target: Floats, points: Floats, grid: int = 96) -> Flo
     return np.where((best - worst > ROUNDING)[:, None], found, np.nan)
 
 
-def _weights(places: Floats, cells: int) -> Floats:
-    """Bilinear weights (place, cell) of positions given as fractions of the side; level beyond the outer centres."""
-    at = np.clip(places * cells - 0.5, 0, cells - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0)
-
-
 def _distances(pair: KeypointPair, points: Floats) -> Floats:
     return np.asarray(np.hypot(*((points - pair.target_points) * pair.size).T))
 
 
 def _blind(pair: KeypointPair, number: int, alphas: Sequence[float], grid: int) -> pd.DataFrame:
-    """What each point's score would be without features, one row a point and tolerance, in the order of the points."""
+    """The scores of guesses without features: one row per point and tolerance, in the order of the points."""
     centres = (np.arange(grid) + 0.5) / grid
     y, x = np.meshgrid(centres, centres, indexing="ij")
     raster = np.stack([x.ravel(), y.ravel()], axis=1)
@@ -197,8 +187,5 @@ def _interval(values: pd.Series, groups: pd.Series, seed: int) -> tuple[float, f
 
 def _maps(block: xr.DataArray, standardise: bool) -> Floats:
     """(sample, channel, y, x) in memory."""
-    values = block.transpose("sample", "channel", *SPACE).to_numpy().astype(np.float64)
-    if not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).any(axis=(1, 2, 3)).sum())
-        raise ValueError(f"{bad} of {len(values)} samples are not finite; select the finished samples first.")
+    values = finite(block.transpose("sample", "channel", *SPACE).to_numpy())
     return standardised(values, axis=(0, 2, 3)) if standardise else values

@@ -1,18 +1,19 @@
-"""Which region the words of a text speak of, and whether a store's maps light up there.
+"""Scores a store's maps against the regions that the words of a text name.
 
 Two kinds of maps: cross-attention of a caption's words (claim A4 of the paper), and the difference |f_c - f_u| that a text
-makes in the features (claim A5).  Both become tables of `diffprobe.probes.localization`, one line per site, timestep, map
+makes in the features (claim A5).  Both give tables of `diffprobe.probes.localization`, one line per site, timestep, map
 and score.
 
-The invariant: a word is scored only where the dataset says which objects it means; what is left out is counted.
+The invariant: a word is scored only where the dataset says which objects it means; words that are left out are counted.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,22 +29,19 @@ from diffprobe.store import StoreError, features, known, prompt_texts, provenanc
 
 Bools = NDArray[np.bool_]
 
-MOST_PIXELS = 128  # a side of the grid on which maps meet masks: attention has 64 at most, so more only costs time
+MOST_PIXELS = 128  # side of the grid of the scores: attention maps have at most 64, so a finer grid adds nothing
 _BLOCK = 64  # samples read at once
 
 
 @dataclass(frozen=True)
 class Target:
-    """Words of one sample's text (all the places of one word together), and the region that they speak of.
+    """A word of one sample's text, with all its occurrences, and the region that it names."""
 
-    `sample` is its row in the store; `label` the class for averages; `spans` are characters of the text.
-    """
-
-    sample: int
+    sample: int  # row of the store
     word: str
-    label: str
+    label: str  # class, for averages
     role: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...]  # characters of the text
     objects: tuple[int, ...]
     mask: Bools
 
@@ -66,32 +64,31 @@ def attention_localization(
     seed: int = 0,
     n_resamples: int = 2000,
 ) -> pd.DataFrame:
-    """Scores the cross-attention of a caption's words against the masks of what they speak of.
+    """Scores the cross-attention of a caption's words against the masks of the objects that they name.
 
-    Sub-tokens are averaged.  Controls beside `localization_score`'s: "wrong word", the map of a word of the same text
-    that speaks of other objects, and "start token".
+    Sub-tokens are averaged.  Controls beside those of `localization_score`: "wrong word", the map of a word of the same
+    text that names other objects, and "start token".
 
     Args:
         tree: From `open_store`, with cross-attention maps.
-        dataset: What was extracted, or its spec; the store's own by default.
-        conditioning: One whose text is a caption of the sample: "caption", "caption:STYLE" or "caption:N".
+        dataset: The extracted dataset, or its spec; by default the one that the store names.
+        conditioning: A conditioning by captions of the sample: "caption", "caption:STYLE" or "caption:N".
         sites: Map sites; all by default.
         timesteps: All by default.
-        roles: Of words: noun, colour, phrase, background.  Each is a table of its own, told apart by `role`.
+        roles: Roles of words: noun, colour, phrase, background.  Each has its own lines.
         by_head: Score each head beside the mean over heads.
         merged: Add the site "all sites": head means enlarged to the finest grid and averaged over sites.
-        against_timestep: Add the control "timestep N", the word's own map at that timestep: `lead` is then what the
-            line's timestep gains over it, word by word.
-        grid: Where maps and masks meet, (height, width); the images' resolution, `MOST_PIXELS` a side at most.
-        seed: As in `localization_score`.
-        n_resamples: As in `localization_score`.
+        against_timestep: Add the control "timestep N", the word's own map at that timestep; `lead` is then the gain over
+            that timestep, paired by word.
+        grid: (height, width) of the scores; by default the images' resolution, at most `MOST_PIXELS` a side.
+        seed, n_resamples: As in `localization_score`.
 
     Returns:
         As `localization_score`, with the columns role, conditioning, site, timestep and head ("mean", "0", ...) in
-        front.  What could not be scored at all is counted by reason in `attrs["left_out"]`.
+        front.  `attrs["left_out"]` counts the words that could not be scored, by reason.
 
     Raises:
-        StoreError: no such maps, samples that the dataset lacks, or texts that are not its captions.
+        StoreError: there are no such maps, the dataset lacks samples, or the texts are not its captions.
         ValueError: no word of these roles has a mask.
     """
     there = [n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"]
@@ -103,7 +100,9 @@ def attention_localization(
     rows = _MapRows.of(tree, conditioning, targets)
     left_out["word cut off the prompt"] += len(targets) - len(rows.targets)
     if not rows.targets:
-        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "no caption says what its words speak of"
+        why = (
+            ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "no caption says which objects its words name"
+        )
         raise ValueError(
             f"No word of the role {' or '.join(roles)} can be scored: {why}. Choose other roles, or data with masks."
         )
@@ -134,23 +133,29 @@ def attention_localization(
             if against_timestep is not None:
                 again = found.isel(row=mine).sel(timestep=[against_timestep] * len(steps))
                 ordered = xr.concat([ordered, again.assign_coords(timestep=ordered["timestep"])], "row")
-            frame = localization_score(
-                ordered, np.stack([t.mask for t in chosen]), controls=controls, classes=[t.label for t in chosen],
-                groups=[groups[t.sample] for t in chosen], seed=seed, n_resamples=n_resamples,
-            )  # fmt: skip
+            frame = _score(ordered, chosen, controls, groups, seed=seed, n_resamples=n_resamples)
             frames.append(frame.assign(role=role, conditioning=conditioning, site=name))
     return _tidy(frames, ["role", "conditioning", "site", "timestep", "head"], left_out)
 
 
-def word_targets(sample: Sample, caption: Caption, masks: Bools, role: str, row: int = 0) -> tuple[list[Target], Counter[str]]:
-    """The words of one role with their regions, and how many were left out for which reason.
+def _score(
+    maps: xr.DataArray, targets: Sequence[Target], controls: Mapping[str, Sequence[int]], groups: Sequence[str], **options: Any
+) -> pd.DataFrame:
+    """`localization_score` of maps (row, ...) whose first rows are those of the targets; `groups` has one id per sample."""
+    classes, images = [t.label for t in targets], [groups[t.sample] for t in targets]
+    masks = np.stack([t.mask for t in targets])
+    return localization_score(maps, masks, controls=controls, classes=classes, groups=images, **options)
 
-    A word that stands several times, or speaks of several objects, is one target whose region is the union.  It is
-    left out when it also stands where no span says what it means.  Background words get what no object covers.
+
+def word_targets(sample: Sample, caption: Caption, masks: Bools, role: str, row: int = 0) -> tuple[list[Target], Counter[str]]:
+    """The words of one role with their regions, and the number of words left out, by reason.
+
+    A word that occurs several times, or names several objects, is one target whose region is the union.  A word with an
+    occurrence that no span explains is left out.  The region of a background word is what no object covers.
 
     Args:
         masks: (object, y, x) on the grid of the scores.
-        row: Where the sample is in the store.
+        row: The sample's row in the store.
     """
     left_out: Counter[str] = Counter()
     found: dict[str, list[Span]] = {}
@@ -173,7 +178,8 @@ def word_targets(sample: Sample, caption: Caption, masks: Bools, role: str, row:
 
 
 def _union(masks: Bools, objects: Sequence[int]) -> Bools:
-    """
+    """The union of some masks.
+
     >>> _union(np.eye(3, dtype=bool)[:, None], [0, 2]).tolist()
     [[True, False, True]]
     """
@@ -181,7 +187,7 @@ def _union(masks: Bools, objects: Sequence[int]) -> Bools:
 
 
 def _label(sample: Sample, objects: Sequence[int], otherwise: str) -> str:
-    """The objects' category or shape where all share one, so that a plural is of its singular's class."""
+    """The category or shape that all objects share, so that a plural has its singular's class; else `otherwise`."""
     for key in ("category", "shape"):
         kinds = {str(sample.objects[o].get(key, "")) for o in objects if o < len(sample.objects)}
         if len(kinds) == 1 and "" not in kinds:
@@ -208,9 +214,9 @@ def _words(
 
 
 def _wrong_words(targets: Sequence[Target]) -> list[int]:
-    """For each target the next one of its sample that speaks of other objects, -1 where none does.
+    """For each target the next target of its sample that names other objects, -1 where there is none.
 
-    It has the target's role; a background word, which speaks of no object, gets any object's word.
+    Both have the same role, except that a background word, which names no object, gets any object's word.
     """
     by_sample: dict[int, list[int]] = {}
     for k, target in enumerate(targets):
@@ -230,18 +236,15 @@ def _wrong_words(targets: Sequence[Target]) -> list[int]:
 
 @dataclass(frozen=True)
 class _MapRows:
-    """Which maps of a store are read: one row a target, then one a sample for its start token.
-
-    `wanted` holds each row's sample and token positions, `starts` the row of each sample's start token.
-    """
+    """The maps of a store to read: one row per target, then one per sample for its start token."""
 
     targets: list[Target]
-    wanted: list[tuple[int, list[int]]]
-    starts: dict[int, int]
+    wanted: list[tuple[int, list[int]]]  # (row,) sample and token positions
+    starts: dict[int, int]  # sample to the row of its start token
 
     @classmethod
     def of(cls, tree: xr.DataTree, conditioning: str, targets: Sequence[Target]) -> _MapRows:
-        """Targets whose words were cut off the prompt are left out."""
+        """Leaves out the targets whose words were cut off the prompt."""
         prompts = prompt_texts(tree, conditioning)
         starts, ends = prompts["token_start"].values, prompts["token_end"].values
         kept, wanted = [], []
@@ -253,7 +256,7 @@ class _MapRows:
             if places:
                 kept.append(target)
                 wanted.append((target.sample, places))
-        # a tokenizer without a start token (T5) has a word in the first place
+        # with a tokenizer without a start token (T5) the first token belongs to a word
         samples = [sample for sample in dict.fromkeys(t.sample for t in kept) if ends[sample, 0] == 0]
         place = {sample: len(wanted) + k for k, sample in enumerate(samples)}
         return cls(kept, [*wanted, *((sample, [0]) for sample in samples)], place)
@@ -270,10 +273,10 @@ def _average(maps: Sequence[xr.DataArray]) -> xr.DataArray:
 
 
 def difference_maps(tree: xr.DataTree, site: str, conditioning: str, timesteps: Sequence[int] | None = None) -> xr.DataArray:
-    """|f_c - f_u|: the norm over channels of what a text changes in the features, (sample, timestep, y, x) float32.
+    """|f_c - f_u|, the norm over channels of the change that a text makes: (sample, timestep, y, x) in float32.
 
     Raises:
-        StoreError: the store has no grid of features there, or lacks "null" or the conditioning.
+        StoreError: the site has no grid of features, or the store lacks "null" or the conditioning.
     """
     return _norms(tree, site, (conditioning, NULL), timesteps)
 
@@ -290,31 +293,29 @@ def difference_localization(
     seed: int = 0,
     n_resamples: int = 2000,
 ) -> pd.DataFrame:
-    """Scores |f_c - f_u| against the masks of the objects that the text speaks of.
+    """Scores |f_c - f_u| against the masks of the objects that the text names.
 
     All questions of a run are pooled into the conditioning "question", all captions into "caption".  Controls beside
-    `localization_score`'s: "other text", the difference that another text makes on the same image (a question about
-    other objects; the mismatched caption where it was recorded), and "null features", the norm of f_u alone, which
-    parts what the text adds from what stands out anyway.
+    those of `localization_score`: "other text", the difference that another text makes on the same image (a question
+    about other objects; the mismatched caption where it was recorded), and "null features", the norm of f_u alone, which
+    shows what stands out without the text.
 
     Args:
         tree: From `open_store`, with features under "null" and under the texts.
-        dataset: What was extracted, or its spec; the store's own by default.
-        conditionings: Captions and questions; all that the store has by default.
+        dataset: The extracted dataset, or its spec; by default the one that the store names.
+        conditionings: Captions and questions; by default all that the store has.
         sites: Feature sites with a grid; all by default.
         timesteps: All by default.
         merged: Add the site "all sites": maps divided by their means, enlarged to the finest grid and averaged.
-        grid: As in `attention_localization`.
-        seed: As in `localization_score`.
-        n_resamples: As in `localization_score`.
+        grid, seed, n_resamples: As in `attention_localization`.
 
     Returns:
         As `localization_score` (the own maps are called "difference"), with the columns conditioning, site and timestep
-        in front.  Texts that speak of nothing with a mask are counted in `attrs["left_out"]`.
+        in front.  `attrs["left_out"]` counts the texts that name no object with a mask.
 
     Raises:
-        StoreError: no such features, or samples that the dataset lacks.
-        ValueError: no text speaks of an object with a mask.
+        StoreError: there are no such features, or the dataset lacks samples.
+        ValueError: no text names an object with a mask.
     """
     there = [n for n in site_names(tree) if "features" in tree[n].data_vars and {"y", "x"} <= set(tree[n]["features"].dims)]
     if not there:
@@ -327,7 +328,7 @@ def difference_localization(
     targets, left_out = _texts(tree, dataset, texts, grid or _grid(tree))
     if not targets:
         raise ValueError(
-            f"None of the texts {', '.join(texts)} speaks of an object with a mask; choose others, or data with masks."
+            f"None of the texts {', '.join(texts)} names an object with a mask; choose others, or data with masks."
         )
     columns = [*texts, *(["mismatched"] if "mismatched" in recorded else [])]
     count, groups = tree.sizes["sample"], _groups(tree)
@@ -350,11 +351,8 @@ def difference_localization(
                 "other text": [place.get(row_of(_other_text(t, chosen, columns), t.sample), -1) for t in chosen],
                 "null features": [place[len(columns) * count + t.sample] for t in chosen],
             }
-            frame = localization_score(
-                stacked.isel(row=order), np.stack([t.mask for t in chosen]), controls=controls,
-                classes=[t.label for t in chosen], groups=[groups[t.sample] for t in chosen], own="difference", seed=seed,
-                n_resamples=n_resamples,
-            )  # fmt: skip
+            options = {"own": "difference", "seed": seed, "n_resamples": n_resamples}
+            frame = _score(stacked.isel(row=order), chosen, controls, groups, **options)
             frames.append(frame.assign(conditioning=kind, site=name))
     return _tidy(frames, ["conditioning", "site", "timestep"], left_out)
 
@@ -362,7 +360,7 @@ def difference_localization(
 def _texts(
     tree: xr.DataTree, dataset: Dataset | str | None, texts: Sequence[str], grid: tuple[int, int]
 ) -> tuple[list[Target], Counter[str]]:
-    """One target per sample and text; its word is the conditioning's name, its role the kind of text."""
+    """One target per sample and text: its word is the conditioning's name, its role the kind of text."""
     stored = {text: prompt_texts(tree, text)["text"].values for text in texts}
     targets = []
     left_out: Counter[str] = Counter()
@@ -388,7 +386,7 @@ def _spoken_of(sample: Sample, conditioning: str) -> tuple[int, ...]:
 
 
 def _other_text(target: Target, targets: Sequence[Target], columns: Sequence[str]) -> str | None:
-    """The name of another text on the same image that speaks of other objects."""
+    """The conditioning of another text on the same image that names other objects."""
     if target.role == "caption" and "mismatched" in columns:
         return "mismatched"
     others = (t.word for t in targets if t.sample == target.sample and not set(t.objects) & set(target.objects))
@@ -396,7 +394,7 @@ def _other_text(target: Target, targets: Sequence[Target], columns: Sequence[str
 
 
 def _norms(tree: xr.DataTree, site: str, conditionings: tuple[str, ...], timesteps: Sequence[int] | None) -> xr.DataArray:
-    """The norm over channels of one conditioning's features, or of the first's minus the second's; read in blocks."""
+    """The norm over channels of one conditioning's features, or of the difference of two; read in blocks of samples."""
     arrays = [
         features(tree, site, conditioning=c, timestep=None if timesteps is None else list(timesteps)) for c in conditionings
     ]
@@ -421,14 +419,14 @@ def _timesteps(tree: xr.DataTree, site: str, timesteps: Sequence[int] | None) ->
 
 
 def _grid(tree: xr.DataTree) -> tuple[int, int]:
-    """The images' resolution, made smaller in proportion where a side has more than `MOST_PIXELS`."""
+    """The images' resolution, scaled down where a side has more than `MOST_PIXELS`."""
     height, width = provenance(tree)["request"]["resolution"]
     scale = min(1.0, MOST_PIXELS / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _samples(tree: xr.DataTree, dataset: Dataset | str | None) -> list[tuple[int, Sample]]:
-    """The store's samples, each with its row, as the dataset knows them."""
+    """The dataset's samples that the store has, each with its row."""
     chosen = dataset if dataset is not None else str(provenance(tree)["data"])
     known = load_dataset(chosen) if isinstance(chosen, str) else chosen
     rows = {str(name): row for row, name in enumerate(tree.dataset["sample"].values.tolist())}
@@ -441,12 +439,12 @@ def _samples(tree: xr.DataTree, dataset: Dataset | str | None) -> list[tuple[int
 
 
 def _groups(tree: xr.DataTree) -> list[str]:
-    """What counts as one image: the label `image` where samples have it (several texts on one image), else the sample."""
+    """An image id per sample: the label `image` where samples have it (several texts on one image), else the sample's id."""
     return [str(v) for v in tree.dataset["image" if "image" in tree.dataset else "sample"].values.tolist()]
 
 
 def _caption(sample: Sample, conditioning: str) -> Caption:
-    """The caption, with its spans, that a conditioning gives a sample."""
+    """The sample's caption, with its spans, under a conditioning."""
     kind, _, which = conditioning.partition(":")
     if kind != "caption":
         raise StoreError(f"The conditioning {conditioning!r} is no caption of the sample, so nothing says what its words mean.")
@@ -456,7 +454,7 @@ def _caption(sample: Sample, conditioning: str) -> Caption:
 
 
 def _check_text(sample: Sample, conditioning: str, stored: str) -> None:
-    """Refuses a dataset whose words are not those that were extracted: its spans and objects would be of others."""
+    """Raises StoreError where the dataset's text is not the extracted one: its spans would not fit."""
     if (said := prompt_for(conditioning, sample)) != stored:
         raise StoreError(
             f"Sample {sample.id!r} was extracted with the {conditioning} {stored!r}, but the dataset says {said!r}; "
@@ -465,7 +463,7 @@ def _check_text(sample: Sample, conditioning: str, stored: str) -> None:
 
 
 def _in_front(rows: Sequence[int], count: int) -> tuple[list[int], dict[int, int]]:
-    """All of `count` rows with the given ones first, and where each then is.
+    """All of `count` row numbers with the given ones first, and the new place of each.
 
     >>> _in_front([2, 0], 3)
     ([2, 0, 1], {2: 0, 0: 1, 1: 2})

@@ -1,57 +1,46 @@
 """k nearest neighbours: whether samples with one label lie together, with nothing learned but k.
 
-A probe without weights: what it reads is in the features' own geometry.  Rows, split, control, intervals and columns
-are those of the linear probes (`diffprobe.probes.task`), so the two tables can be laid side by side.
+A probe without weights: what it reads is in the features' own geometry.  Rows, split, control, intervals and columns are
+those of the linear probes, so the two tables compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
-import numpy as np
-import pandas as pd
 import xarray as xr
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from diffprobe.probes.task import (
-    FOLDS,
-    Floats,
-    Pool,
-    Problem,
-    Rows,
-    Settings,
-    Task,
-    best_choice,
-    check_features,
-    pool_features,
-    run_probes,
-    score,
-)
+from diffprobe.probes.fitting import ProbeResult, run_probes
+from diffprobe.probes.task import Ids, Pool, Problem, Settings, Task, as_features, pool_features
 
-METRICS = ("cosine", "euclidean", "manhattan")
+Metric = Literal["cosine", "euclidean", "manhattan"]
 
 
 def knn_probe(
-    features: xr.DataArray,
-    label: str | ArrayLike | xr.DataArray,
+    features: xr.DataArray | ArrayLike,
+    label: Ids,
     *,
     k: Sequence[int] = (5, 20),
-    metric: Literal["cosine", "euclidean", "manhattan"] = "cosine",
+    metric: Metric = "cosine",
     task: Task | Literal["auto"] = "auto",
     pool: Pool = "mean",
+    split: Ids | None = None,
     control: bool = True,
-    types: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
+    types: Ids | None = None,
+    groups: Ids | None = None,
     seed: int = 0,
     cross_fit: bool = False,
     keep_rows: bool = False,
+    keep_estimators: bool = False,
     n_jobs: int | None = None,
     n_resamples: int = 2000,
-) -> pd.DataFrame:
+) -> ProbeResult:
     """Labels every test row like its nearest neighbours among the other rows; one probe per combination.
 
     Features are standardised per channel, for a few massive channels would decide every distance.  Of the values of `k`
@@ -61,58 +50,37 @@ def knn_probe(
         features: (sample, ..., channel) or (sample, ..., channel, y, x).
         k: Numbers of neighbours to choose from.
         metric: Distance between standardised rows.
-        task: "logistic" here means classes by majority, "ridge" quantities by the neighbours' mean.
-        label, pool, control, types, groups, seed, cross_fit, keep_rows, n_jobs, n_resamples: As for `fit_probe`.
+        task: Classes are read by majority, quantities by the neighbours' mean.
+        keep_estimators: Whether the result keeps the fitted estimators, which hold their training rows.
+        label, pool, split, control, types, groups, seed, cross_fit, keep_rows, n_jobs, n_resamples: As for `fit_probe`.
             The control's train score is trivially high: a row is its own nearest neighbour.
 
     Returns:
-        The table of `fit_probe` with the column `k` in place of `penalty`.
+        As `fit_probe`, with the column `k` in place of `penalty`.
 
     Raises:
-        ValueError: As `fit_probe`; and for a k that is not a positive number of training rows, or an unknown metric.
+        ValueError: as for `fit_probe`; and for a k that is not a positive number of training rows, or an unknown metric.
 
+    >>> import numpy as np
     >>> colour = np.array(["red", "blue"] * 40)
     >>> values = np.random.default_rng(0).normal(size=(80, 8)) + 9 * (colour == "red")[:, None]
-    >>> knn_probe(xr.DataArray(values, dims=("sample", "channel")), colour, k=[3, 5])["value"].tolist()
+    >>> knn_probe(values, colour, k=[3, 5]).table["value"].tolist()
     [1.0]
     """
-    check_features(features)
-    if metric not in METRICS:
-        raise ValueError(f"Metric {metric!r} is not one of {', '.join(METRICS)}.")
-    pooled = pool_features(features, pool)
-    problem = Problem.of(pooled, label, task, types, groups, seed)
-    fewest = min(int(problem.parts(turn)[0].sum()) for turn in range(FOLDS if cross_fit else 1))
-    if not k or min(k) < 1 or max(k) > fewest:
+    given = as_features(features)
+    if metric not in get_args(Metric):
+        raise ValueError(f"Metric {metric!r} is not one of {', '.join(get_args(Metric))}.")
+    problem = Problem.of(given, label, task=task, pool=pool, types=types, groups=groups, split=split, seed=seed)
+    choices = tuple(sorted(map(int, k), reverse=True))
+    settings = Settings("model__n_neighbors", choices, control, seed, n_resamples, cross_fit, keep_rows)
+    fewest = min(int(problem.parts(turn)[0].sum()) for turn in range(settings.turns))
+    if not choices or choices[-1] < 1 or choices[0] > fewest:
         raise ValueError(
             f"k must be whole numbers from 1 to the {fewest} training rows; got {', '.join(map(str, k)) or 'none'}."
         )
-    settings = Settings("k", tuple(sorted(k, reverse=True)), control, seed, n_resamples, cross_fit, keep_rows)
-    return run_probes(pooled, problem, settings, partial(NeighbourModel, problem.task, metric), n_jobs)
-
-
-class NeighbourModel:
-    """A scaler and scikit-learn's nearest neighbours."""
-
-    def __init__(self, task: Task, metric: str) -> None:
-        self.task, self.converged = task, True
-        self.scaler = StandardScaler()
-        kind = KNeighborsRegressor if task == "ridge" else KNeighborsClassifier
-        self.model: Any = kind(metric=metric, algorithm="brute")
-
-    def choose(self, x: Floats, y: NDArray[Any], train: Rows, validation: Rows, choices: Sequence[float]) -> float:
-        """The k that scores best on validation, the first (largest) of equals."""
-        if len(choices) == 1:
-            return choices[0]
-        self.fit(x, y, train, choices[0])
-        held_out = self.scaler.transform(x[validation])
-        answers = ((k, self.model.set_params(n_neighbors=int(k)).predict(held_out)) for k in choices)
-        return best_choice((k, score(self.task, y[validation], answer)) for k, answer in answers)
-
-    def fit(self, x: Floats, y: NDArray[Any], rows: Rows, choice: float) -> int:
-        """Keeps the rows to compare with."""
-        self.model.set_params(n_neighbors=int(choice)).fit(self.scaler.fit_transform(x[rows]), y[rows])
-        return 0
-
-    def predict(self, x: Floats) -> NDArray[Any]:
-        """Class codes or quantities, (row,)."""
-        return np.asarray(self.model.predict(self.scaler.transform(x)))
+    kind: Any = KNeighborsRegressor if problem.task == "regression" else KNeighborsClassifier
+    model = Pipeline([("scale", StandardScaler()), ("model", kind(metric=metric, algorithm="brute"))])
+    result = run_probes(
+        pool_features(given, pool), problem, settings, model, pool=pool, n_jobs=n_jobs, keep_estimators=keep_estimators
+    )
+    return replace(result, table=result.table.rename(columns={"n_neighbors": "k"}))

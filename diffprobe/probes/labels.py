@@ -1,11 +1,10 @@
-"""Labels of patches: what the object that covers each place of a feature map is.
+"""Labels of patches: an attribute of the object that covers each place of a feature map.
 
-Masks come from the dataset that the store names, brought to the model's size by the same geometry as its images were.
+Masks come from the dataset that the store names, fitted to the model's size as the images were.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,26 +13,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.data import fit_masks, load_dataset
-from diffprobe.data.samples import Dataset, Sample, iterate
+from diffprobe.data.samples import Dataset, Sample, did_you_mean, iterate
 from diffprobe.store import provenance
 
 BACKGROUND = "background"
 PREFIX = "mask:"
 
 
-def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, dataset: Dataset | None = None) -> xr.DataArray:
-    """The features with the coordinate `label` (sample, y, x), for probes with ``pool="patches"``.
+def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, attribute: str, dataset: Dataset | None = None) -> xr.DataArray:
+    """The features with the coordinate ``mask:ATTRIBUTE`` (sample, y, x), for probes with ``pool="patches"``.
 
     Args:
         features: (sample, ..., channel, y, x) of a site of the store.
         tree: The store.
-        label: ``mask:ATTRIBUTE``; ``mask:shape`` says of every patch which shape covers most of it, or background.
-        dataset: Instead of the one that the store names.
+        attribute: An attribute of the objects, with or without ``mask:`` in front; "shape" labels each patch with the
+            shape that covers most of it, or background.
+        dataset: By default the one that the store names.
 
     Raises:
-        ValueError: the features have no places, the dataset is another than the recorded one, or it has no masks with
-            that attribute.
+        ValueError: the features have no y and x, the dataset is not the recorded one, or its objects lack masks or the
+            attribute.
     """
+    label = PREFIX + attribute.removeprefix(PREFIX)
     if not {"y", "x"} <= set(features.dims):
         raise ValueError(f"Label {label!r} belongs to places, and these features have none: {features.dims}.")
     request = provenance(tree)["request"]
@@ -50,12 +51,12 @@ def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, label: str, data
 def patch_labels(
     samples: Sequence[Sample], attribute: str, grid: tuple[int, int], size: tuple[int, int], fit: str = "crop"
 ) -> NDArray[np.object_]:
-    """For each patch the attribute of the objects that cover the largest part of it, or background: (sample, y, x).
+    """The attribute value that covers the largest part of each patch, or background: (sample, y, x).
 
     Args:
-        attribute: Of the samples' objects, such as "shape"; objects with one value count together.
+        attribute: An attribute of the samples' objects, such as "shape"; objects with the same value count together.
         grid: (y, x) patches.
-        size: (height, width) in pixels that the images were brought to, `fit` how.
+        size: (height, width) of the fitted images in pixels; `fit` is as in `fit_image`.
     """
     labels = np.full((len(samples), *grid), BACKGROUND, object)
     for index, sample in enumerate(samples):
@@ -66,16 +67,13 @@ def patch_labels(
             )
         known = dict.fromkeys(str(key) for one in sample.objects for key in one)
         if attribute not in known:
-            near = difflib.get_close_matches(attribute, list(known), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{hint}")
-        values = [
-            "" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects
-        ]  # "": a probe drops the patch
+            raise ValueError(f"Objects have no {attribute!r}; they have {', '.join(known)}.{did_you_mean(attribute, known)}")
+        # an object without the attribute gets "", for which a probe drops the patch
+        values = ["" if (value := o.get(attribute)) is None or value != value else str(value) for o in sample.objects]
         names = sorted(set(values))
         together = np.stack([np.any([m for m, v in zip(masks, values, strict=True) if v == n], axis=0) for n in names])
         cover = np.stack([_shares(mask, grid) for mask in together])
-        # A patch is background unless one class covers more of it than nothing does.
+        # a patch is background unless one class covers more of it than is left uncovered
         empty = 1 - _shares(np.any(masks, axis=0), grid)
         labels[index] = np.array([BACKGROUND, *names], object)[np.argmax(np.concatenate([empty[None], cover]), axis=0)]
     return labels

@@ -1,11 +1,11 @@
 """Localization: does a map light up where its word's object is?
 
-Maps (row, ..., y, x) that are not negative meet masks (row, y, x) on the masks' grid; every combination of the dimensions in
-between (timestep, head, ...) is a cell of one table.  Maps are enlarged bilinearly, which keeps them between their own
-extremes (bicubic enlargement would invent negative mass and new peaks).
+Maps (row, ..., y, x), not negative, are scored against masks (row, y, x) on the masks' grid.  Every combination of the
+dimensions in between (timestep, head, ...) is a cell of one table.  Maps are enlarged bilinearly, which keeps their range
+(bicubic enlargement would add negative mass and new peaks).
 
-The invariant: beside each score stand what chance gives on the same rows, and the same score of maps and masks that have
-nothing to do with each other, on the same rows.
+The invariant: each score comes with its chance level and with the same score of unrelated maps and masks, all on the same
+rows.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student
 
-from diffprobe.stats import bootstrap_sums, holm, wilson_interval
+from diffprobe.probes.cells import column_means, macro_mean, mean_interval, p_above_zero, resampling_weights
+from diffprobe.probes.task import combinations, need_dimensions, number_ids
+from diffprobe.stats import holm, wilson_interval
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -62,31 +62,31 @@ def localization_score(
 ) -> pd.DataFrame:
     """Scores every map against its row's mask, with controls, chance and intervals.
 
-    Controls that are always there: a centred Gaussian (standard deviation a quarter of each side) against the row's
+    Two controls are always scored: a centred Gaussian (standard deviation a quarter of each side) against the row's
     mask, and the row's map against the mask of another group.  Others are given as row numbers.
 
-    `value` is the mean over rows (micro), `macro` the mean over classes of their means; intervals resample groups as
-    wholes (`diffprobe.stats`).  `lead` is the map's own score minus chance or, in a control's line, minus that control's
-    score, in pairs; `p` tests lead > 0 by Student's t of the groups' sums (one-sided; cluster-robust, Liang & Zeger
-    1986), and `p_holm` is Holm's adjustment over all cells of one score and one comparison.
+    `value` is the mean over rows (micro), `macro` the mean of the classes' means; intervals resample whole groups
+    (`diffprobe.stats`).  `lead` is the paired difference of the map's own score and chance or, in a control's line, of the
+    map's own score and the control's.  `p` tests lead > 0 by Student's t of the groups' sums (one-sided; cluster-robust,
+    Liang & Zeger 1986), `p_holm` is Holm's adjustment over all cells of one score and one comparison.
 
     Args:
         maps: (row, ..., y, x), not negative; rows beyond those of `masks` are maps for controls.
-        masks: (row, y, x) booleans, on the grid where maps and masks meet.
-        controls: By name, for every row of `masks` the row of `maps` to be scored in place of its own; -1 for none.
+        masks: (row, y, x) booleans, on the grid of the scores.
+        controls: Name to (row,) row numbers of `maps`: the map that is scored in place of the row's own; -1 for none.
         classes: One label per mask, for the macro average.
         groups: One id per mask, for example its image; each row is its own by default.
-        own: What the lines of the rows' own maps are called.
-        seed: Of the bootstrap and of the halves that thresholds are tuned on.
+        own: Name of the lines of the rows' own maps.
+        seed: Seed of the bootstrap and of the halves that thresholds are tuned on.
         n_resamples: Bootstrap resamples.
 
     Returns:
         One line per combination, map (`own`, then controls) and score (`SCORES`): its coordinates, map, score, value,
         low, high, macro, macro_low, macro_high, chance, lead, lead_low, lead_high, p, p_holm, threshold (mean share of
         the range, for IoU), n, n_images (groups), n_classes, n_left_out, left_out (the reasons, counted), seed.
-        Chance is the mask's area share for pointing and mass, 1 for lift, 1/2 for AUC and 0 for NSS.  For AP and IoU
-        it is measured: the same score of the row's own map with the mask moved to a random place (over the edges).
-        Their closed forms, such as the area share for AP, hold for independent pixels; smooth noise lies above them.
+        Chance is the mask's area share for pointing and mass, 1 for lift, 1/2 for AUC and 0 for NSS.  For AP and IoU it
+        is measured: the score of the row's own map with the mask moved to a random place, wrapped at the edges, because
+        the closed forms (such as the area share for AP) hold for independent pixels only.
 
     Raises:
         ValueError: Shapes do not fit, or a map is negative somewhere, so that shares of its sum mean nothing.
@@ -97,21 +97,22 @@ def localization_score(
     [1.0, 0.25]
     """
     truth = np.asarray(masks, bool)
-    _check_shapes(maps, truth)
-    images = _codes(groups, len(truth), "groups")
-    kinds = _codes(classes, len(truth), "classes") if classes is not None else np.zeros(len(truth), np.int64)
+    need_dimensions(maps, "row", "y", "x")
+    if truth.ndim != 3 or len(truth) > maps.sizes["row"]:
+        raise ValueError(f"Masks need the shape (row, y, x) and a map each; got {truth.shape} for {maps.sizes['row']} maps.")
+    if not len(truth):
+        raise ValueError("There are no masks; nothing can be scored.")
+    count = len(truth)
+    images = np.arange(count) if groups is None else number_ids(groups, count, "groups", "mask")
+    kinds = np.zeros(count, np.int64) if classes is None else number_ids(classes, count, "classes", "mask")
     plan = _Plan.of(truth, maps.sizes["row"], {own: np.arange(len(truth)), **(controls or {})}, images, seed)
     gaussian = _score_maps(_gaussian(plan.size)[None], plan, plan.of_gaussian)
-    outer = [d for d in maps.dims if d not in ("row", "y", "x")]
-    fixed = {str(k): c.item() for k, c in maps.coords.items() if c.ndim == 0}
     places, parts = [], []
-    for index in np.ndindex(*(maps.sizes[d] for d in outer)):
-        block = maps.isel(dict(zip(outer, index, strict=True))).transpose("row", "y", "x")
-        here = {str(d): block[d].item() if d in block.coords else i for d, i in zip(outer, index, strict=True)}
-        scored = _score_maps(np.asarray(block, np.float32), plan, plan.of_maps)
+    for place, block in combinations(maps, ("row", "y", "x")):
+        scored = _score_maps(np.asarray(block.transpose("row", "y", "x"), np.float32), plan, plan.of_maps)
         scored = {**scored, GAUSSIAN: gaussian[GAUSSIAN]}
         chance = _chance(scored, plan, own)
-        places += [{**fixed, **here, "map": name} for name in plan.names]
+        places += [{**place, "map": name} for name in plan.names]
         parts += [(scored[name], chance) for name in plan.names]
     frame = _summary(places, parts, plan, own, images, kinds, seed, n_resamples)
     return with_holm(frame.assign(seed=seed))
@@ -132,19 +133,25 @@ def enlarge(maps: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
     small = np.asarray(maps, np.float32)
     if small.shape[-2:] == tuple(size):
         return small
-    down, across = (_bilinear(n, m) for n, m in zip(small.shape[-2:], size, strict=True))
+    down, across = (
+        bilinear_weights((np.arange(m) + 0.5) * n / m, n).astype(np.float32)
+        for n, m in zip(small.shape[-2:], size, strict=True)
+    )
     return np.asarray(down @ (small @ across.T), np.float32)
 
 
-def _bilinear(source: int, target: int) -> NDArray[np.float32]:
-    """(target, source) weights of linear interpolation between pixel centres."""
-    places = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    lower = np.minimum(places.astype(int), max(0, source - 2))
-    weights = np.zeros((target, source), np.float32)
-    rows = np.arange(target)
-    weights[rows, lower] = 1 - (places - lower)
-    weights[rows, np.minimum(lower + 1, source - 1)] += places - lower
-    return weights
+def bilinear_weights(places: Floats, cells: int) -> Floats:
+    """Weights (place, cell) of linear interpolation between cell centres, constant beyond the outer ones.
+
+    Args:
+        places: (place,) in cells from the edge: the centre of the first cell is at 0.5.
+        cells: Cells along the side.
+
+    >>> bilinear_weights(np.array([0.25, 1.0, 1.5]), 2).tolist()
+    [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    """
+    at = np.clip(places - 0.5, 0, cells - 1)
+    return np.asarray(np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0))
 
 
 def _gaussian(size: tuple[int, ...]) -> NDArray[np.float32]:
@@ -159,7 +166,7 @@ Pairs = dict[int, list[tuple[str, int, int]]]  # by map: name of the line, row, 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is scored against what; a map is sorted once, whatever the number of its masks.
+    """Which maps are scored against which masks; a map is sorted once for all its masks.
 
     Masks are numbered: those of the rows, then the same ones moved to a random place (`MOVED`).
     """
@@ -198,15 +205,14 @@ class _Plan:
 
 
 def _other_masks(images: NDArray[np.int64], usable: Bools) -> NDArray[np.int64]:
-    """For each row a usable row of another image: half the table further on, then the next; -1 where there is none."""
+    """For each row a usable row of another image, sought from half the table further on; -1 where there is none."""
     n = len(images)
     found = np.full(n, -1)
     for row in range(n):
-        for shift in range(n):
-            other = (row + n // 2 + shift) % n
-            if usable[other] and images[other] != images[row]:
-                found[row] = other
-                break
+        order = (row + n // 2 + np.arange(n)) % n
+        fits = usable[order] & (images[order] != images[row])
+        if fits.any():
+            found[row] = order[fits.argmax()]
     return found
 
 
@@ -216,37 +222,16 @@ def _halves(images: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return (np.random.default_rng([seed, 2]).permutation(count) % 2)[images]
 
 
-def _codes(ids: ArrayLike | None, n: int, name: str) -> NDArray[np.int64]:
-    if ids is None:
-        return np.arange(n)
-    values = np.asarray(ids)
-    if values.shape != (n,):
-        raise ValueError(f"`{name}` needs one id per mask, shape ({n},); got shape {values.shape}.")
-    return np.asarray(pd.factorize(values, use_na_sentinel=False)[0], np.int64)
-
-
-def _check_shapes(maps: xr.DataArray, masks: Bools) -> None:
-    if absent := {"row", "y", "x"} - set(maps.dims):
-        raise ValueError(f"Maps need the dimensions row, y and x; {', '.join(sorted(absent))} is not in {maps.dims}.")
-    if masks.ndim != 3 or len(masks) > maps.sizes["row"]:
-        raise ValueError(f"Masks need the shape (row, y, x) and a map each; got {masks.shape} for {maps.sizes['row']} maps.")
-    if not len(masks):
-        raise ValueError("There are no masks; nothing can be scored.")
-
-
 # --- one map ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores (row, column) of one line of the table: `_DIRECT`, IoU at each of `THRESHOLDS`, IoU at Otsu's.
+    """Scores of one line of the table."""
 
-    `otsu` (row,) is Otsu's share of the range and `reasons` (row,) why a row has no scores.
-    """
-
-    scores: Floats
-    otsu: Floats
-    reasons: NDArray[np.int64]
+    scores: Floats  # (row, column): `_DIRECT`, IoU at each of `THRESHOLDS`, IoU at Otsu's threshold
+    otsu: Floats  # (row,) Otsu's threshold as a share of the map's range
+    reasons: NDArray[np.int64]  # (row,) number in `_REASONS`: why the row has no scores
 
     @classmethod
     def empty(cls, n: int) -> _Scored:
@@ -289,9 +274,13 @@ def _score_one(
     moments: tuple[float, float],
     pixels: NDArray[np.intp],
 ) -> Floats:
-    """Scores of one map's `values` (sorted: `ordered`) for the flat pixel numbers of one mask, in the columns of `_Scored`.
+    """Scores of one map for one mask, in the columns of `_Scored`, from the ranks of the mask's values among all values.
 
-    Everything follows from where the mask's own values stand among all values.
+    Args:
+        values: (pixel,) of the map; `ordered` has the same, sorted.
+        cuts: (threshold,) from `_cuts`.
+        moments: Mean and standard deviation of the map.
+        pixels: Flat pixel numbers of the mask.
     """
     total, size = len(ordered), len(pixels)
     mean, deviation = moments
@@ -317,9 +306,9 @@ def _score_one(
 
 
 def _cuts(ordered: NDArray[np.float32]) -> tuple[NDArray[np.float32], Floats]:
-    """Values above which a pixel counts, (map, threshold): `THRESHOLDS` of each range, then Otsu's; and Otsu's share.
+    """Thresholds (map, threshold): `THRESHOLDS` of each range, then Otsu's; and Otsu's as a share of the range (map,).
 
-    Otsu 1979: the cut between two of `BINS` even bins that leaves the most variance between the two sides.
+    Otsu 1979: the cut between two of `BINS` even bins with the largest variance between the two sides.
     """
     low, high = ordered[:, :1].astype(np.float64), ordered[:, -1:].astype(np.float64)
     edges = low + (high - low) * np.linspace(0, 1, BINS + 1)
@@ -338,7 +327,7 @@ def _cuts(ordered: NDArray[np.float32]) -> tuple[NDArray[np.float32], Floats]:
 
 
 def _tuned(scores: Floats, halves: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each half of the images the number of the threshold with the best mean IoU on the other; -1 if that is empty."""
+    """(half,) number of the threshold with the best mean IoU on the other half of the images; -1 if that is empty."""
     grid = scores[:, len(_DIRECT) : _OTSU_COLUMN]
     best = np.full(2, -1)
     for half in (0, 1):
@@ -350,19 +339,18 @@ def _tuned(scores: Floats, halves: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _in_order(scores: Floats, halves: NDArray[np.int64], best: NDArray[np.int64]) -> Floats:
     """(row, score) in the order of `SCORES`, with the tuned thresholds `best` of the halves."""
-    columns = {name: scores[:, k] for k, name in enumerate(_DIRECT)}
-    columns["iou_fixed"] = scores[:, _FIXED_COLUMN]
-    columns["iou_otsu"] = scores[:, _OTSU_COLUMN]
     chosen = best[halves]
-    columns["iou_tuned"] = np.where(chosen >= 0, scores[np.arange(len(scores)), len(_DIRECT) + np.maximum(chosen, 0)], np.nan)
+    tuned = np.where(chosen >= 0, scores[np.arange(len(scores)), len(_DIRECT) + np.maximum(chosen, 0)], np.nan)
+    columns = dict(zip(_DIRECT, scores.T, strict=False))
+    columns |= {"iou_fixed": scores[:, _FIXED_COLUMN], "iou_otsu": scores[:, _OTSU_COLUMN], "iou_tuned": tuned}
     return np.stack([columns[name] for name in SCORES], axis=1)
 
 
 def _chance(scored: Mapping[str, _Scored], plan: _Plan, own: str) -> Floats:
-    """(row, score) chance levels: closed forms where they hold for any map, else the same score at a random place."""
+    """(row, score) chance levels: closed forms where they hold for any map, else the score at a random place."""
     best = _tuned(scored[own].scores, plan.halves)
     chance = _in_order(scored[MOVED].scores, plan.halves, best)
-    known: dict[str, Floats | float] = {"pointing": plan.area, "mass": plan.area, "lift": 1.0, "auc": 0.5, "nss": 0.0}
+    known: dict[str, Any] = {"pointing": plan.area, "mass": plan.area, "lift": 1.0, "auc": 0.5, "nss": 0.0}
     for name, level in known.items():
         chance[:, list(SCORES).index(name)] = level
     return chance
@@ -389,7 +377,7 @@ def _summary(
     seed: int,
     n_resamples: int,
 ) -> pd.DataFrame:
-    """One line per place and score; a cell is a column of the (row, cell) tables below."""
+    """One line per place and score; each is a column of the (row, cell) tables below."""
     best = [_tuned(scored.scores, plan.halves) for scored, _ in parts]
     values = np.stack([_in_order(scored.scores, plan.halves, b) for (scored, _), b in zip(parts, best, strict=True)])
     is_own = np.array([place["map"] == own for place in places])
@@ -398,9 +386,9 @@ def _summary(
     table, chance, reference = wide(values), wide(np.stack([c for _, c in parts])), wide(values[home])
     lead = np.where(np.repeat(is_own, len(SCORES)), table - chance, reference - table)
     weights = resampling_weights(int(images.max()) + 1, seed, n_resamples)
-    low, high = _mean_interval(table, images, weights)
-    lead_low, lead_high = _mean_interval(lead, images, weights)
-    macro, macro_low, macro_high = _macro(table, images, classes, weights)
+    low, high = mean_interval(table, images, weights)
+    lead_low, lead_high = mean_interval(lead, images, weights)
+    macro, macro_low, macro_high = macro_mean(table, images, classes, weights)
     known = np.isfinite(table)
     rows = pd.DataFrame([{**place, "score": score} for place in places for score in SCORES])
     for cell in np.flatnonzero(rows["score"] == "pointing"):
@@ -411,108 +399,12 @@ def _summary(
     used = np.full((len(places), len(SCORES)), np.nan)
     names = list(SCORES)
     used[:, names.index("iou_fixed")] = FIXED_THRESHOLD
-    used[:, names.index("iou_otsu")] = [_mean(scored.otsu[:, None])[0] for scored, _ in parts]
-    used[:, names.index("iou_tuned")] = [_mean(np.where(b >= 0, THRESHOLDS[b], np.nan)[:, None])[0] for b in best]
+    used[:, names.index("iou_otsu")] = [column_means(scored.otsu[:, None])[0] for scored, _ in parts]
+    used[:, names.index("iou_tuned")] = [column_means(np.where(b >= 0, THRESHOLDS[b], np.nan)[:, None])[0] for b in best]
     return rows.assign(
-        value=_mean(table), low=low, high=high, macro=macro, macro_low=macro_low, macro_high=macro_high,
-        chance=_mean(np.where(known, chance, np.nan)), lead=_mean(lead), lead_low=lead_low, lead_high=lead_high,
-        p=_p_above_zero(lead, images), threshold=used.ravel(), n=known.sum(0),
+        value=column_means(table), low=low, high=high, macro=macro, macro_low=macro_low, macro_high=macro_high,
+        chance=column_means(np.where(known, chance, np.nan)), lead=column_means(lead), lead_low=lead_low, lead_high=lead_high,
+        p=p_above_zero(lead, images), threshold=used.ravel(), n=known.sum(0),
         n_images=[len(np.unique(images[k])) for k in known.T], n_classes=[len(np.unique(classes[k])) for k in known.T],
         n_left_out=(~known).sum(0), left_out=np.repeat([_counted(scored.reasons) for scored, _ in parts], len(SCORES)),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=4)
-def resampling_weights(clusters: int, seed: int, n_resamples: int) -> Floats:
-    """How often each resample of `bootstrap_sums` takes each cluster: (resample, cluster).
-
-    With them, the intervals of thousands of cells are one matrix product, and all cells share their resamples.
-    """
-    drawn: list[Floats] = []
-
-    def keep(sums: Floats) -> Floats:
-        drawn.append(sums)
-        return sums[:, 0]
-
-    bootstrap_sums(np.eye(clusters), keep, n_resamples=n_resamples, seed=seed)
-    return np.concatenate(drawn) if drawn else np.zeros((0, clusters))
-
-
-def _mean(table: Floats) -> Floats:
-    """Column means of what is known; NaN where nothing is."""
-    known = np.isfinite(table)
-    count = known.sum(0)
-    return np.where(count, np.where(known, table, 0).sum(0) / np.maximum(count, 1), np.nan)
-
-
-def _sums(table: Floats, images: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Sums and counts of what is known, (image, column)."""
-    known = np.isfinite(table)
-    sums = np.zeros((int(images.max()) + 1, table.shape[1]))
-    counts = np.zeros_like(sums)
-    np.add.at(sums, images, np.where(known, table, 0))
-    np.add.at(counts, images, known)
-    return sums, counts
-
-
-def _ratios(sums: Floats, counts: Floats, weights: Floats) -> Floats:
-    """(resample, column) means; NaN where a resample has no row."""
-    drawn, size = weights @ sums, weights @ counts
-    return np.where(size > 0, drawn / np.maximum(size, 1), np.nan)
-
-
-def _quantiles(drawn: Floats) -> tuple[Floats, Floats]:
-    """The middle 95% of each column; NaN where nothing was drawn."""
-    if not len(drawn):
-        return np.full(drawn.shape[1], np.nan), np.full(drawn.shape[1], np.nan)
-    ends = np.full((2, drawn.shape[1]), np.nan)
-    whole = np.isfinite(drawn).all(0)
-    ends[:, whole] = np.quantile(drawn[:, whole], [0.025, 0.975], axis=0)
-    for column in np.flatnonzero(~whole & np.isfinite(drawn).any(0)):
-        ends[:, column] = np.nanquantile(drawn[:, column], [0.025, 0.975])
-    return ends[0], ends[1]
-
-
-def _mean_interval(table: Floats, images: NDArray[np.int64], weights: Floats) -> tuple[Floats, Floats]:
-    sums, counts = _sums(table, images)
-    low, high = _quantiles(_ratios(sums, counts, weights))
-    lonely = (counts > 0).sum(0) < 2  # one image has no interval
-    return np.where(lonely, np.nan, low), np.where(lonely, np.nan, high)
-
-
-def _macro(
-    table: Floats, images: NDArray[np.int64], classes: NDArray[np.int64], weights: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """Mean over classes of the classes' means, with its interval; a class that a resample lacks is left out of it."""
-    total, present = np.zeros(table.shape[1]), np.zeros(table.shape[1])
-    drawn_total, drawn_present = np.zeros((2, len(weights), table.shape[1]))
-    for code in range(int(classes.max()) + 1):
-        rows = classes == code
-        here, index = np.unique(images[rows], return_inverse=True)
-        mean = _mean(table[rows])
-        total += np.nan_to_num(mean)
-        present += np.isfinite(mean)
-        drawn = _ratios(*_sums(table[rows], index), weights[:, here])
-        drawn_total += np.nan_to_num(drawn)
-        drawn_present += np.isfinite(drawn)
-    share = lambda top, below: np.where(below > 0, top / np.maximum(below, 1), np.nan)  # noqa: E731
-    low, high = _quantiles(share(drawn_total, drawn_present))
-    lonely = (_sums(table, images)[1] > 0).sum(0) < 2
-    return share(total, present), np.where(lonely, np.nan, low), np.where(lonely, np.nan, high)
-
-
-def _p_above_zero(table: Floats, images: NDArray[np.int64]) -> Floats:
-    """One-sided p of each column's mean, rows of one image together.
-
-    Where every image gives the same, Student's t has no spread to work with; then 2 to the minus number of images, the
-    exact sign test.
-    """
-    sums, counts = _sums(table, images)
-    there, size = (counts > 0).sum(0), counts.sum(0)
-    mean = sums.sum(0) / np.maximum(size, 1)
-    spread = np.sqrt((there / np.maximum(there - 1, 1)) * ((sums - mean * counts) ** 2).sum(0)) / np.maximum(size, 1)
-    flat = spread <= 1e-12 * np.abs(mean)
-    p = np.where(
-        flat, np.where(mean > 0, 0.5**there, 1.0), student.sf(mean / np.where(flat, 1, spread), np.maximum(there - 1, 1))
-    )
-    return np.where(there < 2, np.nan, p)

@@ -1,7 +1,7 @@
 """Principal components as colours, and the tokens whose norm stands out.
 
-Features are (..., channel, y, x), where the dimensions in front (sample, timestep, ...) number the maps.  The
-invariant: the same features give the same colours, whatever the linear algebra library decides about signs.
+Features are (..., channel, y, x); each combination of the dimensions in front (sample, timestep, ...) is one map.  The
+invariant: the same features give the same colours, because signs do not depend on the linear algebra library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+from diffprobe.probes.task import combinations, finite, need_dimensions, outer_dimensions
+
 MAP = ("channel", "y", "x")
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is sigma / 1.4826
 
@@ -20,14 +22,12 @@ MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution 
 def pca_rgb(features: xr.DataArray, shared: bool = True, percentiles: tuple[float, float] = (1.0, 99.0)) -> xr.DataArray:
     """Draws the three leading principal components of the channels as red, green and blue.
 
-    A component's sign is chosen so that its largest loading is positive.  Its scores are stretched from the lower to
-    the upper percentile onto [0, 1] and clipped, so that a few outliers do not cost all contrast; a component
-    without spread is 0.5 everywhere.
+    A component's sign makes its largest loading positive.  Its scores between the lower and the upper percentile are
+    stretched onto [0, 1] and clipped, so that a few outliers do not take all contrast; a component without spread is 0.5.
 
     Args:
         features: (..., channel, y, x) with at least three channels.
-        shared: One basis and one stretch for all maps, so that colours mean the same across them; otherwise each
-            map has its own.
+        shared: One basis and one stretch for all maps, so that colours compare across maps; else one for each map.
         percentiles: Lower and upper end of the stretch.
 
     Returns:
@@ -56,12 +56,11 @@ def pca_rgb(features: xr.DataArray, shared: bool = True, percentiles: tuple[floa
 
 
 def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFrame:
-    """Counts register-like tokens: positions whose norm is far above the map's usual one (Darcet et al. 2024).
+    """Counts register-like tokens: positions whose norm is far above the map's median (Darcet et al. 2024).
 
-    The rule: the norm over channels of every position, its robust z-score `(norm - median) / (1.4826 * MAD)` with
-    median and MAD over the positions of the same map, and a token is an outlier when the score exceeds `threshold`.
-    Only large norms count.  A normal distribution would pass 6 once in a billion tokens; the scores' scale is floored
-    at a millionth of the median, so that a constant map has no outliers.
+    A token is an outlier when the robust z-score of its norm over channels, `(norm - median) / (1.4826 * MAD)` with median
+    and MAD over the positions of the same map, exceeds `threshold`.  Normally distributed norms exceed 6 once in a billion
+    tokens.  The scale is at least a millionth of the median, so a constant map has no outliers.
 
     Args:
         features: (..., channel, y, x).
@@ -82,7 +81,7 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFra
     outer, tokens = _tokens(features)
     norms = np.linalg.norm(tokens, axis=-1)
     rows = []
-    for index, norm in zip(np.ndindex(*(features.sizes[d] for d in outer)), norms, strict=True):
+    for (place, _), norm in zip(combinations(features, MAP), norms, strict=True):
         median = float(np.median(norm))
         spread = max(MAD_TO_SIGMA * float(np.median(np.abs(norm - median))), 1e-6 * median, float(np.finfo(np.float32).tiny))
         scores = (norm - median) / spread
@@ -90,7 +89,7 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFra
         y_max, x_max = np.unravel_index(int(norm.argmax()), norm.shape)
         rows.append(
             {
-                **{str(d): features[d].values[i] if d in features.coords else i for d, i in zip(outer, index, strict=True)},
+                **{str(d): place[str(d)] for d in outer},
                 "n_tokens": norm.size,
                 "n_outliers": outliers,
                 "share": outliers / norm.size,
@@ -106,15 +105,10 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFra
 
 def _tokens(features: xr.DataArray) -> tuple[list[Any], NDArray[np.float64]]:
     """The dimensions in front, and the features as (map, y, x, channel)."""
-    if missing := [d for d in MAP if d not in features.dims]:
-        raise ValueError(f"Features need channel, y and x; {', '.join(missing)} is not in {features.dims}.")
-    outer = [d for d in features.dims if d not in MAP]
-    values = features.transpose(*outer, "y", "x", "channel").to_numpy().astype(np.float64)
-    tokens = values.reshape(-1, *values.shape[-3:])
-    if not np.isfinite(tokens).all():
-        bad = int((~np.isfinite(tokens)).any(axis=(1, 2, 3)).sum())
-        raise ValueError(f"{bad} of {len(tokens)} maps are not finite; select the finished samples first.")
-    return outer, tokens
+    need_dimensions(features, *MAP)
+    outer = outer_dimensions(features, MAP)
+    values = features.transpose(*outer, "y", "x", "channel").to_numpy()
+    return outer, finite(values.reshape(-1, *values.shape[-3:]), "maps")
 
 
 def _components(
@@ -122,14 +116,14 @@ def _components(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Stretched scores (token, 3) and shares of variance (3,) of the tokens (token, channel)."""
     centred = tokens - tokens.mean(axis=0)
-    # the covariance is exact and small: as many rows as channels, however many tokens there are
+    # the covariance is exact and small: (channel, channel), for any number of tokens
     values, vectors = np.linalg.eigh(centred.T @ centred)
     values, vectors = values[::-1][:3], vectors[:, ::-1][:, :3]
     total = float(np.square(centred).sum())
     largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(3)]
     scores = centred @ (vectors * np.sign(largest))
     low, high = np.percentile(scores, percentiles, axis=0)
-    # numbers below the rounding of the largest component are no structure
+    # a spread below the rounding of the largest component is no structure
     flat = (high - low) <= 1e-7 * np.sqrt(max(float(values[0]), 0.0) / len(tokens) + 1e-300)
     stretched = np.clip((scores - low) / np.where(flat, 1.0, high - low), 0.0, 1.0)
     return np.where(flat, 0.5, stretched), np.maximum(values, 0) / total if total > 0 else np.zeros(3)
