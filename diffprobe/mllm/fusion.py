@@ -176,6 +176,11 @@ class Fusion(nn.Module):
         for name, features in self._inputs(streams).items():
             self._projector(name).standardise(features)
 
+    @property
+    def standardised(self) -> bool:
+        """Whether the moments were fixed."""
+        return any(bool((p.mean != 0).any() or (p.std != 1).any()) for p in map(self._projector, self.projectors))
+
     def _projector(self, name: str) -> Projector:
         found = self.projectors[name]
         assert isinstance(found, Projector)
