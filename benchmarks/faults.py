@@ -27,7 +27,7 @@ import typer
 
 from benchmarks.measure import FOLDER, provenance, write_report, write_rows
 from benchmarks.models import tiny
-from diffprobe import extract, store
+from diffprobe import extract, rundir
 from diffprobe.cli import main as diffprobe_main
 from diffprobe.data import load_dataset
 from diffprobe.mllm.train import Captioned, TrainConfig, load_language_model, train_projector
@@ -220,8 +220,8 @@ def show(row: dict[str, Any]) -> None:
 def main(moments: int = 50, seed: int = 0, out: Path | None = None) -> None:
     """Kill an extract and a training at random moments, resume, compare; then the faults of the command line."""
     torch.set_num_threads(1)  # a child of fork has no second thread to wait for
-    commit = store.code_commit()
-    store.code_commit = lambda: commit  # which each store notes; a commit made meanwhile is no fault of a run
+    commit = rundir.code_commit()
+    rundir.code_commit = lambda: commit  # which each store notes; a commit made meanwhile is no fault of a run
     subject, language, features = tiny(), load_language_model("shapes-lm", "cpu"), torch.randn(48, 4, 6)
     train = Captioned(features, ["a red star left of a blue circle"] * 48, torch.zeros_like(features))
     dev = Captioned(features[:8], ["a red star"] * 8)

@@ -30,6 +30,19 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def size_text(count: float) -> str:
+    """A number of bytes as a person reads it.
+
+    >>> size_text(0), size_text(1_230_000)
+    ('0 B', '1.23 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 class Console(rich.console.Console):
     """rich's console for texts of others: no markup, no emoji codes, no colouring by guess, no control characters."""
 

@@ -7,7 +7,6 @@ one's images are read and the last one's arrays are written.
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import time
@@ -24,9 +23,9 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffprobe import store
+from diffprobe import rundir, store
 from diffprobe.conditioning import NULL, assign_prompts, check_conditioning, guided_name
-from diffprobe.console import Console
+from diffprobe.console import Console, size_text
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode
 from diffprobe.data.folder import known_values
@@ -41,6 +40,7 @@ from diffprobe.sites import Site, select_sites
 Policy = Literal["raise", "mark", "float32"]
 Pixels = NDArray[np.float32]
 Listener: TypeAlias = Recorder | EncoderRecorder
+_PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _LOOK_AT = 500  # samples whose captions a forecast reads, of a larger dataset
 _LONGEST_TRIAL = 4.0  # seconds: a batch that takes longer than this is not doubled to find a better one
@@ -660,9 +660,9 @@ def extract(
     specs = run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    with store.sole_writer(out, rank, ranks, dry_run):
+    with rundir.sole_writer(out, rank, ranks, dry_run):
         resuming = store.exists(out)
-        if rank == 0 and not resuming and not store.is_remote(out) and Path(store.locate(out)).exists():
+        if rank == 0 and not resuming and not rundir.is_remote(out) and Path(rundir.locate(out)).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             found = store.StoreWriter(out)
@@ -670,11 +670,9 @@ def extract(
             asked = asdict(request)
             if units is not None:
                 asked |= {name: stored[name] for name in ("model", "revision", "dataset")}
-            differences = store.request_differences(stored | {"model": kept_name(stored["model"])}, asked)
-            if differences:
-                other = "holds another request; give another --out, or match it."
-                other = other if units is None else "was recorded otherwise; nothing was changed in it:"
-                raise ValueError(f"{out} {other} {'; '.join(differences)}.")
+            other = "holds another request; give another --out, or match it."
+            other = other if units is None else "was recorded otherwise; nothing was changed in it:"
+            rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, other)
             batch_rows = batch_rows or int(found.attributes["batch_rows"])
             units = found.pending if units is None else units
         forecast = None
@@ -689,7 +687,7 @@ def extract(
                 samples=len(dataset),
                 passes=passes,
                 bytes_by_site={s.site: s.bytes_per_sample(len(timesteps), itemsize) * len(dataset) for s in specs},
-                free_bytes=_free_bytes(out),
+                free_bytes=rundir.free_bytes(out),
                 seconds=seconds_per_row * passes / ranks,
                 batch_rows=run.batch_rows,
                 truncated_prompts=sum(length > model.prompt_tokens for length in lengths.values()),
@@ -783,11 +781,8 @@ def _lay_out(run: _Run, out: str | Path, unit_samples: int, compress: bool, rank
             "random_weights": model.random_weights,
             "prediction_type": model.prediction_type,
             "special_tokens": model.special_tokens(),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
-            },
-            "commit": store.code_commit(),
+            "versions": rundir.package_versions(_PACKAGES),
+            "commit": rundir.code_commit(),
         },
         sample_ids=index.ids,
         labels=_label_arrays(index.labels),
@@ -847,32 +842,16 @@ def _work(run: _Run, writer: store.StoreWriter, units: list[int], console: Conso
             advance(last - first)
             if written is not None:
                 written.result()  # at most two units are in memory: the one that was computed, the one being written
-            written = writing.submit(_replace, writer, unit, arrays, status)
+            written = writing.submit(writer.write_unit, unit, arrays, status)
         if written is not None:
             written.result()
-
-
-def _replace(writer: store.StoreWriter, unit: int, arrays: dict[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
-    """Write a unit's new values in the place of what is there, if anything is; one that is cut off in between is pending."""
-    writer.forget_unit(unit)
-    writer.write_unit(unit, arrays, status)
-
-
-def _free_bytes(out: str | Path) -> int | None:
-    if store.is_remote(out):
-        return None
-    folder = Path(store.locate(out)).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    stats = os.statvfs(folder)
-    return stats.f_bavail * stats.f_frsize
 
 
 def _check_room(forecast: Forecast, force: bool, waived: bool) -> None:
     if force or waived or forecast.free_bytes is None or forecast.total_bytes < 0.95 * forecast.free_bytes:
         return
     raise ValueError(
-        f"The store needs {_size(forecast.total_bytes)} and {_size(forecast.free_bytes)} are free. "
+        f"The store needs {size_text(forecast.total_bytes)} and {size_text(forecast.free_bytes)} are free. "
         "Choose fewer sites or timesteps, or --reduce; --force goes on regardless."
     )
 
@@ -881,9 +860,9 @@ def describe_forecast(forecast: Forecast) -> str:
     """The forecast as a person reads it."""
     some = "" if forecast.looked_at == forecast.samples else f" (judged by {forecast.looked_at} of them)"
     lines = [f"{forecast.samples} samples{some}, {forecast.passes} forward passes in batches of {forecast.batch_rows}"]
-    lines += [f"  {name:<24} {_size(size):>10}" for name, size in forecast.bytes_by_site.items()]
-    free = "" if forecast.free_bytes is None else f", {_size(forecast.free_bytes)} free"
-    lines.append(f"  {'total':<24} {_size(forecast.total_bytes):>10}{free}")
+    lines += [f"  {name:<24} {size_text(size):>10}" for name, size in forecast.bytes_by_site.items()]
+    free = "" if forecast.free_bytes is None else f", {size_text(forecast.free_bytes)} free"
+    lines.append(f"  {'total':<24} {size_text(forecast.total_bytes):>10}{free}")
     if forecast.seconds is not None:
         lines.append(f"  about {_duration(forecast.seconds)} of forward passes")
     if forecast.truncated_prompts:
@@ -892,14 +871,6 @@ def describe_forecast(forecast: Forecast) -> str:
             f"  {forecast.truncated_prompts} distinct prompts{where} are longer than the text encoder takes and will be cut"
         )
     return "\n".join(lines)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _duration(seconds: float) -> str:
@@ -932,7 +903,7 @@ def repair(
         ValueError: the model, its number type or the dataset is not what the store was recorded from.
     """
     writer = store.StoreWriter(path)
-    with store.sole_writer(path):
+    with rundir.sole_writer(path):
         faults = store.verify_store(path)
     request, again = writer.attributes["request"], {fault.unit for fault in faults}
     wanted = {store.PENDING} | ({store.UNREADABLE} if retry_unreadable else set())

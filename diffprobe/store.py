@@ -16,27 +16,20 @@ is an error of whoever reads it.  The root's attribute `digests` names every obj
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
-import glob
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 import zarr
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
 from zarr.abc.store import ByteRequest, Store
@@ -47,6 +40,16 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath, WrapperStore
 
 from diffprobe.conditioning import NULL, guided_name, word_tokens
+from diffprobe.rundir import BusyError as BusyError
+from diffprobe.rundir import StoreError as StoreError
+from diffprobe.rundir import code_commit as code_commit
+from diffprobe.rundir import first_line, reaching, refuse_unwritable, whole_folder
+from diffprobe.rundir import is_remote as is_remote
+from diffprobe.rundir import locate as locate
+from diffprobe.rundir import request_differences as request_differences
+from diffprobe.rundir import sole_writer as sole_writer
+from diffprobe.rundir import whole_file as whole_file
+from diffprobe.rundir import write_whole as write_whole
 
 FORMAT_VERSION = 1
 _SLACK, _SWELL = 2**28, 100
@@ -56,10 +59,6 @@ CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
 UNREADABLE_BYTES = (ValueError, OSError, RuntimeError, KeyError, TypeError)  # what zarr and its codecs raise on damage
 _LEADING = ("sample", "conditioning", "timestep")
-
-
-class StoreError(ValueError):
-    """A store that is not one, is of another version, or is asked for what it does not hold."""
 
 
 @dataclass(frozen=True)
@@ -96,42 +95,11 @@ def samples_per_unit(specs: Sequence[ArraySpec], timesteps: int, itemsize: int) 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def locate(path: str | Path) -> Path | str:
-    """A place by its one name: a path on this machine, or a URL; ``file://`` and a slash at the end are spellings of it.
-
-    >>> locate("file:///data/a.zarr/"), locate("s3://bucket/a.zarr/")
-    (PosixPath('/data/a.zarr'), 's3://bucket/a.zarr')
-    """
-    text = str(path)
-    if re.match(r"(file|local)://", text):
-        return Path(LocalFileSystem._strip_protocol(text))
-    return text.rstrip("/") if "://" in text else Path(text)
-
-
-def is_remote(path: str | Path) -> bool:
-    return isinstance(locate(path), str)
-
-
 def _zarr_store(path: str | Path, read_only: bool) -> Store:
     place = locate(path)
     return (
         LocalStore(place, read_only=read_only) if isinstance(place, Path) else FsspecStore.from_url(place, read_only=read_only)
     )
-
-
-@contextlib.contextmanager
-def _reaching(path: str | Path) -> Iterator[None]:
-    """What libraries raise when a remote place does not answer, in a sentence."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError, MemoryError):  # of ours, of what a URL needs, of the system: they say what it is
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        raise StoreError(
-            f"{path} does not answer as it should ({_first_line(error)}). What was complete is kept; try the same command again."
-        ) from error
 
 
 def exists(path: str | Path) -> bool:
@@ -141,7 +109,7 @@ def exists(path: str | Path) -> bool:
         StoreError, OSError: the place cannot be looked at, so nobody knows.
     """
     try:
-        with _reaching(path):
+        with reaching(path):
             return sync(_zarr_store(path, True).get("zarr.json", default_buffer_prototype())) is not None
     except FileNotFoundError:
         return False
@@ -221,25 +189,17 @@ def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
     """
     final = locate(path)
     if isinstance(final, str):
-        with _reaching(final):
+        with reaching(final):
             sync(_upload(final, held))
         return
-    for left in final.parent.glob(f"{glob.escape(final.name)}.init-*"):  # by a process that was killed in this place
-        if re.fullmatch(r"\d+", left.name.rpartition("-")[2]) and left.is_dir():
-            shutil.rmtree(left)
-    building = final.with_name(f"{final.name}.init-{os.getpid()}")
-    try:
+    with whole_folder(final) as building:
         for key, value in held.items():
             (building / key).parent.mkdir(parents=True, exist_ok=True)
             (building / key).write_bytes(value)
-        building.rename(final)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 async def _upload(url: str, held: Mapping[str, bytes]) -> None:
-    _refuse_unwritable(url)
+    refuse_unwritable(url)
     store = FsspecStore.from_url(url)
     store.fs.invalidate_cache()
     there = {key async for key in store.list()}
@@ -254,13 +214,6 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
         await store.fs._pipe_file(f"{store.path}/zarr.json", held["zarr.json"], mode="create")
     except FileExistsError:
         raise StoreError(f"Another process has just made a store at {url}; the same command goes on from there.") from None
-
-
-def _refuse_unwritable(path: str | Path) -> None:
-    if str(path).startswith(("http://", "https://")):
-        raise StoreError(
-            f"{path} can be read over HTTP and not written; give a local path or a URL such as s3://bucket/a.zarr."
-        )
 
 
 _DIGEST_BYTES = 16
@@ -282,95 +235,6 @@ def clear_cut_writes(path: str | Path) -> None:
                 left.unlink()
 
 
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that appears whole or not at all, because others read from it what is done.
-
-    It lies beside its place and is renamed at the end; the folder is made.  What goes to a URL is uploaded at once.
-    """
-    place = locate(path)
-    if isinstance(place, str):
-        with tempfile.TemporaryDirectory() as folder:
-            beside = Path(folder) / place.rpartition("/")[2]
-            yield beside
-            _refuse_unwritable(place)
-            with _reaching(place):
-                files, target = url_to_fs(place)
-                files.pipe_file(target, beside.read_bytes())
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """A text as `whole_file` writes it."""
-    with whole_file(path) as beside:
-        beside.write_text(text, encoding="utf-8", newline="")
-
-
-class BusyError(ValueError):
-    """Another process is writing where this one is to write."""
-
-
-@contextlib.contextmanager
-def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
-    """Hold a lock beside a store or folder for as long as this process writes there; the kernel lets go of it if we die.
-
-    Each rank has its own; the first one also looks for ranks of a larger run that it would not meet.
-
-    Raises:
-        BusyError: another process holds it; the message names it.
-        ValueError: the place cannot be written to.
-    """
-    place = locate(out)
-    if isinstance(place, str) or dry_run:
-        _refuse_unwritable(out)
-        yield
-        return
-    place = place.resolve()
-    path = place.with_name(f"{place.name}.lock-{rank}")
-    with contextlib.ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(_locked(path, out))
-            for other in path.parent.glob(f"{glob.escape(path.stem)}.lock-[0-9]*") if rank == 0 else ():
-                if int(other.suffix.removeprefix(".lock-")) >= ranks:
-                    with _locked(other, out):
-                        other.unlink()
-            file.truncate(0)
-            file.write(f"pid {os.getpid()}")
-            file.flush()
-        except OSError as error:
-            raise ValueError(f"{path.parent} cannot be written to: {error.strerror}.") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, out: str | Path) -> IO[str]:
-    """The lock file, held until it is closed; BusyError that names the process which holds it now."""
-    import fcntl  # not on Windows, where stores can still be read
-
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise BusyError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
-        file.close()  # who held it removed it between our two calls: what we locked is no longer there
-
-
 def _strings(values: Sequence[str]) -> NDArray[Any]:
     return np.array(list(values), dtype=np.dtypes.StringDType())
 
@@ -387,22 +251,6 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ..
         dimension_names=dims,
     )
     array[...] = values
-
-
-def code_commit() -> str | None:
-    """The commit of the code that ran, when it ran from a checkout of its own and git is there to ask."""
-    checkout = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
-    ours = {
-        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
-    }  # a hook's name another repository
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, env=ours)
-    except OSError:
-        return None
-    top, _, commit = found.stdout.strip().partition("\n")
-    # A virtual environment may lie in somebody else's repository, whose commit says nothing of this code.
-    return commit if found.returncode == 0 and Path(top) == checkout else None
 
 
 class _Seal:
@@ -450,9 +298,10 @@ class StoreWriter:
         return unit * self.unit_samples, min((unit + 1) * self.unit_samples, count)
 
     def write_unit(self, unit: int, arrays: Mapping[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
-        """Write every site's array of one unit, then its status and digests, then mark it done.
+        """Mark a unit as pending, write every site's array of it, then its status and digests, then mark it done.
 
-        A unit that is there already is replaced shard by shard, so that a reader sees the old one or the new one.
+        A unit that is there already is replaced shard by shard: a reader who has the store open sees an old shard or a
+        new one, and after a process that was killed in between the unit is pending.
 
         Args:
             arrays: by site name, (sample, conditioning, timestep, ...).
@@ -462,7 +311,8 @@ class StoreWriter:
         status = np.asarray(status, np.uint8)
         names = sorted(_stored_sites(self.root))
         digests = np.zeros((len(names), _DIGEST_BYTES), np.uint8)
-        with _reaching(self.path):
+        self.forget_unit(unit)
+        with reaching(self.path):
             for site, values in arrays.items():
                 target = _site_array(self.root, site)
                 if values.shape != (last - first, *target.shape[1:]):
@@ -480,22 +330,9 @@ class StoreWriter:
     def forget_unit(self, unit: int) -> None:
         """Mark a unit as not done, so that the next extract computes it again."""
         first, last = self.bounds(unit)
-        with _reaching(self.path):
+        with reaching(self.path):
             _array(self.root, "done")[unit] = 0
             _array(self.root, "status")[first:last] = PENDING
-
-
-def request_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What two requests differ in, one readable line each.
-
-    >>> request_differences({"timesteps": [10], "seed": 0}, {"timesteps": [10, 50], "seed": 0})
-    ['timesteps: the store has [10], you ask for [10, 50]']
-    """
-    missing = object()
-    names = [*stored, *(name for name in asked if name not in stored)]
-    pairs = ((name, stored.get(name, missing), asked.get(name, missing)) for name in names)
-    show = lambda value: "nothing" if value is missing else json.dumps(value, ensure_ascii=False)  # noqa: E731
-    return [f"{name}: the store has {show(old)}, you ask for {show(new)}" for name, old, new in pairs if old != new]
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -532,7 +369,7 @@ def _open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
             raise StoreError(f"{path} is a file, and a store is a folder: give the folder that 'diffprobe extract --out' made.")
         _refuse_links(place)
     try:
-        with _reaching(path):
+        with reaching(path):
             store = _zarr_store(path, mode == "r")
             root = zarr.open_group(store, mode=mode, zarr_format=3)  # format 2 has filters that run code
     except StoreError:
@@ -546,7 +383,7 @@ def _open_group(path: str | Path, mode: Literal["r", "r+"]) -> zarr.Group:
             f"{path} is not a diffprobe store: no Zarr group is there. 'diffprobe extract --out {path}' makes one."
         ) from error
     except Exception as error:  # metadata that someone edited can make zarr raise anything
-        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({_first_line(error)}).") from error
+        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({first_line(error)}).") from error
     _check_arrays(root, path)
     _check_layout(root, path, lambda key: key.endswith("/zarr.json"))
     return root
@@ -556,7 +393,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     try:
         found = group[name]
     except Exception as error:
-        raise StoreError(f"The store's {name} is missing or its zarr.json is damaged ({_first_line(error)}).") from error
+        raise StoreError(f"The store's {name} is missing or its zarr.json is damaged ({first_line(error)}).") from error
     if not isinstance(found, zarr.Array):
         raise StoreError(f"The store's {name} is a group where an array should be.")
     return found
@@ -571,7 +408,7 @@ def _read(group: zarr.Group, name: str, part: slice = slice(None)) -> NDArray[An
     try:
         return np.asarray(_array(group, name)[part])
     except UNREADABLE_BYTES as error:
-        raise _unreadable(name, _first_line(error)) from error
+        raise _unreadable(name, first_line(error)) from error
 
 
 def _unreadable(name: str, why: str) -> StoreError:
@@ -579,10 +416,6 @@ def _unreadable(name: str, why: str) -> StoreError:
         f"The store's {name} cannot be read ({why}). 'diffprobe repair' mends what belongs to a unit; "
         "otherwise extract it again under another name."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _stored_sites(root: zarr.Group) -> list[str]:
@@ -634,7 +467,7 @@ def _check_layout(root: zarr.Group, path: str | Path, which: Callable[[str], boo
     async def objects() -> list[Buffer | None]:
         return await asyncio.gather(*(root.store.get(key, default_buffer_prototype()) for key in keys))
 
-    with _reaching(path):
+    with reaching(path):
         found = sync(objects())
     for key, value in zip(keys, found, strict=True):
         if value is None or _digest(value.to_bytes()).hex() != layout[key]:
@@ -659,7 +492,7 @@ def _check_arrays(root: zarr.Group, path: str | Path) -> None:
         arrays = {name: found for name, found in root.members(max_depth=None) if isinstance(found, zarr.Array)}
         told = {name: found.metadata.to_dict() for name, found in arrays.items()}
     except Exception as error:  # as in _open_group
-        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({_first_line(error)}).") from error
+        raise StoreError(f"{path} is not a diffprobe store, or its zarr.json is damaged ({first_line(error)}).") from error
     for name, metadata in told.items():
         if strange := sorted(_named(metadata["codecs"]) - _CODECS):
             raise StoreError(f"{path}: the array {name} uses {strange[0]!r}, which no store of diffprobe does. Was it edited?")
@@ -818,7 +651,7 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     except StoreError:
         raise
     except Exception as error:  # as in _open_group
-        raise StoreError(f"{path} cannot be read as a store ({_first_line(error)}).") from error
+        raise StoreError(f"{path} cannot be read as a store ({first_line(error)}).") from error
     if chunks is not None:
         size = {"sample": int(attributes["unit_samples"])}
         nodes = {name: node.chunk(size) if {"maps", "features"} & set(node) else node for name, node in nodes.items()}
@@ -1184,7 +1017,7 @@ def verify_store(path: str | Path) -> list[Fault]:
             status = _read(root, "status", slice(first, last))
             digests = _read(root, "digest", slice(unit, unit + 1))[0] if seal.there else None
         except StoreError as error:
-            faults.append(Fault(unit, "status", f"unreadable: {_first_line(error)}"))
+            faults.append(Fault(unit, "status", f"unreadable: {first_line(error)}"))
             continue
         if (status == PENDING).any():
             faults.append(Fault(unit, "status", "the unit is done, and samples of it are pending"))
@@ -1193,7 +1026,7 @@ def verify_store(path: str | Path) -> list[Fault]:
             try:
                 values = np.asarray(_site_array(root, name)[first:last])
             except UNREADABLE_BYTES as error:
-                faults.append(Fault(unit, name, f"unreadable: {_first_line(error)}"))
+                faults.append(Fault(unit, name, f"unreadable: {first_line(error)}"))
                 continue
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(1) & (status == COMPLETE)
             if bad.any():

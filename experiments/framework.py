@@ -45,7 +45,9 @@ Verdict = Literal["held", "not held", "undecided", "not testable"]
 FOLDER = Path(__file__).parent
 
 
-READER = ("lm relation", "lm MMVP-like position", "lm MMVP-like orientation", "lm MMVP-like text")
+READER = (
+    "oracle questions", "oracle pairs", "lm relation", "lm MMVP-like position", "lm MMVP-like orientation", "lm MMVP-like text"
+)  # fmt: skip
 """Gates of a language model that can answer from what it is shown."""
 
 

@@ -6,7 +6,7 @@ shapes-sd: the autoencoder gives drawings back (PSNR); pictures generated from h
 that was trained on drawn images alone, hold the asked colour and shape, both of two objects, and their relation; the true
 caption has a lower denoising loss than its twin (chance 50%); a noun's cross-attention points into its object's mask
 (chance: the mask's share of the image).  shapes-clip finds a scene among 100 by what its captions say, and cannot choose
-between images that differ in what they leave out.  shapes-lm answers from a description.
+between images that differ in what they leave out.  shapes-lm answers from a description, and from the truth as soft tokens.
 Writes figures/zoo_quality.{png,pdf,csv,json,npz} and pictures _samples, _clip, _lm; 30 minutes on two cores, of which the
 reader takes ten once (it is kept in the work folder).
 """
@@ -343,6 +343,26 @@ def language(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     )
 
 
+def oracle(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
+    """A fused model whose vision stream is the truth, trained as in table 2: what no arm can be better than.
+
+    Each place shows the attributes of the object it lies on, one-hot; what shapes-lm then answers wrong, it would answer
+    wrong whatever an encoder sees.
+    """
+    from dataclasses import replace
+
+    from experiments.comparison import Arm, score_rows
+    from experiments.framework import fused_run
+
+    run = fused_run(replace(options, work=options.work / "oracle"))
+    answers = run.complete({Arm("diffusion", "truth"): ("own",)}, [options.seed])
+    rows = score_rows(answers, options.seed)
+    for row in rows[rows["score"].isin(["VQA", "MMVP"])].to_dict("records"):
+        name = "oracle: " + ("questions" if row["score"] == "VQA" else "MMVP-like pairs")
+        what = name if row["group"] == "all" else f"{name}, {row['group']}"
+        yield {"what": what, **{key: row[key] for key in ("value", "low", "high", "n", "chance")}}
+
+
 # --- the experiment -------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Any, Options, dict[str, Any]], Rows]] = {
@@ -354,6 +374,7 @@ PARTS: dict[str, Callable[[Any, Options, dict[str, Any]], Rows]] = {
     "blindness": blindness,
     "clip": clip,
     "lm": language,
+    "oracle": oracle,
 }
 
 
@@ -366,7 +387,9 @@ def measure(options: Options, parts: Sequence[str]) -> Result:
     pictures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for part in parts:
-        own = weights[{"clip": "shapes-clip", "blindness": "shapes-clip", "lm": "shapes-lm"}.get(part, "shapes-sd")]
+        own = weights[
+            {"clip": "shapes-clip", "blindness": "shapes-clip", "lm": "shapes-lm", "oracle": "shapes-lm"}.get(part, "shapes-sd")
+        ]
         kept = options.work / f"zoo_{part}_{own}{'_smoke' * options.smoke}"
         if not kept.with_suffix(".json").exists():
             seen: dict[str, Any] = {}
@@ -443,6 +466,8 @@ GATES = (
     Gate("clip blind to direction", _PATCH.format("direction"), 0.05, "an object's direction cannot be read in shapes-clip's patches", at_most=True),
     Gate("clip blind to letters", _PATCH.format("letter"), 0.05, "an object's letter cannot be read in shapes-clip's patches", at_most=True),
     *(Gate(f"lm {name}", f"LM: {name}", 0.95, f"shapes-lm answers questions of {name} from a perfect description") for name in LM_CATEGORIES),
+    Gate("oracle questions", "oracle: questions", 0.9, "a fused model that is shown the truth answers questions"),
+    Gate("oracle pairs", "oracle: MMVP-like pairs", 0.8, "a fused model that is shown the truth answers MMVP-like pairs"),
 )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def test_an_installed_wheel_works_without_checkout_and_git(tmp_path: Path) -> No
 import sys
 import diffprobe
 from diffprobe.cli import main
-from diffprobe.store import code_commit
+from diffprobe.rundir import code_commit
 
 assert diffprobe.__file__.startswith(sys.path[1]), diffprobe.__file__
 assert code_commit() is None

@@ -403,7 +403,7 @@ def test_forecast_is_true_and_a_full_disk_is_refused(
     extract(tiny_model, ShapesDataset(8), tmp_path / "s.zarr", **QUICK)
     stored = {n: v.nbytes for n, v in arrays(tmp_path / "s.zarr").items()}
     assert stored == forecast.bytes_by_site
-    monkeypatch.setattr("diffprobe.extraction._free_bytes", lambda _: 1000)
+    monkeypatch.setattr("diffprobe.rundir.free_bytes", lambda _: 1000)
     with pytest.raises(ValueError, match=r"The store needs .* and 1 kB are free"):
         extract(tiny_model, ShapesDataset(8), tmp_path / "t.zarr", **QUICK)
     assert extract(tiny_model, ShapesDataset(8), tmp_path / "t.zarr", force=True, **QUICK).complete == 8

@@ -31,7 +31,7 @@ from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.stages import Learner, Samples, forecast_stage, train_fused, train_stage
 from diffprobe.mllm.streams import FeatureCache, InputEncoder, Picture, Streams, TruthEncoder
 from diffprobe.models import load_model
-from diffprobe.store import sole_writer
+from diffprobe.rundir import sole_writer
 
 Make = Callable[..., LanguageModel]
 QUESTIONS = ["is it bright?", "what is the shade of this even picture?", "?"]
@@ -559,7 +559,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(
 ) -> None:
     logged: list[str] = []
     stages = StageConfig(steps=1, batch=8), StageConfig(steps=1, batch=8, tune="full")
-    monkeypatch.setattr("diffprobe.mllm.stages._free_bytes", lambda folder: 100_000)
+    monkeypatch.setattr("diffprobe.mllm.stages.free_bytes", lambda folder: 100_000)
     with pytest.raises(ValueError, match=r"needs 1.03 MB more and 100 kB are free.*--force goes on"):
         train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, log=logged.append)
     assert "a checkpoint of" in logged[1] and logged[2].startswith("disk: ") and not list(tmp_path.iterdir())

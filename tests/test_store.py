@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from diffprobe import store
+from diffprobe import rundir, store
 from diffprobe.store import ArraySpec, StoreError
 
 TIMESTEPS = (10, 500)
@@ -253,32 +252,6 @@ def test_a_remote_store(tmp_path: Path) -> None:
     assert store.verify_store("memory://tests/remote.zarr") == []
 
 
-def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def repository(folder: Path) -> str:
-        git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e@example.org"]
-        for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", folder.name]):
-            subprocess.run([*git, *command], check=True)
-        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-
-    places = {name: tmp_path / name for name in ("project/.venv/lib/site-packages", "checkout", "unversioned")}
-    for place in places.values():
-        (place / "diffprobe").mkdir(parents=True)
-    commits = [repository(tmp_path / name) for name in ("project", "checkout")]
-    assert commits[0] != commits[1]
-    for (name, place), expected in zip(places.items(), (None, commits[1], None), strict=True):
-        monkeypatch.setattr(store, "__file__", str(place / "diffprobe" / "store.py"))
-        for variable in (None, tmp_path / "project" / ".git"):  # which a hook of that project would set
-            monkeypatch.delenv("GIT_DIR", raising=False)
-            if variable:
-                monkeypatch.setenv("GIT_DIR", str(variable))
-            assert store.code_commit() == expected, (name, variable)
-    monkeypatch.setattr(store, "__file__", str(places["checkout"] / "diffprobe" / "store.py"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert store.code_commit() is None, "no git on this machine"
-
-
 def test_maps_are_enlarged_with_pixel_centres_in_place():
     coarse = xr.DataArray(np.array([[[[0.0, 1.0], [0.0, 1.0]]]], np.float32), dims=("sample", "timestep", "y", "x"))
     fine = store._resize(coarse, 4, 4)
@@ -412,7 +385,7 @@ def test_a_store_over_http_is_read_and_not_written(tmp_path: Path) -> None:
         for call in (store.exists, store.open_store):
             with pytest.raises(StoreError, match="does not answer as it should"):
                 call(url)
-        for start in (make, lambda place: store.sole_writer(place).__enter__()):
+        for start in (make, lambda place: rundir.sole_writer(place).__enter__()):
             with pytest.raises(StoreError, match="can be read over HTTP and not written"):
                 start(f"http://127.0.0.1:{server.server_port}/new.zarr")
         server.shutdown()
@@ -428,24 +401,15 @@ def test_the_lock_is_of_the_place_and_not_of_its_spelling(tmp_path: Path, monkey
     spellings = [f"{tmp_path}/a.zarr", "a.zarr/", "./a.zarr", f"file://{tmp_path}/a.zarr", "link.zarr"]
     for held in spellings:
         for other in spellings:
-            with store.sole_writer(held), pytest.raises(store.BusyError), store.sole_writer(other):
+            with rundir.sole_writer(held), pytest.raises(rundir.BusyError), rundir.sole_writer(other):
                 raise AssertionError(f"two writers: {held} and {other}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "link.zarr"]
 
 
 def test_a_slash_at_the_end_makes_no_other_store(tmp_path: Path) -> None:
-    with store.sole_writer(f"{tmp_path}/new.zarr/"):
+    with rundir.sole_writer(f"{tmp_path}/new.zarr/"):
         make(f"{tmp_path}/new.zarr/")
     assert store.exists(tmp_path / "new.zarr") and [path.name for path in tmp_path.iterdir()] == ["new.zarr"]
-
-
-def test_a_rank_just_past_the_last_is_another_run(tmp_path: Path) -> None:
-    with (
-        store.sole_writer(tmp_path / "a.zarr", 2, 3),
-        pytest.raises(store.BusyError),
-        store.sole_writer(tmp_path / "a.zarr", 0, 2),
-    ):
-        raise AssertionError("rank 2 of three beside a run of two")
 
 
 def test_a_file_url_is_guarded_as_its_path_is(tmp_path: Path) -> None:
@@ -718,24 +682,6 @@ def test_what_is_read_is_plain_numpy(tmp_path: Path) -> None:
 def test_ids_that_end_in_a_null_are_kept() -> None:
     kept = store._fixed_width(np.array(["a\0", "b"], np.dtypes.StringDType()))
     assert kept.tolist() == ["a\0", "b"]
-
-
-# --- files that appear whole ------------------------------------------------------------------------
-
-
-def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path, bucket: Any) -> None:
-    for place in (tmp_path / "new" / "a.csv", "memory://tests/a.csv", f"file://{tmp_path}/b.csv"):
-        store.write_whole(place, "1,é\n")
-        with pytest.raises(OSError, match="full"), store.whole_file(place) as beside:
-            beside.write_text("2,")
-            raise OSError("full")
-    assert (
-        (tmp_path / "new" / "a.csv").read_bytes()
-        == (tmp_path / "b.csv").read_bytes()
-        == bucket.cat_file("/tests/a.csv")
-        == "1,é\n".encode()
-    )
-    assert {path.name for path in tmp_path.rglob("*")} == {"a.csv", "b.csv", "new"}
 
 
 # --- reading no more than is asked ------------------------------------------------------------------

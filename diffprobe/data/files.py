@@ -13,9 +13,11 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from diffprobe.rundir import file_digest, write_whole
 
 LISTED = 20  # faults that a message names; it counts the rest
 _REMEMBERED = 2**26  # bytes from which digests are kept on the disk: what is less is read again in a moment
@@ -186,16 +188,12 @@ def content_digests(root: Path, names: Sequence[str]) -> list[str]:
         before = (time.time() - _SETTLED) * 1e9
         known |= {name: entry for name, entry in fresh.items() if max(entry[1:3]) < before}
         with contextlib.suppress(OSError):  # a home that cannot be written to costs time, not the run
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
-            beside.write_text(json.dumps(known), encoding="utf-8")
-            beside.replace(memory)
+            write_whole(memory, json.dumps(known))
     return digests
 
 
 def _digest(path: Path) -> str | OSError:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return file_digest(path, partial(hashlib.blake2b, digest_size=16))
     except OSError as error:
         return error

@@ -9,7 +9,6 @@ kept as a name with a hash of its weights, and loading refuses an encoder with o
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -38,7 +37,7 @@ from diffprobe.mllm.streams import (
     TruthEncoder,
 )
 from diffprobe.models import DiffusionModel, kept_name, load_model, quiet, weights_hash
-from diffprobe.store import whole_file, write_whole
+from diffprobe.rundir import file_digest, whole_file, write_json
 
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
 
@@ -163,11 +162,11 @@ class FusedMLLM:
         with whole_file(folder / WEIGHTS) as beside:
             save_file({name: value.contiguous() for name, value in fusion.items()}, beside)
         written = [folder / WEIGHTS, *(sorted(part.rglob("*")) if self.tuned else [])]
-        files = {path.relative_to(folder).as_posix(): _digest(path) for path in written if path.is_file()}
+        files = {path.relative_to(folder).as_posix(): file_digest(path) for path in written if path.is_file()}
         names = ("language_model", "encoder", "diffusion")  # folders by their whole path: a model is loaded from elsewhere too
         config = replace(self.config, **{name: kept_name(getattr(self.config, name)) for name in names})
         kept = {"config": asdict(config), "tuned": self.tuned, "origins": self.origins(), "files": files}
-        write_whole(folder / CONFIG, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")  # last: it says that all is there
+        write_json(folder / CONFIG, kept)  # the last, because it says that all is there
 
     @classmethod
     def from_pretrained(
@@ -186,7 +185,7 @@ class FusedMLLM:
         kept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config, tuned = read_config(kept["config"], folder / CONFIG), kept["tuned"]
         for name, digest in kept.get("files", {}).items():  # earlier versions kept none
-            if not (folder / name).is_file() or _digest(folder / name) != digest:
+            if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise ValueError(
                     f"{folder / name} is not what was written there (its checksum differs); copy it anew, or train again."
                 )
@@ -242,8 +241,3 @@ def _encoders(
         else:
             found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
     return found
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

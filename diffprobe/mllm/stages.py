@@ -27,14 +27,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from diffprobe.console import size_text
 from diffprobe.data.conversations import Conversations
-from diffprobe.extraction import _free_bytes, _size
 from diffprobe.mllm.config import STAGE1, STAGE2, Precision, StageConfig
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM
 from diffprobe.mllm.streams import FeatureCache, Picture, image_id
-from diffprobe.mllm.train import check_or_write_request, check_schedule, fit, sharded, training_in
+from diffprobe.mllm.train import ANOTHER, REQUEST, check_schedule, fit, sharded, training_in
+from diffprobe.rundir import check_or_write_request, free_bytes
 
 MOMENT_PICTURES = 512  # that a fusion's moments are taken from
 _READERS = 4  # threads that load images: decoders release the interpreter's lock
@@ -123,7 +124,8 @@ def train_stage(
     check_schedule(stage, count)
     about = {f"model.{name}": value for name, value in asdict(model.config).items()}
     about |= {f"origin.{name}": value for name, value in model.origins().items()}
-    check_or_write_request(folder, {**asdict(stage), **about, "data": data.fingerprint(), "samples": count, "start": start})
+    request = {**asdict(stage), **about, "data": data.fingerprint(), "samples": count, "start": start}
+    check_or_write_request(folder / REQUEST, request, ANOTHER)
     if (folder / CONFIG).exists():
         return
     accelerator = accelerated(model.language, stage.precision)
@@ -423,8 +425,8 @@ class StageForecast:
         return (
             f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
             f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}; on disk "
-            + (f"features {_size(self.cache)}, " if self.cache else "")
-            + f"a checkpoint of {_size(self.checkpoint)} every {self.every} steps, the model {_size(self.model)}"
+            + (f"features {size_text(self.cache)}, " if self.cache else "")
+            + f"a checkpoint of {size_text(self.checkpoint)} every {self.every} steps, the model {size_text(self.model)}"
         )
 
 
@@ -486,10 +488,10 @@ def _check_room(
     needed = sum(f.cache + f.model for f in forecasts) + 2 * max(f.checkpoint for f in forecasts)
     folders = {folder.resolve(), *([] if cache is None else [cache.folder.resolve()])}
     there = sum(path.stat().st_size for path in {p for f in folders for p in f.rglob("*")} if path.is_file())
-    free = _free_bytes(folder) or 0
-    log(f"disk: {_size(needed)} at most, {_size(there)} of it there, {_size(free)} free")
+    free = free_bytes(folder) or 0
+    log(f"disk: {size_text(needed)} at most, {size_text(there)} of it there, {size_text(free)} free")
     if not waived and needed - there >= 0.95 * free and not (folder / CONFIG).exists():
         raise ValueError(
-            f"The training needs {_size(needed - there)} more and {_size(free)} are free. Keep no features (--no-cache), train "
+            f"The training needs {size_text(needed - there)} more and {size_text(free)} are free. Keep no features (--no-cache), train "
             "an adapter (--tune lora) or choose another disk; --force goes on regardless."
         )

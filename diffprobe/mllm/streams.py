@@ -34,8 +34,8 @@ from diffprobe.mllm.fusion import CLIP, to_grid
 from diffprobe.models import DiffusionModel
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
+from diffprobe.rundir import whole_file, write_json
 from diffprobe.sites import select_sites
-from diffprobe.store import whole_file, write_whole
 
 ROWS = 32  # pictures of one forward pass; a cache file holds as many
 _OPEN = 1024  # cache files mapped into memory at a time; Linux gives a process 65,530 maps
@@ -283,7 +283,7 @@ class FeatureCache:
         origin = encoder.origin(site)
         folder = self.folder / f"{site}_{hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]}"
         if not (folder / "origin.json").exists():
-            write_whole(folder / "origin.json", json.dumps(origin, indent=2) + "\n")
+            write_json(folder / "origin.json", origin)
         return folder
 
     def _index(self, encoder: Encoder, site: str) -> dict[str, tuple[Path, int, int | None]]:

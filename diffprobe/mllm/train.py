@@ -6,12 +6,11 @@ Under ``accelerate launch`` or torchrun each process takes its share of every ba
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,10 +32,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from diffprobe.mllm.config import Schedule, TrainConfig
 from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
-from diffprobe.mllm.projector import Projector
-from diffprobe.store import request_differences, sole_writer, whole_file, write_whole
+from diffprobe.mllm.projector import WEIGHTS, Projector
+from diffprobe.rundir import check_or_write_request, remove_unfinished, sole_writer, whole_file, write_whole
 
-CHECKPOINT = "checkpoint.pt"
+REQUEST, CHECKPOINT = "training.json", "checkpoint.pt"
+ANOTHER = "holds another training; give another folder."  # what is said of a folder whose request differs
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -205,20 +205,6 @@ def sharded(accelerator: Accelerator) -> bool:
 # --- the folder of a training -----------------------------------------------------------------------
 
 
-def check_or_write_request(folder: str | Path, request: Mapping[str, Any]) -> None:
-    """Keep a training's settings as ``training.json``, or compare them with those that are kept.
-
-    Raises:
-        ValueError: the folder holds another training; the message lists the differences.
-    """
-    kept, asked = Path(folder) / "training.json", json.loads(json.dumps(dict(request)))
-    if kept.exists():
-        if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
-            raise ValueError(f"{folder} holds another training; give another folder. {'; '.join(differences)}.")
-        return
-    write_whole(kept, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-
-
 @contextmanager
 def training_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Lock a folder while a training runs and saves its result; the checkpoint goes when all is saved."""
@@ -260,8 +246,7 @@ def load_checkpoint(
         ValueError: the checkpoint is damaged.
     """
     if accelerator.is_main_process:
-        for left in folder.glob("*.tmp"):  # what a killed process was about to put in its place; no other one trains here
-            left.unlink(missing_ok=True)
+        remove_unfinished(folder)
     if not (folder / CHECKPOINT).exists():
         return _State(), {}
     held = read_checkpoint(folder / CHECKPOINT)
@@ -328,8 +313,9 @@ def train_projector(
     """
     config, folder = config or TrainConfig(), Path(folder)
     _check(train, dev, config)
-    check_or_write_request(folder, {**asdict(config), "language_model": language.name, "samples": len(train.captions)})
-    if (folder / "projector.safetensors").exists():
+    request = {**asdict(config), "language_model": language.name, "samples": len(train.captions)}
+    check_or_write_request(folder / REQUEST, request, ANOTHER)
+    if (folder / WEIGHTS).exists():
         (folder / CHECKPOINT).unlink(missing_ok=True)  # left there if a process was killed between the two
         return Projector.load(folder).to(language.device)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
