@@ -28,7 +28,7 @@ from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.judging import answer_items, judge, judge_all
 from diffprobe.mllm.language import IGNORED, LanguageModel, build_inputs
 from diffprobe.mllm.model import FusedMLLM
-from diffprobe.mllm.stages import Learner, Samples, forecast_stage, train_fused, train_stage
+from diffprobe.mllm.stages import Learner, Sample, Samples, forecast_stage, train_fused, train_stage
 from diffprobe.mllm.streams import FeatureCache, InputEncoder, Picture, Streams, TruthEncoder
 from diffprobe.models import load_model
 from diffprobe.rundir import sole_writer
@@ -296,17 +296,19 @@ def test_a_batch_loses_what_its_rows_lose_alone(own_language: LanguageModel) -> 
     learner = Learner(model.fusion, own_language)
     pictures = [Picture.of(shade(True, number)) for number in range(4)]
     images, questions = [1, 0, 2, 1], ["?", "What is it?", "Which of the two is it?", "Why?"]
-    written = [own_language.answers([(question, "yes"), ("And?", "no")]) for question in questions]
-    answers, labels = [ids for ids, _ in written], [labels for _, labels in written]
-    together, read = learner(model.streams(pictures, [None] * 4), questions, images, answers, labels)
+    samples = [
+        Sample(0, (lambda: None,) * count, question, None, *own_language.answers([(question, "yes"), ("And?", "no")]))
+        for count, question in zip(images, questions, strict=True)
+    ]
+    together, read = learner(model.streams(pictures, [None] * 4), samples)
     alone, first = 0.0, 0
-    for row, count in enumerate(images):
+    for sample, count in zip(samples, images, strict=True):
         mine = pictures[first : first + count]
         streams = model.streams(mine, [None] * count) if mine else {}
-        alone += float(learner(streams, [questions[row]], [count], [answers[row]], [labels[row]])[0].detach())
+        alone += float(learner(streams, [sample])[0].detach())
         first += count
     assert float(together.detach()) == pytest.approx(alone, rel=1e-4) and read > 0
-    learner({}, ["?"], [0], answers[:1], labels[:1])[0].backward()
+    learner({}, [samples[1]])[0].backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.fusion.parameters())
 
 
@@ -381,14 +383,21 @@ def test_a_cache_changes_what_is_computed_and_not_what_is_learnt(fresh_language:
 def test_each_turn_is_read_from_features_that_its_own_question_prompted(own_language: LanguageModel) -> None:
     """A turn whose features were prompted with another question would teach the model to ignore its prompt."""
     prompted = Samples(build(own_language), Shades(4), replace(STAGE2, batch=2, steps=1))
-    assert [prompted.prompt(k) for k in range(8)] == ["is it bright?", "?"] * 4
-    assert all(len(turns) == 1 and turns[0][0] == prompted.prompt(k) for k, turns in enumerate(prompted.turns))
-    pictures, prompts = prompted.prompted_pictures([0, 1, 6])
+    assert [sample.prompt for sample in prompted.rows] == ["is it bright?", "?"] * 4
+    assert all(sample.question == sample.prompt for sample in prompted.rows)
+    assert [learnt(prompted, sample) for sample in prompted.rows[:2]] == ["yes", "a"]
+    pictures, prompts = prompted.prompted_pictures([prompted.rows[k] for k in (0, 1, 6)])
     assert prompts == ["is it bright?", "?", "is it bright?"]
     assert pictures[0].id == pictures[1].id != pictures[2].id
     unprompted = Samples(build(own_language), Shades(4), replace(STAGE1, batch=2, steps=1))
-    assert len(unprompted.turns) == 4 and all(len(turns) == 2 for turns in unprompted.turns)
-    assert unprompted.prompt(0) is None
+    assert [sample.prompt for sample in unprompted.rows] == [None] * 4
+    assert learnt(unprompted, unprompted.rows[0]) == "yes a"  # both turns
+
+
+def learnt(samples: Samples, sample: Sample) -> str:
+    """What a sample teaches to say."""
+    language = samples.model.language
+    return " ".join(language.tokenizer.decode([label for label in sample.labels if label != IGNORED]).split("<|end|>")).strip()
 
 
 def test_forecast_learns_nothing(own_language: LanguageModel, tmp_path: Path) -> None:
@@ -612,7 +621,7 @@ def test_a_cache_holds_few_files_open(tmp_path: Path, monkeypatch: pytest.Monkey
         cache.write(encoder, [(picture.id, None)], encoder.encode([picture], [None]))
     keys = [(pictures[k].id, None) for k in (0, 1, 2, 3, 4, 0, 4, 2)]
     found = cache.read(encoder, "shade", keys)
-    assert len(cache._open) == 2
+    assert cache._open.cache_info().currsize == 2
     assert torch.allclose(
         found.float(), torch.cat([encoder.encode([pictures[k]], [None])["shade"] for k in (0, 1, 2, 3, 4, 0, 4, 2)]), atol=0.01
     )

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Int
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -60,13 +61,10 @@ def train_fused(
     Args:
         model: trained in place.  If `folder` is finished already, the model does not get its weights:
             `FusedMLLM.from_pretrained` loads them.
-        captions: data of stage 1.
-        instructions: data of stage 2.
+        captions, instructions: data of stage 1 and of stage 2.
         folder: gets the finished model; stage 1 goes into its subfolder ``stage1``.
-        stages: settings of both.
         dry_run: log the forecast of each stage, and stop.
         force: continue although the disk's free space is too small for the forecast.
-        log: gets progress lines.
 
     Raises:
         ValueError: the folder holds another training, stage 1 has prompts or tunes the language model, a batch does not go with
@@ -108,12 +106,9 @@ def train_stage(
 
     Args:
         model: with a fresh fusion, or that of an earlier stage.
-        data: captions or instructions.
         folder: gets the model as `FusedMLLM.save_pretrained` writes it, ``training.json``, ``loss.csv`` and, until the end,
             ``checkpoint.pt``.  If it is finished already, nothing is done, and `model` does not get its weights.
-        stage: its settings.
         start: where the model comes from, for the record.
-        log: gets progress lines.
 
     Raises:
         ValueError: the folder holds another training, another process trains there, a batch is larger than the data, or
@@ -135,11 +130,12 @@ def train_stage(
         samples.prepare(accelerator, log)
         if not model.fusion.standardised:
             samples.standardise()
-        learner = Learner(model.fusion, model.language, short := _short(model.language, stage.precision))
+        learner = Learner(model.fusion, model.language, stage.precision)
         spare = _hollow(learner) if sharded(accelerator) else None
         learner.train()
-        with training_in(folder, accelerator), _plain_attention(model.language, short):
-            weights = fit(learner, samples.losses, samples.sizes, folder, stage, accelerator, log=log)
+        with training_in(folder, accelerator), _plain_attention(model.language, learner.short):
+            sizes = [sum(label >= 0 for label in sample.labels) for sample in samples.rows]
+            weights = fit(learner, samples.losses, sizes, folder, stage, accelerator, log=log)
             learner.eval()
             if spare is not None:
                 learner = _filled(spare, learner)
@@ -164,20 +160,13 @@ def _with_steps(stage: StageConfig, data: Conversations) -> StageConfig:
 
 
 def accelerated(language: LanguageModel, precision: Precision = "auto") -> Accelerator:
-    """Accelerate's own configuration; bfloat16 on a GPU, where nothing else is configured.
-
-    Accelerate has one precision a process, and a process may train more than one thing: on a CPU `Learner` sees to it.
-    """
+    """Accelerate's own configuration; bfloat16 on a GPU, where nothing else is configured."""
     cpu = language.device.type == "cpu"
     accelerator = Accelerator(cpu=cpu, mixed_precision=None if cpu else "bf16" if precision == "auto" else precision)
     if sharded(accelerator):
         # every process has its weights; accelerate would fetch them from the first, and fails on buffers (1.15)
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     return accelerator
-
-
-def _short(language: LanguageModel, precision: Precision) -> bool:
-    return precision == "bf16" and language.device.type == "cpu"
 
 
 @contextmanager
@@ -246,33 +235,35 @@ def _filled(spare: Learner, learner: Learner) -> Learner:
 class Learner(nn.Module):
     """Fusion and language model as one module, so that accelerate wraps what is trained; its forward pass is the loss.
 
-    Args:
-        short: compute in bfloat16 on a CPU.
+    On a GPU accelerate sees to the precision; on a CPU the forward pass does, because accelerate has one precision a process.
     """
 
-    def __init__(self, fusion: Fusion, language: LanguageModel, short: bool = False) -> None:
+    def __init__(self, fusion: Fusion, language: LanguageModel, precision: Precision = "auto") -> None:
         super().__init__()
-        self.fusion, self.language, self.short = fusion, language.model, short
+        self.fusion, self.language = fusion, language.model
+        self.short = precision == "bf16" and language.device.type == "cpu"
         self.reader = language  # no module, so its model stands in the state once, as `language`
         self._no_split_modules = language.model._no_split_modules  # FSDP shards each of these layers by itself
 
-    def forward(
-        self, streams: Mapping[str, Tensor], questions: Sequence[str], images: Sequence[int],
-        answers: Sequence[Sequence[int]], labels: Sequence[Sequence[int]],
-    ) -> tuple[Tensor, int]:  # fmt: skip
-        """Sum of the losses of answer tokens, and the number of positions that were read."""
+    def forward(self, streams: Mapping[str, Tensor], samples: Sequence[Sample]) -> tuple[Tensor, int]:
+        """Sum of the losses of answer tokens, and the number of positions that were read.
+
+        Args:
+            streams: features of the samples' images, one after the other; empty if there is none.
+        """
         # entered anew in each pass: autocast keeps its copies of the weights until it is left
         with torch.autocast("cpu", torch.bfloat16) if self.short else nullcontext():
             soft = self.fusion(streams) if streams else torch.zeros(0, 0, self.reader.width, device=self.reader.device)
             # talk without images leaves the fusion a gradient of zero, not none, or processes would wait for each other
             total = soft.sum() * 0.0 if streams else torch.stack([p.sum() for p in self.fusion.parameters()]).sum() * 0.0
-            first, read = np.cumsum([0, *images]), 0
-            for count in sorted(set(images)):  # rows with equally many images: little of them is padding
-                rows = [row for row, held in enumerate(images) if held == count]
-                mine = [place for row in rows for place in range(first[row], first[row + 1])]
+            counts = [len(sample.images) for sample in samples]
+            first, read = np.cumsum([0, *counts]), 0
+            for count in sorted(set(counts)):  # rows with equally many images: little of them is padding
+                rows = [row for row, held in enumerate(counts) if held == count]
+                mine = [samples[row] for row in rows]
                 inputs = build_inputs(
-                    self.reader, soft[mine], [questions[row] for row in rows], [answers[row] for row in rows],
-                    images=[count] * len(rows), labels=[labels[row] for row in rows],
+                    self.reader, soft[[first[row] + k for row in rows for k in range(count)]], [one.question for one in mine],
+                    [one.answer for one in mine], images=[count] * len(rows), labels=[one.labels for one in mine],
                 )  # fmt: skip
                 total = total + answer_losses(self.reader, inputs).sum()
                 read += inputs.mask.numel()
@@ -280,6 +271,26 @@ class Learner(nn.Module):
 
 
 # --- samples ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation, or one turn of it, as a stage reads it.
+
+    Attributes:
+        source: number of the conversation in the data.
+        images: what loads its images.
+        question: the first question.
+        prompt: the diffusion model's prompt, or none.
+        answer, labels: of `LanguageModel.answers`.
+    """
+
+    source: int
+    images: Sequence[Callable[[], Image.Image]]
+    question: str
+    prompt: str | None
+    answer: list[int]
+    labels: list[int]
 
 
 class Samples:
@@ -293,50 +304,40 @@ class Samples:
     """
 
     def __init__(self, model: FusedMLLM, data: Conversations, stage: StageConfig, limit: int | None = None) -> None:
-        self.model, self.data, self.stage = model, data, stage
-        parts = [
-            (index, turns, one.images)
-            for index, one in ((index, data[index]) for index in range(len(data))[:limit])
-            for turns in ([(turn,) for turn in one.turns] if stage.prompted else [one.turns])
-        ]
-        self.source = [index for index, _, _ in parts]  # the conversation that a sample belongs to
-        self.turns, self.images = [turns for _, turns, _ in parts], [images for _, _, images in parts]
-        written = [model.language.answers(turns, stage.max_length, bool(images)) for _, turns, images in parts]
-        self.answers, self.labels = [ids for ids, _ in written], [labels for _, labels in written]
-        self.sizes = [sum(label >= 0 for label in labels) for labels in self.labels]
+        self.model, self.data = model, data
+        self.rows: list[Sample] = []
+        for index in range(len(data))[:limit]:
+            talk = data[index]
+            for turns in [(turn,) for turn in talk.turns] if stage.prompted else [talk.turns]:
+                question = turns[0][0]
+                written = model.language.answers(turns, stage.max_length, bool(talk.images))
+                self.rows.append(Sample(index, talk.images, question, question if stage.prompted else None, *written))
 
-    def prompt(self, index: int) -> str | None:
-        """The diffusion model's prompt for a sample: its own question, or none."""
-        return self.turns[index][0][0] if self.stage.prompted else None
-
-    def pictures(self, indices: Sequence[int]) -> list[list[Picture]]:
+    def pictures(self, samples: Sequence[Sample]) -> list[list[Picture]]:
         """The pictures of samples; with a cache each image's id is found once."""
         cache = self.model.streams.cache
         known = {} if cache is None else cache.ids.setdefault(self.data.fingerprint(), {})
 
-        def read(index: int) -> list[Picture]:
-            loaders, source = self.images[index], self.source[index]
+        def read(sample: Sample) -> list[Picture]:
             if cache is None:
-                return [Picture.of(load()) for load in loaders]
-            if source not in known:
-                known[source] = [image_id(load()) for load in loaders]
-            return [Picture(name, load) for name, load in zip(known[source], loaders, strict=True)]
+                return [Picture.of(load()) for load in sample.images]
+            if sample.source not in known:
+                known[sample.source] = [image_id(load()) for load in sample.images]
+            return [Picture(name, load) for name, load in zip(known[sample.source], sample.images, strict=True)]
 
-        unknown = [index for index in indices if self.source[index] not in known]
         with ThreadPoolExecutor(_READERS) as readers:
-            found = dict(zip(unknown, readers.map(read, unknown), strict=True))
-        return [found[index] if index in found else read(index) for index in indices]
+            return list(readers.map(read, samples))
 
     def prompted_pictures(
-        self, indices: Sequence[int], dropped: Bool[np.ndarray, " row"] | None = None
+        self, samples: Sequence[Sample], dropped: Bool[np.ndarray, " row"] | None = None
     ) -> tuple[list[Picture], list[str | None]]:
         """The pictures of samples one after the other, and each picture's prompt; samples that are dropped have none."""
-        dropped = np.zeros(len(indices), bool) if dropped is None else dropped
+        dropped = np.zeros(len(samples), bool) if dropped is None else dropped
         pictures: list[Picture] = []
         prompts: list[str | None] = []
-        for index, found, drop in zip(indices, self.pictures(indices), dropped, strict=True):
+        for sample, found, drop in zip(samples, self.pictures(samples), dropped, strict=True):
             pictures += found
-            prompts += [None if drop else self.prompt(index)] * len(found)
+            prompts += [None if drop else sample.prompt] * len(found)
         return pictures, prompts
 
     def prepare(self, accelerator: Accelerator, log: Callable[[str], None]) -> None:
@@ -353,7 +354,7 @@ class Samples:
                 said, seconds = now, now - started
                 log(f"features: {done} of {total} passes, about {seconds / done * (total - done):.0f} s to go")
 
-        mine = range(accelerator.process_index, len(self.turns), accelerator.num_processes)
+        mine = self.rows[accelerator.process_index :: accelerator.num_processes]
         self.model.streams.prepare(*self.prompted_pictures(mine), report)
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1:
@@ -361,10 +362,10 @@ class Samples:
 
     def standardise(self) -> None:
         """Fix the fusion's moments on the first pictures as this stage sees them; alike in every process."""
-        chosen = [index for index, images in enumerate(self.images) if images][:MOMENT_PICTURES]
+        chosen = [sample for sample in self.rows if sample.images][:MOMENT_PICTURES]
         if not chosen:
             raise ValueError("No conversation of this data has an image, so there is nothing that a fusion could learn from.")
-        parts = [self.model.streams(*self.prompted_pictures(chosen[start : start + 32])) for start in range(0, len(chosen), 32)]
+        parts = [self.model.streams(*self.prompted_pictures(chosen[k : k + 32])) for k in range(0, len(chosen), 32)]
         device = self.model.language.device
         self.model.fusion.standardise({name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]})
 
@@ -372,22 +373,12 @@ class Samples:
         self, learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
     ) -> tuple[Tensor, int]:
         """What `fit` asks for: the summed loss of samples, and the number of positions that were read."""
-        indices = [int(index) for index in chosen]
-        pictures, prompts = self.prompted_pictures(indices, dropped)
+        samples = [self.rows[index] for index in chosen]
+        pictures, prompts = self.prompted_pictures(samples, dropped)
         device = self.model.language.device
         with torch.autocast(device.type, enabled=False):  # features are those of the cache, whatever the training computes in
             streams = self.model.streams(pictures, prompts) if pictures else {}
-        return self.losses_of(learner, streams, indices)
-
-    def losses_of(self, learner: nn.Module, streams: Mapping[str, Tensor], indices: Sequence[int]) -> tuple[Tensor, int]:
-        """The same of samples whose features are at hand."""
-        found: tuple[Tensor, int] = learner(
-            {name: tokens.to(self.model.language.device) for name, tokens in streams.items()},
-            [self.turns[index][0][0] for index in indices],
-            [len(self.images[index]) for index in indices],
-            [self.answers[index] for index in indices],
-            [self.labels[index] for index in indices],
-        )
+        found: tuple[Tensor, int] = learner({name: tokens.to(device) for name, tokens in streams.items()}, samples)
         return found
 
 
@@ -402,7 +393,8 @@ class StageForecast:
         steps, step_seconds: of the training.
         passes, pass_seconds: pictures through the encoders, and seconds for each.
         cache: bytes of features, at most.
-        checkpoint, every: bytes of a checkpoint, of which two exist while one replaces the other, and steps between two.
+        checkpoint: bytes of a checkpoint, of which two exist while one replaces the other.
+        every: steps between two checkpoints.
         model: bytes of the finished model.
     """
 
@@ -441,21 +433,21 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
     try:
         with _template(model.language, stage.template):
             samples = Samples(model, data, stage, limit=8)
-            chosen = range(min(8, len(samples.turns)))
+            chosen = samples.rows[:8]
             pictures, prompts = samples.prompted_pictures(chosen)
-            encoding, features = _timed(lambda: streams(pictures, prompts) if pictures else {})
-            learner = Learner(model.fusion, model.language, _short(model.language, stage.precision))
-            stepping, _ = _timed(lambda: samples.losses_of(learner, features, chosen)[0].backward())
+            encoding, found = _timed(lambda: streams(pictures, prompts) if pictures else {})
+            features = {name: tokens.to(model.language.device) for name, tokens in found.items()}
+            learner = Learner(model.fusion, model.language, stage.precision)
+            stepping, _ = _timed(lambda: learner(features, chosen)[0].backward())
             model.fusion.zero_grad(set_to_none=True)
     finally:
         streams.cache = cache
-    count = len(chosen)
-    total = len(pictures) / count * (stage.steps * stage.batch if cache is None else count_samples(stage, data))
+    total = len(pictures) / len(chosen) * (stage.steps * stage.batch if cache is None else count_samples(stage, data))
     held = 0.0 if cache is None else total * streams.cached_bytes(stage.prompted)
     trained = 4 * _trained(model, stage)
     return StageForecast(
-        stage.steps, stepping / count * stage.batch, round(total), encoding / max(1, len(pictures)), round(held), 3 * trained,
-        stage.evaluate_every, trained,
+        stage.steps, stepping / len(chosen) * stage.batch, round(total), encoding / max(1, len(pictures)), round(held),
+        3 * trained, stage.evaluate_every, trained,
     )  # fmt: skip
 
 

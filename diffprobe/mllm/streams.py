@@ -14,7 +14,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,47 +90,44 @@ class Encoder(Protocol):
         ...
 
 
-class ImageEncoder:
-    """One layer of a vision encoder, which reads no prompts.
+class _ModelEncoder:
+    """What encoders share that are a model; `fit` says how images that are not square are brought to its size."""
 
-    Args:
-        encoder: CLIP or another.
-        layer: one of `VisionEncoder.sites`; the second-to-last by default.
-        fit: how images that are not square are brought to the encoder's size.
-    """
+    def __init__(self, model: VisionEncoder | DiffusionModel, sites: Sequence[str], fit: str) -> None:
+        self.sites, self.fit = tuple(sites), fit
+        self.weights = lru_cache(maxsize=2)(model.weights_hash)
+        self._size, self._resolution = model.size, model.resolution
+
+    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
+        return {"weights": self.weights(portable), "site": site, "fit": self.fit, "size": self._resolution}
+
+    def pixels(self, pictures: Iterable[Picture]) -> Float[Tensor, "image 3 y x"]:
+        return to_pixels([picture.load() for picture in pictures], self._size, self.fit)
+
+
+class ImageEncoder(_ModelEncoder):
+    """One layer of a vision encoder, which reads no prompts; the second-to-last layer by default."""
 
     def __init__(self, encoder: VisionEncoder, layer: str = "", fit: str = "pad") -> None:
         names = [site.name for site in encoder.sites]
         layer = layer or encoder.preset[0]
         if layer not in names:
             raise ValueError(f"{encoder.model_id} has no layer {layer!r}; it has {', '.join(names)}.")
-        self.sites: tuple[str, ...] = (layer,)
-        self.encoder, self.fit = encoder, fit
-
-    @cached_property
-    def _weights(self) -> tuple[str, str]:
-        return self.encoder.weights_hash(), self.encoder.weights_hash(portable=True)
-
-    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
-        return {"weights": self._weights[portable], "site": site, "fit": self.fit, "size": list(self.encoder.resolution)}
+        super().__init__(encoder, (layer,), fit)
+        self.encoder = encoder
 
     def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        images = [picture.load() for picture in pictures]
-        pixels = self.encoder.encode_image(to_pixels(images, self.encoder.resolution, self.fit))
+        pixels = self.encoder.encode_image(self.pixels(pictures))
         with self.encoder.recorder(self.sites) as recorder:
-            self.encoder.denoise(pixels, torch.zeros(len(images), dtype=torch.long), self.encoder.encode_text([]))
+            self.encoder.denoise(pixels, torch.zeros(len(pictures), dtype=torch.long), self.encoder.encode_text([]))
         return dict(recorder.last)
 
 
-class DiffusionEncoder:
+class DiffusionEncoder(_ModelEncoder):
     """Sites of a diffusion model in one noised forward pass, which ends after the last of them.
 
     Args:
-        model: the diffusion model.
         sites: feature sites by name, path or glob.
-        timestep: timestep of the noise.
-        noise_seed: seed of the noise.
-        fit: how images that are not square are brought to the model's size.
 
     Attributes:
         truncated: prompts that were longer than the text encoder takes and were cut.
@@ -141,19 +138,12 @@ class DiffusionEncoder:
     ) -> None:
         model.check_timestep(timestep)
         there = [s for s in model.sites if not s.is_map and not s.over_tokens]
-        self.model, self.timestep, self.noise_seed, self.fit = model, timestep, noise_seed, fit
-        self.sites = tuple(s.name for s in select_sites(there, sites))
+        super().__init__(model, [s.name for s in select_sites(there, sites)], fit)
+        self.model, self.timestep, self.noise_seed = model, timestep, noise_seed
         self.truncated: set[str] = set()
 
-    @cached_property
-    def _weights(self) -> tuple[str, str]:
-        return self.model.weights_hash(), self.model.weights_hash(portable=True)
-
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
-        return {
-            "weights": self._weights[portable], "site": site, "timestep": self.timestep, "noise_seed": self.noise_seed, "fit": self.fit,
-            "size": self.model.resolution,
-        }  # fmt: skip
+        return {**super().origin(site, portable), "timestep": self.timestep, "noise_seed": self.noise_seed}
 
     def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
         with Recorder(self.model, self.sites, stop_early=True, keep_steps=False) as recorder:
@@ -162,37 +152,36 @@ class DiffusionEncoder:
 
     def forward(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> None:
         """One forward pass for the recorder that is listening; each picture and prompt is encoded once."""
-        model, by_id, texts = self.model, {picture.id: picture for picture in pictures}, list(dict.fromkeys(prompts))
-        latents = model.encode_image(to_pixels([picture.load() for picture in by_id.values()], model.size, self.fit))
+        by_id, texts = {picture.id: picture for picture in pictures}, list(dict.fromkeys(prompts))
+        latents = self.model.encode_image(self.pixels(by_id.values()))
         noise = torch.stack([sample_noise(self.noise_seed, name, self.timestep, 0, latents.shape[1:]) for name in by_id])
         steps = torch.full((len(pictures),), self.timestep)
-        noised = model.add_noise(latents, noise.to(latents.device), steps[: len(by_id)])
-        text = model.encode_text(texts)
+        noised = self.model.add_noise(latents, noise.to(latents.device), steps[: len(by_id)])
+        text = self.model.encode_text(texts)
         self.truncated |= {str(prompt) for prompt, cut in zip(texts, text.truncated, strict=True) if cut}
-        rows, columns = list(by_id), {prompt: k for k, prompt in enumerate(texts)}
-        model.denoise(noised[[rows.index(p.id) for p in pictures]], steps, text.take([columns[prompt] for prompt in prompts]))
+        rows = [list(by_id).index(picture.id) for picture in pictures]
+        self.model.denoise(noised[rows], steps, text.take([texts.index(prompt) for prompt in prompts]))
 
 
-class InputEncoder:
+class InputEncoder(_ModelEncoder):
     """What goes into a diffusion model, as a control: "latent", the image without noise, or "text", the prompt without image.
 
     The text's token embeddings stand on a square grid, row by row, so that they go through the same fusion as features.
     """
 
     def __init__(self, model: DiffusionModel, site: str, fit: str = "pad") -> None:
-        self.sites: tuple[str, ...] = (site,)
-        self.model, self.fit = model, fit
+        super().__init__(model, (site,), fit)
+        self.model = model
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
-        return {"weights": self.model.weights_hash(), "site": site, "fit": self.fit, "size": self.model.resolution}
+        return super().origin(site)  # as earlier versions kept it
 
     def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
         if self.sites == ("text",):
             tokens = self.model.encode_text(list(prompts)).embeddings
             side = math.isqrt(tokens.shape[1])
             return {"text": tokens[:, : side * side].transpose(1, 2).unflatten(2, (side, side)).float()}
-        pixels = to_pixels([picture.load() for picture in pictures], self.model.size, self.fit)
-        return {"latent": self.model.encode_image(pixels).float()}
+        return {"latent": self.model.encode_image(self.pixels(pictures)).float()}
 
 
 class TruthEncoder:
@@ -232,7 +221,7 @@ class FeatureCache:
         self.folder = Path(folder)
         self.ids: dict[str, dict[int, list[str]]] = {}
         self._known: dict[str, dict[str, tuple[Path, int, int | None]]] = {}  # file, row and checksum by origin and name
-        self._open: dict[Path, Any] = {}
+        self._open = lru_cache(_OPEN)(lambda path: safe_open(path, "pt"))
 
     def lacking(self, encoder: Encoder, keys: Iterable[Key]) -> list[Key]:
         """The keys, each once, that are missing for some site of the encoder."""
@@ -249,11 +238,7 @@ class FeatureCache:
         rows = []
         for key in keys:
             path, row, checksum = index[_name(*key)]
-            file = self._open.pop(path, None) or safe_open(path, "pt")
-            self._open[path] = file  # the last one used stands last
-            if len(self._open) > _OPEN:
-                del self._open[next(iter(self._open))]
-            rows.append(file.get_slice("features")[row])
+            rows.append(self._open(path).get_slice("features")[row])
             if checksum not in (None, _checksum(_name(*key), rows[-1])):
                 raise _damaged(path)
         return torch.stack(rows)
