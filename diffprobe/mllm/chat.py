@@ -63,7 +63,7 @@ def save_attention(model: FusedMLLM, image: Image.Image, question: str, answer: 
     """Draw `question_attention` over the picture: NAME.png, .pdf, .csv and .json.
 
     Args:
-        out: the picture's path; its ending is not read.
+        out: the picture's path; its suffix is ignored.
     """
     from diffprobe.plotting import plot_heatmaps, save_figure
 

@@ -83,7 +83,8 @@ def read_config(given: Mapping[str, Any], source: str | Path) -> FusedConfig:
     known = [field.name for field in fields(FusedConfig)]
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{source}: {unknown[0]!r} is no setting of a fused model; settings are {', '.join(known)}.")
-    return FusedConfig(**{name: tuple(value) if name == "sites" else value for name, value in given.items()})
+    plain: dict[str, Any] = {name: tuple(value) if name == "sites" else value for name, value in given.items()}
+    return FusedConfig(**plain)
 
 
 # --- trainings --------------------------------------------------------------------------------------

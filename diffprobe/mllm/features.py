@@ -180,7 +180,7 @@ class Features:
         """The complete stores, opened once."""
         if self._opened is None:
             paths = [path for path in (*self.others, *sorted(self.folder.glob("*.zarr"))) if exists(path)]
-            whole = [p for p in paths if (open_store(p, complete=False)["status"].values != PENDING).all()]
+            whole = [p for p in paths if np.all(np.asarray(open_store(p, complete=False)["status"].values) != PENDING)]
             self._opened = [open_store(path) for path in whole]
         return self._opened
 
@@ -235,7 +235,7 @@ class Features:
         fingerprint = self.data[split].fingerprint()
         for tree in self._stores():
             if provenance(tree)["request"]["fingerprint"] == fingerprint:
-                there = set(tree["sample"].values.tolist())
+                there = set(np.asarray(tree["sample"].values).tolist())
                 names = [name for name in names if name in there]
         return names
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,14 @@ class FusedMLLM:
             save_file({name: value.contiguous() for name, value in fusion.items()}, beside)
         written = [folder / WEIGHTS, *(sorted(part.rglob("*")) if self.tuned else [])]
         files = {path.relative_to(folder).as_posix(): file_digest(path) for path in written if path.is_file()}
-        names = ("language_model", "encoder", "diffusion")  # folders by their whole path: a model is loaded from elsewhere too
-        config = replace(self.config, **{name: kept_name(getattr(self.config, name)) for name in names})
-        kept = {"config": asdict(config), "tuned": self.tuned, "origins": self.origins(), "files": files}
+        config = asdict(self.config)
+        for name in (
+            "language_model",
+            "encoder",
+            "diffusion",
+        ):  # folders by their whole path: a model is loaded from elsewhere too
+            config[name] = kept_name(config[name])
+        kept = {"config": config, "tuned": self.tuned, "origins": self.origins(), "files": files}
         write_json(folder / CONFIG, kept)  # the last, because it says that all is there
 
     @classmethod
