@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from diffprobe.mllm.config import REQUEST
 from diffprobe.mllm.projector import Projector
 from diffprobe.models import as_dtype, choose_device, quiet, resolve
+from diffprobe.rundir import first_line
 from diffprobe.zoo import smollm2
 
 IMAGE = "<image>"  # stands for the soft tokens while a conversation is still text
@@ -204,10 +205,9 @@ def load_language_model(
                 source, dtype=as_dtype(dtype, place), revision=revision, trust_remote_code=False, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"No language model at {source!r}: neither a folder that transformers reads as a causal language model with its "
-            f"tokenizer, nor an id that the hub or its cache can give here ({reason})."
+            f"tokenizer, nor an id that the hub or its cache can give here ({first_line(error)})."
         ) from error
     return LanguageModel(model.to(place), tokenizer, str(id_or_dir), template)
 

@@ -42,6 +42,7 @@ _OPEN = 1024  # cache files mapped into memory at a time; Linux gives a process 
 _CELLS = 8  # per side of the oracle's grid
 
 Key = tuple[str, str | None]  # a picture's id and its prompt
+_Index = dict[str, tuple[Path, int, int | None]]  # file, row in it and checksum, by the name of a key
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,12 @@ class FeatureCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.ids: dict[str, dict[int, list[str]]] = {}
-        self._known: dict[str, dict[str, tuple[Path, int, int | None]]] = {}  # file, row and checksum by origin and name
+        self._known: dict[str, tuple[Path, _Index]] = {}  # folder and index by origin
         self._open = lru_cache(_OPEN)(lambda path: safe_open(path, "pt"))
 
     def lacking(self, encoder: Encoder, keys: Iterable[Key]) -> list[Key]:
         """The keys, each once, that are missing for some site of the encoder."""
-        indices = [self._index(encoder, site) for site in encoder.sites]
+        indices = [self._site(encoder, site)[1] for site in encoder.sites]
         return [key for key in dict.fromkeys(keys) if any(_name(*key) not in index for index in indices)]
 
     def read(self, encoder: Encoder, site: str, keys: Sequence[Key]) -> Float[Tensor, "row channel y x"]:
@@ -234,7 +235,7 @@ class FeatureCache:
         Raises:
             ValueError: a file is damaged.
         """
-        index = self._index(encoder, site)
+        _, index = self._site(encoder, site)
         rows = []
         for key in keys:
             path, row, checksum = index[_name(*key)]
@@ -254,28 +255,26 @@ class FeatureCache:
             values = features[site].to("cpu", torch.float16).contiguous()
             if not torch.isfinite(values).all():
                 raise ValueError(f"Features of {site} are not finite in float16; use no cache, or another dtype.")
-            path = self._folder(encoder, site) / f"{hashlib.sha256(''.join(names).encode()).hexdigest()[:16]}.safetensors"
+            folder, index = self._site(encoder, site)
+            path = folder / f"{hashlib.sha256(''.join(names).encode()).hexdigest()[:16]}.safetensors"
             checksums = [_checksum(name, row) for name, row in zip(names, values, strict=True)]
             with whole_file(path) as beside:
                 save_file({"features": values}, beside, {"keys": json.dumps(names), "checksums": json.dumps(checksums)})
-            self._index(encoder, site).update({name: (path, row, checksums[row]) for row, name in enumerate(names)})
+            index.update({name: (path, row, checksums[row]) for row, name in enumerate(names)})
 
     def refresh(self) -> None:
         """Read the folder again, for what other processes wrote."""
         self._known.clear()
 
-    def _folder(self, encoder: Encoder, site: str) -> Path:
-        origin = encoder.origin(site)
-        folder = self.folder / f"{site}_{hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]}"
-        if not (folder / "origin.json").exists():
-            write_json(folder / "origin.json", origin)
-        return folder
-
-    def _index(self, encoder: Encoder, site: str) -> dict[str, tuple[Path, int, int | None]]:
+    def _site(self, encoder: Encoder, site: str) -> tuple[Path, _Index]:
+        """The folder of an encoder's site, and the index of what it holds."""
         origin = json.dumps(encoder.origin(site), sort_keys=True)
         if origin not in self._known:
-            found: dict[str, tuple[Path, int, int | None]] = {}
-            for path in sorted(self._folder(encoder, site).glob("*.safetensors")):
+            folder = self.folder / f"{site}_{hashlib.sha256(origin.encode()).hexdigest()[:12]}"
+            if not (folder / "origin.json").exists():
+                write_json(folder / "origin.json", encoder.origin(site))
+            found: _Index = {}
+            for path in sorted(folder.glob("*.safetensors")):
                 try:
                     with safe_open(path, "pt") as file:
                         names, checksums = (json.loads(file.metadata().get(part, "null")) for part in ("keys", "checksums"))
@@ -283,7 +282,7 @@ class FeatureCache:
                         found |= {name: (path, k, total) for k, (name, total) in enumerate(zip(names, checksums, strict=True))}
                 except (SafetensorError, ValueError, TypeError) as error:
                     raise _damaged(path) from error
-            self._known[origin] = found
+            self._known[origin] = folder, found
         return self._known[origin]
 
 
