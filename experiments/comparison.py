@@ -2,7 +2,7 @@
 
 Every arm is trained from the same language model on the same data, in the same order, once for each seed, and answers the same
 questions, so arms are compared item by item and seed by seed.  Stage 1 tells the diffusion model nothing, so arms that differ
-in guidance alone share it; frozen encoders look at each picture once for all arms.
+in guidance alone share it; frozen encoders encode each picture once for all arms.
 
 A run lives in a folder and does each piece once: ``request.json`` (what its pieces share), ``features/``, ``stage1/``,
 ``stage2/`` (one model for each arm and seed), ``answers/`` (one file for each arm, seed and condition, in a folder that is named
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
 CONTROLS = {"truth": "oracle", "latent": "VAE latent", "text": "text alone"}  # in place of a site
-WAIT = 10.0  # seconds between two looks at what another process trains
+WAIT = 10.0  # seconds until a folder that another process trains in is tried again
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of seeing; `site` may name several, parted by "+". CLIP alone looks at no site, so its own does not matter."""
+    """A way of seeing; `site` may name several, separated by "+". CLIP alone uses no site, so its own does not matter."""
 
     fusion: str
     site: str = MAIN_SITE
@@ -83,11 +83,11 @@ class Settings(BackboneConfig):
 
     Attributes:
         template: how the language model is spoken to, as in `FusedConfig`; two if captions are written another way.
-        captions, instructions: of the two stages, as `load_conversations` takes them.
-        benchmarks: as `load_questions` takes them.
-        steps, batch, rates, precision: of the two stages.
-        tune: of the language model in stage 2.
-        max_new_tokens: of an answer.
+        captions, instructions: data of the two stages, by the names of `load_conversations`.
+        benchmarks: questions, by the names of `load_questions`.
+        steps, batch, rates, precision: settings of the two stages, as in `StageConfig`.
+        tune: what stage 2 trains of the language model.
+        max_new_tokens: the longest answer.
     """
 
     template: tuple[str, ...] = ("",)
@@ -238,7 +238,7 @@ class Comparison:
 
         Args:
             pieces: for each arm the conditions that it answers under.
-            seeds: of the first weights, one training of each arm for each.
+            seeds: seeds of the first weights; each arm is trained once for each.
 
         Returns:
             One row an answer: arm (its label), seed, condition, benchmark, item, chance, output, hit.
@@ -352,7 +352,7 @@ def change_rows(answers: pd.DataFrame, pairs: Sequence[tuple[tuple[str, str], tu
     """Paired differences, question by question and seed by seed; as `score_rows`, with a column `against`.
 
     Args:
-        pairs: of ((arm, condition), (arm, condition)): the first less the second.
+        pairs: ((arm, condition), (arm, condition)) each; the second is subtracted from the first.
     """
     by = dict(iter(answers.groupby(["arm", "condition"], sort=False)))
     rows = []
@@ -395,9 +395,9 @@ def table_rows(rows: pd.DataFrame, paper: pd.DataFrame, columns: Mapping[str, st
     """Lines of `plot_score_table`: every arm's scores beside the paper's of the same name.
 
     Args:
-        rows: of `score_rows`.
+        rows: what `score_rows` gives.
         paper: its index are labels of arms.
-        columns: of the paper, by our score; their order is the table's.
+        columns: the paper's columns by our score; their order is the table's.
     """
     own = rows[
         (rows["kind"] == "score") & (rows["condition"] == "own") & (rows["group"] == "all") & rows["score"].isin([*columns])

@@ -139,7 +139,7 @@ class StageConfig(Schedule):
         prompted: whether the diffusion model is given the question as its prompt.
         template: how conversations are written in this stage; "" is the model's own way.
         max_length: tokens of a conversation after its first question; longer ones are cut.
-        lora_rank, lora_alpha: of the adapter.
+        lora_rank, lora_alpha: rank and scale of the adapter.
         checkpointing: recompute the language model's activations in the backward pass, to save memory.
         precision: "no" computes in float32, "bf16" in bfloat16 where torch's autocast does (weights stay float32); "auto" is
             accelerate's own configuration, else bf16 on a GPU and no on a CPU.

@@ -54,10 +54,10 @@ class FeatureSpec:
     Attributes:
         split: "train", "test" or "blank".
         site: a feature site's name, or `TEXT`.
-        conditioning: of the text; `NULL` for none.
+        conditioning: which text is the prompt; `NULL` for none.
         guidance: s in f_u + s (f_c - f_u).
         mitigation: one of `MITIGATIONS`, or "".
-        knockout: as `diffprobe.knockout` says, or "".
+        knockout: a route that is cut, as `diffprobe.knockout` names it, or "".
     """
 
     split: str
@@ -106,7 +106,7 @@ class Features:
         data: the dataset of each split.
         folder: where stores are kept.
         grid: places of a site are averaged to at most this many per side.
-        seed: of the noise.
+        seed: seed of the noise.
         others: more stores to look in; those that were recorded with other settings are ignored.
         batch_rows: rows of one forward pass; found by timing if None, and then not the same in two runs.
     """

@@ -71,8 +71,8 @@ class CrossAttention(nn.Module):
     from the scores.
 
     Args:
-        channels: of both streams; the heads must divide them.
-        seed: of the initial weights.
+        channels: channels of both streams; the heads must divide them.
+        seed: seed of the initial weights.
     """
 
     def __init__(self, channels: int, heads: int = 4, seed: int = 0) -> None:
@@ -128,11 +128,11 @@ class Fusion(nn.Module):
 
     Args:
         kind: one of `FUSIONS`.
-        channels: of each stream that the kind needs, by name.
+        channels: number of channels by the name of the stream.
         width, rms: width and root mean square of the language model's token embeddings.
         projector: one of `diffprobe.mllm.projector.KINDS`.
-        heads: of cross-attention.
-        seed: of the initial weights.
+        heads: heads of cross-attention.
+        seed: seed of the initial weights.
 
     >>> fusion = Fusion("interleave", {"clip": 512, "diffusion": 96}, 128)
     >>> fusion({"clip": torch.zeros(2, 36, 512), "diffusion": torch.zeros(2, 36, 96)}).shape

@@ -191,7 +191,7 @@ def load_language_model(
 
     Args:
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
-        template: as `LanguageModel` takes it.
+        template: how conversations are written, as in `LanguageModel`.
 
     Raises:
         ValueError: nothing is there, it is no causal language model with a tokenizer, or it has no chat template.

@@ -282,7 +282,7 @@ class Sample:
         images: what loads its images.
         question: the first question.
         prompt: the diffusion model's prompt, or none.
-        answer, labels: of `LanguageModel.answers`.
+        answer, labels: what `LanguageModel.answers` gives.
     """
 
     source: int
@@ -390,7 +390,7 @@ class StageForecast:
     """What a stage will take on this machine.
 
     Attributes:
-        steps, step_seconds: of the training.
+        steps, step_seconds: steps of the training, and seconds for each.
         passes, pass_seconds: pictures through the encoders, and seconds for each.
         cache: bytes of features, at most.
         checkpoint: bytes of a checkpoint, of which two exist while one replaces the other.

@@ -80,8 +80,8 @@ def fit(
 
     Args:
         learner: trained in place; with several processes through accelerate's wrapper (DDP, or FSDP 2, which leaves it sharded).
-        losses: of (learner, epoch, samples, which of them drop their prompt): the sum over answer tokens, and the number of
-            positions that the language model read.
+        losses: called with (learner, epoch, samples, which of them drop their prompt); returns the sum over answer tokens, and
+            the number of positions that the language model read.
         sizes: answer tokens of each training sample.
         folder: gets ``checkpoint.pt`` and ``loss.csv``.
         dev_loss: if given, the weights that are best by it are returned, else the last ones.
