@@ -413,6 +413,12 @@ def test_mistakes_are_one_sentence(run: Run, recorded: Path, tiny_folder: Path, 
     assert not (tmp_path / "x.zarr").exists()
 
 
+@pytest.mark.parametrize("words", [("info", "x\x1b[31m.zarr"), ("info", "x", "--\x1b]0;mine\x07"), ("\x1b[31minfo",)])
+def test_what_was_typed_is_shown_without_its_escapes(run: Run, words: tuple[str, ...]) -> None:
+    code, output, errors = run(*words)
+    assert code == 2 and not {"\x1b", "\x07"} & {*output, *errors} and r"\x1b" in errors
+
+
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a diffprobe store"):
         run("--debug", "info", tmp_path / "absent.zarr")

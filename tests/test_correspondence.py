@@ -376,3 +376,11 @@ def test_errors_say_what_was_asked_and_found(spair, tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_spair(spair, "trn")
+
+
+def test_every_bad_annotation_is_listed(spair):
+    files = sorted((spair / "PairAnnotation" / "test").glob("*.json"))[:2]
+    for file in files:
+        file.write_text("{")
+    with pytest.raises(ValueError, match=rf"{files[0].name}' is not JSON.*; .*{files[1].name}' is not JSON"):
+        read_spair(spair)

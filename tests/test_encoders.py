@@ -268,3 +268,11 @@ def test_an_encoders_hash_covers_what_it_does_to_pixels() -> None:
     assert VisionEncoder(model, SQUARE).weights_hash() == VisionEncoder(model, SQUARE).weights_hash()
     other = VisionEncoder(model, {"size": 28, "image_mean": [0.5], "image_std": [0.5]})
     assert other.weights_hash() != VisionEncoder(model, SQUARE).weights_hash()
+
+
+def test_an_encoders_folder_is_kept_by_its_whole_path(
+    encoder_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = encoder_folder("siglip")
+    monkeypatch.chdir(folder.parent)
+    assert load_encoder(folder.name).model_id == str(folder)

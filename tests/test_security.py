@@ -9,15 +9,18 @@ import os
 import pickle
 import shutil
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 
 from diffprobe import cli
@@ -89,6 +92,62 @@ def test_no_source_loads_code_with_data(path: Path) -> None:
 )  # fmt: skip
 def test_the_search_finds_what_it_looks_for(line: str) -> None:
     assert dangers(line)
+
+
+# --- results appear whole --------------------------------------------------------------------------
+
+WRITES = {"write_text", "write_bytes", "to_csv", "to_json", "to_netcdf", "savefig", "savez", "savez_compressed", "save_file", "save_pretrained"}  # fmt: skip
+IN_PLACE = {  # by function what may be written so: parts of a folder that is renamed, or whose last file says that all is there
+    "_put_in_place": "write_bytes", "content_digests": "write_text", "fetch": "save_pretrained", "save_pretrained": "save_pretrained",
+    "train_stage": "save_pretrained",
+}  # fmt: skip
+
+
+def in_place(source: str) -> list[str]:
+    """What in a source writes a file where it will stand, so that a full disk leaves half of it, as "line: what".
+
+    Not so written is what stands in a `with` that has a `whole_file`, and a text that `write_whole` is given.
+    """
+    found: list[str] = []
+
+    def look(node: ast.AST, function: str, whole: bool) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function, whole = node.name, False
+        if isinstance(node, ast.With):
+            whole = whole or any(isinstance(part, ast.Name) and part.id == "whole_file" for part in ast.walk(node))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            opened = called == "open" and any(isinstance(a, ast.Constant) and str(a.value)[:1] in "wx" for a in node.args)
+            kept = (called in WRITES and (called != "to_csv" or bool(node.args))) or (owner, called) == ("torch", "save")
+            if (opened or kept) and not whole and IN_PLACE.get(function) != called:
+                found.append(f"{node.lineno}: {called} in {function}")
+        for child in ast.iter_child_nodes(node):
+            look(child, function, whole)
+
+    look(ast.parse(source), "", False)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "diffprobe").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_result_is_written_in_place(path: Path) -> None:
+    assert in_place(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "frame.to_csv(path, index=False)", "path.write_text(page)", "figure.savefig(path)", "np.savez(path, a=a)", "torch.save(held, path)",
+        "with path.open('w') as file:\n    file.write(text)", "save_file(weights, path)", "table.to_netcdf(path)",
+        "def f():\n    with whole_file(a) as beside:\n        beside.write_text(x)\n    b.write_text(x)",
+    ],
+)  # fmt: skip
+def test_the_search_finds_what_is_written_in_place(line: str) -> None:
+    assert len(in_place(line)) == 1
+    assert (
+        in_place("with whole_file(path) as beside:\n    frame.to_csv(beside)\nwrite_whole(path, frame.to_csv(index=False))")
+        == []
+    )
 
 
 # --- weights and configs ---------------------------------------------------------------------------
@@ -259,3 +318,13 @@ def test_a_hub_token_is_written_nowhere(
     assert not [path for path in written if token.encode() in path.read_bytes()]
     said = capfd.readouterr()
     assert token not in said.out + said.err
+
+
+def test_numcodecs_of_here_and_of_every_version_allowed_does_not_unpickle(mark: Path) -> None:
+    """A Zarr object can name its filter "pickle"; stores are opened in format 3, and this is the second wall."""
+    with pytest.raises(Exception, match="disabled"):
+        numcodecs.get_codec({"id": "pickle"}).decode(pickle.dumps(np.array([Evil(mark)], object)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (floor,) = [Requirement(line) for line in project["dependencies"] if line.startswith("numcodecs")]
+    assert floor.specifier.contains(numcodecs.__version__)
+    assert not any(floor.specifier.contains(version) for version in ("0.15.1", "0.16.5"))  # they unpickle

@@ -41,7 +41,7 @@ SPANS = [  # two letters a token from the third on, so that words have sub-token
 ]
 
 
-def make(path: str | Path, units: int = 2) -> dict[str, np.ndarray]:
+def make(path: str | Path, units: int = 2, compress: bool = False) -> dict[str, np.ndarray]:
     """A written store of five samples, and the arrays that went in."""
     texts = np.array([["", text] for text in TEXTS], object)
     spans = np.array([[[(0, 0)] * 6, row] for row in SPANS], np.int32)
@@ -57,6 +57,7 @@ def make(path: str | Path, units: int = 2) -> dict[str, np.ndarray]:
         specs=SPECS,
         unit_samples=2,
         dtype="float16",
+        compress=compress,
     )
     rng = np.random.default_rng(0)
     arrays = {s.site: rng.random((5, 2, 2, *s.shape)).astype(np.float16) for s in SPECS}
@@ -608,8 +609,22 @@ def test_a_frame_that_swells_is_refused_before_it_does(tmp_path: Path, stated: b
     head = bytes([0xE0]) + struct.pack("<Q", size) if stated else bytes([0x00, 0x58])
     chunk.write_bytes(b"\x28\xb5\x2f\xfd" + head + bytes(1000))
     for call in (store.open_store, store.verify_store):
-        with pytest.raises(StoreError, match=r"the array colour asks for [0-9.e+]+ GB"):
-            call(tmp_path / "s.zarr")
+        for place in (tmp_path / "s.zarr", f"file://{tmp_path}/s.zarr"):
+            with pytest.raises(StoreError, match=r"the array colour asks for [0-9.e+]+ GB"):
+                call(place)
+
+
+def test_a_frame_within_a_shard_that_swells_is_refused(tmp_path: Path) -> None:
+    arrays = make(tmp_path / "s.zarr", units=3, compress=True)
+    found = store.features(store.open_store(tmp_path / "s.zarr"), "U-L1-Out")
+    np.testing.assert_array_equal(found.values, arrays["U-L1-Out"])
+    shard = arrays_of(tmp_path / "s.zarr", "U-L1-Out/features")[1]
+    raw = bytearray(shard.read_bytes())
+    second = max(np.frombuffer(raw[-36:-4], "<u8")[::2])  # the index at the end: offset and length of both chunks, a checksum
+    raw[second : second + 13] = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 4 * 10**9)
+    shard.write_bytes(bytes(raw))
+    with pytest.raises(StoreError, match=r"the array U-L1-Out/features asks for 4 GB"):
+        store.open_store(tmp_path / "s.zarr")
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65792, 10**6])
@@ -729,3 +744,17 @@ def test_a_figure_of_one_sample_reads_one_sample(tmp_path: Path, reads: list[str
     monkeypatch.setattr(gallery, "_save", lambda figure, out, name, *_, **__: out / name)
     assert gallery.heatmap_figures("", "", ["star"], (), 10, "caption", lambda _: [4], tmp_path, "h") == [tmp_path / "h"]
     assert {key.split("/c/")[1].split("/")[0] for key in reads} == {"2"}
+
+
+def test_a_shard_of_maps_is_read_once_and_never_by_points(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "s.zarr", units=3)
+    tree = store.open_store(tmp_path / "s.zarr")
+    monkeypatch.setattr(zarr.Array, "vindex", property(lambda _: pytest.fail("read point by point")))
+    asked: tuple[tuple[dict[str, Any], str], ...] = (({"word": "star"}, "02"), ({"token": 0}, "012"))
+    for what, shards in asked:
+        reads.clear()
+        store.attention_maps(tree, site="U-L1-R0-B0-Cross-Map", timestep=[10, 500], **what)
+        read = [key.split("/c/")[1].split("/")[0] for key in reads]
+        assert {shard: read.count(shard) for shard in read} == dict.fromkeys(shards, 1), "whole, and once"

@@ -343,6 +343,21 @@ def test_one_seed_is_students_interval_over_images() -> None:
         assert equivalence_p(found["value"], found["se"], found["df"], margin) == pytest.approx(max(upper.pvalue, lower.pvalue))
 
 
+@pytest.mark.parametrize("number", [52, 199, *range(20)])  # the first two lie where each term decides a degree of freedom
+def test_the_two_way_layout_is_that_of_an_analysis_of_variance(number: int) -> None:
+    rng = np.random.default_rng(number)
+    values = rng.normal(size=(4, 9)) + 0.6 * rng.normal(size=(1, 9)) + 0.3 * rng.normal(size=(4, 1))
+    mean, total = values.mean(), ((values - values.mean()) ** 2).sum()
+    image = sum(4 * (column.mean() - mean) ** 2 for column in values.T)
+    seed = sum(9 * (row.mean() - mean) ** 2 for row in values)
+    squares = {"image": (image, 8), "seed": (seed, 3), "rest": (total - image - seed, 24)}
+    means = {name: of / free for name, (of, free) in squares.items()}
+    variance = means["image"] + max(0.0, means["seed"] - means["rest"])
+    df = int(variance**2 / sum(means[name] ** 2 / free for name, (_, free) in squares.items()))  # Satterthwaite's
+    found = crossed_mean(values)
+    assert (found["value"], found["se"]) == pytest.approx((mean, np.sqrt(variance / 36))) and found["df"] == max(3, df)
+
+
 @pytest.mark.parametrize(("image", "seed"), [(0.0, 0.0), (0.7, 0.0), (0.5, 0.1), (0.3, 1.0)])
 def test_intervals_cover_other_images_and_other_projectors(image: float, seed: float) -> None:
     rng = np.random.default_rng(0)
