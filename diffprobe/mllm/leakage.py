@@ -330,9 +330,7 @@ class Run:
 
         cure = recipe.parts[2]
         cut = knockout or (cure if cure not in MITIGATIONS else "")
-        return FeatureSpec(
-            split, recipe.site, recipe.timestep, conditioning, guidance, cure if cure in MITIGATIONS else "", cut
-        )
+        return FeatureSpec(split, recipe.site, recipe.timestep, conditioning, guidance, cure if cure in MITIGATIONS else "", cut)
 
     def training(self, recipe: Recipe) -> list[FeatureSpec]:
         """Features that a recipe is trained on, and those that dropout shows instead."""
@@ -384,9 +382,7 @@ class Run:
         ids = self.features.ids("test")
         texts, sources = self.fed(test.condition)
         features = self.features.tokens(self.testing(test), ids)
-        said = generate_texts(
-            self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens
-        )
+        said = generate_texts(self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens)
         rows = [
             {**test.key, "sample": i, "fed": texts[i], "source": sources[i],
              "references": json.dumps(self.references(i, texts[i]), ensure_ascii=False), "output": output}
