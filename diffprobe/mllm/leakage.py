@@ -59,10 +59,9 @@ from diffprobe.mllm.verdict import (
 from diffprobe.store import request_differences, whole_file, write_whole
 
 if TYPE_CHECKING:
-    from diffprobe.mllm.config import TrainConfig
-    from diffprobe.mllm.features import Features, FeatureSpec
-    from diffprobe.mllm.language import LanguageModel
+    from diffprobe.mllm.features import Asked, Features
     from diffprobe.mllm.projector import Projector
+    from diffprobe.mllm.train import LanguageModel, TrainConfig
     from diffprobe.models import DiffusionModel
 
 MAIN_SITE = "U-L1-R1-B0-Cross-Q"
@@ -151,7 +150,7 @@ class Settings:
     Attributes:
         model: the diffusion model: id, folder or embedded name.
         data, test: datasets of the training and of the held-out images; no image may be in both.
-        language_model, language_dtype, template: for `diffprobe.mllm.language.load_language_model`.
+        language_model, language_dtype, template: for `diffprobe.mllm.train.load_language_model`.
         request: what the user asks the language model for.
         grid: soft tokens on a side.
         steps, batch, learning_rate, kind, patience: of `TrainConfig`.
@@ -257,7 +256,7 @@ class Run:
         device: str | None = None, tell: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         from diffprobe.mllm.features import Features
-        from diffprobe.mllm.language import load_language_model
+        from diffprobe.mllm.train import load_language_model
         from diffprobe.models import load_model
 
         self.folder, self.settings = Path(folder), settings
@@ -281,6 +280,7 @@ class Run:
             settings.grid,
             settings.noise_seed,
             stores,
+            self.tell,
             settings.batch_rows,
         )
 
@@ -325,33 +325,33 @@ class Run:
 
     # --- pieces -----------------------------------------------------------------------------------
 
-    def asked(self, recipe: Recipe, split: str, conditioning: str, guidance: float, knockout: str = "") -> FeatureSpec:
-        from diffprobe.mllm.features import MITIGATIONS, FeatureSpec
+    def asked(self, recipe: Recipe, split: str, conditioning: str, guidance: float, knockout: str = "") -> Asked:
+        from diffprobe.mllm.features import CURES, Asked
 
         cure = recipe.parts[2]
-        cut = knockout or (cure if cure not in MITIGATIONS else "")
-        return FeatureSpec(split, recipe.site, recipe.timestep, conditioning, guidance, cure if cure in MITIGATIONS else "", cut)
+        cut = knockout or (cure if cure not in CURES else "")
+        return Asked(split, recipe.site, recipe.timestep, conditioning, guidance, cure if cure in CURES else "", cut)
 
-    def training(self, recipe: Recipe) -> list[FeatureSpec]:
+    def training(self, recipe: Recipe) -> list[Asked]:
         """Features that a recipe is trained on, and those that dropout shows instead."""
         base, dropout, _ = recipe.parts
         found = [self.asked(recipe, "train", PROMPTS[base], recipe.guidance)]
         return [*found, self.asked(recipe, "train", NULL, recipe.guidance)] if dropout else found
 
-    def testing(self, test: Test) -> FeatureSpec:
+    def testing(self, test: Test) -> Asked:
         split, conditioning = FED[test.condition]
         return self.asked(test.recipe, split, conditioning, test.guidance, test.knockout)
 
-    def blank(self, test: Test) -> FeatureSpec:
+    def blank(self, test: Test) -> Asked:
         """What the same projector is shown of no image and no text."""
         return self.asked(test.recipe, "blank", NULL, test.guidance, test.knockout)
 
-    def unprompted(self, test: Test) -> FeatureSpec:
+    def unprompted(self, test: Test) -> Asked:
         """The same image without a text."""
         return self.asked(test.recipe, "test", NULL, test.guidance, test.knockout)
 
     def train_config(self, recipe: Recipe) -> TrainConfig:
-        from diffprobe.mllm.config import TrainConfig
+        from diffprobe.mllm.train import TrainConfig
 
         s = self.settings
         return TrainConfig(
@@ -372,17 +372,17 @@ class Run:
             tensors = [self.features.tokens(asked, ids) for asked in self.training(recipe)]
             sets.append(Captioned(tensors[0], [self.captions[i][0] for i in ids], *tensors[1:]))
         return train_projector(
-            self.language, sets[0], sets[1], folder, self.train_config(recipe), log=lambda line: self.tell(f"  {line}")
+            self.language, sets[0], sets[1], folder, self.train_config(recipe), tell=lambda line: self.tell(f"  {line}")
         )
 
     def write(self, test: Test, projector: Projector) -> None:
         """Texts of every test image under one condition, into their own file."""
-        from diffprobe.mllm.language import generate_texts
+        from diffprobe.mllm.train import generate
 
         ids = self.features.ids("test")
         texts, sources = self.fed(test.condition)
         features = self.features.tokens(self.testing(test), ids)
-        said = generate_texts(self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens)
+        said = generate(self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens)
         rows = [
             {**test.key, "sample": i, "fed": texts[i], "source": sources[i],
              "references": json.dumps(self.references(i, texts[i]), ensure_ascii=False), "output": output}
@@ -415,7 +415,7 @@ class Run:
 
         Arrays (sample, candidate) for `rank_texts`.
         """
-        from diffprobe.mllm.language import log_likelihood
+        from diffprobe.mllm.train import log_likelihood
 
         ids = self.features.ids("test")[: self.settings.ranked]
         texts, _ = self.fed(test.condition)
@@ -444,8 +444,8 @@ class Run:
 
     def _unconditional(self, test: Test, asked: list[list[str]], ids: list[str]) -> dict[str, np.ndarray]:
         """log P of the fed text under the reader of unconditional features, where the run has trained it."""
-        from diffprobe.mllm.language import log_likelihood
         from diffprobe.mllm.projector import Projector
+        from diffprobe.mllm.train import log_likelihood
 
         reader = replace(test.recipe, arm="U", guidance=0.0, control="")
         folder = self.folder / "projectors" / reader.slug
@@ -484,8 +484,8 @@ class Run:
         """Seconds of a training step and of a text, on the longest captions."""
         import torch
 
-        from diffprobe.mllm.language import answer_losses, build_inputs, generate_texts
         from diffprobe.mllm.projector import Projector
+        from diffprobe.mllm.train import answer_losses, generate, lay_out
 
         s, language = self.settings, self.language
         features = torch.zeros(s.batch, s.grid**2, 64)
@@ -495,17 +495,17 @@ class Run:
         taken = []
         for _ in range(2):  # the first pays for caches
             start = time.perf_counter()
-            rows = build_inputs(
+            rows = lay_out(
                 language, projector(features[: len(answers)].to(language.device)), [s.request] * len(answers), answers
             )
             answer_losses(language, rows).sum().backward()
             taken.append(time.perf_counter() - start)
         start = time.perf_counter()
-        generate_texts(language, projector, features, s.request, max_new_tokens=8)
+        generate(language, projector, features, s.request, max_new_tokens=8)
         most = min(s.max_new_tokens, max(map(len, answers)))
         return min(taken), (time.perf_counter() - start) / len(features) * most / 8
 
-    def _all_features(self, tests: Sequence[Test], ranked: Sequence[Test]) -> list[FeatureSpec]:
+    def _all_features(self, tests: Sequence[Test], ranked: Sequence[Test]) -> list[Asked]:
         found = [asked for recipe in dict.fromkeys(t.recipe for t in tests) for asked in self.training(recipe)]
         return [*found, *map(self.testing, tests), *map(self.blank, ranked), *map(self.unprompted, ranked)]
 
