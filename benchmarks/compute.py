@@ -20,7 +20,9 @@ from torch import nn
 from benchmarks.measure import Row, alternate, detail_of, row_of
 from diffprobe import fit_probe
 from diffprobe.mllm.captions import cider_d, document_frequencies
-from diffprobe.mllm.train import Captioned, TrainConfig, batch_of, load_language_model, train_projector
+from diffprobe.mllm.config import TrainConfig
+from diffprobe.mllm.language import load_language_model
+from diffprobe.mllm.train import Captioned, batch_of, train_projector
 
 if TYPE_CHECKING:
     from benchmarks.run import Setting
@@ -142,7 +144,7 @@ def training(setting: Setting) -> Iterator[Row]:
     def ours() -> None:
         shutil.rmtree(setting.folder / "projector", ignore_errors=True)
         lines: list[str] = []
-        train_projector(language, data, dev, setting.folder / "projector", config, tell=lines.append)
+        train_projector(language, data, dev, setting.folder / "projector", config, log=lines.append)
         last["ours"] = float(lines[-1].split("dev ")[1].split()[0])
 
     with torch.enable_grad():

@@ -30,7 +30,9 @@ from benchmarks.models import tiny
 from diffprobe import extract, rundir
 from diffprobe.cli import main as diffprobe_main
 from diffprobe.data import load_dataset
-from diffprobe.mllm.train import Captioned, TrainConfig, load_language_model, train_projector
+from diffprobe.mllm.config import TrainConfig
+from diffprobe.mllm.language import load_language_model
+from diffprobe.mllm.train import Captioned, train_projector
 
 Work = Callable[[Path], object]
 

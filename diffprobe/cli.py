@@ -1191,8 +1191,9 @@ def mllm_train(
     from dataclasses import replace
 
     from diffprobe.data.conversations import load_conversations
-    from diffprobe.mllm.model import FusedConfig, FusedMLLM
-    from diffprobe.mllm.stages import RECIPES, train_fused
+    from diffprobe.mllm.config import RECIPES, FusedConfig
+    from diffprobe.mllm.model import FusedMLLM
+    from diffprobe.mllm.stages import train_fused
     from diffprobe.mllm.streams import FeatureCache
 
     recipe = recipe or ("small" if language_model == "shapes-lm" else "llava")
@@ -1220,7 +1221,7 @@ def mllm_train(
     fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)
     main = os.environ.get("RANK", "0") == "0"
     tell = lambda line: _out.print(line) if main else None  # noqa: E731
-    train_fused(fused, *data, out, (first, second), dry_run=dry_run, force=force, tell=tell)
+    train_fused(fused, *data, out, (first, second), dry_run=dry_run, force=force, log=tell)
     if main and not dry_run:
         _next(f"diffprobe mllm eval {shlex.quote(str(out))}")
         _out.print(f"'diffprobe mllm chat {shlex.quote(str(out))} IMAGE QUESTION' asks about a picture of yours.")

@@ -2,7 +2,7 @@
 
 Every arm is trained from the same language model on the same data, in the same order, once for each seed, and answers the same
 questions, so arms are compared item by item and seed by seed.  Stage 1 tells the diffusion model nothing, so arms that differ
-in guidance alone share it; frozen encoders look at each picture once for all arms.
+in guidance alone share it; frozen encoders encode each picture once for all arms.
 
 A run lives in a folder and does each piece once: ``request.json`` (what its pieces share), ``features/``, ``stage1/``,
 ``stage2/`` (one model for each arm and seed), ``answers/`` (one file for each arm, seed and condition, in a folder that is named
@@ -13,11 +13,10 @@ for what was asked: other questions, or other images, are answered anew by the s
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,24 +26,24 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffprobe.data.twins import PATTERNS
+from diffprobe.mllm.config import BackboneConfig, FusedConfig, Precision, StageConfig, Tuned
 from diffprobe.mllm.verdict import crossed_mean
+from diffprobe.rundir import BusyError, check_or_write_request, write_whole
 from diffprobe.stats import wilson_interval
-from diffprobe.store import BusyError, request_differences, write_whole
 
 if TYPE_CHECKING:
     from diffprobe.data.question_benchmarks import QuestionBenchmark
-    from diffprobe.mllm.model import Tuned
-    from diffprobe.mllm.stages import Precision, StageConfig
+    from diffprobe.mllm.model import FusedMLLM
 
 MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
 CONTROLS = {"truth": "oracle", "latent": "VAE latent", "text": "text alone"}  # in place of a site
-WAIT = 10.0  # seconds between two looks at what another process trains
+WAIT = 10.0  # seconds until a folder that another process trains in is tried again
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of seeing; `site` may name several, parted by "+". CLIP alone looks at no site, so its own does not matter."""
+    """A way of seeing; `site` may name several, separated by "+". CLIP alone uses no site, so its own does not matter."""
 
     fusion: str
     site: str = MAIN_SITE
@@ -79,25 +78,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(BackboneConfig):
     """What all pieces of a run share.
 
     Attributes:
-        language_model, encoder, diffusion: as in `FusedConfig`.
-        template: how the language model is spoken to, as in `FusedConfig`; two where captions are written another way.
-        captions, instructions: of the two stages, as `load_conversations` takes them.
-        benchmarks: as `load_questions` takes them.
-        steps, batch, rates, precision: of the two stages.
-        tune: of the language model in stage 2.
-        grid, merge: of the streams.
-        max_new_tokens: of an answer.
-        noise_seed: of the diffusion model's noise.
+        template: how the language model is spoken to, as in `FusedConfig`; two if captions are written another way.
+        captions, instructions: data of the two stages, by the names of `load_conversations`.
+        benchmarks: questions, by the names of `load_questions`.
+        steps, batch, rates, precision: settings of the two stages, as in `StageConfig`.
+        tune: what stage 2 trains of the language model.
+        max_new_tokens: the longest answer.
     """
 
-    language_model: str = "shapes-lm"
     template: tuple[str, ...] = ("",)
-    encoder: str = "shapes-clip"
-    diffusion: str = "shapes-sd"
     captions: str = "shapes-captions:1500"
     instructions: str = "shapes-instruct:6000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
@@ -106,10 +99,7 @@ class Settings:
     rates: tuple[float, float] = (2e-3, 1e-3)
     precision: Precision = "bf16"
     tune: Tuned = "full"
-    grid: int = 8
-    merge: str = "mean"
     max_new_tokens: int = 6
-    noise_seed: int = 0
 
 
 class Comparison:
@@ -119,14 +109,14 @@ class Comparison:
         folder: the run's.
         settings: shared by all of its pieces.
         device: as for `load_model`.
-        tell: gets progress lines.
+        log: gets progress lines.
 
     Raises:
         ValueError: the folder holds a run with other settings or weights, or no score is known for a benchmark.
     """
 
     def __init__(
-        self, folder: str | Path, settings: Settings, device: str | None = None, tell: Callable[[str], None] = print
+        self, folder: str | Path, settings: Settings, device: str | None = None, log: Callable[[str], None] = print
     ) -> None:
         from diffprobe.data.conversations import load_conversations
         from diffprobe.encoders import load_encoder
@@ -140,22 +130,15 @@ class Comparison:
                 f"Arms are compared on one benchmark each of {', '.join(sorted(known))}; found {', '.join(wrong)}. "
                 "'diffprobe mllm eval' judges the others."
             )
-        self.folder, self.settings, self.device, self.tell = Path(folder), settings, device, tell
+        self.folder, self.settings, self.device, self.log = Path(folder), settings, device, log
         self.encoder, self.diffusion = load_encoder(settings.encoder, device), load_model(settings.diffusion, device)
         self.captions, self.instructions = load_conversations(settings.captions), load_conversations(settings.instructions)
         self.cache = FeatureCache(self.folder / "features")
-        self._settle()
-
-    def _settle(self) -> None:
-        weights = {"encoder_weights": self.encoder.weights_hash(), "diffusion_weights": self.diffusion.weights_hash()}
-        data = {"captions_data": self.captions.fingerprint(), "instructions_data": self.instructions.fingerprint()}
-        asked = json.loads(json.dumps({**asdict(self.settings), **weights, **data}))
-        kept = self.folder / "request.json"
-        if kept.exists():
-            if differences := request_differences(json.loads(kept.read_text(encoding="utf-8")), asked):
-                raise ValueError(f"{self.folder} holds another run; give another folder. {'; '.join(differences)}.")
-            return
-        write_whole(kept, json.dumps(asked, indent=2) + "\n")
+        request = {
+            **asdict(settings), "encoder_weights": self.encoder.weights_hash(), "diffusion_weights": self.diffusion.weights_hash(),
+            "captions_data": self.captions.fingerprint(), "instructions_data": self.instructions.fingerprint(),
+        }  # fmt: skip
+        check_or_write_request(self.folder / "request.json", request, "holds another run; give another folder.")
 
     @cached_property
     def benchmarks(self) -> list[QuestionBenchmark]:
@@ -171,20 +154,18 @@ class Comparison:
             found.append(benchmark)
         return found
 
-    def model(self, arm: Arm, seed: int) -> Any:
+    def model(self, arm: Arm, seed: int) -> FusedMLLM:
         """A fresh model of an arm, with a language model of its own."""
-        from diffprobe.mllm.model import FusedConfig, FusedMLLM
+        from diffprobe.mllm.model import FusedMLLM
 
-        s = self.settings
+        shared = {field.name: getattr(self.settings, field.name) for field in fields(BackboneConfig)}
         config = FusedConfig(
-            language_model=s.language_model, template=s.template[-1], encoder=s.encoder, diffusion=s.diffusion, fusion=arm.fusion, sites=arm.sites,
-            timestep=arm.timestep, guidance=arm.guidance, grid=s.grid, merge=s.merge, noise_seed=s.noise_seed, seed=seed,
+            **shared, template=self.settings.template[-1], fusion=arm.fusion, sites=arm.sites, timestep=arm.timestep,
+            guidance=arm.guidance, seed=seed,
         )  # fmt: skip
         return FusedMLLM.build(config, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
 
     def stages(self, seed: int) -> tuple[StageConfig, StageConfig]:
-        from diffprobe.mllm.stages import StageConfig
-
         s = self.settings
         first, second = (
             StageConfig(
@@ -194,7 +175,7 @@ class Comparison:
         )
         return replace(first, template=s.template[-2] if s.template[1:] else ""), replace(second, tune=s.tune, prompted=True)
 
-    def trained(self, arm: Arm, seed: int) -> Any:
+    def trained(self, arm: Arm, seed: int) -> FusedMLLM:
         """The arm's model after both stages; what is done is loaded."""
         from safetensors.torch import load_file
 
@@ -202,20 +183,22 @@ class Comparison:
         from diffprobe.mllm.stages import train_stage
 
         first, second = self.stages(seed)
-        untold = replace(arm, guidance=0.0)
-        before, folder = (self.folder / stage / f"{a.slug}_seed{seed}" for stage, a in (("stage1", untold), ("stage2", arm)))
+        unprompted = replace(arm, guidance=0.0)
+        before, folder = (
+            self.folder / stage / f"{a.slug}_seed{seed}" for stage, a in (("stage1", unprompted), ("stage2", arm))
+        )
         if not (folder / CONFIG).exists():
             while not (before / CONFIG).exists():
-                fresh = self.model(untold, seed)
+                fresh = self.model(unprompted, seed)
                 try:
-                    train_stage(fresh, self.captions, before, first, tell=lambda line: self.tell(f"  1 {line}"))
+                    train_stage(fresh, self.captions, before, first, log=lambda line: self.log(f"  1 {line}"))
                 except BusyError as busy:
                     # arms that differ in guidance share stage 1, and another process may have one of them
-                    self.tell(f"  1 {busy}")
+                    self.log(f"  1 {busy}")
                     time.sleep(WAIT)
             model = self.model(arm, seed)
             model.fusion.load_state_dict(load_file(before / WEIGHTS))
-            train_stage(model, self.instructions, folder, second, start=before.name, tell=lambda line: self.tell(f"  2 {line}"))
+            train_stage(model, self.instructions, folder, second, start=before.name, log=lambda line: self.log(f"  2 {line}"))
         # loaded, also when just trained: on a GPU in another dtype, and answers must not depend on where a run was cut off
         return FusedMLLM.from_pretrained(folder, self.device, encoder=self.encoder, diffusion=self.diffusion, cache=self.cache)
 
@@ -227,37 +210,35 @@ class Comparison:
     def path(self, arm: Arm, seed: int, condition: str) -> Path:
         return self.folder / "answers" / self._asked / f"{arm.slug}_seed{seed}_{condition}.csv"
 
-    def look(self, arms: Sequence[Arm]) -> None:
-        """Every site that is looked at untold, in one pass a picture and timestep."""
+    def prepare(self, arms: Sequence[Arm]) -> None:
+        """Fill the cache with the unprompted features of every site of these arms, in one pass per picture and timestep."""
         from diffprobe.mllm.stages import Samples
-        from diffprobe.mllm.streams import DiffusionEye, Picture, Streams
+        from diffprobe.mllm.streams import DiffusionEncoder, Picture, Streams
 
         arms = [arm for arm in arms if arm.fusion != "clip" and arm.site not in CONTROLS]
         if not arms:
             return
-        stages = self.stages(0)
-        samples = [
-            Samples(self.model(arms[0], 0), d, s) for d, s in zip((self.captions, self.instructions), stages, strict=True)
-        ]
-        pictures = [p for sample in samples for found in sample.pictures(range(len(sample.turns))) for p in found]
-        shown = [load() for benchmark in self.benchmarks for item in benchmark.items for load in item.images]
-        pictures += [Picture.of(image) for image in shown]
+        pictures = []
+        for data, stage in zip((self.captions, self.instructions), self.stages(0), strict=True):
+            samples = Samples(self.model(arms[0], 0), data, stage)
+            pictures += samples.prompted_pictures(samples.rows)[0]
+        pictures += [Picture.of(load()) for benchmark in self.benchmarks for item in benchmark.items for load in item.images]
         for timestep in sorted({arm.timestep for arm in arms}):
             sites = sorted({site for arm in arms if arm.timestep == timestep for site in arm.sites})
-            eye = DiffusionEye(self.diffusion, sites, timestep, self.settings.noise_seed)
-            streams = Streams({"diffusion": eye}, self.settings.grid, guidance=0.0, cache=self.cache)
-            streams.prepare(pictures, [None] * len(pictures), partial(self._looked, timestep))
+            encoder = DiffusionEncoder(self.diffusion, sites, timestep, self.settings.noise_seed)
+            streams = Streams({"diffusion": encoder}, self.settings.grid, guidance=0.0, cache=self.cache)
+            streams.prepare(pictures, [None] * len(pictures), partial(self._prepared, timestep))
 
-    def _looked(self, timestep: int, done: int, total: int) -> None:
+    def _prepared(self, timestep: int, done: int, total: int) -> None:
         if done == total or done % 640 == 0:
-            self.tell(f"t={timestep}: {done} of {total} pictures looked at")
+            self.log(f"t={timestep}: {done} of {total} pictures looked at")
 
     def complete(self, pieces: Mapping[Arm, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
         """Train and question what is left of these pieces; gives all their answers.
 
         Args:
             pieces: for each arm the conditions that it answers under.
-            seeds: of the first weights, one training of each arm for each.
+            seeds: seeds of the first weights; each arm is trained once for each.
 
         Returns:
             One row an answer: arm (its label), seed, condition, benchmark, item, chance, output, hit.
@@ -267,9 +248,9 @@ class Comparison:
         wanted = [(arm, seed) for seed in seeds for arm in pieces]
         todo = [(a, s) for a, s in wanted if not all(self.path(a, s, c).exists() for c in pieces[a])]
         if todo:
-            self.look(list(dict.fromkeys(arm for arm, _ in todo)))
+            self.prepare(list(dict.fromkeys(arm for arm, _ in todo)))
         for number, (arm, seed) in enumerate(todo, start=1):
-            self.tell(f"{number} of {len(todo)}  {arm.label}, seed {seed}")
+            self.log(f"{number} of {len(todo)}  {arm.label}, seed {seed}")
             model = self.trained(arm, seed)
             for condition in pieces[arm]:
                 if (path := self.path(arm, seed, condition)).exists():
@@ -371,7 +352,7 @@ def change_rows(answers: pd.DataFrame, pairs: Sequence[tuple[tuple[str, str], tu
     """Paired differences, question by question and seed by seed; as `score_rows`, with a column `against`.
 
     Args:
-        pairs: of ((arm, condition), (arm, condition)): the first less the second.
+        pairs: ((arm, condition), (arm, condition)) each; the second is subtracted from the first.
     """
     by = dict(iter(answers.groupby(["arm", "condition"], sort=False)))
     rows = []
@@ -414,9 +395,9 @@ def table_rows(rows: pd.DataFrame, paper: pd.DataFrame, columns: Mapping[str, st
     """Lines of `plot_score_table`: every arm's scores beside the paper's of the same name.
 
     Args:
-        rows: of `score_rows`.
+        rows: what `score_rows` gives.
         paper: its index are labels of arms.
-        columns: of the paper, by our score; their order is the table's.
+        columns: the paper's columns by our score; their order is the table's.
     """
     own = rows[
         (rows["kind"] == "score") & (rows["condition"] == "own") & (rows["group"] == "all") & rows["score"].isin([*columns])

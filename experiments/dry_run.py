@@ -276,9 +276,10 @@ def rehearse(folder: Path, steps: int = 2) -> dict[str, list[float]]:
 
     from diffprobe.data.conversations import DrawnCaptions, DrawnInstructions
     from diffprobe.encoders import VisionEncoder
-    from diffprobe.mllm.model import FusedConfig, FusedMLLM
-    from diffprobe.mllm.stages import STAGE1, STAGE2, train_stage
-    from diffprobe.mllm.train import LanguageModel, load_language_model
+    from diffprobe.mllm.config import STAGE1, STAGE2, FusedConfig
+    from diffprobe.mllm.language import LanguageModel, load_language_model
+    from diffprobe.mllm.model import FusedMLLM
+    from diffprobe.mllm.stages import train_stage
     from diffprobe.models import DiffusionModel
     from diffprobe.zoo import locate
 

@@ -27,7 +27,7 @@ import pytest
 
 # On the torch side, where axes have no names, every shape in a signature is checked in every test.
 CHECKED = ("knockout", "matching", "models", "noise", "recorder", "sites")
-CHECKED_MLLM = ("fusion", "model", "projector", "stages", "streams", "train")
+CHECKED_MLLM = ("config", "fusion", "language", "model", "projector", "stages", "streams", "train")
 jaxtyping.install_import_hook(
     [f"diffprobe.{name}" for name in CHECKED] + [f"diffprobe.mllm.{name}" for name in CHECKED_MLLM], "beartype.beartype"
 )
@@ -242,7 +242,7 @@ def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from diffprobe.mllm.train import LanguageModel
+    from diffprobe.mllm.language import LanguageModel
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate(["<|end|>", "<|user|>", "<|assistant|>", *letters])}

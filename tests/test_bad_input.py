@@ -224,7 +224,7 @@ def test_language_models_and_encoders_that_are_cut_off(fresh_language: Callable[
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     from diffprobe.encoders import load_extractor
-    from diffprobe.mllm.train import load_language_model
+    from diffprobe.mllm.language import load_language_model
 
     language = fresh_language()
     language.model.save_pretrained(tmp_path / "lm")

@@ -25,12 +25,13 @@ from diffprobe.data.images import read_image, to_rgb
 from diffprobe.data.question_benchmarks import QuestionBenchmark, QuestionItem, load_questions
 from diffprobe.encoders import load_encoder
 from diffprobe.mllm import train
+from diffprobe.mllm.config import STAGE1, STAGE2, FusedConfig, StageConfig
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.judging import POINTS, answer_items, judge_all, score_judged
-from diffprobe.mllm.model import FusedConfig, FusedMLLM
-from diffprobe.mllm.stages import STAGE1, STAGE2, Learner, Samples, StageConfig, forecast_stage, train_fused, train_stage
-from diffprobe.mllm.streams import FeatureCache, InputEye, Picture, Streams, TruthEye
-from diffprobe.mllm.train import IGNORED, LanguageModel, lay_out
+from diffprobe.mllm.language import IGNORED, LanguageModel, build_inputs
+from diffprobe.mllm.model import FusedMLLM
+from diffprobe.mllm.stages import Learner, Sample, Samples, forecast_stage, train_fused, train_stage
+from diffprobe.mllm.streams import FeatureCache, InputEncoder, Picture, Streams, TruthEncoder
 from diffprobe.models import load_model
 from diffprobe.rundir import sole_writer
 
@@ -40,18 +41,18 @@ QUESTIONS = ["is it bright?", "what is the shade of this even picture?", "?"]
 
 @dataclass
 class Planted:
-    """An eye that sees the shade of an even image, or noise of the picture's own; it remembers what it was told."""
+    """An encoder that sees the shade of an even image, or noise of the picture's own; it remembers its prompts."""
 
     sees: bool
     name: str = "planted"
     sites: tuple[str, ...] = ("shade",)
-    told: list[str | None] = field(default_factory=list)
+    prompts_seen: list[str | None] = field(default_factory=list)
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {"weights": self.name, "sees": self.sees}
 
-    def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
-        self.told += list(prompts)
+    def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
+        self.prompts_seen += list(prompts)
         rows = []
         for picture in pictures:
             noise = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(int(picture.id[:8], 16)))
@@ -85,9 +86,9 @@ class Shades:
 
 
 def build(language: LanguageModel, kind: str = "cross_attention", cache: FeatureCache | None = None) -> FusedMLLM:
-    eyes = {"clip": Planted(False, "blind"), "diffusion": Planted(True)}
+    encoders = {"clip": Planted(False, "blind"), "diffusion": Planted(True)}
     fusion = Fusion(kind, {"clip": 6, "diffusion": 6}, language.width, rms=language.rms, heads=2)
-    needed = {name: eye for name, eye in eyes.items() if name in fusion.streams}
+    needed = {name: encoder for name, encoder in encoders.items() if name in fusion.streams}
     streams = Streams(needed, 2, guidance=4.0, cache=cache)
     return FusedMLLM(FusedConfig(fusion=kind, language_model="tiny"), streams, fusion, language)
 
@@ -139,7 +140,7 @@ def test_batched_answers_are_those_of_single_questions(parts: dict[str, str], ki
 def test_several_images_stand_one_after_the_other(language: Make) -> None:
     model = language()
     soft = torch.randn(3, 2, model.width)
-    rows = lay_out(model, soft, ["?", "?", "?"], images=[2, 0, 1])
+    rows = build_inputs(model, soft, ["?", "?", "?"], images=[2, 0, 1])
     before, after = model.prompt("?")
     assert rows.mask.sum(1).tolist() == [
         len(before) + len(after) + 4,
@@ -225,12 +226,12 @@ def test_captions_and_talk_in_llava_s_two_formats(
 
     def spy(rows: Any, language: LanguageModel, *more: Any, **options: Any) -> Any:
         seen.append(spell(language.prompt("?")[1] + language.answers([("?", "a")])[0]))
-        return lay_out(language, rows, *more, **options)
+        return build_inputs(language, rows, *more, **options)
 
     stage = StageConfig(steps=1, batch=4, tune=tune, lora_rank=2, prompted=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "diffprobe.mllm.stages.lay_out", lambda language, soft, *more, **options: spy(soft, language, *more, **options)
+            "diffprobe.mllm.stages.build_inputs", lambda language, soft, *more, **options: spy(soft, language, *more, **options)
         )
         train_stage(model, DrawnCaptions(8), tmp_path / "1", StageConfig(steps=1, batch=4, template="plain"))
         train_stage(model, DrawnCaptions(8), tmp_path / "2", stage)
@@ -265,25 +266,25 @@ def test_what_only_the_diffusion_stream_sees_is_learnt_by_fusions_alone(
     train_stage(model, Shades(), tmp_path, StageConfig(steps=80, batch=16, learning_rate=0.01, tune="full", prompted=True))
     assert share(model) > 0.9 if learns else 0.2 < share(model) < 0.8
     if kind == "cross_attention":
-        assert share(model, "irrelevant") > 0.9  # this eye does not read, so nothing it says is read
+        assert share(model, "irrelevant") > 0.9  # this encoder does not read, so nothing it says is read
         assert share(model, "blank") == share(model, "text") == 0.5  # one answer for all
 
 
-def test_stage_1_tells_nothing_and_stage_2_a_question_of_the_conversation(own_language: LanguageModel, tmp_path: Path) -> None:
+def test_stage_1_has_no_prompt_and_stage_2_a_question_of_the_conversation(own_language: LanguageModel, tmp_path: Path) -> None:
     model = build(own_language)
     before = {name: value.clone() for name, value in own_language.model.state_dict().items()}
-    eye = model.streams.eyes["diffusion"]
-    assert isinstance(eye, Planted)
+    encoder = model.streams.encoders["diffusion"]
+    assert isinstance(encoder, Planted)
     train_stage(model, Shades(), tmp_path / "1", replace(STAGE1, steps=2, batch=8))
-    assert set(eye.told) == {None}
+    assert set(encoder.prompts_seen) == {None}
     assert all(torch.equal(value, before[name]) for name, value in own_language.model.state_dict().items())
-    eye.told.clear()
+    encoder.prompts_seen.clear()
     train_stage(model, Shades(8), tmp_path / "2", replace(STAGE2, steps=8, batch=8), start="1")
-    assert set(eye.told) == {None, "is it bright?", "?"}  # nothing only as the other half of guidance
+    assert set(encoder.prompts_seen) == {None, "is it bright?", "?"}  # nothing only as the other half of guidance
     assert not all(torch.equal(value, before[name]) for name, value in own_language.model.state_dict().items())
-    eye.told.clear()
+    encoder.prompts_seen.clear()
     model.answer([[shade(True, 0)]], ["? now"])
-    assert set(eye.told) == {None, "? now"}
+    assert set(encoder.prompts_seen) == {None, "? now"}
 
 
 def test_defaults_are_those_of_llava() -> None:
@@ -297,17 +298,19 @@ def test_a_batch_loses_what_its_rows_lose_alone(own_language: LanguageModel) -> 
     learner = Learner(model.fusion, own_language)
     pictures = [Picture.of(shade(True, number)) for number in range(4)]
     images, questions = [1, 0, 2, 1], ["?", "What is it?", "Which of the two is it?", "Why?"]
-    told = [own_language.answers([(question, "yes"), ("And?", "no")]) for question in questions]
-    answers, labels = [ids for ids, _ in told], [labels for _, labels in told]
-    together, read = learner(model.streams(pictures, [None] * 4), questions, images, answers, labels)
+    samples = [
+        Sample(0, (lambda: None,) * count, question, None, *own_language.answers([(question, "yes"), ("And?", "no")]))
+        for count, question in zip(images, questions, strict=True)
+    ]
+    together, read = learner(model.streams(pictures, [None] * 4), samples)
     alone, first = 0.0, 0
-    for row, count in enumerate(images):
+    for sample, count in zip(samples, images, strict=True):
         mine = pictures[first : first + count]
         streams = model.streams(mine, [None] * count) if mine else {}
-        alone += float(learner(streams, [questions[row]], [count], [answers[row]], [labels[row]])[0].detach())
+        alone += float(learner(streams, [sample])[0].detach())
         first += count
     assert float(together.detach()) == pytest.approx(alone, rel=1e-4) and read > 0
-    learner({}, ["?"], [0], answers[:1], labels[:1])[0].backward()
+    learner({}, [samples[1]])[0].backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.fusion.parameters())
 
 
@@ -333,7 +336,7 @@ def test_interrupted_stages_end_in_the_same_weights(fresh_language: Make, tmp_pa
 
     train_stage(build(fresh_language()), Shades(), tmp_path / "whole", stage)
     with pytest.raises(Stop):
-        train_stage(build(fresh_language()), Shades(), tmp_path / "cut", stage, tell=stop)
+        train_stage(build(fresh_language()), Shades(), tmp_path / "cut", stage, log=stop)
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
     train_stage(build(fresh_language()), Shades(), tmp_path / "cut", stage)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 6
@@ -361,7 +364,7 @@ def test_bfloat16_on_a_cpu_learns_the_same_to_its_accuracy(fresh_language: Make,
 @pytest.mark.parametrize("wrong", ["tune='none'", "precision='fp8'"])
 def test_a_stage_refuses_words_that_it_does_not_know(wrong: str) -> None:
     # in a process of its own: in this one annotations are checked before
-    code = f"from diffprobe.mllm.stages import StageConfig; StageConfig({wrong})"
+    code = f"from diffprobe.mllm.config import StageConfig; StageConfig({wrong})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     name, value = wrong.split("=")
     assert f"ValueError: {name} is one of" in done.stderr and f"; got {value}." in done.stderr
@@ -373,29 +376,37 @@ def test_a_cache_changes_what_is_computed_and_not_what_is_learnt(fresh_language:
     train_stage(live, Shades(8), tmp_path / "live", stage)
     cached = build(fresh_language(), cache=FeatureCache(tmp_path / "cache"))
     train_stage(cached, Shades(8), tmp_path / "kept", stage)
-    eye = cached.streams.eyes["diffusion"]
-    assert isinstance(eye, Planted)
-    assert len(eye.told) == 8 + 16  # each image with nothing, and with each of its two questions
+    encoder = cached.streams.encoders["diffusion"]
+    assert isinstance(encoder, Planted)
+    assert len(encoder.prompts_seen) == 8 + 16  # each image with nothing, and with each of its two questions
     assert np.allclose([float(x) for x in losses(tmp_path / "live")], [float(x) for x in losses(tmp_path / "kept")], rtol=0.02)
 
 
 def test_each_turn_is_read_from_features_that_its_own_question_prompted(own_language: LanguageModel) -> None:
     """A turn whose features were prompted with another question would teach the model to ignore its prompt."""
-    told = Samples(build(own_language), Shades(4), replace(STAGE2, batch=2, steps=1))
-    assert [told.prompt(k) for k in range(8)] == ["is it bright?", "?"] * 4
-    assert all(len(turns) == 1 and turns[0][0] == told.prompt(k) for k, turns in enumerate(told.turns))
-    pictures, prompts = told._told([0, 1, 6], np.zeros(3, bool))
+    prompted = Samples(build(own_language), Shades(4), replace(STAGE2, batch=2, steps=1))
+    assert [sample.prompt for sample in prompted.rows] == ["is it bright?", "?"] * 4
+    assert all(sample.question == sample.prompt for sample in prompted.rows)
+    assert [learnt(prompted, sample) for sample in prompted.rows[:2]] == ["yes", "a"]
+    pictures, prompts = prompted.prompted_pictures([prompted.rows[k] for k in (0, 1, 6)])
     assert prompts == ["is it bright?", "?", "is it bright?"]
     assert pictures[0].id == pictures[1].id != pictures[2].id
-    untold = Samples(build(own_language), Shades(4), replace(STAGE1, batch=2, steps=1))
-    assert len(untold.turns) == 4 and all(len(turns) == 2 for turns in untold.turns) and untold.prompt(0) is None
+    unprompted = Samples(build(own_language), Shades(4), replace(STAGE1, batch=2, steps=1))
+    assert [sample.prompt for sample in unprompted.rows] == [None] * 4
+    assert learnt(unprompted, unprompted.rows[0]) == "yes a"  # both turns
+
+
+def learnt(samples: Samples, sample: Sample) -> str:
+    """What a sample teaches to say."""
+    language = samples.model.language
+    return " ".join(language.tokenizer.decode([label for label in sample.labels if label != IGNORED]).split("<|end|>")).strip()
 
 
 def test_forecast_learns_nothing(own_language: LanguageModel, tmp_path: Path) -> None:
     model = build(own_language, cache=FeatureCache(tmp_path))
     before = {name: value.clone() for name, value in model.fusion.state_dict().items()}
     found = forecast_stage(model, Shades(48), replace(STAGE2, batch=16, epochs=2))
-    # two turns a conversation, each a sample that is told its own question
+    # two turns a conversation, each a sample that has its own question as prompt
     assert found.steps == 12 and found.passes == 96 and found.seconds > 0 and "12 steps of" in str(found)
     assert all(torch.equal(value, before[name]) for name, value in model.fusion.state_dict().items())
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -409,7 +420,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from conftest import build_language
 from test_fused import Shades, build
-from diffprobe.mllm.stages import StageConfig, train_stage
+from diffprobe.mllm.config import StageConfig
+from diffprobe.mllm.stages import train_stage
 model = build(build_language())
 train_stage(model, Shades(), Path({folder!r}), StageConfig(
     steps=3, batch=8, accumulate={accumulate}, learning_rate=0.01, tune="full", prompted=True
@@ -445,13 +457,13 @@ def filled(spare, learner, fill=stages._filled):
     assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers), "weights were not spread by layer"
     return fill(spare, learner)
 
-def save_and_stop(folder, learner, optimizer, state, *rest, save=train._save):
+def save_and_stop(folder, learner, optimizer, state, *rest, save=train.save_checkpoint):
     save(folder, learner, optimizer, state, *rest)
     if folder.name == "stage2" and state.step == 2:
-        train._save = save
+        train.save_checkpoint = save
         raise InterruptedError
 
-stages.Accelerator, stages._filled, train._save = shard, filled, save_and_stop
+stages.Accelerator, stages._filled, train.save_checkpoint = shard, filled, save_and_stop
 folder = Path({folder!r})
 try:
     two_stages(build(build_language()), folder, {tune!r})
@@ -529,7 +541,7 @@ def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
 ) -> None:
     model, sizes = build(fresh_language(), cache=FeatureCache(tmp_path / "features")), []
     stage = StageConfig(steps=6, batch=8, tune=tune, lora_rank=2, prompted=True, evaluate_every=5)  # type: ignore[arg-type]
-    data, save = Shades(16), train._save
+    data, save = Shades(16), train.save_checkpoint
     found = forecast_stage(model, data, stage)
 
     def weigh(value: Any) -> int:
@@ -540,7 +552,7 @@ def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
         save(folder, *more)
         sizes.append(weigh(torch.load(folder / "checkpoint.pt", weights_only=True)))
 
-    monkeypatch.setattr(train, "_save", spy)
+    monkeypatch.setattr(train, "save_checkpoint", spy)
     train_stage(model, data, tmp_path / "run", stage)
     assert len(sizes) == 2 and all(0.8 * found.checkpoint < size < 1.02 * found.checkpoint for size in sizes)  # and buffers
     part = {"": "fusion", "full": "model", "lora": "adapter_model"}[tune]
@@ -548,7 +560,7 @@ def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
     assert sum(weigh(load_file(path)) for path in paths) == pytest.approx(found.model, rel=0.02)
     kept = sum(weigh(load_file(path)) for path in (tmp_path / "features").rglob("*.safetensors"))
     per_picture = 2 * 6 * 2 * 2
-    assert found.cache == 2 * 16 * per_picture * 3  # of each turn: blind, untold, and told its question
+    assert found.cache == 2 * 16 * per_picture * 3  # of each turn: blind, unprompted, and prompted with its question
     assert 16 * per_picture * 3 <= kept <= found.cache
     assert f"every {found.every} steps" in str(found) and found.every == 5
 
@@ -556,12 +568,12 @@ def test_the_disk_that_is_forecast_is_the_disk_that_is_taken(
 def test_a_disk_that_is_too_small_is_refused_before_training(
     fresh_language: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     stages = StageConfig(steps=1, batch=8), StageConfig(steps=1, batch=8, tune="full")
     monkeypatch.setattr("diffprobe.mllm.stages.free_bytes", lambda folder: 100_000)
     with pytest.raises(ValueError, match=r"needs 1.03 MB more and 100 kB are free.*--force goes on"):
-        train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, tell=told.append)
-    assert "a checkpoint of" in told[1] and told[2].startswith("disk: ") and not list(tmp_path.iterdir())
+        train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, log=logged.append)
+    assert "a checkpoint of" in logged[1] and logged[2].startswith("disk: ") and not list(tmp_path.iterdir())
     train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, dry_run=True)
     train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages, force=True)
     train_fused(build(fresh_language()), Shades(), Shades(), tmp_path, stages)  # it is finished: nothing more is needed
@@ -605,15 +617,15 @@ def test_a_forecast_of_talk_without_images(own_language: LanguageModel) -> None:
 
 def test_a_cache_holds_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffprobe.mllm.streams._OPEN", 2)
-    cache, eye = FeatureCache(tmp_path), Planted(True)
+    cache, encoder = FeatureCache(tmp_path), Planted(True)
     pictures = [Picture.of(shade(True, number)) for number in range(5)]
     for picture in pictures:
-        cache.write(eye, [(picture.id, None)], eye.look([picture], [None]))
+        cache.write(encoder, [(picture.id, None)], encoder.encode([picture], [None]))
     keys = [(pictures[k].id, None) for k in (0, 1, 2, 3, 4, 0, 4, 2)]
-    found = cache.read(eye, "shade", keys)
-    assert len(cache._open) == 2
+    found = cache.read(encoder, "shade", keys)
+    assert cache._open.cache_info().currsize == 2
     assert torch.allclose(
-        found.float(), torch.cat([eye.look([pictures[k]], [None])["shade"] for k in (0, 1, 2, 3, 4, 0, 4, 2)]), atol=0.01
+        found.float(), torch.cat([encoder.encode([pictures[k]], [None])["shade"] for k in (0, 1, 2, 3, 4, 0, 4, 2)]), atol=0.01
     )
 
 
@@ -627,22 +639,22 @@ def flipped(path: Path, first: int, count: int = 4000) -> bytes:
 
 
 def test_a_damaged_file_of_the_cache_is_found(tmp_path: Path) -> None:
-    cache, eye, pictures = FeatureCache(tmp_path), Planted(True), [Picture.of(shade(True, number)) for number in range(3)]
+    cache, encoder, pictures = FeatureCache(tmp_path), Planted(True), [Picture.of(shade(True, number)) for number in range(3)]
     keys = [(picture.id, None) for picture in pictures]
-    cache.write(eye, keys, eye.look(pictures, [None] * 3))
+    cache.write(encoder, keys, encoder.encode(pictures, [None] * 3))
     (path,) = tmp_path.rglob("*.safetensors")
     whole, end = path.read_bytes(), path.stat().st_size
     for first, count in ((end - 3, 1), (end - 60, 40), (200, 10), (8, 1), (0, 2)):
         flipped(path, first, count)
         again = FeatureCache(tmp_path)
         with pytest.raises(ValueError, match=rf"{path.name} is damaged; remove it"):
-            again.read(eye, "shade", keys)
+            again.read(encoder, "shade", keys)
         path.write_bytes(whole)
     flipped(path, end - 3, 1)
     other = FeatureCache(tmp_path)
-    assert len(other.read(eye, "shade", keys[:2])) == 2  # rows that are as they were
+    assert len(other.read(encoder, "shade", keys[:2])) == 2  # rows that are as they were
     path.unlink()
-    assert FeatureCache(tmp_path).lacking(eye, keys) == keys
+    assert FeatureCache(tmp_path).lacking(encoder, keys) == keys
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16"])
@@ -651,8 +663,8 @@ def test_images_of_any_mode_are_read_as_files_are(language: Make, tmp_path: Path
     image = Image.fromarray(values)
     image.save(tmp_path / "image.png")
     model, seen = build(language()), []
-    eye = model.streams.eyes["diffusion"]
-    eye.look = lambda pictures, prompts: seen.extend(p.id for p in pictures) or Planted.look(eye, pictures, prompts)  # type: ignore[method-assign, arg-type, func-returns-value]
+    encoder = model.streams.encoders["diffusion"]
+    encoder.encode = lambda pictures, prompts: seen.extend(p.id for p in pictures) or Planted.encode(encoder, pictures, prompts)  # type: ignore[method-assign, arg-type, func-returns-value]
     model.answer([[image]], ["?"], max_new_tokens=1)
     assert set(seen) == {Picture.of(read_image(tmp_path / "image.png")).id} != {Picture.of(image).id}
 
@@ -663,16 +675,16 @@ def test_images_of_any_mode_are_read_as_files_are(language: Make, tmp_path: Path
 def test_answers_outlive_a_scorer_that_refuses_them(language: Make, tmp_path: Path) -> None:
     twins = load_questions("shapes-mmvp:2")
     item = QuestionItem("bench-1", (), "What is it?", {"category": "conv", "question": "What is it?"})
-    told: list[str] = []
+    logged: list[str] = []
     benchmarks = [QuestionBenchmark("llava-bench", "llava-bench", "", (item,)), twins,
                   QuestionBenchmark("odd", "mmvp", "", twins.items[:3])]  # fmt: skip
     with pytest.raises(ValueError, match="pairs"):
-        judge_all(build(language()), benchmarks, tmp_path, ("own",), max_new_tokens=1, tell=told.append)
+        judge_all(build(language()), benchmarks, tmp_path, ("own",), max_new_tokens=1, tell=logged.append)
     with (tmp_path / "answers.csv").open(encoding="utf-8") as file:
         assert [row["benchmark"] for row in csv.DictReader(file)] == ["llava-bench"] + [twins.name] * 4 + ["odd"] * 3
     with (tmp_path / "scores.csv").open(encoding="utf-8") as file:
         assert {row["benchmark"] for row in csv.DictReader(file)} == {twins.name}
-    assert "llava-bench: answers are kept; its score needs a judge model" in " ".join(told)
+    assert "llava-bench: answers are kept; its score needs a judge model" in " ".join(logged)
     kept = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
     assert kept[twins.name] == {"spec": twins.spec, "fingerprint": twins.fingerprint()} and len(kept) == 3
 
@@ -719,14 +731,14 @@ def test_judged_beside_its_blind_baselines(language: Make, tmp_path: Path) -> No
     pair = scores[scores["score"] == "pair"]
     assert (pair["chance"] == 0.25).all() and (pair["n"] == 9).all() and (pair["low"] <= pair["value"]).all()
     assert len(answers) == 3 * 18 and set(answers["hit"]) <= {0.0, 1.0}
-    eye = model.streams.eyes["diffusion"]
-    assert isinstance(eye, Planted)
-    eye.told.clear()
+    encoder = model.streams.encoders["diffusion"]
+    assert isinstance(encoder, Planted)
+    encoder.prompts_seen.clear()
     answer_items(model, bench.items[:2], "irrelevant", max_new_tokens=1)
     assert bench.items[0].question == bench.items[1].question  # a pair: nothing else to tell
-    eye.told.clear()
+    encoder.prompts_seen.clear()
     answer_items(model, bench.items, "irrelevant", max_new_tokens=1)
-    assert len(set(eye.told)) == 10 and len(eye.told) == 36
+    assert len(set(encoder.prompts_seen)) == 10 and len(encoder.prompts_seen) == 36
     with pytest.raises(ValueError, match="'other' is not one of own, unprompted"):
         answer_items(model, bench.items, "other")
 
@@ -744,11 +756,11 @@ def test_attention_of_a_question_is_the_recorded_maps_mean(parts: dict[str, str]
     assert heat["word"].values.tolist() == ["red", "star", "left"] and heat.dims == ("word", "y", "x")
     assert np.allclose(heat.sum(("y", "x")), 1, atol=1e-5)
     one = question_attention(model, image, question, maps="U-L1-R1-B0-Cross-Map")
-    eye = model.streams.eyes["diffusion"]
-    text = eye.model.encode_text([question])  # type: ignore[attr-defined]
+    encoder = model.streams.encoders["diffusion"]
+    text = encoder.model.encode_text([question])  # type: ignore[attr-defined]
     (place,) = [k for k, (a, b) in enumerate(text.spans[0].tolist()) if question[a:b] == "red"]
-    with Recorder(eye.model, maps="U-L1-R1-B0-Cross-Map", heads="all") as recorder:  # type: ignore[attr-defined]
-        eye.pass_through([Picture.of(image)], [question])  # type: ignore[attr-defined]
+    with Recorder(encoder.model, maps="U-L1-R1-B0-Cross-Map", heads="all") as recorder:  # type: ignore[attr-defined]
+        encoder.forward([Picture.of(image)], [question])  # type: ignore[attr-defined]
     expected = recorder["U-L1-R1-B0-Cross-Map"][0, :, place].mean(0)
     assert np.allclose(one.sel(word="red"), expected / expected.sum(), atol=1e-6)
     path = save_attention(model, image, question, "no", tmp_path / "heat.png")
@@ -764,8 +776,8 @@ def test_attention_of_a_question_is_the_recorded_maps_mean(parts: dict[str, str]
 
 def test_the_oracle_sees_what_the_scene_says_and_nothing_elsewhere() -> None:
     scene = shapes.random_scene(0, 3, "test", 2)
-    eye = TruthEye()
-    seen = eye.look([Picture.of(shapes.picture(scene)), Picture.of(Image.new("RGB", (64, 64)))], [None, None])["truth"]
+    encoder = TruthEncoder()
+    seen = encoder.encode([Picture.of(shapes.picture(scene)), Picture.of(Image.new("RGB", (64, 64)))], [None, None])["truth"]
     assert seen.shape == (2, 38, 8, 8) and not seen[1].any()
     for obj in scene.objects:
         cell = seen[0, :, int(obj.y * 8), int(obj.x * 8)]
@@ -777,11 +789,11 @@ def test_the_oracle_sees_what_the_scene_says_and_nothing_elsewhere() -> None:
 
 def test_inputs_of_the_diffusion_model_stand_in_for_its_features(tiny_model: Any) -> None:
     picture = Picture.of(shade(True, 0))
-    latent = InputEye(tiny_model, "latent").look([picture], [None])["latent"]
+    latent = InputEncoder(tiny_model, "latent").encode([picture], [None])["latent"]
     assert latent.shape == (1, 4, 16, 16)
-    text = InputEye(tiny_model, "text").look([picture, picture], ["a red star", None])["text"]
+    text = InputEncoder(tiny_model, "text").encode([picture, picture], ["a red star", None])["text"]
     assert text.shape == (2, 128, 8, 8)
     assert torch.equal(text[0, :, 0, 3], tiny_model.encode_text(["a red star"]).embeddings[0, 3].float())
     for site in ("latent", "text", "truth"):
         model = FusedMLLM.build(FusedConfig(fusion="diffusion", sites=(site,), grid=4), diffusion=tiny_model)
-        assert set(model.streams.eyes) == {"diffusion"} and model.streams.eyes["diffusion"].sites == (site,)
+        assert set(model.streams.encoders) == {"diffusion"} and model.streams.encoders["diffusion"].sites == (site,)

@@ -14,7 +14,7 @@ from PIL import Image
 from diffprobe.data import ShapesDataset
 from diffprobe.mllm.fusion import FUSIONS, GATE_SPEED, CrossAttention, Fusion, squared_distances, to_grid
 from diffprobe.mllm.projector import Projector, soft_tokens
-from diffprobe.mllm.streams import DiffusionEye, FeatureCache, Picture, Streams, to_pixels
+from diffprobe.mllm.streams import DiffusionEncoder, FeatureCache, Picture, Streams, to_pixels
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
 
@@ -129,17 +129,17 @@ def test_what_a_fusion_lacks_is_named() -> None:
 
 
 class Counting:
-    """An eye that counts what it is asked to look at."""
+    """An encoder that counts what it encodes."""
 
-    def __init__(self, eye: DiffusionEye) -> None:
-        self.eye, self.sites, self.seen = eye, eye.sites, list[tuple[str, str | None]]()
+    def __init__(self, encoder: DiffusionEncoder) -> None:
+        self.encoder, self.sites, self.seen = encoder, encoder.sites, list[tuple[str, str | None]]()
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
-        return self.eye.origin(site)
+        return self.encoder.origin(site)
 
-    def look(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
+    def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
         self.seen += [(picture.id, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-        return self.eye.look(pictures, prompts)
+        return self.encoder.encode(pictures, prompts)
 
 
 def bare(model: Any, picture: Picture, prompt: str | None, timestep: int = 50) -> torch.Tensor:
@@ -155,55 +155,55 @@ def bare(model: Any, picture: Picture, prompt: str | None, timestep: int = 50) -
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_guided_features_are_those_of_single_passes(tiny_model: Any, scale: float) -> None:
-    eye = Counting(DiffusionEye(tiny_model, SITE))
-    found = Streams({"diffusion": eye}, 4, guidance=scale)(PICTURES, QUESTIONS)["diffusion"]
+    encoder = Counting(DiffusionEncoder(tiny_model, SITE))
+    found = Streams({"diffusion": encoder}, 4, guidance=scale)(PICTURES, QUESTIONS)["diffusion"]
     for row, (picture, question) in enumerate(zip(PICTURES, QUESTIONS, strict=True)):
         null = bare(tiny_model, picture, None)
         expected = null + scale * (bare(tiny_model, picture, question) - null)
         assert torch.allclose(found[row], to_grid(expected[None], 4)[0], atol=1e-4)
-    prompts = {prompt for _, prompt in eye.seen}
-    assert len(eye.seen) == len(set(eye.seen)) == {0.0: 4, 1.0: 4, 4.0: 7}[scale]
+    prompts = {prompt for _, prompt in encoder.seen}
+    assert len(encoder.seen) == len(set(encoder.seen)) == {0.0: 4, 1.0: 4, 4.0: 7}[scale]
     assert prompts == ({None} if scale == 0 else set(QUESTIONS))
 
 
 def test_several_sites_stand_side_by_side(tiny_model: Any) -> None:
-    both = Streams({"diffusion": DiffusionEye(tiny_model, [SITE, "U-L2-R1-B0-Cross-Q"])}, 4)
+    both = Streams({"diffusion": DiffusionEncoder(tiny_model, [SITE, "U-L2-R1-B0-Cross-Q"])}, 4)
     found = both(PICTURES[:1], [None])["diffusion"]
-    alone = Streams({"diffusion": DiffusionEye(tiny_model, SITE)}, 4)(PICTURES[:1], [None])["diffusion"]
+    alone = Streams({"diffusion": DiffusionEncoder(tiny_model, SITE)}, 4)(PICTURES[:1], [None])["diffusion"]
     assert both.channels() == {"diffusion": found.shape[-1]} and torch.allclose(found[..., : alone.shape[-1]], alone, atol=1e-5)
 
 
 def test_the_cache_computes_each_pass_once(tiny_model: Any, tmp_path: Path) -> None:
-    eye = Counting(DiffusionEye(tiny_model, SITE))
-    streams = Streams({"diffusion": eye}, 4, guidance=4.0, cache=FeatureCache(tmp_path))
-    told: list[tuple[int, int]] = []
-    streams.prepare(PICTURES[:2], QUESTIONS[:2], lambda done, total: told.append((done, total)))
-    assert told == [(3, 3)]
-    live = Streams({"diffusion": DiffusionEye(tiny_model, SITE)}, 4, guidance=4.0)(PICTURES, QUESTIONS)["diffusion"]
+    encoder = Counting(DiffusionEncoder(tiny_model, SITE))
+    streams = Streams({"diffusion": encoder}, 4, guidance=4.0, cache=FeatureCache(tmp_path))
+    done_of: list[tuple[int, int]] = []
+    streams.prepare(PICTURES[:2], QUESTIONS[:2], lambda done, total: done_of.append((done, total)))
+    assert done_of == [(3, 3)]
+    live = Streams({"diffusion": DiffusionEncoder(tiny_model, SITE)}, 4, guidance=4.0)(PICTURES, QUESTIONS)["diffusion"]
     found = streams(PICTURES, QUESTIONS)["diffusion"]
     assert torch.allclose(found, live, rtol=0.01, atol=0.01)  # float16 apart
-    assert len(eye.seen) == len(set(eye.seen)) == 7
-    again = Streams({"diffusion": eye}, 4, guidance=4.0, cache=FeatureCache(tmp_path))
-    assert torch.equal(again(PICTURES, QUESTIONS)["diffusion"], found) and len(eye.seen) == 7
-    other = Counting(DiffusionEye(tiny_model, SITE, timestep=100))
+    assert len(encoder.seen) == len(set(encoder.seen)) == 7
+    again = Streams({"diffusion": encoder}, 4, guidance=4.0, cache=FeatureCache(tmp_path))
+    assert torch.equal(again(PICTURES, QUESTIONS)["diffusion"], found) and len(encoder.seen) == 7
+    other = Counting(DiffusionEncoder(tiny_model, SITE, timestep=100))
     Streams({"diffusion": other}, 4, guidance=0.0, cache=FeatureCache(tmp_path))(PICTURES[:1], [None])
     assert len(other.seen) == 1 and len(list(tmp_path.iterdir())) == 2  # settings apart, folders apart
 
 
 def test_the_cache_refuses_what_float16_cannot_hold(tiny_model: Any, tmp_path: Path) -> None:
-    eye = DiffusionEye(tiny_model, SITE)
+    encoder = DiffusionEncoder(tiny_model, SITE)
     with pytest.raises(ValueError, match=f"{SITE} are not finite in float16"):
-        FeatureCache(tmp_path).write(eye, [("a", None)], {SITE: torch.full((1, 2, 2, 2), 1e6)})
+        FeatureCache(tmp_path).write(encoder, [("a", None)], {SITE: torch.full((1, 2, 2, 2), 1e6)})
     assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.raises(ValueError, match="only where there is a cache"):
-        Streams({"diffusion": eye}, 4).prepare(PICTURES, QUESTIONS, lambda done, total: None)
+        Streams({"diffusion": encoder}, 4).prepare(PICTURES, QUESTIONS, lambda done, total: None)
 
 
 def test_prompts_that_are_cut_are_counted(tiny_model: Any) -> None:
-    eye = DiffusionEye(tiny_model, SITE)
+    encoder = DiffusionEncoder(tiny_model, SITE)
     long = "is there a red star? " * 20
-    eye.look(PICTURES[:3], [long, "is there a red star?", long])
-    assert eye.cut == {long}
+    encoder.encode(PICTURES[:3], [long, "is there a red star?", long])
+    assert encoder.truncated == {long}
 
 
 def test_images_that_are_not_square_are_padded() -> None:

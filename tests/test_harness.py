@@ -139,7 +139,8 @@ def harness_task(folder: Path, items: Sequence[QuestionItem], answers: Sequence[
 
 
 def saved_model(folder: Path, language: Any, diffusion: Path) -> Path:
-    from diffprobe.mllm.model import FusedConfig, FusedMLLM
+    from diffprobe.mllm.config import FusedConfig
+    from diffprobe.mllm.model import FusedMLLM
 
     language.model.save_pretrained(folder / "lm")
     language.tokenizer.save_pretrained(folder / "lm")

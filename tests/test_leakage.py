@@ -61,7 +61,9 @@ def trained(language: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
 
     A language model of random weights says the word that its soft tokens ask for, once a projector has learnt to ask.
     """
-    from diffprobe.mllm.train import Captioned, TrainConfig, generate, train_projector
+    from diffprobe.mllm.config import TrainConfig
+    from diffprobe.mllm.language import generate_texts
+    from diffprobe.mllm.train import Captioned, train_projector
 
     model = language(WORDS, 64)
 
@@ -90,7 +92,7 @@ def trained(language: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
                 model, Captioned(shown[:100], captions[:100]), Captioned(shown[100:120], captions[100:120]),
                 tmp_path_factory.mktemp("planted") / "p", config,
             )  # fmt: skip
-            said = generate(model, projector, tested[held], max_new_tokens=3)
+            said = generate_texts(model, projector, tested[held], max_new_tokens=3)
             rows += [
                 {"arm": "M", "site": kind, "timestep": 50, "guidance": 4.0, "seed": projector_seed, "condition": "mismatched", "sample": f"image-{k}",
                  "fed": f"{WORDS[fed[k]]} thing", "references": json.dumps([f"something {WORDS[seen[k]]}"]), "output": text}

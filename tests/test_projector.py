@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from diffprobe.mllm.projector import Projector, soft_tokens
-from diffprobe.mllm.train import (
-    Captioned,
+from diffprobe.mllm.config import TrainConfig
+from diffprobe.mllm.language import (
     LanguageModel,
-    TrainConfig,
     answer_losses,
-    batch_of,
-    generate,
-    lay_out,
+    build_inputs,
+    generate_texts,
     load_language_model,
     log_likelihood,
-    train_projector,
 )
+from diffprobe.mllm.projector import Projector, soft_tokens
+from diffprobe.mllm.train import Captioned, batch_of, read_checkpoint, train_projector
 
 Make = Callable[..., LanguageModel]
 TEXTS = ["a red star", "", "赤い星が左にある", "une étoile " * 30]  # empty, other scripts, long
@@ -97,7 +95,7 @@ def test_rows_equal_single_texts_without_padding(language: Make) -> None:
     model = language()
     pictures = torch.randint(3, 200, (4, 5))
     requests = ["What?", "Describe the image in many words.", "?", "What?"]
-    rows = lay_out(model, model.embeddings(pictures), requests, [model.answer(text) for text in TEXTS])
+    rows = build_inputs(model, model.embeddings(pictures), requests, [model.answer(text) for text in TEXTS])
     losses = answer_losses(model, rows)
     for row, text in enumerate(TEXTS):
         alone = naive_losses(model, pictures[row].tolist(), requests[row], text)
@@ -112,7 +110,7 @@ def test_likelihood_equals_the_losses(language: Make) -> None:
     found, lengths = log_likelihood(model, projector, features, asked, "What?", batch=3)
     for row in range(2):
         for column, text in enumerate(asked[row]):
-            rows = lay_out(model, projector(features[row : row + 1]), ["What?"], [model.answer(text)])
+            rows = build_inputs(model, projector(features[row : row + 1]), ["What?"], [model.answer(text)])
             assert found[row, column] == pytest.approx(-float(answer_losses(model, rows).detach().sum()), abs=1e-3)
             assert lengths[row, column] == len(model.answer(text))
     with pytest.raises(ValueError, match="equally many candidates"):
@@ -123,8 +121,8 @@ def test_generated_in_batches_as_one_by_one(language: Make) -> None:
     model, projector = language(), Projector(6, 32, rms=3.0)
     features = data(5).features
     requests = ["?", "Describe the image in many, many words.", "What?", "?", "Say it."]
-    together = generate(model, projector, features, requests, max_new_tokens=6, batch=3)
-    alone = [generate(model, projector, features[k : k + 1], requests[k], max_new_tokens=6)[0] for k in range(5)]
+    together = generate_texts(model, projector, features, requests, max_new_tokens=6, batch=3)
+    alone = [generate_texts(model, projector, features[k : k + 1], requests[k], max_new_tokens=6)[0] for k in range(5)]
     assert together == alone and len(set(together)) > 1
 
 
@@ -297,13 +295,59 @@ def test_interrupted_training_ends_in_the_same_weights(language: Make, tmp_path:
 
     train_projector(language(), data(), data(6, 1), tmp_path / "whole", config)
     with pytest.raises(Stop):
-        train_projector(language(), data(), data(6, 1), tmp_path / "cut", config, tell=stop)
+        train_projector(language(), data(), data(6, 1), tmp_path / "cut", config, log=stop)
     assert (tmp_path / "cut" / "checkpoint.pt").exists() and not (tmp_path / "cut" / "projector.safetensors").exists()
     train_projector(language(), data(), data(6, 1), tmp_path / "cut", config)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole") and len(curve(tmp_path / "cut")) == 8
     files = [(tmp_path / name / "projector.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+
+
+def flat(value: Any) -> list[Any]:
+    """A nested value as a list that can be compared; tensors as their bytes."""
+    if isinstance(value, torch.Tensor):
+        return [value.dtype, value.shape, value.numpy().tobytes()]
+    if isinstance(value, dict | list):
+        return [
+            part
+            for one in (value.items() if isinstance(value, dict) else value)
+            for part in flat(list(one) if isinstance(one, tuple) else one)
+        ]
+    return [repr(value)]
+
+
+def test_a_damaged_checkpoint_is_found(language: Make, tmp_path: Path) -> None:
+    """Whatever single byte changes, the checkpoint is refused or holds what was written."""
+    config = TrainConfig(steps=4, batch=8, evaluate_every=2, patience=0)
+
+    class Stop(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        train_projector(language(), data(), data(6, 1), tmp_path, config, log=stop)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    written = read_checkpoint(path)
+    refused, places = 0, {*range(0, len(whole), len(whole) // 150), *range(len(whole) - 120, len(whole))}
+    for place in sorted(places):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            held = read_checkpoint(path)
+        except ValueError as error:
+            assert str(error) == f"{path} is no checkpoint of a training, or is damaged; remove it."
+            refused += 1
+        else:
+            assert flat(held) == flat(written)
+    assert refused > len(places) / 2
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of a training, or is damaged; remove it"):
+        train_projector(language(), data(), data(6, 1), tmp_path, config)
+    path.write_bytes(whole)
+    train_projector(language(), data(), data(6, 1), tmp_path, config)
 
 
 def test_parts_of_a_batch_give_the_whole_batch(language: Make, tmp_path: Path) -> None:
@@ -333,7 +377,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from conftest import build_language
 from test_projector import data
-from diffprobe.mllm.train import TrainConfig, train_projector
+from diffprobe.mllm.config import TrainConfig
+from diffprobe.mllm.train import train_projector
 found = train_projector(
     build_language(), data(), data(8, 1), Path({folder!r}),
     TrainConfig(steps=60, batch=8, learning_rate=0.05, evaluate_every=5, patience=2),

@@ -26,7 +26,9 @@ from PIL import Image
 from diffprobe import cli
 from diffprobe.data.benchmarks import load_benchmark
 from diffprobe.encoders import load_extractor
-from diffprobe.mllm.train import Captioned, TrainConfig, load_language_model, train_projector
+from diffprobe.mllm.config import TrainConfig
+from diffprobe.mllm.language import load_language_model
+from diffprobe.mllm.train import Captioned, train_projector
 from diffprobe.models import load_model
 from diffprobe.report import write_report
 

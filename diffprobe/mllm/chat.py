@@ -15,7 +15,7 @@ from diffprobe.conditioning import FUNCTION_WORDS, word_tokens
 from diffprobe.data.images import fit_image
 from diffprobe.mllm.fusion import DIFFUSION
 from diffprobe.mllm.model import FusedMLLM
-from diffprobe.mllm.streams import DiffusionEye, Picture
+from diffprobe.mllm.streams import DiffusionEncoder, Picture
 from diffprobe.recorder import Recorder
 
 
@@ -33,18 +33,18 @@ def question_attention(
     Raises:
         ValueError: the model has no diffusion model, or the question no word that says something.
     """
-    eye = model.streams.eyes.get(DIFFUSION)
-    if not isinstance(eye, DiffusionEye):
+    encoder = model.streams.encoders.get(DIFFUSION)
+    if not isinstance(encoder, DiffusionEncoder):
         raise ValueError(f"Fusion {model.config.fusion!r} has no diffusion model, so no word of the question attends anywhere.")
-    text = eye.model.encode_text([question])
+    text = encoder.model.encode_text([question])
     spans = [(int(start), int(end)) for start, end in text.spans[0].tolist()]
     named = dict.fromkeys(word.strip("?!.,;:\"'()") for word in question.split())
     places = {word: word_tokens(question, word, spans) for word in named if word and word.lower() not in FUNCTION_WORDS}
     places = {word: found for word, found in places.items() if found}
     if not places:
         raise ValueError(f"The question {question!r} has no word that the diffusion model's text encoder was given whole.")
-    with Recorder(eye.model, maps=maps, stop_early=True) as recorder:
-        eye.pass_through([Picture.of(image)], [question])
+    with Recorder(encoder.model, maps=maps, stop_early=True) as recorder:
+        encoder.forward([Picture.of(image)], [question])
     recorded = [tensor[0, 0].float() for tensor in recorder.last.values()]  # (token, y, x); heads are averaged already
     size = (max(x.shape[-2] for x in recorded), max(x.shape[-1] for x in recorded))
     heat = []
@@ -63,17 +63,17 @@ def save_attention(model: FusedMLLM, image: Image.Image, question: str, answer: 
     """Draw `question_attention` over the picture: NAME.png, .pdf, .csv and .json.
 
     Args:
-        out: the picture's path; its ending is not read.
+        out: the picture's path; its suffix is ignored.
     """
     from diffprobe.figures import plot_heatmaps
     from diffprobe.plotting import save_figure
 
     heat, path = question_attention(model, image, question), Path(out)
-    eye = model.streams.eyes[DIFFUSION]
-    assert isinstance(eye, DiffusionEye)
-    shown = np.asarray(fit_image(image.convert("RGB"), eye.model.size, eye.fit))
+    encoder = model.streams.encoders[DIFFUSION]
+    assert isinstance(encoder, DiffusionEncoder)
+    shown = np.asarray(fit_image(image.convert("RGB"), encoder.model.size, encoder.fit))
     figure = plot_heatmaps(shown, heat, title=f"{question} {answer}")
     rows = heat.to_dataframe(name="attention").reset_index()
-    about = {"question": question, "answer": answer, "timestep": eye.timestep, "model": model.config.diffusion}
+    about = {"question": question, "answer": answer, "timestep": encoder.timestep, "model": model.config.diffusion}
     alt = f"Where the words of the question '{question}' attend over the picture; the model answers '{answer}'."
     return save_figure(figure, path.parent, path.stem, rows, about, alt)["png"]

@@ -7,8 +7,8 @@ model's width:
 - ``clip``, ``diffusion``: one stream alone;
 - ``concat``: channels of both side by side, as many tokens as one stream has;
 - ``sequence``: tokens of both, one stream after the other; ``interleave``: place by place in turn;
-- ``cross_attention``: CLIP asks, diffusion answers; what is answered is added to CLIP's own features through a gate that is
-  zero at first, so training starts from CLIP alone.
+- ``cross_attention``: CLIP's tokens are the queries, diffusion's the keys and values; the output is added to CLIP's features
+  through a gate that is zero at first, so training starts from CLIP alone.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ FUSIONS: dict[str, tuple[str, ...]] = {
     "cross_attention": (CLIP, DIFFUSION),
 }
 MERGES = ("mean", "stack")
-GATE_SPEED = (
-    10.0  # an optimizer that moves each weight by its learning rate would leave a plain gate shut for thousands of steps
-)
+# an optimizer that moves each weight by its learning rate would leave a plain gate shut for thousands of steps
+GATE_SPEED = 10.0
 
 
 def to_grid(
@@ -66,15 +65,14 @@ def to_grid(
 
 
 class CrossAttention(nn.Module):
-    """Tokens of one stream ask those of another; both lie on square grids over the same image.
+    """Tokens of one stream attend to those of another; both lie on square grids over the same image.
 
-    Each head begins by looking near its own place: scores lose a penalty on the squared distance (in image sides), whose
-    strength is learnt.
+    Each head begins by attending near its own place: a learnt multiple of the squared distance (in image sides) is subtracted
+    from the scores.
 
     Args:
-        channels: of both streams.
-        heads: must divide the channels.
-        seed: of the initial weights.
+        channels: channels of both streams; the heads must divide them.
+        seed: seed of the initial weights.
     """
 
     def __init__(self, channels: int, heads: int = 4, seed: int = 0) -> None:
@@ -86,7 +84,7 @@ class CrossAttention(nn.Module):
         assert isinstance(layers, nn.ModuleList)
         self.query, self.key, self.value, self.out = layers
         with torch.no_grad():
-            for layer in (self.value, self.out):  # what is answered keeps the power of what was seen
+            for layer in (self.value, self.out):  # the output keeps the power of the values' features
                 assert isinstance(layer, nn.Linear)
                 layer.weight.mul_(3**0.5)
                 layer.bias.zero_()
@@ -94,16 +92,16 @@ class CrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(channels))
 
     def forward(
-        self, asking: Float[Tensor, "image token channel"], answering: Float[Tensor, "image other channel"]
+        self, queries: Float[Tensor, "image token channel"], context: Float[Tensor, "image other channel"]
     ) -> Float[Tensor, "image token channel"]:
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, x in ((self.query, asking), (self.key, answering), (self.value, answering))
+            for layer, x in ((self.query, queries), (self.key, context), (self.value, context))
         )
-        distance = squared_distances(asking.shape[1], answering.shape[1]).to(query)
+        distance = squared_distances(queries.shape[1], context.shape[1]).to(query)
         nearness = -self.sharpness.exp()[:, None, None] * distance
-        answer = functional.scaled_dot_product_attention(query, key, value, attn_mask=nearness.to(query.dtype)[None])
-        return asking + GATE_SPEED * self.gate * self.out(answer.transpose(1, 2).flatten(2))
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=nearness.to(query.dtype)[None])
+        return queries + GATE_SPEED * self.gate * self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def squared_distances(tokens: int, others: int) -> Float[Tensor, "token other"]:
@@ -129,13 +127,12 @@ class Fusion(nn.Module):
     """Standardise, join and project.
 
     Args:
-        kind: of `FUSIONS`.
-        channels: of each stream that the kind needs, by name.
-        width: of the language model's token embeddings.
-        projector: of `Projector`.
-        rms: root mean square of the language model's token embeddings.
-        heads: of cross-attention.
-        seed: of the initial weights.
+        kind: one of `FUSIONS`.
+        channels: number of channels by the name of the stream.
+        width, rms: width and root mean square of the language model's token embeddings.
+        projector: one of `diffprobe.mllm.projector.KINDS`.
+        heads: heads of cross-attention.
+        seed: seed of the initial weights.
 
     >>> fusion = Fusion("interleave", {"clip": 512, "diffusion": 96}, 128)
     >>> fusion({"clip": torch.zeros(2, 36, 512), "diffusion": torch.zeros(2, 36, 96)}).shape
@@ -156,7 +153,7 @@ class Fusion(nn.Module):
         if kind == "concat":
             sizes = {"concat": sum(sizes.values())}
         widths = dict.fromkeys(sizes, width)
-        if kind == "cross_attention":  # the answers come in CLIP's own width
+        if kind == "cross_attention":  # diffusion's tokens are brought to CLIP's own width
             widths[DIFFUSION] = sizes[CLIP]
             self.attention = CrossAttention(sizes[CLIP], heads, seed)
         self.projectors = nn.ModuleDict()
@@ -175,6 +172,11 @@ class Fusion(nn.Module):
         """Fix the moments of every stream from training features."""
         for name, features in self._inputs(streams).items():
             self._projector(name).standardise(features)
+
+    @property
+    def standardised(self) -> bool:
+        """Whether the moments were fixed."""
+        return any(bool((p.mean != 0).any() or (p.std != 1).any()) for p in map(self._projector, self.projectors))
 
     def _projector(self, name: str) -> Projector:
         found = self.projectors[name]

@@ -5,9 +5,9 @@ The harness finds it by the entry point group ``lmms_eval.models``, so after an 
     python -m lmms_eval --model diffprobe --model_args pretrained=runs/fused --tasks mmvp --output_path runs/mmvp
 
 The invariant: the harness gets what `FusedMLLM.answer` gives, greedily, cut at the task's stop strings and nothing else.
-Its scores can differ from `diffprobe.mllm.evaluate`'s on the same answers: it reads them by other rules.
+Its scores can differ from `diffprobe.mllm.evaluate`'s on the same answers, because it reads answers by other rules.
 
-lmms_eval is no dependency, for its own tree is that of a hundred other models; `INSTALL` adds what this one needs.
+lmms_eval is no dependency, because its own dependencies are those of a hundred other models; `INSTALL` adds what is needed here.
 """
 
 from __future__ import annotations
@@ -26,38 +26,33 @@ except ImportError:  # the harness is optional, and this module can be read with
     _Model = object
 
 INSTALL = "pip install 'diffprobe[harness]' && pip install --no-deps lmms_eval==0.7.3"
-MODEL_ID = "diffprobe"
-MAX_NEW_TOKENS = 32  # where a task does not say
+MAX_NEW_TOKENS = 32  # for a task that does not say
 
 
 def manifest() -> Any:
     """What the entry point gives the harness: the model's name, and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.{HarnessModel.__name__}")
+    return ModelManifest(model_id="diffprobe", simple_class_path=f"{__name__}.{HarnessModel.__name__}")
 
 
 class HarnessModel(_Model):
     """Answers the harness's requests with a saved `FusedMLLM`.
 
     Args:
-        pretrained: The folder that `FusedMLLM.save_pretrained` wrote.
-        device: "cpu", "cuda:0"; the best there is by default.  Of several processes each takes its own.
-        batch_size: Questions that are answered together.
-        max_new_tokens: The most that a task may ask for; no bound by default.
-        options: What else the harness gives every model; it has no effect here.
+        pretrained: the folder that `FusedMLLM.save_pretrained` wrote.
+        device: "cpu", "cuda:0"; the best there is by default.  With several processes each takes its own.
+        batch_size: questions that are answered together.
+        max_new_tokens: the most that a task may ask for; no bound by default.
+        options: other options of the harness, which have no effect here.
     """
 
     is_simple = True  # requests carry a text and what reads the images, not chat messages
 
     def __init__(
-        self,
-        pretrained: str = "",
-        device: str | None = None,
-        batch_size: int | str = 32,
-        max_new_tokens: int | None = None,
+        self, pretrained: str = "", device: str | None = None, batch_size: int | str = 32, max_new_tokens: int | None = None,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if not pretrained:
             raise ValueError("Which model? Give its folder: --model_args pretrained=FOLDER.")
@@ -74,33 +69,30 @@ class HarnessModel(_Model):
 
     @property
     def device(self) -> Any:
-        """Where the language model is; the harness gathers counts of several processes there."""
+        """The language model's device, where the harness gathers counts of several processes."""
         return self.model.language.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers, in the order of the requests.
 
         Args:
-            requests: Each with `args` (text, generation settings, what gives a document's images, document, task, split).
+            requests: each with `args` (text, generation settings, what gives a document's images, document, task, split).
 
         Raises:
             ValueError: a task shows something other than images.
         """
         outputs = [""] * len(requests)
-        lengths = [self._length(request.args[1]) for request in requests]
+        wanted = [int(request.args[1].get("max_new_tokens") or MAX_NEW_TOKENS) for request in requests]
+        lengths = wanted if self.limit is None else [min(length, int(self.limit)) for length in wanted]
         for length in sorted(set(lengths)):
-            numbers = [k for k, wanted in enumerate(lengths) if wanted == length]
-            for start in range(0, len(numbers), self.batch_size):  # the images of one batch are in memory at a time
+            numbers = [k for k, own in enumerate(lengths) if own == length]
+            for start in range(0, len(numbers), self.batch_size):  # only the images of one batch are in memory
                 part = numbers[start : start + self.batch_size]
                 images, texts = [self._images(requests[k]) for k in part], [requests[k].args[0] for k in part]
                 said = self.model.answer(images, texts, max_new_tokens=length, batch=self.batch_size)
                 for k, text in zip(part, said, strict=True):
                     outputs[k] = _cut(text, requests[k].args[1].get("until"))
         return outputs
-
-    def _length(self, settings: dict[str, Any]) -> int:
-        wanted = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-        return wanted if self.limit is None else min(wanted, int(self.limit))
 
     def _images(self, request: Any) -> list[Image.Image]:
         text, _, visuals, document, task, split = request.args

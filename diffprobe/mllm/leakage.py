@@ -136,7 +136,7 @@ class Settings:
     Attributes:
         model: The diffusion model: id, folder or embedded name.
         data, test: Datasets of the training and of the held-out images; no image may be in both.
-        language_model, language_dtype, template: For `diffprobe.mllm.train.load_language_model`.
+        language_model, language_dtype, template: For `diffprobe.mllm.language.load_language_model`.
         grid: Soft tokens on a side.
         kind, request, steps, batch, learning_rate, patience: Of `TrainConfig`.
         dev_share: Share of the training images that decide when training stops.

@@ -21,20 +21,19 @@ import torch
 from diffprobe.conditioning import NULL, current
 from diffprobe.data import BlankDataset, Dataset, iterate, load_dataset
 from diffprobe.mllm.captions import words
-from diffprobe.mllm.features import CURES, Asked, Features, describe
-from diffprobe.mllm.leakage import FED, MAIN_SITE, PROMPTS, LeakageError, Recipe, Settings, Test, plan, read_table, read_texts
-from diffprobe.mllm.projector import Projector
-from diffprobe.mllm.train import (
-    Captioned,
+from diffprobe.mllm.config import TrainConfig
+from diffprobe.mllm.features import MITIGATIONS, FeatureSpec, Features, describe
+from diffprobe.mllm.language import (
     LanguageModel,
-    TrainConfig,
     answer_losses,
-    generate,
-    lay_out,
+    build_inputs,
+    generate_texts,
     load_language_model,
     log_likelihood,
-    train_projector,
 )
+from diffprobe.mllm.leakage import FED, MAIN_SITE, PROMPTS, LeakageError, Recipe, Settings, Test, plan, read_table, read_texts
+from diffprobe.mllm.projector import Projector
+from diffprobe.mllm.train import Captioned, train_projector
 from diffprobe.mllm.verdict import CONDITIONS, matched_candidates
 from diffprobe.models import DiffusionModel, load_model
 from diffprobe.rundir import check_or_write_request, whole_file, write_whole
@@ -97,7 +96,7 @@ class Run:
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         where = self.folder / "stores"
         self.features = Features(
-            self.model, splits, where, settings.grid, settings.noise_seed, stores, self.tell, settings.batch_rows
+            self.model, splits, where, settings.grid, settings.noise_seed, stores, settings.batch_rows
         )
 
     # --- samples ----------------------------------------------------------------------------------
@@ -134,23 +133,23 @@ class Run:
 
     # --- features ---------------------------------------------------------------------------------
 
-    def asked(self, recipe: Recipe, split: str, conditioning: str, guidance: float, knockout: str = "") -> Asked:
+    def asked(self, recipe: Recipe, split: str, conditioning: str, guidance: float, knockout: str = "") -> FeatureSpec:
         mitigation = recipe.parts[2]
-        changed, cut = (mitigation, "") if mitigation in CURES else ("", mitigation)
-        return Asked(split, recipe.site, recipe.timestep, conditioning, guidance, changed, knockout or cut)
+        changed, cut = (mitigation, "") if mitigation in MITIGATIONS else ("", mitigation)
+        return FeatureSpec(split, recipe.site, recipe.timestep, conditioning, guidance, changed, knockout or cut)
 
-    def training(self, recipe: Recipe) -> list[Asked]:
+    def training(self, recipe: Recipe) -> list[FeatureSpec]:
         """Features that a recipe is trained on, and those that dropout shows instead."""
         base, dropout, _ = recipe.parts
         found = [self.asked(recipe, "train", PROMPTS[base], recipe.guidance)]
         return [*found, self.asked(recipe, "train", NULL, recipe.guidance)] if dropout else found
 
-    def testing(self, test: Test, split: str = "", conditioning: str = "") -> Asked:
+    def testing(self, test: Test, split: str = "", conditioning: str = "") -> FeatureSpec:
         """Features of a test: its condition's, or those of the same projector on another split and conditioning."""
         shown, fed = FED[test.condition]
         return self.asked(test.recipe, split or shown, conditioning or fed, test.guidance, test.knockout)
 
-    def _all_features(self, tests: Sequence[Test], ranked: Sequence[Test]) -> list[Asked]:
+    def _all_features(self, tests: Sequence[Test], ranked: Sequence[Test]) -> list[FeatureSpec]:
         found = [asked for recipe in dict.fromkeys(t.recipe for t in tests) for asked in self.training(recipe)]
         found += [self.testing(test) for test in tests]
         return [*found, *(self.testing(test, split, NULL) for split in ("blank", "test") for test in ranked)]
@@ -185,7 +184,7 @@ class Run:
             tensors = [self.features.tokens(asked, ids) for asked in self.training(recipe)]
             sets.append(Captioned(tensors[0], [self.captions[i][0] for i in ids], *tensors[1:]))
         return train_projector(
-            self.language, sets[0], sets[1], folder, self.train_config(recipe), tell=lambda line: self.tell(f"  {line}")
+            self.language, sets[0], sets[1], folder, self.train_config(recipe), log=lambda line: self.tell(f"  {line}")
         )
 
     def write(self, test: Test, projector: Projector) -> None:
@@ -193,7 +192,7 @@ class Run:
         ids = self.features.ids("test")
         texts, sources = self.fed(test.condition)
         features = self.features.tokens(self.testing(test), ids)
-        said = generate(self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens)
+        said = generate_texts(self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens)
         rows = [
             {**test.key, "sample": i, "fed": texts[i], "source": sources[i],
              "references": json.dumps(self.references(i, texts[i]), ensure_ascii=False), "output": output}
@@ -221,7 +220,7 @@ class Run:
         asked = [[pool[k] for k in row] for row in chosen]
         used, place = np.unique(chosen, return_inverse=True)
 
-        def likelihood(features: Asked, ids: Sequence[str], texts: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        def likelihood(features: FeatureSpec, ids: Sequence[str], texts: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
             return log_likelihood(self.language, projector, self.features.tokens(features, ids), texts, self.settings.request)
 
         given, tokens = likelihood(self.testing(test), ids, asked)
@@ -274,11 +273,11 @@ class Run:
         taken = []
         for _ in range(2):  # the first pays for caches
             start = time.perf_counter()
-            rows = lay_out(language, projector(shown), [s.request] * len(answers), answers)
+            rows = build_inputs(language, projector(shown), [s.request] * len(answers), answers)
             answer_losses(language, rows).sum().backward()
             taken.append(time.perf_counter() - start)
         start = time.perf_counter()
-        generate(language, projector, features, s.request, max_new_tokens=8)
+        generate_texts(language, projector, features, s.request, max_new_tokens=8)
         most = min(s.max_new_tokens, max(map(len, answers)))
         return min(taken), (time.perf_counter() - start) / len(features) * most / 8
 

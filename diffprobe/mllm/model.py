@@ -1,20 +1,19 @@
-"""A multimodal language model that sees through frozen encoders: CLIP, and a diffusion model that is told the question.
+"""A multimodal language model that sees through frozen encoders: CLIP, and a diffusion model that is prompted with the question.
 
 Image and question go through the encoders (`streams`), are fused and projected into soft tokens (`fusion`), and stand in
-the language model's input where the image was named (`train.lay_out`).  Several images stand one after the other.
+the language model's input where the image was named (`language.build_inputs`).  Several images stand one after the other.
 
-A saved model holds what was trained: the fusion, and the language model or its adapter where that was tuned.  All else is kept
-as a name with a hash of its weights, and loading refuses an encoder whose weights are others.
+A saved model holds what was trained: the fusion, and the language model or its adapter if that was tuned.  Each frozen part is
+kept as a name with a hash of its weights, and loading refuses an encoder with other weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,68 +23,34 @@ from torch import Tensor
 
 from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
+from diffprobe.mllm.config import FusedConfig, Tuned, read_config
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
-from diffprobe.mllm.streams import DiffusionEye, EncoderEye, Eye, FeatureCache, InputEye, Picture, Streams, TruthEye
-from diffprobe.mllm.train import LanguageModel, lay_out, load_language_model, speak
+from diffprobe.mllm.language import LanguageModel, build_inputs, generate, load_language_model
+from diffprobe.mllm.streams import (
+    DiffusionEncoder,
+    Encoder,
+    FeatureCache,
+    ImageEncoder,
+    InputEncoder,
+    Picture,
+    Streams,
+    TruthEncoder,
+)
 from diffprobe.models import DiffusionModel, kept_name, load_model, quiet, weights_hash
-from diffprobe.store import whole_file, write_whole
+from diffprobe.rundir import file_digest, whole_file, write_json
 
-Tuned = Literal["", "full", "lora"]
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
-
-
-@dataclass(frozen=True)
-class FusedConfig:
-    """What a model is made of.
-
-    Attributes:
-        language_model: hub id, folder or name, as for `load_language_model`.
-        template: how it is spoken to, likewise; "" is its tokenizer's chat template.
-        encoder: a vision encoder's; not loaded where the fusion has no use for it.
-        diffusion: a diffusion model's; likewise.
-        fusion: of `FUSIONS`.
-        layer: of the encoder; its second-to-last by default.
-        sites: of the diffusion model; the channels of several stand side by side. Controls in their place: "latent" (the
-            image before the network), "text" (the prompt alone) and "truth" (the oracle: what a drawn scene says).
-        timestep: of the diffusion model's noise.
-        guidance: s in f_u + s (f_c - f_u); 0 never reads the question.
-        grid: tokens on a side that every stream is brought to.
-        merge: "mean" averages the places of a token, "stack" puts them side by side.
-        projector: of `Projector`.
-        heads: of cross-attention.
-        fit: how images that are not square reach the encoders: pad (as LLaVA-1.5), crop or squash.
-        noise_seed: of the diffusion model's noise.
-        seed: of the fusion's first weights.
-    """
-
-    language_model: str = "shapes-lm"
-    template: str = ""
-    encoder: str = "shapes-clip"
-    diffusion: str = "shapes-sd"
-    fusion: str = "cross_attention"
-    layer: str = ""
-    sites: tuple[str, ...] = ("U-L1-R1-B0-Cross-Q",)
-    timestep: int = 50
-    guidance: float = 4.0
-    grid: int = 8
-    merge: str = "mean"
-    projector: str = "mlp2x_gelu"
-    heads: int = 4
-    fit: str = "pad"
-    noise_seed: int = 0
-    seed: int = 0
 
 
 class FusedMLLM:
     """Frozen encoders, a fusion, a language model.
 
     Args:
-        config: what it is made of.
+        config: what the model is made of.
         streams: its encoders; `build` loads those that the config names.
         fusion: trained or fresh.
         language: its language model.
-        tuned: how the language model differs from the one that the config names.
-        origins: what decides each stream's features, by stream and site, as it was in training.
+        tuned: what was trained of the language model that the config names.
 
     >>> model = FusedMLLM.from_pretrained("runs/fused")  # doctest: +SKIP
     >>> model.answer([[image]], ["Which way does the red arrow point?"])  # doctest: +SKIP
@@ -107,13 +72,14 @@ class FusedMLLM:
 
         Args:
             language, encoder, diffusion: loaded ones instead of those that the config names.
-            cache: keeps what the encoders saw.
+            cache: keeps the encoders' features.
 
         Raises:
             ValueError: a part is not there, or the fusion lacks one.
         """
         config = config or FusedConfig()
-        streams = _streams(config, device, encoder, diffusion, cache)
+        encoders = _encoders(config, device, encoder, diffusion)
+        streams = Streams(encoders, config.grid, config.merge, config.guidance, cache)
         language = language or load_language_model(config.language_model, device, template=config.template)
         fusion = Fusion(
             config.fusion, streams.channels(), language.width, projector=config.projector, rms=language.rms, heads=config.heads,
@@ -127,8 +93,8 @@ class FusedMLLM:
         """Soft tokens of pictures, each under its prompt."""
         if not pictures:
             return torch.zeros(0, 0, self.language.width, device=self.language.device)
-        seen = self.streams(pictures, prompts)
-        soft: Tensor = self.fusion({name: tokens.to(self.language.device) for name, tokens in seen.items()})
+        features = self.streams(pictures, prompts)
+        soft: Tensor = self.fusion({name: tokens.to(self.language.device) for name, tokens in features.items()})
         return soft
 
     # --- answering --------------------------------------------------------------------------------
@@ -141,18 +107,20 @@ class FusedMLLM:
         """Greedy answers to questions about images.
 
         Args:
-            images: of each question, one or more, in any of Pillow's modes; none asks the language model alone.
+            images: the images of each question, in any of Pillow's modes; an empty list asks the language model alone.
             questions: one for each list of images.
             max_new_tokens: of an answer.
             batch: questions answered together; the answers do not depend on it.
-            prompts: what the diffusion model is told instead of the question; None tells it nothing.
+            prompts: the diffusion model's prompts in place of the questions; None is no prompt.
 
         Raises:
             ValueError: the numbers of images, questions and prompts differ.
         """
-        told = list(questions) if prompts is None else list(prompts)
-        if not len(images) == len(questions) == len(told):
-            raise ValueError(f"{len(images)} lists of images, {len(questions)} questions and {len(told)} prompts do not match.")
+        prompts = questions if prompts is None else prompts
+        if not len(images) == len(questions) == len(prompts):
+            raise ValueError(
+                f"{len(images)} lists of images, {len(questions)} questions and {len(prompts)} prompts do not match."
+            )
         self.fusion.eval()
         self.language.model.eval()
         answers = [""] * len(questions)
@@ -161,25 +129,25 @@ class FusedMLLM:
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             pictures = [Picture.of(to_rgb(image)) for k in part for image in images[k]]
-            soft = self.see(pictures, [told[k] for k in part for _ in images[k]])
-            rows = lay_out(self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part])
-            for k, text in zip(part, speak(self.language, rows, max_new_tokens), strict=True):
+            soft = self.see(pictures, [prompts[k] for k in part for _ in images[k]])
+            inputs = build_inputs(self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part])
+            for k, text in zip(part, generate(self.language, inputs, max_new_tokens), strict=True):
                 answers[k] = text
         return answers
 
     @property
     def cut_prompts(self) -> int:
-        """How many different prompts were longer than the diffusion model's text encoder takes, and were cut."""
-        eye = self.streams.eyes.get(DIFFUSION)
-        return len(eye.cut) if isinstance(eye, DiffusionEye) else 0
+        """Number of different prompts that were longer than the diffusion model's text encoder takes, and were cut."""
+        encoder = self.streams.encoders.get(DIFFUSION)
+        return len(encoder.truncated) if isinstance(encoder, DiffusionEncoder) else 0
 
     # --- keeping ----------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
-        """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` where the language model was tuned.
+        """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` if the language model was tuned.
 
         Args:
-            folder: is made where it is not there.
+            folder: is made if it does not exist.
             weights: state dicts of "fusion" and "language" instead of the model's own, which may be spread over processes.
         """
         folder, weights = Path(folder), weights or {}
@@ -194,9 +162,16 @@ class FusedMLLM:
         with whole_file(folder / WEIGHTS) as beside:
             save_file({name: value.contiguous() for name, value in fusion.items()}, beside)
         written = [folder / WEIGHTS, *(sorted(part.rglob("*")) if self.tuned else [])]
-        files = {path.relative_to(folder).as_posix(): _digest(path) for path in written if path.is_file()}
-        kept = {"config": asdict(_absolute(self.config)), "tuned": self.tuned, "origins": self.origins(), "files": files}
-        write_whole(folder / CONFIG, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")  # last: it says that all is there
+        files = {path.relative_to(folder).as_posix(): file_digest(path) for path in written if path.is_file()}
+        config = asdict(self.config)
+        for name in (
+            "language_model",
+            "encoder",
+            "diffusion",
+        ):  # folders by their whole path: a model is loaded from elsewhere too
+            config[name] = kept_name(config[name])
+        kept = {"config": config, "tuned": self.tuned, "origins": self.origins(), "files": files}
+        write_json(folder / CONFIG, kept)  # the last, because it says that all is there
 
     @classmethod
     def from_pretrained(
@@ -206,8 +181,8 @@ class FusedMLLM:
         """A saved model, its encoders loaded by name.
 
         Raises:
-            ValueError: there is none, a part of it is not there or not as it was written, or an encoder's weights are not those
-                it was trained with.
+            ValueError: there is none, a file is missing or not as it was written, or an encoder has other weights than in
+                training.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
@@ -215,7 +190,7 @@ class FusedMLLM:
         kept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config, tuned = read_config(kept["config"], folder / CONFIG), kept["tuned"]
         for name, digest in kept.get("files", {}).items():  # earlier versions kept none
-            if not (folder / name).is_file() or _digest(folder / name) != digest:
+            if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise ValueError(
                     f"{folder / name} is not what was written there (its checksum differs); copy it anew, or train again."
                 )
@@ -246,56 +221,28 @@ class FusedMLLM:
     def origins(self, portable: bool = True) -> dict[str, Any]:
         """What decides the features of each stream, and the untuned language model's hash; alike on a CPU and a GPU if portable."""
         found: dict[str, Any] = {
-            name: [json.loads(json.dumps(eye.origin(site, portable))) for site in eye.sites]
-            for name, eye in self.streams.eyes.items()
+            name: [json.loads(json.dumps(encoder.origin(site, portable))) for site in encoder.sites]
+            for name, encoder in self.streams.encoders.items()
         }
         return found if self.tuned else {**found, "language_model": weights_hash(self.language.model, portable)}
 
 
-def _streams(
-    config: FusedConfig, device: str | None, encoder: VisionEncoder | None, diffusion: DiffusionModel | None,
-    cache: FeatureCache | None,
-) -> Streams:  # fmt: skip
+def _encoders(
+    config: FusedConfig, device: str | None, encoder: VisionEncoder | None, diffusion: DiffusionModel | None
+) -> dict[str, Encoder]:
+    """The encoders that a config's fusion needs, by the name of their stream."""
     if config.fusion not in FUSIONS:
         raise ValueError(f"Fusion {config.fusion!r} is not one of {', '.join(FUSIONS)}.")
-    eyes: dict[str, Eye] = {}
+    found: dict[str, Encoder] = {}
     if CLIP in FUSIONS[config.fusion]:
-        eyes[CLIP] = EncoderEye(encoder or load_encoder(config.encoder, device), config.layer, config.fit)
+        found[CLIP] = ImageEncoder(encoder or load_encoder(config.encoder, device), config.layer, config.fit)
     if DIFFUSION in FUSIONS[config.fusion]:
-        if config.sites == TruthEye.sites:
-            eyes[DIFFUSION] = TruthEye()
+        if config.sites == TruthEncoder.sites:
+            found[DIFFUSION] = TruthEncoder()
+            return found
+        model = diffusion or load_model(config.diffusion, device)
+        if config.sites in (("latent",), ("text",)):
+            found[DIFFUSION] = InputEncoder(model, config.sites[0], config.fit)
         else:
-            model = diffusion or load_model(config.diffusion, device)
-            if config.sites in (("latent",), ("text",)):
-                eyes[DIFFUSION] = InputEye(model, config.sites[0], config.fit)
-            else:
-                eyes[DIFFUSION] = DiffusionEye(model, config.sites, config.timestep, config.noise_seed, config.fit)
-    return Streams(eyes, config.grid, config.merge, config.guidance, cache)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _absolute(config: FusedConfig) -> FusedConfig:
-    """Folders by their whole path: a saved model is loaded from elsewhere too."""
-    parts = ("language_model", "encoder", "diffusion")
-    found: dict[str, Any] = {name: kept_name(getattr(config, name)) for name in parts}
-    return replace(config, **found)
-
-
-def read_config(given: Mapping[str, Any], source: str | Path) -> FusedConfig:
-    """A config from its plain form.
-
-    Raises:
-        ValueError: it has a field that no config has.
-
-    >>> read_config({"fusion": "clip", "sites": ["U-L2-R1-B0-Cross-Q"]}, "here").sites
-    ('U-L2-R1-B0-Cross-Q',)
-    """
-    known = [field.name for field in fields(FusedConfig)]
-    if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{source}: {unknown[0]!r} is no setting of a fused model; settings are {', '.join(known)}.")
-    plain: dict[str, Any] = {name: tuple(value) if name == "sites" else value for name, value in given.items()}
-    return FusedConfig(**plain)
+            found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
+    return found

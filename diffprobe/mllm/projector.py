@@ -6,29 +6,29 @@ features (UNet features have channels with massive values), so the projector lea
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffprobe.store import whole_file, write_whole
+from diffprobe.rundir import file_digest, whole_file, write_json
 
 KINDS = ("linear", "mlp2x_gelu")
+CONFIG, WEIGHTS = "config.json", "projector.safetensors"
 
 
 class Projector(nn.Module):
     """Standardised features into a language model's embedding width.
 
     Args:
-        channels: of a feature.
-        width: of the language model's token embeddings.
+        channels: channels of a feature.
+        width: width of the language model's token embeddings.
         kind: "linear", or "mlp2x_gelu" (Linear-GELU-Linear, LLaVA-1.5).
         rms: root mean square of the language model's token embeddings, which the outputs begin with.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
 
     >>> Projector(96, 128)(torch.zeros(2, 36, 96)).shape
     torch.Size([2, 36, 128])
@@ -76,24 +76,21 @@ class Projector(nn.Module):
         return projected
 
     def save(self, folder: str | Path) -> None:
-        """Weights and moments as ``projector.safetensors``, their shape and the file's checksum as ``config.json``."""
-        folder = Path(folder)
-        weights = save(self.state_dict())
+        """Write ``projector.safetensors``, and its shape and checksum as ``config.json``."""
         shape = {"channels": self.channels, "width": self.width, "kind": self.kind}
-        kept = {**shape, "sha256": hashlib.sha256(weights).hexdigest()}
-        write_whole(folder / "config.json", json.dumps(kept, indent=2) + "\n")
-        with whole_file(folder / "projector.safetensors") as beside:  # the last: it means "finished"
-            beside.write_bytes(weights)
+        with whole_file(Path(folder) / WEIGHTS) as beside:  # takes its place last, because it means "finished"
+            save_file(self.state_dict(), beside)
+            write_json(Path(folder) / CONFIG, {**shape, "sha256": file_digest(beside)})
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:
-        """Raise ValueError where there is no saved projector, or its weights are not those that were written."""
-        folder = Path(folder)
-        if not (folder / "projector.safetensors").is_file() or not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no projector: config.json and projector.safetensors are needed.")
-        kept, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "projector.safetensors"
+        """A saved projector; raises ValueError if there is none, or its weights are not those that were written."""
+        config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+        if not weights.is_file() or not config.is_file():
+            raise ValueError(f"{folder} holds no projector: {CONFIG} and {WEIGHTS} are needed.")
+        kept = json.loads(config.read_text(encoding="utf-8"))
         digest = kept.pop("sha256", None)  # earlier versions kept none
-        if digest and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+        if digest and file_digest(weights) != digest:
             raise ValueError(
                 f"{weights} is not what was written there (its checksum differs); remove its folder, and train again."
             )
