@@ -10,15 +10,16 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo
 
 from diffprobe import cli
+from diffprobe.cli.entry import GROUPS
+from diffprobe.cli.options import parts
 from experiments import __main__ as experiments
 
 FOLDER = Path("docs") / "commands"
@@ -37,9 +38,12 @@ def pages() -> dict[str, str]:
 
 def commands(group: typer.Typer = cli.app, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
     """Every command: its words after `diffprobe`, and its function."""
-    for one in group.registered_commands:
+    panels = {panel: place for place, panel in enumerate(GROUPS)}
+    for one in sorted(group.registered_commands, key=lambda one: panels.get(str(one.rich_help_panel), 0)):
         assert one.callback is not None
-        function = experiments.reproduce if one.callback is cli.reproduce else one.callback  # which hands its options on
+        function = (
+            experiments.reproduce if one.callback is cli.measure.reproduce else one.callback
+        )  # which hands its options on
         yield (*words, one.name or function.__name__.replace("_", "-")), function
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
@@ -54,22 +58,19 @@ def _page(words: tuple[str, ...], function: Callable[..., Any]) -> str:
     arguments, options = [], []
     usage = ["diffprobe", *words]
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        kind, info = get_args(parameter.annotation)[0], get_args(parameter.annotation)[1]
-        required = parameter.default is parameter.empty
+        kind, info, default = parameter.annotation, parameter.default, parameter.default.default
+        shown = info.metavar or (f"{_type(kind)},..." if info.parser is parts else _type(kind))
         if isinstance(info, ArgumentInfo):
             shown = info.metavar or name.upper()
-            usage.append(shown if required or shown.startswith("[") else f"[{shown}]")
-            arguments.append((shown, _type(kind), _default(parameter.default, info), info.help or ""))
+            usage.append(shown if default is ... or shown.startswith("[") else f"[{shown}]")
+            arguments.append((shown, _type(kind), _default(default, info), info.help or ""))
             continue
-        # inside Annotated, typer keeps the first spelling where a default would stand
-        spelled = [word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str) and word.startswith("-")]
-        if not spelled:
-            word = name.replace("_", "-")
-            spelled = [f"--{word}", f"--no-{word}"] if kind is bool else [f"--{word}"]
-        usage += [f"{spelled[0]} {_type(kind)}"] if required else []
-        default = "required" if required else _default(parameter.default, info)
-        options.append((", ".join(spelled), "" if kind is bool else info.metavar or _type(kind), default, info.help or ""))
-    parts = [
+        word = name.replace("_", "-")
+        spelled = info.param_decls or ([f"--{word}", f"--no-{word}"] if kind is bool else [f"--{word}"])
+        usage += [f"{spelled[0]} {_type(kind)}"] if default is ... else []
+        stands = "required" if default is ... else _default(default, info)
+        options.append((", ".join(spelled), "" if kind is bool else shown, stands, info.help or ""))
+    blocks = [
         f"# diffprobe {' '.join(words)}",
         inspect.cleandoc(function.__doc__ or ""),
         f"```\n{' '.join([*usage, '[OPTIONS]'])}\n```",
@@ -79,8 +80,8 @@ def _page(words: tuple[str, ...], function: Callable[..., Any]) -> str:
             lines = [
                 f"| {_code(name)} | {_cell(kind)} | {_code(default)} | {_cell(text)} |" for name, kind, default, text in rows
             ]
-            parts.append("\n".join([f"| {title} | value | default | |", "|---|---|---|---|", *lines]))
-    return "\n\n".join(parts) + "\n"
+            blocks.append("\n".join([f"| {title} | value | default | |", "|---|---|---|---|", *lines]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _type(kind: Any) -> str:
@@ -91,17 +92,17 @@ def _type(kind: Any) -> str:
     """
     if get_origin(kind) in (list, Union, UnionType):
         return _type(next(one for one in get_args(kind) if one is not type(None)))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return " or ".join(str(one.value) for one in kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
     return {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(kind, "")
 
 
 def _default(value: Any, info: Any) -> str:
     if isinstance(info.show_default, str):
         return info.show_default
-    if value is inspect.Parameter.empty or value is None or value is False or value in ("", Path()):
+    if value is False or value in (..., None, "", []):
         return ""
-    return str(value.value if isinstance(value, Enum) else value.as_posix() if isinstance(value, Path) else value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _cell(text: str) -> str:

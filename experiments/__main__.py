@@ -9,13 +9,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from diffprobe.cli import main
+from diffprobe.cli.options import DEVICE, MODEL, option, several
 from diffprobe.console import Console, visible
 from diffprobe.plotting import read_sidecars
 from diffprobe.report import explorable
@@ -28,35 +28,23 @@ _out = Console(soft_wrap=True)
 
 @app.command()
 def reproduce(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Beginnings of names (fig2, tab_probes), or all.", show_default="all")
-    ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, or embedded name.")] = "shapes-sd",
-    data: Annotated[str, typer.Option("--data", "-d", help="A dataset; each experiment's own by default.")] = "",
-    count: Annotated[int, typer.Option(min=0, help="Samples; each experiment's own number when 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of noise, splits and bootstrap.")] = 0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="The short form, into runs/smoke: does everything run?")] = False,
-    from_csv: Annotated[
-        bool, typer.Option("--from-csv", help="Draw and judge again what lies in --out; needs no model and no torch.")
-    ] = False,
-    listed: Annotated[bool, typer.Option("--list", help="Name the experiments and stop.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the figures.", show_default="figures")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for stores; a run that was cut off goes on from them.")] = Path(
-        "runs/reproduce"
+    names: list[str] = typer.Argument([], help="Beginnings of names (fig2, tab_probes), or all.", show_default="all"),
+    model: str = MODEL,
+    data: str = option("", "A dataset; each experiment's own by default.", "--data", "-d"),
+    count: int = option(0, "Samples; each experiment's own number when 0.", min=0),
+    seed: int = option(0, "Of noise, splits and bootstrap."),
+    smoke: bool = option(False, "The short form, into runs/smoke: does everything run?", "--smoke"),
+    from_csv: bool = option(False, "Draw and judge again what lies in --out; needs no model and no torch.", "--from-csv"),
+    listed: bool = option(False, "Name the experiments and stop.", "--list"),
+    device: str | None = DEVICE,
+    out: Path | None = option(None, "Folder for the figures.", "--out", "-o", show_default="figures"),
+    work: Path = option(Path("runs/reproduce"), "Folder for stores; a run that was cut off goes on from them."),
+    experiments: Path = option(FOLDER, "Folder of the experiment files.", show_default="this checkout's"),
+    trainings: int = option(0, "Of each arm, where something is trained; each experiment's own number when 0.", min=0),
+    arms: list[str] = several([], "Labels of the arms that a table is to have, or their beginnings; all by default."),
+    set_: list[str] = option(
+        [], "A setting of what is trained, such as language_model=smollm2.", "--set", metavar="NAME=VALUE"
     ),
-    experiments: Annotated[Path, typer.Option(help="Folder of the experiment files.", show_default="this checkout's")] = FOLDER,
-    trainings: Annotated[
-        int, typer.Option(min=0, help="Of each arm, where something is trained; each experiment's own number when 0.")
-    ] = 0,
-    arms: Annotated[
-        str,
-        typer.Option(help="Labels of the arms that a table is to have, or their beginnings, parted by commas; all by default."),
-    ] = "",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting of what is trained, for example language_model=smollm2."),
-    ] = None,
 ) -> None:
     """Measure, judge and draw every figure and table.
 
@@ -67,14 +55,14 @@ def reproduce(
             "reproduce runs in one process; 'accelerate launch -m diffprobe' spreads 'extract' and 'mllm train' over several."
         )
     files = find_experiments(names or ["all"], experiments)
-    check_settings(set_ or ())
+    check_settings(set_)
     if listed:
         for name, title in list_experiments(files):
             _out.print(f"{name:<20} {title}")
         return
     options = Options(
-        model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device, trainings=trainings, arms=arms,
-        set=tuple(set_ or ()),
+        model=model, data=data, count=count, seed=seed, smoke=smoke, work=work, device=device, trainings=trainings, arms=",".join(arms),
+        set=tuple(set_),
     )  # fmt: skip
     if from_csv and options != Options(work=work):
         raise ValueError("--from-csv draws what was measured; it goes only with names, --out and --work.")

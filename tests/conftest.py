@@ -18,7 +18,7 @@ os.environ["DIFFUSERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -279,28 +279,55 @@ def fresh_language() -> Callable[..., Any]:
     return build_language
 
 
-@pytest.fixture
-def follow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[str], list[str]]:
-    """Types what a command suggests next, each of which must run as it stands; gives their outputs."""
+Run = Callable[..., tuple[int, str, str]]
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command line in this process."""
     from diffprobe.cli import main
 
-    def typed(output: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["diffprobe", *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0), *capsys.readouterr()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("info", store)`: exit code, output and errors of a command."""
+    return partial(typed, monkeypatch, capsys)
+
+
+@pytest.fixture
+def suggested() -> Callable[[str], list[list[str]]]:
+    """The commands after "Next:", each as its words behind ``diffprobe``, as a shell would take them apart."""
+
+    def found(output: str) -> list[list[str]]:
+        lines = [shlex.split(line) for line in output.partition("Next:\n")[2].splitlines() if line.startswith("  ")]
+        assert lines, output
+        assert all(words[0] == "diffprobe" and not any(word.isupper() for word in words) for words in lines), lines
+        return [words[1:] for words in lines]
+
+    return found
+
+
+@pytest.fixture
+def follow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suggested: Callable[[str], list[list[str]]], tmp_path: Path
+) -> Callable[[str], list[str]]:  # fmt: skip
+    """Types what a command suggests next, each of which must run as it stands; gives their outputs."""
+
+    def follow(output: str) -> list[str]:
         monkeypatch.chdir(tmp_path)
-        suggested = [line.strip() for line in output.partition("Next:\n")[2].splitlines() if line.startswith("  ")]
-        assert suggested, output
         outputs = []
-        for line in suggested:
-            words = shlex.split(line)
-            assert words[0] == "diffprobe" and not {word for word in words if word.isupper()}, line
-            monkeypatch.setattr(sys, "argv", words)
-            try:
-                main()
-            except SystemExit as stop:
-                assert not stop.code, (line, capsys.readouterr().err)
-            outputs.append(capsys.readouterr().out)
+        for words in suggested(output):
+            code, said, errors = typed(monkeypatch, capsys, *words)
+            assert code == 0, (words, errors)
+            outputs.append(said)
         return outputs
 
-    return typed
+    return follow
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffprobe import cli
+from diffprobe.cli.options import numbers
 from diffprobe.conditioning import check_conditioning
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import load_benchmark
@@ -71,7 +72,7 @@ def test_site_patterns(tiny_model: DiffusionModel, pattern: str) -> None:
 @given(text=TEXT | st.lists(st.integers(-(10**30), 10**30), max_size=4).map(lambda numbers: ",".join(map(str, numbers))))
 def test_timesteps(tiny_model: DiffusionModel, text: str) -> None:
     def checked() -> list[int]:
-        steps = cli._numbers(text, int, "--timesteps")
+        steps = numbers([text], int, "--timesteps")
         _check_arguments(steps, ["null"], [], 1, "float16", "raise", "mean")
         for step in steps:
             tiny_model.check_timestep(step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,34 +15,15 @@ import pytest
 import zarr
 from PIL import Image
 
-from diffprobe.cli import _table_place, main
+from diffprobe.cli.options import table_place
 from diffprobe.conditioning import parse_conditionings
 from diffprobe.plotting import read_rows
 
 SITES = "U-L1-R1-B0-Cross-Q,U-L2-R2-Res-Out"
 
 
-class Run:
-    """Calls the command line in this process; gives exit code, output and errors."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["diffprobe", *map(str, arguments)])
-        self.capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output, errors = self.capsys.readouterr()
-        return code, output, errors
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(monkeypatch, capsys)
+Run = Callable[..., tuple[int, str, str]]
+Suggested = Callable[[str], list[list[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +84,6 @@ def test_damage_is_found_and_repaired(run: Run, tiny_folder: Path, tmp_path: Pat
     assert run("repair", store)[1] == "Nothing to repair.\n"
 
 
-def suggested(output: str) -> list[list[str]]:
-    """The commands after "Next:", as a shell would take them apart."""
-    lines = output.partition("Next:\n")[2].splitlines()
-    return [shlex.split(line)[1:] for line in lines]
-
-
 @pytest.mark.parametrize(
     ("options", "following"),
     [
@@ -125,24 +99,14 @@ def suggested(output: str) -> list[list[str]]:
     ],
 )
 def test_what_extract_suggests_can_be_typed(
-    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], following: list[str]
-) -> None:
+    run: Run, suggested: Suggested, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...],
+    following: list[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffprobe.plotting.save_figure", lambda figure, out, name, *_: dict.fromkeys(["png"], out / name))
-    given = (
-        "extract",
-        "--model",
-        tiny_folder,
-        "--sites",
-        SITES,
-        "--maps",
-        "U-L1-R1-B0-Cross-Map",
-        "-t",
-        "50",
-        "--batch-rows",
-        "8",
-    )
-    code, output, _ = run(*given, *options, "-o", "a b.zarr")
+    usual = {"--sites": SITES, "--maps": "U-L1-R1-B0-Cross-Map", "-t": "50", "--batch-rows": "8", "--model": tiny_folder}
+    given = [word for name, value in usual.items() if name not in options for word in (name, value)]
+    code, output, _ = run("extract", *given, *options, "-o", "a b.zarr")
     assert code == 0 and "Next:" in output
     assert [" ".join(words[: 1 + (words[0] != "info")]) for words in suggested(output)] == following
     for command in suggested(output):
@@ -162,7 +126,9 @@ def test_conditionings_are_parted_by_commas_and_texts_are_not() -> None:
     assert parse_conditionings("fixed:null and void, nullify") == ["fixed:null and void, nullify"]
 
 
-def test_unreadable_images_are_tried_again_by_the_command_that_info_names(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_tried_again_by_the_command_that_info_names(
+    run: Run, suggested: Suggested, tiny_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "photos").mkdir()
     for name in "ab":
         Image.new("RGB", (70, 70), "red").save(tmp_path / f"photos/{name}.bmp")
@@ -285,7 +251,7 @@ def test_a_table_can_lie_at_a_url(
     with fsspec.open("memory://tables/t.json") as origin:
         assert json.load(origin)["store"] == recorded.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures"], "no folder memory:"
-    assert _table_place("", "s3://bucket/a.zarr/", "linear") == "s3://bucket/a.zarr.linear.csv"
+    assert table_place("", "s3://bucket/a.zarr/", "linear") == "s3://bucket/a.zarr.linear.csv"
 
 
 def test_places_are_checked_before_the_work(run: Run, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +383,69 @@ def test_mistakes_are_one_sentence(run: Run, recorded: Path, tiny_folder: Path, 
 def test_what_was_typed_is_shown_without_its_escapes(run: Run, words: tuple[str, ...]) -> None:
     code, output, errors = run(*words)
     assert code == 2 and not {"\x1b", "\x07"} & {*output, *errors} and r"\x1b" in errors
+
+
+def test_a_list_is_repeated_or_parted_by_commas(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def extract(*_: Any, **options: Any) -> None:
+        asked.append({name: options[name] for name in ("timesteps", "sites", "guidance", "reduce", "conditionings")})
+        raise ValueError("enough")
+
+    monkeypatch.setattr("diffprobe.extraction.extract", extract)
+    monkeypatch.setattr("diffprobe.encoders.load_extractor", lambda *_, **__: None)
+    for words in (
+        "-t 50 -t 500,10 --sites A --sites B,C --guidance 1.5,4 --reduce mean --reduce A=none -c null -c caption,words",
+        "--timesteps 50,500,10 --sites A,B,C --guidance 1.5 --guidance 4 --reduce mean --reduce A=none -c null,caption,words",
+        "",
+        "--sites= -c",
+    ):
+        more = ["fixed:a star, or two"] if words.endswith("-c") else []
+        assert run("extract", "-o", tmp_path / "a", "--data", "shapes:2", *words.split(), *more)[0] == 2
+    first, second, usual, unusual = asked
+    assert first == second == {
+        "timesteps": [50, 500, 10], "sites": ["A", "B", "C"], "guidance": [1.5, 4.0], "reduce": ["mean", "A=none"],
+        "conditionings": ["null", "caption", "words"],
+    }  # fmt: skip
+    assert usual == {
+        "timesteps": [10, 50, 100, 250, 500], "sites": ["paper"], "guidance": [], "reduce": ["none"],
+        "conditionings": ["null", "caption"],
+    }  # fmt: skip
+    assert unusual["sites"] == [] and unusual["conditionings"] == ["fixed:a star, or two"]
+
+
+def test_old_spellings_work_with_a_warning(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def extract(*_: Any, **options: Any) -> None:
+        asked.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("diffprobe.extraction.extract", extract)
+    monkeypatch.setattr("diffprobe.encoders.load_extractor", lambda *_, **__: None)
+    given = ("extract", "-o", tmp_path / "a", "--data", "shapes:2", "--dry-run", "--compress", "--no-dry-run", "--no-force")
+    code, _, errors = run(*given)
+    assert (code, asked[0]["dry_run"], asked[0]["compress"], asked[0]["force"]) == (2, False, True, False)
+    for word in ("--no-dry-run", "--no-force"):
+        assert f"diffprobe: warning: {word} is an old spelling that the next release drops; leave it out" in errors
+    assert errors.count("\n") == 3
+
+
+def test_a_word_that_no_command_knows_is_one_sentence(run: Run) -> None:
+    for words, message in (
+        (("extract", "--bogus"), "No such option: --bogus"),
+        (("bogus",), "No such command 'bogus'. '"),
+        (("extract",), "Missing option '--out'"),
+        (("info",), "Missing argument 'STORE'"),
+        (("extract", "-o", "x", "--heads", "some"), "'some' is not one of 'mean', 'all'"),
+        (("extract", "-o", "x", "--seed", "two"), "Invalid value for '--seed'"),
+        (("info", "a", "\x1b[31mb"), r"\x1b[31mb"),
+    ):
+        code, output, errors = run(*words)
+        assert (code, output) == (2, "") and errors.startswith("diffprobe: ") and errors.count("\n") == 1, errors
+        assert message in errors and "--help' shows what there is." in errors, errors
+    code, output, errors = run("probe")
+    assert code == 2 and "similarity" in output + errors
 
 
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:

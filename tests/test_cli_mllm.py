@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from diffprobe.cli import main
 from diffprobe.data import ShapesDataset
+from docs import pages
 
 
 def test_train_judge_and_ask(
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]],
     follow: Callable[[str], list[str]],
-) -> None:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffprobe", "mllm", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+) -> None:  # fmt: skip
+    def mllm(*arguments: str | Path) -> tuple[int, str, str]:
+        return run("mllm", *arguments)
 
     out = tmp_path / "fused"
     small = ("--captions", "shapes-captions:8", "--instructions", "shapes-instruct:8", "--batch", "4,4", "--grid", "3")
     train = ("train", "-o", out, "-m", tiny_folder, "--device", "cpu", *small)
-    code, said, _ = run(*train, "--steps", "1,2", "--dry-run")
+    code, said, _ = mllm(*train, "--steps", "1,2", "--dry-run")
     assert code == 0 and "stage 2, shapes-instruct-0: 2 steps of" in said and not out.exists()
-    code, said, _ = run(*train, "--steps", "1,2")
+    code, said, _ = mllm(*train, "--steps", "1,2")
     assert code == 0 and "stage 2  step 2 of 2" in said
     monkeypatch.setattr("diffprobe.mllm.judging.DRAWN", ("shapes-mmvp:3",))
     assert "shapes-mmvp-0" in follow(said)[0]
-    code, _, errors = run(*train, "--steps", "1,3")
+    code, _, errors = mllm(*train, "--steps", "1,3")
     assert code == 2 and "steps: the store has 2, you ask for 3" in errors and errors.count("\n") == 1
-    code, said, _ = run("eval", out, "-b", "shapes-mmvp:9", "--conditions", "own,text", "--max-new-tokens", "2")
+    code, said, _ = mllm("eval", out, "-b", "shapes-mmvp:9", "--conditions", "own,text", "--max-new-tokens", "2")
     scores = pd.read_csv(out / "eval" / "scores.csv")
     assert code == 0 and scores["condition"].tolist() == ["own", "own", "text", "text"] and "shapes-mmvp-0" in said
     points = pd.DataFrame({"condition": "own", "id": ["a", "b"], "category": "conv", "question": "?", "output": ["x", "y"],
@@ -49,7 +41,7 @@ def test_train_judge_and_ask(
     code, said, _ = run("score", tmp_path / "to_judge.csv")
     assert code == 0 and "0.750" in said and pd.read_csv(tmp_path / "judged_scores.csv")["value"].tolist() == [0.75, 0.75]
     ShapesDataset(1)[0].load().save(tmp_path / "scene.png")
-    code, said, _ = run("chat", out, tmp_path / "scene.png", "Is there a red star?", "--attention", tmp_path / "heat.png")
+    code, said, _ = mllm("chat", out, tmp_path / "scene.png", "Is there a red star?", "--attention", tmp_path / "heat.png")
     assert code == 0 and (tmp_path / "heat.png").is_file() and "Drew" in said
 
     for arguments, message in (
@@ -66,5 +58,31 @@ def test_train_judge_and_ask(
         (("train", "-o", out, "--captions", "talk:3"), "names no conversations"),
         ((*train, "--sites", "U-L9*"), "matches none of"),
     ):
-        code, _, errors = run(*arguments)
+        code, _, errors = mllm(*arguments)
         assert code == 2 and message in errors and errors.count("\n") == 1, (arguments, errors)
+
+
+def test_an_options_default_is_that_of_what_it_sets() -> None:
+    """Options and fields are written twice, for `--help` imports no torch; they may not come to differ."""
+    from diffprobe.extraction import extract
+    from diffprobe.matching import alignment_score
+    from diffprobe.mllm.judging import judge_all
+    from diffprobe.mllm.leakage import Settings
+    from diffprobe.mllm.model import FusedConfig
+
+    def listed(value: Any) -> list[Any]:
+        return list(value) if isinstance(value, tuple | list) else [value]
+
+    commands = dict(pages.commands())
+    for words, target, others in (
+        (("extract",), extract, {"resolution"}),
+        (("leakage", "run"), Settings, {"model", "data"}),  # those of a store where there is one
+        (("mllm", "train"), FusedConfig, {"template"}),  # of two stages
+        (("mllm", "eval"), judge_all, set()),
+        (("probe", "alignment"), alignment_score, {"data", "model", "out"}),
+    ):
+        options = {name: one.default.default for name, one in inspect.signature(commands[words]).parameters.items()}
+        fields = {name: one.default for name, one in inspect.signature(target).parameters.items()}
+        shared = {name for name in options.keys() & fields.keys() - others if fields[name] is not inspect.Parameter.empty}
+        assert len(shared) >= 3
+        assert {name: listed(options[name]) for name in shared} == {name: listed(fields[name]) for name in shared}, words

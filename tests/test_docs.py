@@ -13,12 +13,13 @@ import tomllib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
 import diffprobe
 from diffprobe import cli
+from diffprobe.cli.entry import GROUPS
+from diffprobe.cli.options import PANELS
 from diffprobe.doctor import describe, examine
 from docs import pages
 
@@ -97,12 +98,12 @@ def test_pages_name_every_option() -> None:
     for option in (
         "`--out, -o`",
         "`--timesteps, -t`",
-        "`--dry-run, --no-dry-run`",
+        "| `--dry-run` |  |  |",
         "| mean or all | `mean` |",
         "diffprobe extract --out TEXT [OPTIONS]",
     ):
         assert option in page, option
-    assert "`STORE`" in pages.pages()["info.md"]
+    assert "`STORE`" in pages.pages()["info.md"] and "`--cache, --no-cache`" in pages.pages()["mllm-train.md"]
 
 
 def test_every_option_says_what_it_is_for() -> None:
@@ -129,10 +130,10 @@ def test_help_fits_a_screen_and_every_command_a_line() -> None:
     lines = shown("--help").splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) <= 48
     titles = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
-    assert titles == ["Options", cli.RECORD, cli.KEEP, cli.MEASURE, cli.SHOW, cli.HELP]
+    assert titles == ["Options", *GROUPS]
     body = [
         line.strip("│ ")
-        for line in lines[lines.index(next(line for line in lines if f"─ {cli.RECORD} ─" in line)) :]
+        for line in lines[lines.index(next(line for line in lines if f"─ {GROUPS[0]} ─" in line)) :]
         if line.startswith("│")
     ]
     known = {words[0] for words, _ in pages.commands()}
@@ -174,12 +175,19 @@ COMMANDS = dict(pages.commands())
 def test_help_says_all_that_the_code_says(helps: dict[str, str], words: tuple[str, ...]) -> None:
     function = COMMANDS[words]
     said = helps[" ".join(words)]
-    hints = get_type_hints(function, include_extras=True)
     texts = [inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]]
-    texts += [get_args(hint)[1].help for name, hint in hints.items() if name != "return"]
+    texts += [one.default.help for one in inspect.signature(function).parameters.values()]
     for text in texts:
         assert " ".join(text.split()) in said, text
     assert all(" ".join(words[:length]) in helps for length in range(len(words)))
+
+
+def test_help_of_extract_is_read_at_80_columns_from_what_to_how() -> None:
+    lines = shown("extract", "--help").splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines), "nothing is cut off"
+    assert [line.strip("╭─╮ ") for line in lines if line.startswith("╭")] == ["Options", *PANELS.values()]
+    help_columns = [line.strip("│ ").split("  ")[-1] for line in lines if line.startswith("│")]
+    assert len(lines) < 110 and max(map(len, help_columns)) >= 28
 
 
 def test_the_shell_completes_commands_and_options() -> None:

@@ -78,7 +78,8 @@ def test_words_of_a_template_are_no_ending(fresh_pipeline: Callable[[str], Any])
     model = DiffusionModel(Templated(**fresh_pipeline("sd1").components, requires_safety_checker=False))
     text = model.encode_text(["red circle"])
     start, ending, content = (
-        KnockedOut(model, what).cut_tokens(text)[0].nonzero().flatten().tolist() for what in ("start", "eos_and_padding", "content")
+        KnockedOut(model, what).cut_tokens(text)[0].nonzero().flatten().tolist()
+        for what in ("start", "eos_and_padding", "content")
     )
     number = model.tokens(["red circle"])[2][0]
     assert (start, content) == ([0], [2, 3]) and ending == list(range(number - 1, 77))

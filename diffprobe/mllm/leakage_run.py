@@ -22,7 +22,7 @@ from diffprobe.conditioning import NULL, current
 from diffprobe.data import BlankDataset, Dataset, iterate, load_dataset
 from diffprobe.mllm.captions import words
 from diffprobe.mllm.config import TrainConfig
-from diffprobe.mllm.features import MITIGATIONS, FeatureSpec, Features, describe
+from diffprobe.mllm.features import MITIGATIONS, Features, FeatureSpec, describe
 from diffprobe.mllm.language import (
     LanguageModel,
     answer_losses,
@@ -95,9 +95,7 @@ class Run:
         check_or_write_request(self.folder / "request.json", asdict(settings) | about)
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         where = self.folder / "stores"
-        self.features = Features(
-            self.model, splits, where, settings.grid, settings.noise_seed, stores, settings.batch_rows
-        )
+        self.features = Features(self.model, splits, where, settings.grid, settings.noise_seed, stores, settings.batch_rows)
 
     # --- samples ----------------------------------------------------------------------------------
 
@@ -192,7 +190,9 @@ class Run:
         ids = self.features.ids("test")
         texts, sources = self.fed(test.condition)
         features = self.features.tokens(self.testing(test), ids)
-        said = generate_texts(self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens)
+        said = generate_texts(
+            self.language, projector, features, self.settings.request, max_new_tokens=self.settings.max_new_tokens
+        )
         rows = [
             {**test.key, "sample": i, "fed": texts[i], "source": sources[i],
              "references": json.dumps(self.references(i, texts[i]), ensure_ascii=False), "output": output}

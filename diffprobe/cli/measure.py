@@ -1,0 +1,457 @@
+"""Commands that measure and show what is in a store: probes, plots, the whole analysis and its page."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+import diffprobe
+from diffprobe.cli import options as shared
+from diffprobe.cli.entry import SHOW, app, plot_app, prepare, probe_app
+from diffprobe.cli.options import argument, option, say, say_next, several, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+Pooling = Literal["mean", "flatten", "patches"]
+Metric = Literal["cosine", "euclidean", "manhattan"]
+LABEL_HELP = "Labels to read; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."
+LABELS = several(["colour"], LABEL_HELP, "--label")
+SITES = several([], "Sites by name; all that can be measured by default.")
+CONDITIONINGS = several([], "Conditionings; all by default.", "--conditioning")
+POOL = option("mean", "Average the places, lay them side by side, or read each on its own.")
+TABLE_OUT = option("", "The table (CSV), a path or an fsspec URL.", "--out", "-o", show_default="beside the store")
+PROBE_SEED = option(0, "Seed of split, control labels and bootstrap.")
+SEED = option(0, "Seed of the bootstrap and of every other draw.")
+JOBS = option(-1, "Worker processes, one thread each; -1 is one a core.")
+CROSS_FIT = option(False, "Each fold is the test fold once: five times the work and the test rows.", "--cross-fit")
+BENCHMARKS = (
+    "shapes-mmvp:N, shapes-winoground:N, or mmvp-vlm, winoground, sugarcrepe with :FOLDER_OR_ID "
+    "(sugarcrepe:FOLDER?images=COCO_FOLDER)."
+)
+MEASURES = "cosine, cosine_standardised, cka, cka_biased, mutual_knn; cosines for pairs, CKA else by default."
+SCORES = ["attention_lse_paper", "attention_lse_discffusion", "denoising_loss", "denoising_loss_normalised"]
+IMAGES = option("", "The dataset, to show its images; the store's own by default.", "--data", "-d")
+TIMESTEP = option(None, "The store's first by default.")
+SAMPLES = several([], "Sample ids.")
+FIGURES = option(Path("figures"), "Folder for the figure's files.", "--out", "-o")
+FIGURE_NAME = option("", "Name of the figure's files.", show_default="the store's or the table's")
+
+
+def _probe(
+    name: str, probe: Callable[..., Any], options: dict[str, Any], *, lazy: bool = False, store: str = shared.STORE,
+    label: list[str] = LABELS, sites: list[str] = SITES, conditioning: list[str] = CONDITIONINGS, pool: Pooling = POOL,
+    out: str = TABLE_OUT,
+) -> None:  # fmt: skip
+    """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
+    import pandas as pd
+
+    from diffprobe.probes.fitting import probe_table, save_table
+    from diffprobe.probes.labels import PREFIX, with_mask_labels
+    from diffprobe.probes.task import pool_features
+    from diffprobe.store import features, open_store, provenance, site_names
+
+    tree = open_store(store)
+    target = shared.table_place(out, store, name)
+    names = sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]
+    masks = [x for x in label if x.startswith(PREFIX)]
+    frames = []
+    kinds: list[tuple[list[str], Any]] = [([x for x in label if x not in masks], pool), (masks, "patches")]
+    for labels, pooling in kinds:
+        if not labels:
+            continue
+
+        def get(site: str, labels: list[str] = labels, pooling: Any = pooling) -> xr.DataArray:
+            found: xr.DataArray = features(tree, site, conditioning=conditioning or None)
+            for one in labels if pooling == "patches" else []:
+                found = with_mask_labels(found, tree, one) if one in masks else found
+            return found if lazy else pool_features(found, pooling).compute()
+
+        frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
+    frame = pd.concat(frames, ignore_index=True)
+    asked = {"probe": name, "label": ",".join(label), "sites": names, "conditioning": ",".join(conditioning), "pool": pool}
+    save_table(frame, target, store, provenance(tree), asked | options)
+    columns = {"label": "{label}", "conditioning": "{conditioning}", "best site": "{site}", "timestep": "{timestep}",
+               "score": "{value:.3f}", **shared.INTERVAL, "chance": "{chance:.3f}", "control": "{control_value:.3f}",
+               "n test": "{n_test}"}  # fmt: skip
+    show(shared.best(frame, ["label", "conditioning"]), columns)
+    say(f"{len(frame)} probes in {target}")
+    say_next(["plot", "probe", target])
+
+
+@probe_app.command("linear")
+@shared.takes(_probe)
+def probe_linear(
+    seed: int = PROBE_SEED,
+    jobs: int = JOBS,
+    penalties: list[float] = several([0.1, 1, 10, 100, 1000], "Strengths of the squared norm to choose from."),
+    cross_fit: bool = CROSS_FIT,
+    streaming: bool = option(False, "Ridge in two passes over the store, for those larger than memory.", "--streaming"),
+    device: str | None = option(None, "Fit on this torch device, such as cuda (SCIPY_ARRAY_API=1 must be set)."),
+    **asked: Any,
+) -> None:
+    """Fit a linear probe per site, timestep and conditioning, with its control task."""
+    from diffprobe.probes.linear import fit_probe
+    from diffprobe.probes.streaming import stream_probe
+
+    options: dict[str, Any] = {"penalties": penalties, "seed": seed}
+    if streaming and (device or cross_fit):
+        raise ValueError("--streaming goes with neither --device nor --cross-fit.")
+    if not streaming:
+        # A GPU is not shared out between processes.
+        options |= {"cross_fit": cross_fit, "device": device, "n_jobs": 1 if device else jobs}
+    _probe("linear", stream_probe if streaming else fit_probe, options, lazy=streaming, **asked)
+
+
+@probe_app.command("knn")
+@shared.takes(_probe)
+def probe_knn(
+    seed: int = PROBE_SEED,
+    jobs: int = JOBS,
+    k: list[int] = several([5, 20], "Numbers of neighbours to choose from.", "--k", "-k"),
+    metric: Metric = option("cosine", "Distance between features standardised per channel."),
+    cross_fit: bool = CROSS_FIT,
+    **asked: Any,
+) -> None:
+    """Read labels off the nearest neighbours per site, timestep and conditioning, with its control task."""
+    from diffprobe.probes.knn import knn_probe
+
+    options = {"k": k, "metric": metric, "seed": seed, "cross_fit": cross_fit, "n_jobs": jobs}
+    _probe("knn", knn_probe, options, **asked)
+
+
+@probe_app.command("alignment")
+def probe_alignment(
+    model: str = shared.MODEL,
+    data: str = option("shapes-mmvp:45", BENCHMARKS, "--data", "-d"),
+    scores: list[str] = several(SCORES, "Also pooled_cosine and clip_cosine; 'all' is every one."),
+    timesteps: list[int] = several([189, 389, 589, 789, 989], "Noise levels.", "--timesteps", "-t"),
+    draws: int = option(3, "Noise tensors at each timestep.", min=1),
+    clip: str = option("shapes-clip", "Folder, hub id or embedded name of a CLIP model, for clip_cosine."),
+    site: str = option("U-L2-R1-B0-Cross-Q", "Site of pooled_cosine."),
+    train: str = option("shapes:600", "Captioned dataset that pooled_cosine learns from."),
+    baseline: str = option("", "A score that the others are compared with, item by item."),
+    out: Path = option(
+        Path("runs/alignment.nc"), "Scores (NetCDF), from which a stopped run goes on; and a table.", "--out", "-o"
+    ),
+    batch_rows: int = shared.BATCH_ROWS,
+    seed: int = SEED,
+    revision: str | None = shared.REVISION,
+    device: str | None = shared.DEVICE,
+    dtype: str = option("auto", "float32, float16, bfloat16; auto is float32 on a CPU, else bfloat16."),
+) -> None:
+    """Match images with texts by the model's own scores, by a benchmark's strict protocol."""
+    from diffprobe.data.benchmarks import load_benchmark
+    from diffprobe.matching import alignment_score
+    from diffprobe.models import load_model
+    from diffprobe.probes.alignment import SCORES, alignment_table, compare_scores
+    from diffprobe.store import write_whole
+
+    names = list(SCORES) if scores == ["all"] else scores
+    if baseline and baseline not in names:
+        raise ValueError(f"--baseline {baseline!r} is not one of the scores {', '.join(names)}.")
+    benchmark = load_benchmark(data)  # before the model: a slip in the spec should not cost a minute
+    found = alignment_score(
+        load_model(model, device, dtype, revision), benchmark, scores=names, timesteps=timesteps, draws=draws, seed=seed,
+        batch_rows=batch_rows, site=site, train=train, clip=clip, out=out,
+    )  # fmt: skip
+    frame = alignment_table(found, found.attrs["protocol"], seed=seed)
+    target = out.with_suffix(".csv")
+    write_whole(target, frame.to_csv(index=False))
+    columns = {"score": "{score}", "metric": "{metric}", "share right": "{value:.3f}", **shared.INTERVAL}
+    show(frame[frame["pattern"] == "all"], columns | {"chance": "{chance:.3f}", "n": "{n}"})
+    if baseline:
+        for row in compare_scores(found, found.attrs["protocol"], baseline, seed=seed).to_dict("records"):
+            say(
+                f"{row['score']} - {baseline}, {row['metric']}: {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], "
+                f"p = {row['p']:.2g}, {row['p_holm']:.2g} after Holm",
+            )
+    say(f"Scores in {out}, every pattern in {target}")
+
+
+@probe_app.command("similarity")
+def probe_similarity(
+    store: str = shared.STORE,
+    between: str = option("conditioning", "pair (images a, b), conditioning, guidance, timestep, site, store (with --other)."),
+    other: str = option("", "A second store of the same samples, of another model or encoder."),
+    measures: list[str] = several([], MEASURES),
+    sites: list[str] = SITES,
+    guidance: list[float] = several([1, 1.5, 4, 7], "Scales s to compare with f_u."),
+    conditioning: str = option("caption", "f_c of the guidance."),
+    groups: str = option("", "A label of samples that belong together, such as pair."),
+    pool: Pooling = option("flatten", "A row is the whole map (flatten) or its mean."),
+    k: int = option(10, "Neighbours of mutual_knn.", "--k", "-k"),
+    out: str = TABLE_OUT,
+    seed: int = SEED,
+) -> None:
+    """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.similarity import store_similarity
+    from diffprobe.store import open_store, provenance
+
+    tree = open_store(store)
+    target = shared.table_place(out, store, f"similarity-{between}")
+    options: dict[str, Any] = {"sites": sites, "conditioning": conditioning, "guidance": guidance, "groups": groups or None,
+                               "measures": measures, "pool": pool, "k": k, "seed": seed}  # fmt: skip
+    frame = store_similarity(tree, between, other=open_store(other) if other else None, **options)
+    origin = provenance(tree)
+    save_table(frame, target, store, origin, {"probe": "similarity", "between": between, "other": other, **options})
+    for reason, rows in frame[frame["reason"] != ""].groupby("reason", sort=False):
+        say(f"  {len(rows)} without a value: {reason}")
+    say(f"{len(frame)} comparisons of {frame['n'].max()} samples in {target}")
+    say_next(["plot", "similarity", target])
+
+
+@probe_app.command("correspondence")
+def probe_correspondence(
+    store: str = shared.STORE,
+    spair: Path | None = option(None, "The folder SPair-71k, for a store of its JPEGImages (--fit squash); else its twins."),
+    split: str = option("test", "Of SPair-71k: trn, val, test."),
+    alpha: list[float] = several([0.1], "Tolerances, in larger sides of the object's box."),
+    sites: list[str] = SITES,
+    conditioning: list[str] = CONDITIONINGS,
+    grid: int = option(96, "Rows of the upsampled target map."),
+    raw: bool = option(False, "Cosines of raw features, not standardised per channel.", "--raw"),
+    by_category: bool = option(False, "Rows for each category too.", "--by-category"),
+    out: str = TABLE_OUT,
+    seed: int = SEED,
+) -> None:
+    """Find keypoints of one image in another by their features: PCK per point and per image, with chance."""
+    import pandas as pd
+
+    from diffprobe.data import TwinsDataset, load_dataset
+    from diffprobe.data.keypoints import twin_keypoints
+    from diffprobe.data.spair import read_spair
+    from diffprobe.probes.correspondence import correspondence
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.store import features, open_store, provenance, site_names
+
+    tree = open_store(store)
+    target = shared.table_place(out, store, "correspondence")
+    origin = provenance(tree)
+    request = origin["request"]
+    if spair is not None:
+        pairs = read_spair(spair, split, resolution=tuple(request["resolution"]), fit=request["fit"])
+    else:
+        dataset = load_dataset(origin["data"])
+        if not isinstance(dataset, TwinsDataset):
+            raise ValueError(
+                f"Keypoints are known for drawn twins (shapes-winoground:N, shapes-mmvp:N) and SPair-71k; this store holds "
+                f"{origin['data']!r}. Extract twins, or give --spair."
+            )
+        pairs = twin_keypoints(dataset)
+    names = sites or [n for n in site_names(tree) if {"y", "x"} <= set(getattr(tree[n].get("features"), "dims", ()))]
+    options: dict[str, Any] = {"alphas": alpha, "grid": grid, "standardise": not raw, "seed": seed}
+    frames = [
+        correspondence(features(tree, name, conditioning=conditioning or None), pairs, by_category=by_category, **options)
+        .assign(site=name)
+        for name in names
+    ]  # fmt: skip
+    if not frames:
+        raise ValueError(f"{store} has no site with a (y, x) grid; record one with --reduce none.")
+    frame = pd.concat(frames, ignore_index=True)
+    asked = {"probe": "correspondence", "split": split if spair else "", "sites": names, **options}
+    save_table(frame, target, store, origin, asked)
+    columns = {"site": "{site}", "timestep": "{timestep}", "conditioning": "{conditioning}", "alpha": "{alpha:g}",
+               "PCK": "{value:.3f}", **shared.INTERVAL, "chance": "{chance:.3f}", "in the box": "{chance_box:.3f}",
+               "same place": "{position:.3f}", "n": "{n}"}  # fmt: skip
+    points = frame[(frame["per"] == "point") & (frame["category"] == "all")].sort_values("value", ascending=False)
+    show(points.head(10), columns)
+    say(f"{len(frame)} scores of {len(pairs)} pairs in {target}")
+
+
+@probe_app.command("localization")
+def probe_localization(
+    store: str = shared.STORE,
+    of: str = option("attention", "attention (of a caption's words), or difference (|f_c - f_u| of a text)."),
+    conditioning: list[str] = several([], "Whose words are scored; for differences captions and questions, all by default."),
+    data: str = option("", "The dataset, for its masks; the store's own by default.", "--data", "-d"),
+    sites: list[str] = SITES,
+    timesteps: list[int] = several([], "All by default.", "--timesteps", "-t"),
+    roles: list[str] = several(["noun"], "Of words: noun, colour, phrase, background."),
+    by_head: bool = option(False, "Each head beside their mean (of a store with --heads all).", "--by-head"),
+    out: str = TABLE_OUT,
+    seed: int = SEED,
+) -> None:
+    """Score maps against masks: pointing game, mass, IoU, ROC-AUC, AP, NSS, each with interval, chance and controls."""
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.grounding import attention_localization, difference_localization
+    from diffprobe.store import open_store, provenance
+
+    tree = open_store(store)
+    target = shared.table_place(out, store, f"localization-{of}")
+    options: dict[str, Any] = {"sites": sites or None, "timesteps": timesteps or None, "seed": seed}
+    if of == "attention":
+        options |= {"conditioning": ",".join(conditioning) or "caption", "roles": roles, "by_head": by_head}
+        frame = attention_localization(tree, data or None, **options)
+    elif of == "difference":
+        options |= {"conditionings": conditioning or None}
+        frame = difference_localization(tree, data or None, **options)
+    else:
+        raise ValueError(f"--of {of!r} is not one of attention, difference.")
+    origin = provenance(tree)
+    save_table(
+        frame, target, store, origin, {"probe": "localization", "of": of, "left_out": frame.attrs["left_out"], **options}
+    )
+    _show_localization(frame)
+    for reason, number in frame.attrs["left_out"].items():
+        say(f"  left out: {number} {reason}")
+    say(f"{len(frame)} scores in {target}")
+    say_next(["plot", "localization", target])
+
+
+def _show_localization(frame: pd.DataFrame) -> None:
+    """The best cell of a few scores, with chance and the lead over the control of another word or text."""
+    own = str(frame["map"].iloc[0])
+    by, control = ("role", "wrong word") if own == "word" else ("conditioning", "other text")
+    cell = [by, "score", "site", "timestep", *(["head"] if "head" in frame else [])]
+    leads = frame[frame["map"] == control].set_index(cell)[["lead", "lead_low", "lead_high"]]
+    mine = frame[(frame["map"] == own) & frame["score"].isin(["pointing", "iou_tuned", "auc"]) & frame["value"].notna()]
+    rows = shared.best(mine, [by, "score"])
+    for row in rows:
+        lead = leads.loc[tuple(row[name] for name in cell)]
+        compared = "{lead:+.3f} [{lead_low:+.3f}, {lead_high:+.3f}]" if lead.notna().all() else "none to compare"
+        row["over"] = compared.format(**lead)
+    columns = {by: f"{{{by}}}", "score": "{score}", "best site": "{site}", "timestep": "{timestep}", "value": "{value:.3f}"}
+    show(rows, columns | shared.INTERVAL | {"chance": "{chance:.3f}", f"lead over {control}": "{over}", "n": "{n}"})
+
+
+def _samples(wanted: list[str], count: int) -> Callable[[xr.DataTree], list[int]]:
+    """Finds the rows of the named samples in a store, or of its first."""
+
+    def choose(tree: xr.DataTree) -> list[int]:
+        ids = [str(s) for s in tree.dataset["sample"].values]
+        missing = [name for name in wanted if name not in ids]
+        if missing:
+            raise ValueError(f"Sample {missing[0]!r} is not in this store; its first are {', '.join(ids[:3])}.")
+        return [ids.index(name) for name in wanted] or list(range(min(count, len(ids))))
+
+    return choose
+
+
+@plot_app.command("pca")
+def plot_pca(
+    store: str = shared.STORE,
+    data: str = IMAGES,
+    sites: list[str] = several([], "Sites by name; all that have a grid by default."),
+    timestep: int | None = TIMESTEP,
+    conditioning: str = option("null", "One conditioning."),
+    samples: list[str] = SAMPLES,
+    count: int = option(5, "How many samples when none are named."),
+    out: Path = FIGURES,
+    name: str = FIGURE_NAME,
+) -> None:
+    """First three principal components of the features as colours, one column a site."""
+    from diffprobe.figures import pca_figure
+
+    say(f"Drew {pca_figure(store, data, sites, timestep, conditioning, _samples(samples, count), out, name)}")
+
+
+@plot_app.command("heatmaps")
+def plot_heatmaps(
+    store: str = shared.STORE,
+    words: list[str] = several([], "Words of the prompt; all its words by default."),
+    data: str = IMAGES,
+    site: list[str] = several([], "Map sites by name; the mean of all by default."),
+    timestep: int | None = TIMESTEP,
+    conditioning: str = option("caption", "One conditioning."),
+    samples: list[str] = SAMPLES,
+    count: int = option(3, "How many samples when none are named."),
+    out: Path = FIGURES,
+    name: str = FIGURE_NAME,
+) -> None:
+    """Where each word's cross-attention falls, laid over the image."""
+    from diffprobe.figures import heatmap_figures
+
+    for path in heatmap_figures(store, data, words, site, timestep, conditioning, _samples(samples, count), out, name):
+        say(f"Drew {path}")
+
+
+@plot_app.command("probe")
+def plot_probe(
+    table: str = argument(..., "A table that 'diffprobe probe' wrote.", "TABLE"),
+    out: Path = FIGURES,
+    name: str = FIGURE_NAME,
+) -> None:
+    """Probe scores by site and timestep, chance marked."""
+    from diffprobe.figures import probe_figures
+
+    for path in probe_figures(table, out, name):
+        say(f"Drew {path}")
+
+
+@plot_app.command("similarity")
+def plot_similarity(
+    table: str = argument(..., "A table that 'diffprobe probe similarity' wrote.", "TABLE"),
+    measure: str = option("", "One measure; the table's first by default."),
+    out: Path = FIGURES,
+    name: str = FIGURE_NAME,
+) -> None:
+    """Curves over timesteps or guidance with intervals and chance, or every two against each other."""
+    from diffprobe.figures import similarity_figure
+
+    say(f"Drew {similarity_figure(table, measure, out, name)}")
+
+
+@plot_app.command("localization")
+def plot_localization(
+    table: str = argument(..., "A table that 'diffprobe probe localization' wrote.", "TABLE"),
+    score: str = option("auc", "Of the curves and of the picture by head."),
+    out: Path = FIGURES,
+    name: str = FIGURE_NAME,
+) -> None:
+    """Localization by site and timestep, against controls and chance, and by head where the table has heads."""
+    from diffprobe.figures import localization_figures
+
+    for path in localization_figures(table, score, out, name):
+        say(f"Drew {path}")
+
+
+@app.command(
+    rich_help_panel=SHOW,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def reproduce(
+    context: typer.Context,
+) -> None:
+    """Measure, judge and draw every figure and table."""
+    root = Path(diffprobe.__file__).resolve().parents[1]
+    if not (root / "experiments" / "framework.py").is_file():
+        raise ValueError(
+            "'diffprobe reproduce' needs a checkout of the repository, which holds the experiments: clone it, "
+            "run pip install --editable . in it, and give the command again."
+        )
+    if sys.path[0] != str(root):
+        sys.path.insert(0, str(root))
+    command = typer.main.get_command(importlib.import_module("experiments.__main__").app)
+    prepare(command)
+    with command.make_context(context.info_name, context.args, parent=context.parent) as inner:
+        command.invoke(inner)
+
+
+@app.command(rich_help_panel=SHOW)
+def report(
+    run: Path = argument(Path("figures"), "A folder of figures, as 'diffprobe reproduce' writes it.", "RUN"),
+    out: Path = option(Path("report.html"), "The page.", "--out", "-o"),
+    store: list[str] = option([], "A store with cross-attention maps to explore in the page. May be repeated."),
+    samples: int = option(12, "Samples of each store in the page.", min=1),
+    data: str = option("", "The stores' dataset; the one they name by default.", "--data", "-d"),
+    max_mb: float = option(20.0, "Refuse an explorer that would take more than this.", min=0),
+) -> None:
+    """Write figures and verdicts as one offline page.
+
+    With --store it holds an attention explorer too. It opens anywhere, without a network.
+    """
+    from diffprobe.report import write_report
+
+    made = write_report(run, out, store, samples=samples, data=data, max_bytes=int(max_mb * 1e6))
+    say(f"{out}: {made.figures} figures, {made.claims} claims, stores to explore: {made.stores}; {made.bytes / 1e6:.1f} MB.")
+    say(f"Open {out} in a browser; it needs no network.")
+    if not store:
+        say("With --store and a store of cross-attention maps the page also lets one explore them.")
