@@ -25,13 +25,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffprobe.sites import Site, list_sites
+from diffprobe.sites import Site, list_sites, transformer_sites
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "sd",
@@ -44,7 +45,7 @@ FAMILIES: dict[str, str] = {
 SUPPORTED = "Stable Diffusion 1.x and 2.x (epsilon and v), Stable Diffusion XL, PixArt-alpha and -sigma"
 EMBEDDED = Path(__file__).parent / "zoo" / "weights"
 LatentRule = Literal["mean", "mode", "sample"]
-Network: TypeAlias = UNet2DConditionModel | PixArtTransformer2DModel
+Network: TypeAlias = ModelMixin
 SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
 )  # fmt: skip
@@ -392,8 +393,10 @@ class DiffusionModel:
 
 
 def sites_of(network: nn.Module) -> list[Site]:
-    """`list_sites` of a network; its attentions say themselves whether they attend to the prompt."""
+    """The sites of a network; a UNet's attentions say themselves whether they attend to the prompt."""
     modules = dict(network.named_modules())
+    if not hasattr(network, "down_blocks"):
+        return transformer_sites(modules)
     crossing = {path: bool(m.is_cross_attention) for path, m in modules.items() if hasattr(m, "is_cross_attention")}
     return list_sites(modules, crossing)
 
