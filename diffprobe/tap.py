@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Index: TypeAlias = slice | Tensor
 ALL = slice(None)
 _CHUNK_BYTES = 32 * 2**20  # float32 scores held at once; larger is no faster and shows in the peak memory
+_SOME_BYTES = 4 * 2**20  # the same where the kernel gave the normaliser; smaller is faster there
 # Taps that wait at an attention backend other than torch's own, and that backend, by its name in diffusers' registry.
 _LISTENING: dict[Any, tuple[Any, list[Tap]]] = {}
 _SDPA = inspect.signature(
@@ -271,8 +272,9 @@ def probabilities(
     query = take(call.query, places)
     # Where few keys are scored, the float32 copy of the queries is the larger one.
     row_bytes = max(1, 4 * query.shape[1] * query.shape[2] * max(key.shape[2], 0 if known is None else key.shape[3]))
-    rows_at_once = max(1, _CHUNK_BYTES // row_bytes)
-    places_at_once = max(1, query.shape[2] * _CHUNK_BYTES // row_bytes)
+    row_bytes = 1 if query.is_meta else row_bytes  # shapes alone take no memory
+    limit = _CHUNK_BYTES if known is None else _SOME_BYTES
+    rows_at_once, places_at_once = max(1, limit // row_bytes), max(1, query.shape[2] * limit // row_bytes)
     results = []
     for row in range(0, len(query), rows_at_once):
         part = slice(row, row + rows_at_once)

@@ -6,8 +6,10 @@ and which are text is written out by hand for each class below, from reading it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
-from diffprobe.models import sites_of
+from diffprobe.models import load_network_config, sites_of, stated_size
 from diffprobe.recorder import _ACTIVE, Recorder, massive_channels, site_shapes
 from diffprobe.sites import attentions_of
 from diffprobe.tap import Call, Tap, output_products, probabilities
@@ -501,6 +503,72 @@ def test_caches_that_skip_blocks_are_refused() -> None:
         Recorder(network, "T-B0-Out")
 
 
+def test_a_folder_of_configs_is_enough_to_list_sites(tmp_path: Path) -> None:
+    network, _ = build("flux")
+    network.save_config(tmp_path / "transformer")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8, 8]}))
+    index = {
+        "_class_name": "FluxPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    found, factor, tokens = load_network_config(tmp_path)
+    assert next(found.parameters()).is_meta and (factor, tokens) == (8, 512) and stated_size(found, "tiny") == (128, 128)
+    shapes = site_shapes(found, (32, 48), tokens)
+    assert shapes["T-B1-Out"] == (32, 16, 24) and shapes["S-B0-Joint-Map"] == (2, 512, 16, 24)
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": ["diffusers", "Flux9Model"]}))
+    with pytest.raises(ValueError, match="is a Flux9Model of diffusers, which this version of diffusers does not have"):
+        load_network_config(tmp_path)
+
+
+def vae(channels: int) -> Any:
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=16, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def test_pipelines_are_recorded_while_they_sample() -> None:
+    """Stable Diffusion 3 with guidance and Flux without, from embeddings; the latents are the same with and without a recorder."""
+    nobody = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    network = build("sd3")[0]
+    guided = diffusers.StableDiffusion3Pipeline(
+        transformer=network, scheduler=scheduler, vae=vae(4), text_encoder_3=None, tokenizer_3=None, **nobody
+    )
+    plain = diffusers.FluxPipeline(transformer=build("flux")[0], scheduler=scheduler, vae=vae(1), **nobody)
+    prompt = {"prompt_embeds": text(7, 16)[:1], "pooled_prompt_embeds": text(1, 16)[:1, 0]}
+    negative = {"negative_prompt_embeds": text(7, 16)[1:], "negative_pooled_prompt_embeds": text(1, 16)[1:, 0]}
+    asked = {
+        guided: {**prompt, **negative, "height": 8, "width": 12},
+        plain: {"prompt_embeds": text(7, 32)[:1], "pooled_prompt_embeds": text(1, 32)[:1, 0], "height": 8, "width": 12},
+    }
+    for pipeline, request in asked.items():
+        pipeline.set_progress_bar_config(disable=True)
+
+        def sample(pipeline: Any = pipeline, request: dict[str, Any] = request) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return pipeline(**request, num_inference_steps=2, output_type="latent", generator=generator).images
+
+        before = sample()
+        with Recorder(pipeline, "T-B1-Out", maps="joint", tokens=[3]) as recorder:
+            assert torch.equal(before, sample())
+        assert len(recorder.steps) == 2 and left_over(pipeline.transformer) == 0
+        rows = ("negative", "prompt") if pipeline is guided else ("prompt",)
+        for step in recorder.steps:
+            assert step.rows == rows and step.timesteps[0] > 0
+            assert step.tensors["T-B1-Out"].shape[2:] == GRID and step.tensors["T-B1-Joint-Map"].shape == (
+                len(rows),
+                1,
+                1,
+                *GRID,
+            )
+    with pytest.raises(ValueError, match=r"Site Noise needs a noise schedule .* FlowMatchEulerDiscreteScheduler does not have"):
+        Recorder(plain, "Noise")
+
+
 # --- one call -------------------------------------------------------------------------------------
 
 
@@ -600,7 +668,7 @@ def test_a_second_call_is_recorded_when_asked_for(fresh_pipeline: Callable[[str]
     ):
         pipeline.unet(*arguments)
     assert own[name].shape[2] == 77 and second[name].shape[2] == 4
-    with Recorder(pipeline, maps=name, call=2), pytest.raises(ValueError, match="Adapter made 2 calls .* call 2"):
+    with Recorder(pipeline, maps=name, call=2), pytest.raises(ValueError, match=r"Adapter made 2 calls .* call 2"):
         pipeline.unet(*arguments)
 
 
