@@ -371,6 +371,11 @@ class Recorder:
         """One attention map (row, head, token, y, x)."""
         grid, path, count = self._grid[site.anchor], site.module_path, call.index
         heads, tokens = self.heads, None if self.tokens is None else list(self.tokens)
+        if len(call.query) != len(self._sample):
+            self._refuse(
+                f"Site {site.name} attends to {len(call.query)} rows a call where the pass has {len(self._sample)}, so it is not known "
+                "which is which; give the network one row at a time."
+            )
         if self._in_unet:
             # A self-map's keys are places, of which all are kept.
             found = probabilities(call, heads=heads, tokens=tokens if site.kind == "cross_map" else None)
@@ -404,17 +409,19 @@ class Recorder:
         else:
             found = next((told for n, length in enumerate(lengths) if (told := self._by_length(n, length, stream))), None)
             if found is None:
-                told = " or ".join(map(str, lengths))
+                here = " or ".join(map(str, lengths))
+                if stream == "text":
+                    self._refuse(f"Site {site.name} holds no text beside the {here} tokens of its image; record other sites.")
                 self._refuse(
-                    f"Site {site.name} holds {told} tokens, which are not the {self._tokens} of this image; record other sites."
+                    f"Site {site.name} holds {here} tokens, which are not the {self._tokens} of this image; record other sites."
                 )
         number, index = found
         if stream == "text":
             return found
-        here = index.stop - index.start if isinstance(index, slice) else index.shape[1]
-        if here < places:
+        held = index.stop - index.start if isinstance(index, slice) else index.shape[1]
+        if held < places:
             self._refuse(
-                f"Site {site.name} holds {here} image tokens, which are not the {places} of this image; record other sites."
+                f"Site {site.name} holds {held} image tokens, which are not the {places} of this image; record other sites."
             )
         # Reference images follow the noised one.
         return number, slice(index.start, index.start + places) if isinstance(index, slice) else index[:, :places]
@@ -577,12 +584,15 @@ def site_shapes(network: Network, latent_size: tuple[int, int], prompt_tokens: i
     with torch.device("meta"):
         twin = type(network).from_config(network.config).eval()
         given, grid = meta_arguments(twin, latent_size, prompt_tokens)
-        with torch.no_grad(), Recorder(twin, "*", maps="*", heads="all", reuse=True) as recorder:
+        maps = "*" if any(site.is_map for site in sites_of(twin)) else ()
+        with torch.no_grad(), Recorder(twin, "*", maps=maps, heads="all", reuse=True) as recorder:
             recorder._told = grid
             try:
                 with Lengths(prompt_tokens):
                     twin(**given, return_dict=False)
-            except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+            except ValueError:
+                raise
+            except Exception as error:
                 raise ValueError(
                     f"The shapes of a {type(network).__name__} are not known without its weights: {error}"
                 ) from error

@@ -213,7 +213,7 @@ def is_linear(attention: Any) -> bool:
 def _title(path: str) -> str:
     """``context_embedder.token_refiner.refiner_blocks`` as ``Refiner``: the list's own name without "blocks" or "layers"."""
     words = [word for word in path.rpartition(".")[2].split("_") if word not in ("blocks", "layers", "block")]
-    return "-".join(word.title() for word in words or [path])
+    return "-".join(word.title() for word in words or re.split(r"[._]", path))
 
 
 def _takes_text(block: Any) -> bool:
@@ -222,8 +222,10 @@ def _takes_text(block: Any) -> bool:
 
 def _roles(block: Any, inside: Mapping[str, Any], path: str) -> dict[str, str]:
     """Whether each attention of a block is Self, Cross or Joint."""
+    paired = hasattr(block, "attn1") and _takes_text(block)  # then the second of the pair crosses, as in every such class
     crossing = {
-        name: bool(getattr(attention, "is_cross_attention", False)) or "cross" in name.rpartition(".")[2].lower()
+        name: bool(getattr(attention, "is_cross_attention", paired and name.endswith("attn2")))
+        or "cross" in name.rpartition(".")[2].lower()
         for name, attention in inside.items()
     }
     could_cross = getattr(block, "attn2", 0) is None or any(crossing.values())

@@ -496,6 +496,26 @@ def test_other_backends_are_seen_through_their_registry(monkeypatch: pytest.Monk
         torch.testing.assert_close(recorder[site], maps, atol=1e-5, rtol=1e-3)
 
 
+def test_an_attention_that_takes_row_by_row_is_refused_unless_there_is_one_row() -> None:
+    torch.manual_seed(0)
+    network = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4, text_embed_dim=16,
+        time_embed_dim=4, max_sequence_length=16,
+    ).eval()  # fmt: skip
+    mask = torch.ones(ROWS, 6, dtype=torch.bool)
+    given = {
+        "hidden_states": latents(4, 2, 4, 6), "encoder_hidden_states": text(6, 16), "timestep": TIMES, "encoder_attention_mask": mask,
+    }  # fmt: skip
+    with (
+        Recorder(network, maps="joint"),
+        pytest.raises(ValueError, match="T-B0-Joint-Map attends to 1 rows a call where the pass has 2"),
+    ):
+        run(network, given)
+    with Recorder(network, maps="joint") as recorder:
+        run(network, {name: value[:1] for name, value in given.items()})
+    assert recorder["T-B0-Joint-Map"].shape == (1, 1, 6, 2, *GRID)
+
+
 def test_caches_that_skip_blocks_are_refused() -> None:
     network, _ = build("flux")
     network._cache_config = object()
