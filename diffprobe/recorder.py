@@ -128,6 +128,7 @@ class Recorder:
         self._grid: dict[str, tuple[int, ...]] = {}
         self._handles: list[Any] = []
         self._taps: list[Tap] = []
+        self._late: ValueError | None = None
         self._streams: Streams | None = None
         self._traced: dict[Any, Streams] = {}
         self._told: tuple[tuple[int, ...], int] | None = None  # the grid, where a pass has shapes alone and cannot say it
@@ -192,8 +193,9 @@ class Recorder:
 
     def _refuse(self, why: str) -> NoReturn:
         """End a pass that cannot be recorded."""
-        self._detach()
-        self._step = None
+        if not any(tap.busy for tap in self._taps):
+            self._detach()
+            self._step = None
         raise ValueError(why)
 
     def _check(self) -> None:
@@ -355,11 +357,19 @@ class Recorder:
         """An attention call of the network, made by itself; its maps are taken beside it."""
         output = run()
         if not self._silent() and call.index == self.call:
-            for site in sites:
-                self._keep(site, self._map_of(site, call), copied=True)
+            try:
+                for site in sites:
+                    self._keep(site, self._map_of(site, call), copied=True)
+            except ValueError as error:  # the hooks cannot go while the tap is at work; they do when the module ends
+                self._late = error
         return output
 
     def _check_seen(self, sites: Sequence[Site], tap: Tap, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._late is not None:
+            late, self._late = self._late, None
+            self._detach()
+            self._step = None
+            raise late
         if not self._silent() and tap.calls <= self.call:
             kind = type(getattr(attention, "processor", attention)).__name__
             self._refuse(

@@ -79,7 +79,7 @@ class Tap(TorchFunctionMode):
         super().__init__()
         self.attention, self.attend, self.normaliser = attention, attend, normaliser
         self.calls = 0
-        self._open, self._inside = False, False
+        self._open, self._inside, self.busy = False, False, False
         self._backend: Any = None
 
     def open(self) -> None:
@@ -137,7 +137,14 @@ class Tap(TorchFunctionMode):
                 call.normaliser = kernel.found
             return call.output
 
-        return self.attend(call, real)
+        return self._stand_in(call, real)
+
+    def _stand_in(self, call: Call, real: Callable[[], Tensor]) -> Tensor:
+        self.busy = True
+        try:
+            return self.attend(call, real)
+        finally:
+            self.busy = False
 
     def _eager(
         self, run: Callable[[], Tensor], bias: Tensor, query: Tensor, key: Tensor, *, beta: Any = 1, alpha: Any = 1
@@ -153,7 +160,7 @@ class Tap(TorchFunctionMode):
             scores.append(run())
             return scores[0]
 
-        return self.attend(call, real)
+        return self._stand_in(call, real)
 
 
 def _dispatched(name: Any, **kwargs: Any) -> Any:

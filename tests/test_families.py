@@ -496,6 +496,7 @@ def test_other_backends_are_seen_through_their_registry(monkeypatch: pytest.Monk
         torch.testing.assert_close(recorder[site], maps, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # of the model's own
 def test_an_attention_that_takes_row_by_row_is_refused_unless_there_is_one_row() -> None:
     torch.manual_seed(0)
     network = diffusers.MochiTransformer3DModel(
