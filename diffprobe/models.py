@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
+import diffusers
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffprobe.sites import Site, list_sites
+from diffprobe.sites import Site, list_sites, transformer_sites
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "sd",
@@ -42,9 +44,13 @@ FAMILIES: dict[str, str] = {
     "PixArtSigmaPipeline": "pixart",
 }
 SUPPORTED = "Stable Diffusion 1.x and 2.x (epsilon and v), Stable Diffusion XL, PixArt-alpha and -sigma"
+# How many text tokens pipelines give their transformers, by how their classes begin; 512 where it is not said, at most.
+PROMPT_TOKENS = {
+    "PixArtSigma": 300, "PixArtAlpha": 120, "StableDiffusion3": 333, "HunyuanDiT": 333, "AuraFlow": 256, "Sana": 300, "Lumina2": 256,
+}  # fmt: skip
 EMBEDDED = Path(__file__).parent / "zoo" / "weights"
 LatentRule = Literal["mean", "mode", "sample"]
-Network: TypeAlias = UNet2DConditionModel | PixArtTransformer2DModel
+Network: TypeAlias = ModelMixin
 SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
 )  # fmt: skip
@@ -396,8 +402,10 @@ class DiffusionModel:
 
 
 def sites_of(network: nn.Module) -> list[Site]:
-    """`list_sites` of a network; its attentions say themselves whether they attend to the prompt."""
+    """The sites of a network; a UNet's attentions say themselves whether they attend to the prompt."""
     modules = dict(network.named_modules())
+    if not hasattr(network, "down_blocks"):
+        return transformer_sites(modules)
     crossing = {path: bool(m.is_cross_attention) for path, m in modules.items() if hasattr(m, "is_cross_attention")}
     return list_sites(modules, crossing)
 
@@ -436,12 +444,12 @@ def refuse_unknown_inputs(network: nn.Module, family: str, name: str) -> None:
 
 
 def stated_size(network: nn.Module, name: str) -> tuple[int, int]:
-    """Latent (y, x) that a network's config says it was made for.
+    """Latent (y, x) that a network's config says it was made for; 1024 px where it has no such entry, as Flux and its kin.
 
     Raises:
         ValueError: it says nothing.
     """
-    size: Any = network.config.sample_size  # type: ignore[union-attr]
+    size: Any = network.config.get("sample_size", 128)  # type: ignore[operator,union-attr]
     if size is None:
         raise ValueError(f"The config of {name} states no sample_size; give the resolution in pixels.")
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -780,11 +788,24 @@ def load_network_config(id_or_dir: str | Path, revision: str | None = None) -> t
     """The network of a model on the meta device, its VAE's factor and its prompt length, from config files alone."""
     source = resolve(id_or_dir)
     index = model_index(source, revision)
-    family = family_of(str(index.get("_class_name")))
-    cls, folder = (PixArtTransformer2DModel, "transformer") if family == "pixart" else (UNet2DConditionModel, "unet")
+    kind = str(index.get("_class_name"))
+    folder = next((name for name in ("unet", "transformer") if name in index), None)
+    if folder is None or kind in FAMILIES:
+        family_of(kind)
+    # An index names each part as [library, class].
+    named = index[folder] if folder else ("", "")
+    cls = getattr(diffusers, str(named[1]), None)
+    if folder is None or cls is None:
+        raise ValueError(
+            f"The {folder} of {id_or_dir} is a {named[1]} of {named[0]}, which this version of diffusers does not have."
+        )
     with torch.device("meta"):
         network = cls.from_config(cls.load_config(source, subfolder=folder, revision=revision))
-    refuse_unknown_inputs(network, family, str(id_or_dir))
-    vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision)
-    tokens = 77 if family != "pixart" else 300 if index["_class_name"] == "PixArtSigmaPipeline" else 120
-    return network, 2 ** (len(vae["block_out_channels"]) - 1), tokens
+    if kind in FAMILIES:
+        refuse_unknown_inputs(network, FAMILIES[kind], str(id_or_dir))
+    vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision) if "vae" in index else {}
+    levels = next(
+        (vae[name] for name in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if name in vae), (0,) * 4
+    )
+    tokens = next((count for name, count in PROMPT_TOKENS.items() if kind.startswith(name)), 77 if folder == "unet" else 512)
+    return network, 2 ** (len(levels) - 1), tokens

@@ -1,13 +1,13 @@
 """Hooks that copy out what a network computes, without changing what it computes.
 
-Everything is a forward hook on the library's own modules: features are the modules' outputs, attention maps are computed
-beside the real call from the query and key that it projected.  No attention processor is replaced, so the output is
+Features are the outputs of the library's own modules, caught by forward hooks.  Attention maps are computed beside the network's own call
+of attention, from its very arguments (`diffprobe.tap`).  No module and no attention processor is replaced, so the output is
 bit-identical with and without a recorder, whichever fused kernel runs.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,17 +16,31 @@ from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from jaxtyping import Float
+from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffprobe.models import FAMILIES, SUPPORTED, DiffusionModel, Network, StopForward, predicted_noise, sites_of
-from diffprobe.sites import PREDICTION, Site, select_sites
+from diffprobe.models import FAMILIES, DiffusionModel, Network, StopForward, evaluating, predicted_noise, sites_of
+from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
+from diffprobe.tap import Call, Index, Tap, narrow, output_products, probabilities, take
+from diffprobe.tokens import (
+    TRACED,
+    Lengths,
+    Streams,
+    arguments_of,
+    fingerprint,
+    first_of,
+    image_grid,
+    meta_arguments,
+    tensors_of,
+    texts_of,
+    trace,
+)
 
 Reduce = Callable[[Site, Tensor], Tensor]
-_CHUNK_BYTES = 32 * 2**20  # float32 scores held at once; larger is no faster and shows in the peak memory
 _ACTIVE: WeakKeyDictionary[nn.Module, list[Recorder]] = WeakKeyDictionary()
+_PROMPT_FIRST = ("ZImage",)  # pipelines that put the prompts before the negative prompts, by how their classes begin
 
 
 @dataclass
@@ -36,8 +50,8 @@ class Step:
     Attributes:
         timesteps: the timestep of each row.
         rows: what each row of the batch is, e.g. ("negative", "prompt") under classifier-free guidance.
-        tensors: by site name; features (row, channel, y, x), maps (row, head, token, y, x), cross-attention keys and
-            values (row, channel, token).
+        tensors: by site name; features (row, channel, y, x), maps (row, head, token, y, x), text streams and cross-attention
+            keys and values (row, channel, token).  Of a video of several frames (y, x) is (frame, y, x).
     """
 
     timesteps: tuple[float, ...] = ()
@@ -49,20 +63,23 @@ class Recorder:
     """Record sites of a network while it runs, inside a ``with`` block.
 
     Args:
-        model: a `DiffusionModel`, a diffusers pipeline, or a bare UNet or transformer.
+        model: a `DiffusionModel`, a diffusers pipeline, or a bare UNet or transformer of any diffusers class.
         sites: paths, paper names, globs or presets of features; empty for none.
-        maps: the same for attention maps; "cross" and "self" are all of a kind; empty for none.
+        maps: the same for attention maps; "cross", "self" and "joint" are all of a kind; empty for none.
         heads: "mean" averages a map's heads, "all" keeps them.
-        tokens: which prompt positions of a cross-attention map are kept; all by default. Probabilities are over all.
+        tokens: which prompt positions of a cross-attention or joint map are kept; all by default. Probabilities are over all.
         stop_early: end the forward pass after the last wanted site; the network must be called through
             `DiffusionModel.denoise`, which then returns None.  Nested recorders stop when all of them have theirs.
         reduce: applied to each tensor at once, before it is kept.
         keep_steps: keep every forward pass in `steps`, or only the last one.
         reuse: keep the network's own tensors, not copies; only for code that never writes into them.
+        call: which of an attention's calls its map is of: 0 its own, 1 the first image prompt of an IP-Adapter.
+        zero_massive: set the channels with this many largest absolute means over the image to 0, in each row of each feature
+            (`massive_channels` says which they are).
 
     Raises:
         ValueError: a pattern matches nothing, or a module cannot be recorded faithfully (it is compiled, its
-            projections are fused, or its attention processor is unknown).  A pipeline can change all this on its way, so
+            projections are fused, or its attention has no softmax that can be seen).  A pipeline can change all this on its way, so
             each pass is checked again: one that cannot be recorded ends in this error, and the hooks are gone.
 
     >>> with Recorder(model, "paper", maps="cross") as recorder:  # doctest: +SKIP
@@ -83,6 +100,8 @@ class Recorder:
         reduce: Reduce | None = None,
         keep_steps: bool = True,
         reuse: bool = False,
+        call: int = 0,
+        zero_massive: int = 0,
     ) -> None:
         self.model = model
         self.network, self._pipeline = _network_of(model)
@@ -94,9 +113,10 @@ class Recorder:
             raise ValueError(f"tokens={list(tokens)} must be positions from 0 on, at least one; None keeps all.")
         self.heads, self.tokens, self.stop_early = heads, tokens, stop_early
         self._reduce, self._keep_steps, self._reuse = reduce, keep_steps, reuse
+        self.call, self.zero_massive = call, zero_massive
         available = sites_of(self.network)
         features = select_sites([s for s in available if not s.is_map], sites) if sites else []
-        wanted_maps = select_sites([s for s in available if s.is_map], maps) if maps else []
+        wanted_maps = self._select_maps([s for s in available if s.is_map], maps) if maps else []
         if not features and not wanted_maps:
             raise ValueError("Nothing to record: give sites, maps, or both.")
         wanted = {s.name for s in [*features, *wanted_maps]}
@@ -105,9 +125,24 @@ class Recorder:
         self._find()
         self.steps: list[Step] = []
         self._step: Step | None = None
-        self._grid: dict[str, tuple[int, int]] = {}
-        self._held: dict[tuple[str, str], Any] = {}
+        self._grid: dict[str, tuple[int, ...]] = {}
         self._handles: list[Any] = []
+        self._taps: list[Tap] = []
+        self._late: ValueError | None = None
+        self._streams: Streams | None = None
+        self._traced: dict[Any, Streams] = {}
+        self._told: tuple[tuple[int, ...], int] | None = None  # the grid, where a pass has shapes alone and cannot say it
+        self._in_unet = hasattr(self.network, "down_blocks")
+        self._joined = any(site.kind.startswith("joint_") for site in available)
+
+    def _select_maps(self, available: Sequence[Site], maps: str | Iterable[str]) -> list[Site]:
+        try:
+            return select_sites(available, maps)
+        except ValueError as error:
+            modules = self.network.named_modules()
+            linear = sorted({type(m.processor).__name__ for _, m in modules if hasattr(m, "processor") and is_linear(m)})
+            why = f" Its linear attentions ({', '.join(linear)}) have no softmax, and so no map." if linear else ""
+            raise ValueError(f"{error}{why}") from error
 
     # --- what was recorded ------------------------------------------------------------------------
 
@@ -144,8 +179,10 @@ class Recorder:
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for tap in self._taps:
+            tap.close()
         self._handles.clear()
-        self._held.clear()
+        self._taps.clear()
 
     def _find(self) -> None:
         """Take the modules as they are now: adapters replace some."""
@@ -156,12 +193,15 @@ class Recorder:
 
     def _refuse(self, why: str) -> NoReturn:
         """End a pass that cannot be recorded."""
-        self._detach()
-        self._step = None
+        if not any(tap.busy for tap in self._taps):
+            self._detach()
+            self._step = None
         raise ValueError(why)
 
     def _check(self) -> None:
         """Refuse, by name, what could not be recorded faithfully."""
+        if getattr(self.network, "is_cache_enabled", False):
+            raise ValueError("A cache skips blocks of this network; call its disable_cache() before it is recorded.")
         ancestors = set()
         for site in self.sites:
             parts = site.module_path.split(".")
@@ -175,23 +215,24 @@ class Recorder:
             self._schedule()
 
     def _check_attention(self, site: Site) -> None:
-        processor = self._modules[site.module_path if site.is_map else site.module_path.rpartition(".")[0]].processor
-        kind = type(processor).__name__
-        # The module's own `fused_projections` stays True after unfuse_qkv_projections(); its processor tells.
-        if kind.startswith("Fused"):
+        attention: Any = self._modules[site.module_path if site.is_map else site.module_path.rpartition(".")[0]]
+        kind = type(getattr(attention, "processor", None)).__name__
+        # An Attention's own `fused_projections` stays True after unfuse_qkv_projections(); its processor tells.
+        fused = kind.startswith("Fused") if isinstance(attention, Attention) else getattr(attention, "fused_projections", False)
+        if fused and not site.is_map:
             raise ValueError(
                 f"Site {site.name} has fused projections ({kind}), so its query, key and value never exist apart. "
                 "Call unfuse_qkv_projections() first."
             )
-        if site.is_map and type(processor) not in (AttnProcessor, AttnProcessor2_0):
+        if site.is_map and kind.startswith(("Sliced", "XFormers")):
             raise ValueError(
                 f"Site {site.name} uses the attention processor {kind}, whose maps are not known. "
-                "Known: AttnProcessor, AttnProcessor2_0; set one with set_attn_processor()."
+                "Known: AttnProcessor, and all that call scaled_dot_product_attention; set one with set_attn_processor()."
             )
 
     # --- hooks ------------------------------------------------------------------------------------
 
-    def _check_pass(self, given: Mapping[str, Any], sample: Tensor) -> None:
+    def _check_pass(self, given: Mapping[str, Any], sample: Tensor, timestep: Any) -> None:
         """What may have changed since the recorder was entered, and what only a pass shows."""
         try:
             there = [self.network.get_submodule(site.module_path) for site in self.sites]
@@ -205,7 +246,7 @@ class Recorder:
                     "the recorder is entered."
                 )
         rows = {"latents": len(sample)}
-        for name, value in (("texts", given.get("encoder_hidden_states")), ("timesteps", given["timestep"])):
+        for name, value in (("texts", given.get("encoder_hidden_states")), ("timesteps", timestep)):
             if isinstance(value, Tensor) and value.ndim:
                 rows[name] = len(value)
         if any(count != len(sample) and (name, count) != ("timesteps", 1) for name, count in rows.items()):
@@ -220,29 +261,62 @@ class Recorder:
         anchors = {site.anchor for site in self.sites if site.anchor and site.kind not in ("block", "resnet")}
         for path in sorted(anchors):
             add(self._modules[path].register_forward_pre_hook(partial(self._note_grid, path), with_kwargs=True))
+        mapped: dict[str, list[Site]] = {}
         for site in self.sites:
             if site.is_map:
-                attention: Any = self._modules[site.module_path]
-                add(attention.to_q.register_forward_hook(partial(self._hold, (site.name, "query"))))
-                add(attention.to_k.register_forward_hook(partial(self._hold, (site.name, "key"))))
-                add(attention.register_forward_pre_hook(partial(self._hold_mask, site), with_kwargs=True))
-                add(attention.register_forward_hook(partial(self._keep_map, site)))
+                mapped.setdefault(site.module_path, []).append(site)
+            elif site.kind == "modulated":
+                hook = partial(self._keep_input, site)
+                add(self._modules[site.module_path].register_forward_pre_hook(hook, with_kwargs=True))
             elif site.path:
                 add(self._modules[site.module_path].register_forward_hook(partial(self._keep_feature, site)))
+        for path, sites in mapped.items():
+            tap = Tap(self._modules[path], partial(self._attend, sites), normaliser=any("joint" in site.kind for site in sites))
+            self._taps.append(tap)
+            self._handles += tap.attach()
+            add(self._modules[path].register_forward_hook(partial(self._check_seen, sites, tap)))
         add(self.network.register_forward_hook(self._end))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
-        self._check_pass(given, sample)
-        patch = self.network.config.patch_size if isinstance(self.network, PixArtTransformer2DModel) else 1
-        self._grid[""] = (sample.shape[-2] // patch, sample.shape[-1] // patch)
+        given = arguments_of(module, args, kwargs)
+        sample = next(iter(given.values()))
+        sample = torch.stack(sample) if isinstance(sample, list | tuple) else sample
+        timestep = next((given[name] for name in ("timestep", "timesteps", "t") if name in given), None)
+        self._check_pass(given, sample, timestep)
+        try:
+            self._grid[""], self._tokens = self._told or image_grid(module, given)
+            self._streams = self._trace(given)
+        except ValueError as error:
+            self._refuse(str(error))
         self._sample = sample
-        self._timesteps = torch.as_tensor(given["timestep"]).flatten().expand(len(sample))
-        noted = () if sample.is_meta else tuple(float(step) for step in self._timesteps.tolist())
+        self._texts = sum(tensor.shape[-2] for name in texts_of(given) for tensor in tensors_of(given[name])[:1])
+        times = torch.as_tensor(0 if timestep is None else timestep)
+        # A timestep for every token, as some video models take it, is told by that of the first.
+        self._timesteps = (times.reshape(len(sample), -1)[:, 0] if times.ndim > 1 else times.flatten()).expand(len(sample))
+        noted = () if sample.is_meta or timestep is None else tuple(float(step) for step in self._timesteps.tolist())
         self._step = Step(noted, self._row_names(sample))
         if self.sites[0].kind == "input":
-            self._keep(self.sites[0], sample.detach(), copied=False)
+            self._keep(self.sites[0], self._as_image(sample.detach()), copied=False)
+
+    def _trace(self, given: Mapping[str, Any]) -> Streams | None:
+        """Where image and text stand, if lengths alone do not say it; found once for all passes of the same shapes."""
+        latents = next(iter(given.values()))
+        wanted = [site for site in self.sites if site.path and site.kind not in ("cross_key", "cross_value")]
+        lengths = {tensor.shape[-2] for name in texts_of(given) for tensor in tensors_of(given[name])}
+        told = (
+            all(site.kind == "transformer_block" and site.name.startswith("T-") for site in wanted)
+            and self._tokens not in lengths
+        )
+        if self._in_unet or not self._joined or told or tensors_of(latents)[0].is_meta:
+            return None
+        key = fingerprint(dict(given))
+        if key not in self._traced:
+            inputs = [site.module_path for site in wanted if site.kind == "modulated"]
+            outputs = {site.module_path for site in wanted if not site.is_map and site.kind != "modulated"}
+            attentions = [path for path in attentions_of(self._modules) if not is_linear(self._modules[path])]
+            with evaluating(self.network):
+                self._traced[key] = trace(self.network, given, outputs, inputs, attentions)
+        return self._traced[key]
 
     def _row_names(self, sample: Tensor) -> tuple[str, ...]:
         """Pipelines that guide put the negative prompts before the prompts, on the same latents twice.
@@ -254,7 +328,10 @@ class Recorder:
         rows, pipeline = len(sample), self._pipeline
         if pipeline is None or sample.is_meta:
             return ("prompt",) * rows
-        latents = sample[:, : self.network.config.out_channels]  # beside them stand masks and images, which may differ
+        config: Any = self.network.config
+        latents = (
+            sample[:, : config.get("out_channels")] if sample.ndim == 4 else sample
+        )  # beside them stand masks and images, which may differ
         parts = [n for n in range(2, rows + 1) if rows % n == 0 and torch.equal(latents[rows // n :], latents[: -rows // n])]
         known = any(cls.__name__ in FAMILIES for cls in type(pipeline).__mro__)
         guides = getattr(pipeline, "do_classifier_free_guidance", True)
@@ -265,38 +342,147 @@ class Recorder:
                 f"A {type(pipeline).__name__} gives the network {rows} rows with the same latents, and which of them are the "
                 "negative prompts is not known here; record the network instead of the pipeline, whose rows have no names."
             )
-        return ("negative",) * (rows // 2) + ("prompt",) * (rows // 2)
+        names = ("negative",) * (rows // 2) + ("prompt",) * (rows // 2)
+        return names[::-1] if type(pipeline).__name__.startswith(_PROMPT_FIRST) else names
 
     def _note_grid(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self._grid[path] = (hidden.shape[-2], hidden.shape[-1])
 
-    def _hold(self, key: tuple[str, str], module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._held[key] = output.detach()
+    def _silent(self) -> bool:
+        """Whether nothing is to be kept now: between passes, and while a recorder traces where the tokens stand."""
+        return self._step is None or self.network in TRACED
 
-    def _hold_mask(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            self._check_attention(site)
-        except ValueError as error:
-            self._refuse(str(error))
-        self._held[site.name, "mask"] = args[2] if len(args) > 2 else kwargs.get("attention_mask")
+    def _attend(self, sites: Sequence[Site], call: Call, run: Callable[[], Tensor]) -> Tensor:
+        """An attention call of the network, made by itself; its maps are taken beside it."""
+        output = run()
+        if not self._silent() and call.index == self.call:
+            try:
+                for site in sites:
+                    self._keep(site, self._map_of(site, call), copied=True)
+            except ValueError as error:  # the hooks cannot go while the tap is at work; they do when the module ends
+                self._late = error
+        return output
 
-    def _keep_map(self, site: Site, attention: Attention, args: tuple[Any, ...], output: Tensor) -> None:
-        query, key, mask = (self._held.pop((site.name, part)) for part in ("query", "key", "mask"))
-        tokens = self.tokens if site.kind == "cross_map" else None  # a self-map's keys are places
-        maps = attention_probabilities(attention, query, key, mask, heads=self.heads, tokens=tokens)
-        self._keep(site, maps.unflatten(-1, self._grid[site.anchor]), copied=True)
+    def _check_seen(self, sites: Sequence[Site], tap: Tap, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._late is not None:
+            late, self._late = self._late, None
+            self._detach()
+            self._step = None
+            raise late
+        if not self._silent() and tap.calls <= self.call:
+            kind = type(getattr(attention, "processor", attention)).__name__
+            self._refuse(
+                f"Site {sites[0].name} has no map: {kind} made {tap.calls} calls of scaled_dot_product_attention, and of call "
+                f"{self.call} (from 0) it was asked for.  Set a processor that calls it with set_attn_processor()."
+            )
+
+    def _map_of(self, site: Site, call: Call) -> Tensor:
+        """One attention map (row, head, token, y, x)."""
+        grid, path, count = self._grid[site.anchor], site.module_path, call.index
+        heads, tokens = self.heads, None if self.tokens is None else list(self.tokens)
+        if len(call.query) != len(self._sample):
+            self._refuse(
+                f"Site {site.name} attends to {len(call.query)} rows a call where the pass has {len(self._sample)}, so it is not known "
+                "which is which; give the network one row at a time."
+            )
+        if self._in_unet:
+            # A self-map's keys are places, of which all are kept.
+            found = probabilities(call, heads=heads, tokens=tokens if site.kind == "cross_map" else None)
+            return found.unflatten(-1, grid)
+        _, places = self._find_stream(site, path, f"query{count}", [call.query.shape[2]], "image")
+        if site.kind == "self_map":
+            _, keys = self._find_stream(site, path, f"key{count}", [call.key.shape[2]], "image")
+            return probabilities(call, places, keys, heads=heads).unflatten(-1, grid)
+        if site.kind == "cross_map" or count:
+            return probabilities(call, places, heads=heads, tokens=tokens).unflatten(-1, grid)
+        _, words = self._find_stream(site, path, f"key{count}", [call.key.shape[2]], "text")
+        if site.kind == "joint_output_map":
+            found = output_products(call, places, words, heads=heads, tokens=tokens)
+        elif site.kind == "joint_back_map":
+            _, asking = self._find_stream(site, path, f"query{count}", [call.query.shape[2]], "text")
+            found = probabilities(call, narrow(asking, tokens, call.query.shape[2]), places, heads=heads).mT
+        elif site.kind == "joint_mass_map":
+            found = probabilities(call, places, words, heads=heads, sum_tokens=True)
+        else:
+            over: Any = "among" if site.kind == "joint_text_map" else "all"
+            found = probabilities(call, places, words, over=over, heads=heads, tokens=tokens)
+        return found.unflatten(-1, grid)
+
+    def _find_stream(self, site: Site, path: str, what: str, lengths: Sequence[int], stream: str) -> tuple[int, Index]:
+        """Which of several sequences holds the image's places, or the text, and where in it they stand."""
+        places = math.prod(self._grid[site.anchor])
+        if self._streams is not None:
+            found = self._streams.find(path, what, stream)
+            if found is None:
+                self._refuse(f"Site {site.name} holds no {stream} tokens in this pass, so there is nothing to record there.")
+        else:
+            found = next((told for n, length in enumerate(lengths) if (told := self._by_length(n, length, stream))), None)
+            if found is None:
+                here = " or ".join(map(str, lengths))
+                if stream == "text":
+                    self._refuse(f"Site {site.name} holds no text beside the {here} tokens of its image; record other sites.")
+                self._refuse(
+                    f"Site {site.name} holds {here} tokens, which are not the {self._tokens} of this image; record other sites."
+                )
+        number, index = found
+        if stream == "text":
+            return found
+        held = index.stop - index.start if isinstance(index, slice) else index.shape[1]
+        if held < places:
+            self._refuse(
+                f"Site {site.name} holds {held} image tokens, which are not the {places} of this image; record other sites."
+            )
+        # Reference images follow the noised one.
+        return number, slice(index.start, index.start + places) if isinstance(index, slice) else index[:, :places]
+
+    def _by_length(self, number: int, length: int, stream: str) -> tuple[int, Index] | None:
+        """As `_find_stream`, where lengths tell; without numbers (on the meta device) of a joint sequence too."""
+        joint = length - self._tokens if length > self._tokens and self._sample.is_meta else 0
+        if stream == "image":
+            return (number, slice(joint, length)) if joint or length == self._tokens else None
+        if joint and length > self._texts:
+            return number, slice(0, min(joint, self._texts))
+        return (number, slice(0, length)) if length != self._tokens else None
 
     def _keep_feature(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tensor = (output[0] if isinstance(output, tuple) else output).detach()
-        if tensor.ndim == 3:  # (row, place or token, channel)
-            tensor = tensor.transpose(1, 2)
-            if not site.over_tokens:
-                tensor = tensor.unflatten(-1, self._grid[site.anchor])
+        if self._silent():
+            return
+        if self._in_unet or site.kind in ("cross_key", "cross_value"):
+            tensor = (output[0] if isinstance(output, tuple) else output).detach()
+            if tensor.ndim == 3:  # (row, place or token, channel)
+                tensor = tensor.transpose(1, 2)
+                if not site.over_tokens:
+                    tensor = tensor.unflatten(-1, self._grid[site.anchor])
+        else:
+            tensor = self._stream_of(site, "output", output)
         self._keep(site, tensor, copied=False)
+
+    def _keep_input(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._silent():
+            self._keep(site, self._stream_of(site, "input", first_of(args, kwargs)), copied=False)
+
+    def _stream_of(self, site: Site, what: str, value: Any) -> Tensor:
+        """The image of one or several sequences (row, token, channel) as (row, channel, y, x); the text as (row, channel, token)."""
+        sequences = [tensor.detach().flatten(2) for tensor in tensors_of(value) if tensor.ndim >= 3]
+        stream = "text" if site.kind == "text_output" else "image"
+        number, index = self._find_stream(site, site.module_path, what, [s.shape[1] for s in sequences], stream)
+        tensor = take(sequences[number], index, dim=1).transpose(1, 2)
+        return tensor if stream == "text" else tensor.unflatten(-1, self._grid[site.anchor])
+
+    def _as_image(self, latents: Tensor) -> Tensor:
+        """What goes in or comes out as (row, channel, y, x); a single frame has no axis of its own."""
+        grid = self._grid[""]
+        if latents.ndim == 3:
+            return latents[:, : math.prod(grid)].transpose(1, 2).unflatten(-1, grid)
+        return latents.squeeze(2) if latents.ndim == 5 and latents.shape[2] == 1 else latents
 
     def _keep(self, site: Site, tensor: Tensor, copied: bool) -> None:
         assert self._step is not None
+        if self.zero_massive and not site.is_map and not site.over_tokens:
+            channels, _ = massive_channels(tensor, self.zero_massive)
+            massive = torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device).scatter_(1, channels, True)
+            tensor, copied = tensor.masked_fill(massive.view(*massive.shape, *[1] * (tensor.ndim - 2)), 0), True
         kept = self._reduce(site, tensor) if self._reduce is not None else tensor
         if not copied and not self._reuse and kept.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
             kept = kept.clone(memory_format=torch.contiguous_format)  # later layers may write into theirs in place
@@ -316,11 +502,13 @@ class Recorder:
                 f"Site {silent[0]} had no part in this pass ({len(silent)} in all), so there is nothing to record there."
             )
         if self.sites[-1].kind == "prediction":
-            raw = (output[0] if isinstance(output, tuple) else output.sample).detach()
+            raw = output[0] if isinstance(output, tuple) else output.sample
+            raw = self._as_image((torch.stack(raw) if isinstance(raw, list) else raw).detach())
+            sample = self._as_image(self._sample)
             if raw.is_meta:
-                noise = raw[:, : self._sample.shape[1]]
+                noise = raw[:, : sample.shape[1]]
             else:
-                noise = predicted_noise(raw, self._sample, self._timesteps.long(), *self._schedule())
+                noise = predicted_noise(raw, sample, self._timesteps.long(), *self._schedule())
             self._keep(self.sites[-1], noise, copied=False)
         else:
             self._finish()
@@ -362,10 +550,10 @@ def _network_of(model: Any) -> tuple[Network, Any]:
         network, pipeline = next((part for part in found if isinstance(part, nn.Module)), model), model
     if isinstance(network, nn.Module):
         _refuse_compiled({"": network})
-    if not isinstance(network, UNet2DConditionModel | PixArtTransformer2DModel):
+    if not isinstance(network, ModelMixin) or len(sites_of(network)) < 3:
         raise ValueError(
-            f"A {type(network).__name__} cannot be recorded: give a DiffusionModel, a diffusers pipeline, or its network. "
-            f"Supported: {SUPPORTED}."
+            f"A {type(network).__name__} cannot be recorded: give a DiffusionModel, a diffusers pipeline, or its network, which "
+            "must be a UNet or transformer of diffusers with attention in its blocks."
         )
     return network, pipeline
 
@@ -379,52 +567,19 @@ def _refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def attention_probabilities(
-    attention: Attention,
-    query: Float[Tensor, "row place width"],
-    key: Float[Tensor, "row token width"],
-    mask: Tensor | None = None,
-    *,
-    heads: Literal["mean", "all"] = "mean",
-    tokens: Sequence[int] | None = None,
-) -> Float[Tensor, "row head kept_token place"]:
-    """Softmax over all tokens of the scaled scores, in float32, in chunks of rows.
+def massive_channels(
+    feature: Float[Tensor, "row channel *place"], count: int = 2
+) -> tuple[Int[Tensor, "row count"], Float[Tensor, "row count"]]:
+    """Channels whose means over all places are largest in absolute value, and these means, largest first.
 
-    Args:
-        query, key: what the module's own `to_q` and `to_k` gave.
-        mask: the attention mask as the module was given it.
-        tokens: which tokens are kept afterwards; the softmax is over all of them.
+    A few such channels outweigh all others in the blocks of diffusion transformers (DiTF, 2025).
+
+    >>> massive_channels(torch.tensor([[[0.0, 1.0], [-9.0, -7.0]]]), 1)
+    (tensor([[1]]), tensor([[-8.]]))
     """
-    rows, width = len(query), query.shape[-1] // attention.heads
-    query, key = (x.unflatten(-1, (attention.heads, width)).transpose(1, 2) for x in (query, key))
-    # The two processors differ: only the fused one knows norms, and only the eager one the module's own scale.
-    scale = attention.scale
-    if isinstance(attention.processor, AttnProcessor2_0):
-        scale = width**-0.5
-        if attention.norm_q is not None:
-            query = attention.norm_q.forward(query)
-        if attention.norm_k is not None:
-            key = attention.norm_k.forward(key)
-    bias = attention.prepare_attention_mask(mask, key.shape[2], rows)
-    bias = None if bias is None else bias.view(rows, attention.heads, -1, bias.shape[-1]).float()
-    # Each place's softmax stands alone, so both rows and places can be taken in pieces.
-    row_bytes = 4 * attention.heads * query.shape[2] * key.shape[2]
-    rows_at_once = max(1, _CHUNK_BYTES // row_bytes)
-    places_at_once = max(1, query.shape[2] * _CHUNK_BYTES // row_bytes)
-    results = []
-    for row in range(0, rows, rows_at_once):
-        part = slice(row, row + rows_at_once)
-        keys = key[part].float().transpose(-1, -2)
-        pieces = []
-        for piece in query[part].split(places_at_once, dim=2):
-            scores = torch.matmul(piece.float() * scale, keys)
-            if bias is not None:
-                scores = scores + bias[part]
-            maps = scores.softmax(-1)
-            maps = maps.mean(1, keepdim=True) if heads == "mean" else maps
-            pieces.append((maps if tokens is None else maps[..., list(tokens)]).transpose(-1, -2))
-        results.append(torch.cat(pieces, dim=-1))
-    return torch.cat(results)
+    means = feature.float().flatten(2).mean(2)
+    channels = means.abs().topk(min(count, means.shape[1])).indices
+    return channels, means.gather(1, channels)
 
 
 def site_shapes(network: Network, latent_size: tuple[int, int], prompt_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -432,22 +587,23 @@ def site_shapes(network: Network, latent_size: tuple[int, int], prompt_tokens: i
 
     The network's config is built again on the meta device, where a forward pass costs nothing; so this works
     for a model of any size on any machine.  Sites over prompt tokens give (channel, token).
+
+    Raises:
+        ValueError: the network's pass needs more than shapes, or an argument that is not known here.
     """
     with torch.device("meta"):
         twin = type(network).from_config(network.config).eval()
-        config = network.config
-        rows = torch.zeros(1, config.in_channels, *latent_size)
-        if isinstance(twin, PixArtTransformer2DModel):
-            width = config.caption_channels
-        elif (width := config.encoder_hid_dim) is None:  # cross_attention_dim may be a list, one for each block
-            width = next((m.cross_attention_dim for m in twin.modules() if getattr(m, "is_cross_attention", False)), 1)
-        arguments: dict[str, Any] = {"encoder_hidden_states": torch.zeros(1, prompt_tokens, width)}
-        if isinstance(twin, PixArtTransformer2DModel):
-            extra = torch.zeros(1, 2) if twin.use_additional_conditions else None
-            arguments["added_cond_kwargs"] = {"resolution": extra, "aspect_ratio": None if extra is None else extra[:, :1]}
-        elif config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            arguments["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-        with torch.no_grad(), Recorder(twin, "*", maps=("cross", "self"), heads="all", reuse=True) as recorder:
-            twin(rows, timestep=torch.zeros(1, dtype=torch.long), return_dict=False, **arguments)
+        given, grid = meta_arguments(twin, latent_size, prompt_tokens)
+        maps = "*" if any(site.is_map for site in sites_of(twin)) else ()
+        with torch.no_grad(), Recorder(twin, "*", maps=maps, heads="all", reuse=True) as recorder:
+            recorder._told = grid
+            try:
+                with Lengths(prompt_tokens):
+                    twin(**given, return_dict=False)
+            except ValueError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"The shapes of a {type(network).__name__} are not known without its weights: {error}"
+                ) from error
     return {name: tuple(tensor.shape[1:]) for name, tensor in recorder.last.items()}

@@ -2,8 +2,11 @@
 
 A site has a path in the library's own module tree, a short paper name (Meng et al. 2024, "Not All Diffusion Model
 Activations Have Been Evaluated as Discriminative Features") and a kind.  ``U-L1-R1-B0-Cross-Q`` is the query of the
-cross-attention in transformer block 0 of the second attention of up block 1.  Transformers without a UNet have
-names that begin with T: ``T-B3-Cross-Q``.
+cross-attention in transformer block 0 of the second attention of up block 1.
+
+Blocks of a transformer are ``T-B3``, single-stream blocks, in which image and text are one sequence, ``S-B3``; other lists of blocks
+are called as the network calls them, ``Noise-Refiner-B0``.  Their attentions are Self, Cross, or Joint, where image and text attend to both.
+Names come from a network's structure, so they exist for classes that nobody listed.
 
 A transformer block's first attention is its self-attention, its second the cross-attention.  Where a network's config turns
 that round, the name says which attention it is: ``Cross1``, ``Self2``.
@@ -12,10 +15,12 @@ that round, the name says which attention it is: ``Cross1``, ``Self2``.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 PAPER_SITES = (
     "D-L2-R0-B0-Cross-Q",
@@ -27,19 +32,23 @@ PAPER_SITES = (
 )
 PRESETS: dict[str, tuple[str, ...]] = {
     "paper": PAPER_SITES,
-    "blocks": ("[DU]-L?-Out", "M-Out", "T-B?-Out", "T-B??-Out"),
+    "blocks": ("[DU]-L?-Out", "M-Out", "[TS]-B?-Out", "[TS]-B??-Out"),
     "cross": ("*-Cross*-Map",),
     "self": ("*-Self*-Map",),
+    "joint": ("*-Joint-Map",),
 }
 PREDICTION = "Noise"
 LATENT = "Noised-Latent"
 
 _CROSSING = {"attn1": False, "attn2": True}
 _PARTS = {"to_q": ("Q", "query"), "to_k": ("K", "key"), "to_v": ("V", "value")}
+_PARTS |= {"to_query": _PARTS["to_q"], "to_key": _PARTS["to_k"], "to_value": _PARTS["to_v"]}
+# Maps of a joint attention: of image places over text tokens, part of a softmax over all keys; the same over the text alone; of text
+# tokens over the image; the text's whole mass; inner products of the outputs.
+JOINT_MAPS = {"Map": "map", "Text-Map": "text_map", "Back-Map": "back_map", "Mass-Map": "mass_map", "Output-Map": "output_map"}
 _UNET_PATH = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|(mid_block))(?:\.(attentions|resnets)\.(\d+)(?:\.transformer_blocks\.(\d+))?)?(?:\.|$)"
 )
-_TRANSFORMER_PATH = re.compile(r"transformer_blocks\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,10 @@ class Site:
 
     Attributes:
         name: paper name, unique in a model and the name of its group in a store.
-        path: dotted module path; maps end in ``.map``, the noised latent and the predicted noise have an empty path.
-        kind: input, block, resnet, transformer_block, {self,cross}_{query,key,value,output,map}, prediction, or an
-            encoder's layer.
+        path: dotted module path, followed by ``.map`` or another of `JOINT_MAPS`, ``.input`` or ``.text`` where the site is not the
+            module's output; the noised latent and the predicted noise have an empty path.
+        kind: input, block, resnet, transformer_block, modulated, {self,cross,joint}_{query,key,value,output,map},
+            joint_{text,back,mass,output}_map, text_output, prediction, or an encoder's layer.
         anchor: path of the module whose four-dimensional input gives the (y, x) of a token sequence.
     """
 
@@ -66,12 +76,13 @@ class Site:
     @property
     def module_path(self) -> str:
         """The module whose forward pass yields this site."""
-        return self.path.removesuffix(".map") if self.is_map else self.path
+        aside = self.is_map or self.kind in ("modulated", "text_output")
+        return self.path.rpartition(".")[0] if aside else self.path
 
     @property
     def over_tokens(self) -> bool:
         """Whether the last axis runs over prompt tokens, not over places in the image."""
-        return self.kind in ("cross_key", "cross_value")
+        return self.kind in ("cross_key", "cross_value", "text_output")
 
 
 def _prefix(path: str) -> tuple[str, str, str]:
@@ -79,13 +90,10 @@ def _prefix(path: str) -> tuple[str, str, str]:
 
     >>> _prefix("up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_q")
     ('U-L1-R2-B0', 'up_blocks.1.attentions.2', 'attn2.to_q')
-    >>> _prefix("transformer_blocks.3.attn2")
-    ('T-B3', '', 'attn2')
     """
     match = _UNET_PATH.match(path)
     if match is None:
-        match = _TRANSFORMER_PATH.match(path)
-        return (f"T-B{match[1]}", "", path[match.end() :]) if match else ("", "", path)
+        return "", "", path
     side, level, middle, group, number, block = match.groups()
     words = ["M" if middle else side[0].upper()]
     words += [f"L{level}"] if level is not None else []
@@ -96,7 +104,7 @@ def _prefix(path: str) -> tuple[str, str, str]:
 
 
 def describe(path: str, crossing: Mapping[str, bool] | None = None) -> list[Site]:
-    """The sites of one module path; none where a module of that path is not recordable.
+    """The sites of one module path of a UNet; none where a module of that path is not recordable.
 
     Args:
         crossing: of attentions by their path, whether they attend to the prompt; by default the second of a block does.
@@ -134,7 +142,7 @@ def describe(path: str, crossing: Mapping[str, bool] | None = None) -> list[Site
 
 
 def list_sites(module_paths: Iterable[str], crossing: Mapping[str, bool] | None = None) -> list[Site]:
-    """Every site of a network, from the paths of its modules, in module order; `crossing` as for `describe`.
+    """Every site of a UNet, from the paths of its modules, in module order; `crossing` as for `describe`.
 
     The noised latent, which goes in, comes first; the predicted noise, which comes out, last.
 
@@ -143,6 +151,97 @@ def list_sites(module_paths: Iterable[str], crossing: Mapping[str, bool] | None 
     """
     found = [site for path in module_paths if path for site in describe(path, crossing)]
     return [Site(LATENT, "", "input", ""), *found, *describe("")]
+
+
+def transformer_sites(modules: Mapping[str, Any]) -> list[Site]:
+    """Every site of a transformer, from its modules by path, in module order.
+
+    A block is a list's item that holds an attention.  Its attention is Cross where it says so, Joint where it also projects
+    the text or its block is given text and has no cross-attention, else Self.
+    """
+    attentions = {path: modules[path] for path in attentions_of(modules) if _BLOCK.match(path)}
+    blocks: dict[str, dict[str, Any]] = {}
+    for path, attention in attentions.items():
+        blocks.setdefault(_BLOCK.match(path)[1], {})[path] = attention  # type: ignore[index]
+    found, taken = [], dict[str, str]()
+    for block, inside in blocks.items():
+        path, _, number = block.rpartition(".")
+        roles = _roles(modules[block], inside, path)
+        letter = _letter(modules[block], roles, path)
+        if taken.setdefault(letter, path) != path:
+            letter = _title(path)
+            taken[letter] = path
+        prefix = f"{letter}-B{number}"
+        if _TEXT_ONLY.search(path):
+            found.append(Site(f"{prefix}-Out", f"{block}.text", "text_output", ""))
+            continue
+        found.append(Site(f"{prefix}-Out", block, "transformer_block", ""))
+        if "Joint" in roles.values() and not getattr(modules[block], "context_pre_only", False):
+            found.append(Site(f"{prefix}-Text-Out", f"{block}.text", "text_output", ""))
+        seen: dict[str, int] = {}
+        for attention, role in roles.items():
+            seen[role] = seen.get(role, 0) + 1
+            name = f"{prefix}-{role}{seen[role] if seen[role] > 1 else ''}"
+            kind, parts = role.lower(), [p for p in _PARTS if f"{attention}.{p}" in modules]
+            if role != "Cross" and not any(site.name == f"{prefix}-Mod" for site in found[-20:]):
+                entry = f"{attention}.{parts[0]}" if parts else attention
+                found.append(Site(f"{prefix}-Mod", f"{entry}.input", "modulated", ""))
+            found.append(Site(f"{name}-Out", attention, f"{kind}_output", ""))
+            if not is_linear(modules[attention]):
+                forms = JOINT_MAPS if role == "Joint" else {"Map": "map"}
+                found += [Site(f"{name}-{form}", f"{attention}.{end}", f"{kind}_{end}", "") for form, end in forms.items()]
+            for part in parts:
+                found.append(Site(f"{name}-{_PARTS[part][0]}", f"{attention}.{part}", f"{kind}_{_PARTS[part][1]}", ""))
+    return [Site(LATENT, "", "input", ""), *found, *describe("")]
+
+
+_BLOCK = re.compile(r"(.*?[^.\d]\.\d+)\.[^.]*[^.\d].*$")
+_TEXT_ONLY = re.compile(r"text|caption|token|llm")  # lists of blocks that see no image, by name; the pass checks it
+
+
+def attentions_of(modules: Mapping[str, Any]) -> list[str]:
+    """Paths of a network's attention modules; where one holds another, of the inner one."""
+    every = [path for path, m in modules.items() if hasattr(m, "processor") or type(m).__name__.endswith("Attention")]
+    return [path for path in every if not any(other.startswith(f"{path}.") for other in every)]
+
+
+def is_linear(attention: Any) -> bool:
+    """Whether an attention has no softmax, and so no map."""
+    return "Linear" in type(getattr(attention, "processor", None)).__name__ + type(attention).__name__
+
+
+def _title(path: str) -> str:
+    """``context_embedder.token_refiner.refiner_blocks`` as ``Refiner``: the list's own name without "blocks" or "layers"."""
+    words = [word for word in path.rpartition(".")[2].split("_") if word not in ("blocks", "layers", "block")]
+    return "-".join(word.title() for word in words or re.split(r"[._]", path))
+
+
+def _takes_text(block: Any) -> bool:
+    return any("encoder_hidden_states" in name for name in inspect.signature(block.forward).parameters)
+
+
+def _roles(block: Any, inside: Mapping[str, Any], path: str) -> dict[str, str]:
+    """Whether each attention of a block is Self, Cross or Joint."""
+    paired = hasattr(block, "attn1") and _takes_text(block)  # then the second of the pair crosses, as in every such class
+    crossing = {
+        name: bool(getattr(attention, "is_cross_attention", paired and name.endswith("attn2")))
+        or "cross" in name.rpartition(".")[2].lower()
+        for name, attention in inside.items()
+    }
+    could_cross = getattr(block, "attn2", 0) is None or any(crossing.values())
+    joins = not could_cross and "refiner" not in path and (_takes_text(block) or len(inside) == 1)
+    roles = {}
+    for number, (name, attention) in enumerate(inside.items()):
+        projects = any(getattr(attention, part, None) is not None for part in ("add_q_proj", "to_q_t"))
+        roles[name] = "Cross" if crossing[name] else "Joint" if projects or (joins and number == 0) else "Self"
+    return roles
+
+
+def _letter(block: Any, roles: Mapping[str, str], path: str) -> str:
+    if "refiner" in path or "." in path or _TEXT_ONLY.search(path):
+        return _title(path)
+    single = "single" in path or (list(roles.values()) == ["Joint"] and not _takes_text(block))
+    return "S" if single else "T"
 
 
 def select_sites(available: Sequence[Site], patterns: str | Iterable[str]) -> list[Site]:

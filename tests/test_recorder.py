@@ -23,10 +23,11 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
-import diffprobe.recorder
+import diffprobe.tap
 from diffprobe.models import DiffusionModel
-from diffprobe.recorder import _ACTIVE, Recorder, attention_probabilities
+from diffprobe.recorder import _ACTIVE, Recorder
 from diffprobe.sites import Site
+from diffprobe.tap import Call, Tap, probabilities
 
 PROMPTS = ["a red star", None, "a blue circle on the left of a star"]
 TIMESTEPS = torch.tensor([10, 500, 999])
@@ -41,6 +42,11 @@ def noised(model: DiffusionModel, rows: int = 3, height: int = 8, width: int = 1
 
 def denoise(model: DiffusionModel) -> Tensor | None:
     return model.denoise(noised(model), TIMESTEPS, model.encode_text(PROMPTS))
+
+
+def modes() -> int:
+    """How many function modes are on."""
+    return torch._C._len_torch_function_stack()
 
 
 def hooks_of(network: nn.Module) -> int:
@@ -69,7 +75,7 @@ def sd2(tiny: Callable[[str], DiffusionModel]) -> DiffusionModel:
 @pytest.fixture(autouse=True)
 def nothing_is_left(tiny: Callable[[str], DiffusionModel]) -> Iterator[None]:
     yield
-    assert not any(_ACTIVE.values())
+    assert not any(_ACTIVE.values()) and not modes()
     assert all(hooks_of(tiny(family).network) == 0 for family in ("sd2", "sdxl", "pixart"))
 
 
@@ -100,7 +106,7 @@ def test_processors_and_parameters_stay(model: DiffusionModel) -> None:
 
 
 def test_features_are_the_modules_outputs(model: DiffusionModel) -> None:
-    features = [site for site in model.sites if not site.is_map and site.path]
+    features = [site for site in model.sites if not site.is_map and site.path and site.kind != "modulated"]
     copies: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -275,7 +281,7 @@ def test_heads_and_tokens(sd2: DiffusionModel) -> None:
 def test_chunks_change_nothing(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     with Recorder(model, maps="*") as whole:
         denoise(model)
-    monkeypatch.setattr(diffprobe.recorder, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(diffprobe.tap, "_CHUNK_BYTES", chunk_bytes)
     with Recorder(model, maps="*") as pieces:
         denoise(model)
     for name, maps in whole.last.items():
@@ -288,10 +294,19 @@ def test_norms_and_scales_are_the_processors_own(processor: Any) -> None:
     torch.manual_seed(0)
     attention = Attention(query_dim=8, heads=2, dim_head=4, qk_norm="layer_norm", scale_qk=False, processor=processor).eval()
     places = torch.randn(2, 5, 8) * 2
+    found: list[Tensor] = []
+
+    def attend(call: Call, run: Callable[[], Tensor]) -> Tensor:
+        found.append(probabilities(call, heads="all"))
+        return run()
+
+    tap = Tap(attention, attend)
     with torch.no_grad():
-        query, key, value = attention.to_q(places), attention.to_k(places), attention.to_v(places)
-        maps = attention_probabilities(attention, query, key, heads="all")
-        mixed = torch.einsum("rhtp,rthw->rphw", maps, value.unflatten(-1, (2, 4))).flatten(2)
+        handles = tap.attach()
+        attention(places)
+        for handle in handles:
+            handle.remove()
+        mixed = torch.einsum("rhtp,rthw->rphw", found[0], attention.to_v(places).unflatten(-1, (2, 4))).flatten(2)
         torch.testing.assert_close(attention.to_out[0](mixed), attention(places))
 
 
@@ -331,7 +346,7 @@ def test_hooks_are_gone_after_any_exit(model: DiffusionModel) -> None:
 
         with hooked(modules[LAST[model.family]], interrupt), pytest.raises(KeyboardInterrupt), recorder:
             denoise(model)
-        assert hooks_of(model.network) == count and len(recorder.steps) == 1 and not recorder._held
+        assert hooks_of(model.network) == count and len(recorder.steps) == 1 and not modes()
 
         with Recorder(model, "*-Cross-Q") as outer, Recorder(model, maps="cross") as inner:
             denoise(model)
@@ -433,29 +448,55 @@ def test_unknown_processors_are_refused_by_name(fresh_pipeline: Callable[[str], 
         pass
 
     pipeline = fresh_pipeline("sd2")
-    for processor in (MyProcessor(), SlicedAttnProcessor(1)):
-        pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(processor)
-        with pytest.raises(ValueError, match=f"Site M-R0-B0-Cross-Map uses the attention processor {type(processor).__name__}"):
-            Recorder(pipeline, maps="cross")
+    model = DiffusionModel(pipeline)
+    with Recorder(model, maps="M-R0-B0-Cross-Map") as plain:
+        denoise(model)
+    middle = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    middle.set_processor(MyProcessor())  # calls the same function, so it is seen
+    with Recorder(model, maps="M-R0-B0-Cross-Map") as own:
+        denoise(model)
+    assert torch.equal(plain["M-R0-B0-Cross-Map"], own["M-R0-B0-Cross-Map"])
+    middle.set_processor(SlicedAttnProcessor(1))
+    with pytest.raises(ValueError, match="Site M-R0-B0-Cross-Map uses the attention processor SlicedAttnProcessor"):
+        Recorder(pipeline, maps="cross")
     with Recorder(pipeline, "*", maps=["self", "U-*-Cross-Map"]):  # features and other maps are unharmed
         pass
+
+
+def test_an_attention_that_calls_nothing_is_refused_by_name_in_the_pass(fresh_pipeline: Callable[[str], Any]) -> None:
+    class Silent:
+        def __call__(self, attn: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden * 0
+
+    pipeline = fresh_pipeline("sd2")
+    pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(Silent())
+    with Recorder(pipeline, maps="cross"):
+        with pytest.raises(ValueError, match="Site M-R0-B0-Cross-Map has no map: Silent made 0 calls"):
+            alone(pipeline)
+        assert hooks_of(pipeline.unet) == 0 and not modes()
 
 
 def test_fused_projections_are_refused_until_unfused(fresh_pipeline: Callable[[str], Any]) -> None:
     pipeline = fresh_pipeline("sd2")
     model = DiffusionModel(pipeline)
     pipeline.fuse_qkv_projections()
-    for sites, maps in ((QUERY, ""), ("*-Self-V", ""), ("", "cross"), ("", "self")):
+    for sites in (QUERY, "*-Self-V"):
         with pytest.raises(
             ValueError, match=r"Site .* has fused projections \(FusedAttnProcessor2_0\).*unfuse_qkv_projections"
         ):
-            Recorder(model, sites, maps=maps)
-    with Recorder(model, ["U-L1-Out", "*-Cross-Out"]):
-        pass
+            Recorder(model, sites)
+    with Recorder(
+        model, ["U-L1-Out", "*-Cross-Out"], maps="*"
+    ) as fused:  # the call that the softmax is in is seen all the same
+        denoise(model)
     pipeline.unfuse_qkv_projections()
     with Recorder(model, QUERY, maps="*") as recorder:
         denoise(model)
     assert recorder[QUERY].any()
+    for site in fused.sites:
+        if not site.is_map:
+            continue
+        torch.testing.assert_close(fused[site.name], recorder[site.name], atol=1e-5, rtol=1e-4)
 
 
 def test_compiled_modules_are_refused_by_name(fresh_pipeline: Callable[[str], Any]) -> None:
@@ -474,7 +515,9 @@ def test_compiled_modules_are_refused_by_name(fresh_pipeline: Callable[[str], An
 
 def test_what_is_no_supported_network_is_refused_by_name(sd2: DiffusionModel) -> None:
     for target in (object(), sd2.pipeline.vae, nn.DataParallel(sd2.network)):
-        with pytest.raises(ValueError, match=f"A {type(target).__name__} cannot be recorded.*Supported: Stable Diffusion"):
+        with pytest.raises(
+            ValueError, match=f"A {type(target).__name__} cannot be recorded.*a UNet or transformer of diffusers"
+        ):
             Recorder(target, QUERY)
 
 

@@ -110,7 +110,7 @@ def test_names_and_paths_are_unique(model: DiffusionModel) -> None:
 def test_kinds_of_every_listed_part(model: DiffusionModel) -> None:
     attention = {f"{a}_{part}" for a in ("self", "cross") for part in ("query", "key", "value", "output", "map")}
     common = attention | {"input", "transformer_block", "prediction"}
-    assert {site.kind for site in model.sites} == (common if model.family == "pixart" else common | {"block", "resnet"})
+    assert {site.kind for site in model.sites} == common | ({"modulated"} if model.family == "pixart" else {"block", "resnet"})
 
 
 @pytest.mark.parametrize(
