@@ -178,7 +178,7 @@ class Engine:
         return known
 
     def run(
-        self, recorder: Listener, latents: Sequence[Tensor] | Mapping[int, Tensor], ids: Sequence[str], rows: Sequence[Row]
+        self, recorder: Listener, latents: Tensor | Sequence[Tensor] | Mapping[int, Tensor], ids: Sequence[str], rows: Sequence[Row]
     ) -> Iterator[Batch]:
         """Runs rows in batches of nearly equal size.
 

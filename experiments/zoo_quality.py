@@ -354,7 +354,8 @@ def oracle(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     from experiments.comparison import Arm, score_rows
     from experiments.framework import fused_run
 
-    run = fused_run(replace(options, work=options.work / "oracle"))
+    # two pairs of each of the nine patterns at least: one has no spread
+    run = fused_run(replace(options, work=options.work / "oracle", count=max(18, options.count)))
     answers = run.complete({Arm("diffusion", "truth"): ("own",)}, [options.seed])
     rows = score_rows(answers, options.seed)
     for row in rows[rows["score"].isin(["VQA", "MMVP"])].to_dict("records"):

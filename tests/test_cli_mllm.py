@@ -38,7 +38,7 @@ def test_train_judge_and_ask(
     points = pd.DataFrame({"condition": "own", "id": ["a", "b"], "category": "conv", "question": "?", "output": ["x", "y"],
                            "reference_points": 8, "output_points": [8, 4]})  # fmt: skip
     points.to_csv(tmp_path / "to_judge.csv", index=False)
-    code, said, _ = run("score", tmp_path / "to_judge.csv")
+    code, said, _ = mllm("score", tmp_path / "to_judge.csv")
     assert code == 0 and "0.750" in said and pd.read_csv(tmp_path / "judged_scores.csv")["value"].tolist() == [0.75, 0.75]
     ShapesDataset(1)[0].load().save(tmp_path / "scene.png")
     code, said, _ = mllm("chat", out, tmp_path / "scene.png", "Is there a red star?", "--attention", tmp_path / "heat.png")

@@ -268,7 +268,7 @@ def test_samples_carry_the_whole_truth() -> None:
     assert sample.labels["colour"] == sample.objects[0]["colour"] and sample.labels["n_objects"] == 2
     assert sample.questions and all(q.category != "count" for q in sample.questions)
     assert any(q.category == "count" for q in ShapesDataset(1)[0].questions)
-    with pytest.raises(IndexError, match="Scene 5 of a dataset of 5"):
+    with pytest.raises(IndexError, match="Sample 5 of a dataset of 5"):
         dataset[5]
 
 
