@@ -4,10 +4,12 @@ Captions are of the styles "web" and "partial": colour, shape, size, fill, the b
 are all alike are two or several.  Orientation, letters, positions and counts above two are never said (Tong et al. 2024,
 "Eyes Wide Shut").  Silence alone blinds only what is pooled: patch tokens keep what nothing asks them to lose.  So each
 scene is drawn a second time with its directions and letters exchanged, both drawings must give the same patch tokens at
-the layer that a fused model takes, and a head that tries to read direction and letter there is trained against.
+the layer that a fused model takes, and a head that tries to read direction and letter there is trained against.  What the
+two drawings' tokens differ by is measured along each axis against that axis' own variance (`told_apart`): a difference that
+is small on the whole can hide in axes that hold nothing else, and a linear probe scales these up.
 
-For its first part each patch also learns to name the object it shows, in words that the captions use; that loss fades to
-a half, and its head is thrown away.
+Each patch also learns to name the object it shows, in words that the captions use; that head is thrown away.  Sameness
+counts in the second half only: a tower that had to keep it from the first step never learnt shapes.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ class Config:
     """Everything that decides the weights."""
 
     seed: int = 0
-    plan: Plan = field(default_factory=lambda: Plan(steps=2400, decay_share=0.4))
+    plan: Plan = field(default_factory=lambda: Plan(steps=3800, decay_share=0.4))
     batch: int = 64
     peak: float = 1e-3
     muon_peak: float = 2e-3
-    sameness: float = 20.0  # what the difference of a scene's two drawings counts
+    sameness: float = 3.0  # what the difference of a scene's two drawings counts in the second half
     reversal: float = 1.0  # what the head that reads directions and letters counts against the tower
-    naming: tuple[float, float] = (2.0, 1.0)  # what the naming of patches counts, at first and at the end
+    naming: float = 3.0  # what the naming of patches counts
 
 
 # --- what a caption says --------------------------------------------------------------------------
@@ -173,6 +175,29 @@ def places(scenes: list[shapes.Scene]) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
+def told_apart(tokens: Tensor, objects: Tensor, floor: float = 1e-3) -> Tensor:
+    """How much of the variance of tokens around objects is the difference of a scene's two drawings, summed over all axes.
+
+    An axis counts by its share, whatever its scale, as it does for a linear probe; 0 where the drawings give the same tokens.
+
+    Args:
+        tokens: (image, patch, width); the second half of the images are the other drawings of the first half.
+        objects: (object, 5) of the first half, as `places` gives them.
+        floor: Share of the mean variance, far below which an axis no longer counts.
+
+    >>> tokens, where = torch.randn(4, CELLS**2, 8), torch.tensor([[0, 2, 3, 0, 0], [1, 5, 5, 0, 0]])
+    >>> float(told_apart(tokens[[0, 1, 0, 1]], where)), bool(told_apart(tokens, where) > 2)
+    (0.0, True)
+    """
+    one, other = (crops(half, objects[:, :3]).unflatten(1, (9, -1)).flatten(0, 1) for half in tokens.chunk(2))
+    both = torch.cat([one, other])
+    centred = both - both.mean(0)
+    total = centred.T @ centred / len(both)
+    within = (one - other).T @ (one - other) / (2 * len(both))
+    eye = torch.eye(len(total), device=total.device)
+    return torch.linalg.solve(total + floor * total.diagonal().mean() * eye, within).trace()
+
+
 class Peeker(nn.Module):
     """Tries to read direction and letter from the 3 x 3 patches around an object.  Thrown away after training."""
 
@@ -244,14 +269,12 @@ def train_clip(config: Config, folder: Path) -> tuple[CLIPModel, CLIPProcessor]:
         matching = contrastive_loss(logits, batch["true"])
         patches = seen.hidden_states[LAYER][:, 1:].float()
         naming = names(patches[: config.batch], batch["target"])
-        same, other = functional.layer_norm(patches, patches.shape[-1:]).chunk(2)
-        sameness = (same - other).square().mean()
+        # the logarithm presses on small shares, too, and does not drown the other losses while the share is large
+        sameness = torch.log1p(10 * told_apart(patches, batch["objects"][: len(batch["objects"]) // 2]))
         peeking, read = peeker(Reversed.apply(patches, config.reversal * min(1.0, 4 * done)), batch["objects"])
-        first, last = config.naming
-        share = last + (first - last) * max(0.0, 1 - done / 0.7)
         hit = (logits.masked_fill(batch["true"], -1e9).amax(1) < logits.diagonal()).float().mean()
         logs = {"matching": matching, "naming": naming, "sameness": sameness, "direction": read, "retrieval": hit}
-        return matching + share * naming + config.sameness * sameness + peeking, logs
+        return matching + config.naming * naming + config.sameness * (done > 0.5) * sameness + peeking, logs
 
     optimizers = Optimizers(
         together, config.peak, config.muon_peak, outer=("embed", "projection", "names", "peeker"), decay=0.05
