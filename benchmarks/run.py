@@ -35,7 +35,7 @@ from benchmarks.transformers import transformers
 from diffprobe import extract
 from diffprobe.data import fit_image, load_dataset
 from diffprobe.data.samples import Dataset
-from diffprobe.models import EncodedText
+from diffprobe.prompts import EncodedText
 from diffprobe.recorder import Recorder
 
 TIMESTEPS = (10, 50, 100, 250, 500)

@@ -30,7 +30,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from diffprobe.models import (
     DiffusionModel,
-    EncodedText,
     as_dtype,
     choose_device,
     evaluating,
@@ -43,6 +42,7 @@ from diffprobe.models import (
     resolve,
     weights_hash,
 )
+from diffprobe.prompts import EncodedText
 from diffprobe.sites import Site
 
 ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)

@@ -687,7 +687,7 @@ def similarity_figure(table: str, measure: str, out: Path, name: str) -> Path:
     if not between and "site_a" in frame:
         frame = frame.assign(**{side: frame[side].where(frame[side].ne(""), frame["site"]) for side in ("site_a", "site_b")})
         frame = frame.assign(site=frame.pop("site_a"))
-    x = "guidance" if "guidance" in frame else "timestep"
+    x, label = ("guidance", "guidance s") if "guidance" in frame else ("timestep", NOISE_AXIS)
     taken = {*RESULTS, *((f"{between}_a", f"{between}_b") if between else ("site", x))}
     keys = [str(c) for c in frame if c not in taken and (c == "measure" or frame[c].nunique() > 1)]
     words = [frame[c].map("t = {}".format) if c == "timestep" else frame[c].astype(str) for c in keys]
@@ -695,7 +695,6 @@ def similarity_figure(table: str, measure: str, out: Path, name: str) -> Path:
     if between:
         figure = plot_similarity_matrix(frame, between)
     else:
-        label = "guidance s" if x == "guidance" else NOISE_AXIS
         figure = plot_site_curves(frame, x=x, x_label=label, y_label="similarity", share_y=True)
     alt = f"Similarity of features ({frame['measure'].iloc[0]}) by site, {len(frame)} comparisons, with chance."
     return _save(figure, out, name or stem, frame, {"table": table}, alt)

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from diffprobe.data.images import fit_image
 from diffprobe.encoders import EncoderRecorder, VisionEncoder
-from diffprobe.models import DiffusionModel, EncodedText, LatentRule, out_of_memory
+from diffprobe.models import DiffusionModel, LatentRule, out_of_memory
 from diffprobe.noise import noise_seed, sample_noise
+from diffprobe.prompts import EncodedText
 from diffprobe.recorder import Recorder
 
 Listener: TypeAlias = Recorder | EncoderRecorder
@@ -178,7 +179,11 @@ class Engine:
         return known
 
     def run(
-        self, recorder: Listener, latents: Tensor | Sequence[Tensor] | Mapping[int, Tensor], ids: Sequence[str], rows: Sequence[Row]
+        self,
+        recorder: Listener,
+        latents: Tensor | Sequence[Tensor] | Mapping[int, Tensor],
+        ids: Sequence[str],
+        rows: Sequence[Row],
     ) -> Iterator[Batch]:
         """Runs rows in batches of nearly equal size.
 

@@ -27,7 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diffprobe.conditioning import FORMER, content_tokens, former
-from diffprobe.models import DiffusionModel, EncodedText, Network
+from diffprobe.models import DiffusionModel, Network
+from diffprobe.prompts import EncodedText
 
 PARTS = ("start", "eos_and_padding", "content", "empty")
 

@@ -56,7 +56,7 @@ from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.images import fit_image, normalised_pixels
 from diffprobe.data.samples import Dataset
 from diffprobe.extraction import NotFiniteError
-from diffprobe.models import DiffusionModel, EncodedText, load_model, quiet, resolve, weights_hash
+from diffprobe.models import DiffusionModel, load_model, quiet, resolve, weights_hash
 from diffprobe.noise import sample_noise
 from diffprobe.probes.alignment import (
     CLIP,
@@ -71,6 +71,7 @@ from diffprobe.probes.alignment import (
     diffusion_scores,
     fit_text_map,
 )
+from diffprobe.prompts import EncodedText
 from diffprobe.recorder import Recorder
 from diffprobe.rundir import check_request, whole_file
 from diffprobe.sites import Site, select_sites

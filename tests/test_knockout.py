@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from diffprobe.knockout import KnockedOut, chosen_attentions, cross_attentions, parse_knockout
-from diffprobe.models import DiffusionModel, EncodedText
+from diffprobe.models import DiffusionModel
+from diffprobe.prompts import EncodedText
 
 PROMPTS = ["a red star on the left", None]
 

@@ -26,7 +26,6 @@ from diffprobe.models import (
     FAMILIES,
     SUPPORTED,
     DiffusionModel,
-    EncodedText,
     as_dtype,
     kept_name,
     load_model,
@@ -34,6 +33,7 @@ from diffprobe.models import (
     predicted_noise,
     resolve,
 )
+from diffprobe.prompts import EncodedText
 
 PROMPTS = ["a red star", "a blue circle on the left of a star", "Red, RED star!", ""]
 LONG = "a red star on the left of " * 30
