@@ -262,17 +262,18 @@ def pointing(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
 
 def main_site(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     """Linear probes on 3 x 3 places around each object, at the paper's main site, t = 50, without a prompt."""
-    return _object_probes(options, options.model, MAIN_SITE, 50)
+    return _object_probes(options, options.model, model.weights_hash(), MAIN_SITE, 50)
 
 
 def blindness(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     """The same on shapes-clip's patches, at the layer that a fused model takes: what captions leave out is not to be read."""
     from diffprobe.encoders import load_encoder
 
-    return _object_probes(options, "shapes-clip", load_encoder("shapes-clip", "cpu").preset[0], None)
+    encoder = load_encoder("shapes-clip", "cpu")
+    return _object_probes(options, "shapes-clip", encoder.weights_hash(), encoder.preset[0], None)
 
 
-def _object_probes(options: Options, model: str, site: str, timestep: int | None) -> Rows:
+def _object_probes(options: Options, model: str, weights: str, site: str, timestep: int | None) -> Rows:
     import xarray as xr
 
     from diffprobe import extract, features, open_store
@@ -280,7 +281,7 @@ def _object_probes(options: Options, model: str, site: str, timestep: int | None
     from diffprobe.probes.linear import fit_probe
 
     dataset = ShapesDataset(PROBED if options.count > 100 else 8 * options.count, "test", options.seed)
-    out = options.work / f"objects_{model.replace('/', '_')}_{len(dataset)}_{options.seed}.zarr"
+    out = options.work / f"objects_{weights}_{len(dataset)}_{options.seed}.zarr"
     step = {} if timestep is None else {"timesteps": (timestep,), "conditionings": ("null",)}
     extract(model, dataset, out, sites=(site,), seed=options.seed, **step)  # type: ignore[arg-type]
     values = features(open_store(out), site).squeeze(drop=True).transpose("sample", "channel", "y", "x").to_numpy()
