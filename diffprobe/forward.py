@@ -6,11 +6,9 @@ The invariant: what a row gives depends on the row alone and not, beyond roundin
 How to use it:
 
 - extraction: `encode_images` once for each unit, then `run`, which yields batch after batch;
-- the fused model's streams (`mllm/streams.py`): ``Engine(model, seed=noise_seed, batch_rows=ROWS).record(recorder, pixels, ids,
-  prompts, timestep)`` in place of `encode_image`, `sample_noise`, `add_noise` and `denoise`; pictures that share an id are
-  encoded once; `cut` names prompts that were too long.  A vision encoder takes the same call, with None for each prompt;
-- features of the leakage audit (`mllm/features.py`): stores by `extract`, or `record` for images that have none;
-- `matching.py`: rows (image, candidate caption, timestep, draw) through `run`; a batch holds the noise, from which the
+- the fused model's streams (`mllm/streams.py`): their own latents, then `run`; `cut` names prompts that were too long.  A
+  vision encoder takes the same calls, with None for each prompt;
+- `matching.py` could: rows (image, candidate caption, timestep, draw) through `run`; a batch holds the noise, from which the
   prediction's error follows, and what a recorder kept of queries, keys and maps.
 """
 
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from diffprobe.data.images import fit_image
+from diffprobe.data.images import fit_image, normalised_pixels
 from diffprobe.encoders import EncoderRecorder, VisionEncoder
 from diffprobe.models import DiffusionModel, LatentRule, out_of_memory
 from diffprobe.noise import noise_seed, sample_noise
@@ -85,8 +83,7 @@ def to_pixels(image: Image.Image, size: tuple[int, int], fit: str) -> Pixels:
     >>> to_pixels(Image.new("RGB", (8, 4), "white"), (4, 4), "crop").max()
     np.float32(1.0)
     """
-    fitted = np.asarray(fit_image(image, size, fit), np.float32)
-    return fitted.transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+    return normalised_pixels(fit_image(image, size, fit))
 
 
 def rows_not_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Bool[np.ndarray, " row"]:
@@ -197,7 +194,9 @@ class Engine:
             left = len(rows) - done
             batch = rows[done : done + -(-left // -(-left // self.batch_rows))]
             timesteps = torch.tensor([row.timestep for row in batch])
-            inputs, noise = torch.stack([latents[row.image] for row in batch]), None
+            places, noise = [row.image for row in batch], None
+            # indexing keeps a tensor's order of memory, which decides the last bits of what a convolution makes of it
+            inputs = latents[places] if isinstance(latents, Tensor) else torch.stack([latents[place] for place in places])
             if isinstance(self.model, DiffusionModel):
                 drawn = [sample_noise(self.seed, ids[row.image], row.timestep, row.draw, inputs.shape[1:]) for row in batch]
                 noise = torch.stack(drawn).to(inputs.device)
@@ -233,27 +232,3 @@ class Engine:
             return self._pass(recorder, replace(batch, inputs=batch.inputs.float(), text=text))
         finally:
             network.to(dtype)
-
-    def record(
-        self,
-        recorder: Listener,
-        images: Sequence[Pixels] | Pixels,
-        ids: Sequence[str],
-        prompts: Sequence[str | None],
-        timestep: int,
-        draw: int = 0,
-    ) -> dict[str, Tensor]:
-        """Runs images under prompts at one timestep; returns the recorded tensors by site name, (image, ...).
-
-        Args:
-            images: (3, height, width) each, in [-1, 1]; images that share an id are encoded once.
-            ids: the name of each image, which decides its noise.
-            prompts: one for each image.
-        """
-        first = {name: place for place, name in reversed(list(enumerate(ids)))}
-        chosen = sorted(first.values())
-        latents = self.encode_images([images[place] for place in chosen], [ids[place] for place in chosen])
-        by_place = dict(zip(chosen, latents, strict=True))
-        rows = [Row(first[name], prompt, timestep, draw) for name, prompt in zip(ids, prompts, strict=True)]
-        parts = [batch.tensors for batch in self.run(recorder, by_place, ids, rows)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

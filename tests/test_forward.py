@@ -38,7 +38,9 @@ def test_rows_give_what_the_models_own_calls_give(tiny_model: DiffusionModel, mo
     monkeypatch.setattr(tiny_model, "encode_image", lambda part, *rest: encoded.append(len(part)) or encode(part, *rest))
     engine = Engine(tiny_model, seed=7, batch_rows=2)
     with Recorder(tiny_model, SITE, stop_early=True, keep_steps=False, reuse=True) as recorder:
-        found = engine.record(recorder, [images[0], images[1], images[0]], ids, prompts, 50)[SITE]
+        latents = engine.encode_images(images, ["a", "b"])
+        rows = [Row("ab".index(name), prompt, 50) for name, prompt in zip(ids, prompts, strict=True)]
+        found = torch.cat([batch.tensors[SITE] for batch in engine.run(recorder, latents, ["a", "b"], rows)])
     assert sum(encoded) == 2, "an image that two prompts share is encoded once"
     monkeypatch.undo()
     for row, (name, prompt) in enumerate(zip(ids, prompts, strict=True)):
@@ -100,7 +102,10 @@ def test_a_vision_encoder_takes_the_same_calls() -> None:
     tiny_encoder = load_encoder("shapes-clip", "cpu")
     images = pixels_of(tiny_encoder, 3)
     with tiny_encoder.recorder(["last"]) as recorder:
-        found = Engine(tiny_encoder, batch_rows=2).record(recorder, images, ["a", "b", "c"], [None] * 3, 0)["last"]
+        engine = Engine(tiny_encoder, batch_rows=2)
+        latents = engine.encode_images(images, ["a", "b", "c"])
+        rows = [Row(image, None, 0) for image in range(3)]
+        found = torch.cat([batch.tensors["last"] for batch in engine.run(recorder, latents, ["a", "b", "c"], rows)])
     with tiny_encoder.recorder(["last"]) as recorder:
         tiny_encoder.forward(tiny_encoder.encode_image(torch.from_numpy(np.stack(images))))
     torch.testing.assert_close(found, recorder.last["last"], atol=1e-5, rtol=1e-4)

@@ -759,9 +759,9 @@ def test_attention_of_a_question_is_the_recorded_maps_mean(parts: dict[str, str]
     encoder = model.streams.encoders["diffusion"]
     text = encoder.model.encode_text([question])  # type: ignore[attr-defined]
     (place,) = [k for k, (a, b) in enumerate(text.spans[0].tolist()) if question[a:b] == "red"]
-    with Recorder(encoder.model, maps="U-L1-R1-B0-Cross-Map", heads="all") as recorder:  # type: ignore[attr-defined]
-        encoder.forward([Picture.of(image)], [question])  # type: ignore[attr-defined]
-    expected = recorder["U-L1-R1-B0-Cross-Map"][0, :, place].mean(0)
+    recorder = Recorder(encoder.model, maps="U-L1-R1-B0-Cross-Map", heads="all")  # type: ignore[attr-defined]
+    recorded = encoder.record(recorder, [Picture.of(image)], [question])  # type: ignore[attr-defined]
+    expected = recorded["U-L1-R1-B0-Cross-Map"][0, :, place].mean(0)
     assert np.allclose(one.sel(word="red"), expected / expected.sum(), atol=1e-6)
     path = save_attention(model, image, question, "no", tmp_path / "heat.png")
     assert path.is_file() and path.with_suffix(".csv").is_file()

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from diffprobe.data import ShapesDataset
+from diffprobe.forward import to_pixels
 from diffprobe.mllm.fusion import FUSIONS, GATE_SPEED, CrossAttention, Fusion, squared_distances, to_grid
 from diffprobe.mllm.projector import Projector, soft_tokens
-from diffprobe.mllm.streams import DiffusionEncoder, FeatureCache, Picture, Streams, to_pixels
+from diffprobe.mllm.streams import DiffusionEncoder, FeatureCache, Picture, Streams
 from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
 
@@ -145,7 +146,7 @@ class Counting:
 def bare(model: Any, picture: Picture, prompt: str | None, timestep: int = 50) -> torch.Tensor:
     """Features of one picture by the model's own calls."""
     side = (model.resolution, model.resolution)
-    latents = model.encode_image(to_pixels([picture.load()], side, "pad"))
+    latents = model.encode_image(torch.from_numpy(to_pixels(picture.load(), side, "pad")[None]))
     step = torch.tensor([timestep])
     noised = model.add_noise(latents, sample_noise(0, picture.id, timestep, 0, latents.shape[1:])[None], step)
     with Recorder(model, SITE) as recorder:
@@ -203,10 +204,10 @@ def test_prompts_that_are_cut_are_counted(tiny_model: Any) -> None:
     encoder = DiffusionEncoder(tiny_model, SITE)
     long = "is there a red star? " * 20
     encoder.encode(PICTURES[:3], [long, "is there a red star?", long])
-    assert encoder.truncated == {long}
+    assert encoder.engine.cut == {long}
 
 
 def test_images_that_are_not_square_are_padded() -> None:
     wide = Image.new("RGB", (8, 4), (255, 0, 0))
-    pixels = to_pixels([wide], (4, 4), "pad").numpy()
+    pixels = to_pixels(wide, (4, 4), "pad")[None]
     assert pixels.shape == (1, 3, 4, 4) and np.allclose(pixels[0, 0, 1:3], 1) and not np.allclose(pixels[0, 1, 0], -1)

@@ -43,13 +43,12 @@ def question_attention(
     places = {word: found for word, found in places.items() if found}
     if not places:
         raise ValueError(f"The question {question!r} has no word that the diffusion model's text encoder was given whole.")
-    with Recorder(encoder.model, maps=maps, stop_early=True) as recorder:
-        encoder.forward([Picture.of(image)], [question])
-    recorded = [tensor[0, 0].float() for tensor in recorder.last.values()]  # (token, y, x); heads are averaged already
-    size = (max(x.shape[-2] for x in recorded), max(x.shape[-1] for x in recorded))
+    recorded = encoder.record(Recorder(encoder.model, maps=maps, stop_early=True), [Picture.of(image)], [question])
+    tokens = [tensor[0, 0].float() for tensor in recorded.values()]  # (token, y, x); heads are averaged already
+    size = (max(x.shape[-2] for x in tokens), max(x.shape[-1] for x in tokens))
     heat = []
     for found in places.values():
-        one = [x[found].mean(0) for x in recorded]
+        one = [x[found].mean(0) for x in tokens]
         large = [
             functional.interpolate((x / x.sum())[None, None], size, mode="bilinear", align_corners=False)[0, 0] for x in one
         ]

@@ -109,7 +109,7 @@ class FusedMLLM:
         Args:
             images: the images of each question, in any of Pillow's modes; an empty list asks the language model alone.
             questions: one for each list of images.
-            max_new_tokens: of an answer.
+            max_new_tokens: the longest answer.
             batch: questions answered together; the answers do not depend on it.
             prompts: the diffusion model's prompts in place of the questions; None is no prompt.
 
@@ -139,7 +139,7 @@ class FusedMLLM:
     def cut_prompts(self) -> int:
         """Number of different prompts that were longer than the diffusion model's text encoder takes, and were cut."""
         encoder = self.streams.encoders.get(DIFFUSION)
-        return len(encoder.truncated) if isinstance(encoder, DiffusionEncoder) else 0
+        return len(encoder.engine.cut) if isinstance(encoder, DiffusionEncoder) else 0
 
     # --- keeping ----------------------------------------------------------------------------------
 

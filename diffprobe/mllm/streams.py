@@ -28,11 +28,10 @@ from torch import Tensor
 
 from diffprobe.data import shapes
 from diffprobe.data.blank import GREY
-from diffprobe.data.images import fit_image
-from diffprobe.encoders import VisionEncoder
+from diffprobe.encoders import EncoderRecorder, VisionEncoder
+from diffprobe.forward import Engine, Row, to_pixels
 from diffprobe.mllm.fusion import CLIP, to_grid
 from diffprobe.models import DiffusionModel
-from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
 from diffprobe.rundir import whole_file, write_json
 from diffprobe.sites import select_sites
@@ -67,12 +66,6 @@ def image_id(image: Image.Image) -> str:
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:24]
 
 
-def to_pixels(images: Sequence[Image.Image], size: tuple[int, int], fit: str) -> Float[Tensor, "image 3 y x"]:
-    """Images at one (height, width), in [-1, 1]."""
-    fitted = [np.asarray(fit_image(image.convert("RGB"), size, fit), np.float32) for image in images]
-    return torch.from_numpy(np.stack(fitted).transpose(0, 3, 1, 2) / np.float32(127.5) - np.float32(1))
-
-
 # --- encoders ---------------------------------------------------------------------------------------
 
 
@@ -92,76 +85,68 @@ class Encoder(Protocol):
 
 
 class _ModelEncoder:
-    """What encoders share that are a model; `fit` says how images that are not square are brought to its size."""
+    """A model that sees pictures through the forward engine; `fit` says how images that are not square reach its size."""
 
-    def __init__(self, model: VisionEncoder | DiffusionModel, sites: Sequence[str], fit: str) -> None:
-        self.sites, self.fit = tuple(sites), fit
+    def __init__(
+        self, model: VisionEncoder | DiffusionModel, sites: Sequence[str], fit: str, timestep: int = 0, noise_seed: int = 0
+    ) -> None:
+        self.sites, self.fit, self.timestep, self.noise_seed = tuple(sites), fit, timestep, noise_seed
         self.weights = lru_cache(maxsize=2)(model.weights_hash)
-        self._size, self._resolution = model.size, model.resolution
+        self.engine = Engine(model, seed=noise_seed, batch_rows=ROWS)
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
-        return {"weights": self.weights(portable), "site": site, "fit": self.fit, "size": self._resolution}
+        return {"weights": self.weights(portable), "site": site, "fit": self.fit, "size": self.engine.model.resolution}
 
-    def pixels(self, pictures: Iterable[Picture]) -> Float[Tensor, "image 3 y x"]:
-        return to_pixels([picture.load() for picture in pictures], self._size, self.fit)
+    def latents(self, pictures: Iterable[Picture]) -> Float[Tensor, "image channel y x"]:
+        """The model's input for pictures, without noise."""
+        model = self.engine.model
+        pixels = np.stack([to_pixels(picture.load().convert("RGB"), model.size, self.fit) for picture in pictures])
+        # an order of memory that is part of the features: another one changes their last bits
+        return model.encode_image(torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last))
+
+    def record(
+        self, recorder: Recorder | EncoderRecorder, pictures: Sequence[Picture], prompts: Sequence[str | None]
+    ) -> dict[str, Tensor]:
+        """What a recorder hears of pictures under prompts, by site name; each picture and prompt is encoded once."""
+        by_id = {picture.id: picture for picture in pictures}
+        ids, latents = list(by_id), self.latents(by_id.values())
+        rows = [Row(ids.index(picture.id), prompt, self.timestep) for picture, prompt in zip(pictures, prompts, strict=True)]
+        with recorder:
+            parts = [batch.tensors for batch in self.engine.run(recorder, latents, ids, rows)]
+        return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
 class ImageEncoder(_ModelEncoder):
     """One layer of a vision encoder, which reads no prompts; the second-to-last layer by default."""
 
-    def __init__(self, encoder: VisionEncoder, layer: str = "", fit: str = "pad") -> None:
-        names = [site.name for site in encoder.sites]
-        layer = layer or encoder.preset[0]
+    def __init__(self, model: VisionEncoder, layer: str = "", fit: str = "pad") -> None:
+        names = [site.name for site in model.sites]
+        layer = layer or model.preset[0]
         if layer not in names:
-            raise ValueError(f"{encoder.model_id} has no layer {layer!r}; it has {', '.join(names)}.")
-        super().__init__(encoder, (layer,), fit)
-        self.encoder = encoder
+            raise ValueError(f"{model.model_id} has no layer {layer!r}; it has {', '.join(names)}.")
+        super().__init__(model, (layer,), fit)
+        self.model = model
 
     def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        pixels = self.encoder.encode_image(self.pixels(pictures))
-        with self.encoder.recorder(self.sites) as recorder:
-            self.encoder.forward(pixels)
-        return dict(recorder.last)
+        return self.record(self.model.recorder(self.sites), pictures, [None] * len(pictures))
 
 
 class DiffusionEncoder(_ModelEncoder):
-    """Sites of a diffusion model in one noised forward pass, which ends after the last of them.
-
-    Args:
-        sites: feature sites by name, path or glob.
-
-    Attributes:
-        truncated: prompts that were longer than the text encoder takes and were cut.
-    """
+    """Sites of a diffusion model, by name, path or glob, in one noised pass that ends after the last of them."""
 
     def __init__(
         self, model: DiffusionModel, sites: str | Sequence[str], timestep: int = 50, noise_seed: int = 0, fit: str = "pad"
     ) -> None:
         model.check_timestep(timestep)
         there = [s for s in model.sites if not s.is_map and not s.over_tokens]
-        super().__init__(model, [s.name for s in select_sites(there, sites)], fit)
-        self.model, self.timestep, self.noise_seed = model, timestep, noise_seed
-        self.truncated: set[str] = set()
+        super().__init__(model, [s.name for s in select_sites(there, sites)], fit, timestep, noise_seed)
+        self.model = model
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
         return {**super().origin(site, portable), "timestep": self.timestep, "noise_seed": self.noise_seed}
 
     def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        with Recorder(self.model, self.sites, stop_early=True, keep_steps=False) as recorder:
-            self.forward(pictures, prompts)
-        return dict(recorder.last)
-
-    def forward(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> None:
-        """One forward pass for the recorder that is listening; each picture and prompt is encoded once."""
-        by_id, texts = {picture.id: picture for picture in pictures}, list(dict.fromkeys(prompts))
-        latents = self.model.encode_image(self.pixels(by_id.values()))
-        noise = torch.stack([sample_noise(self.noise_seed, name, self.timestep, 0, latents.shape[1:]) for name in by_id])
-        steps = torch.full((len(pictures),), self.timestep)
-        noised = self.model.add_noise(latents, noise.to(latents.device), steps[: len(by_id)])
-        text = self.model.encode_text(texts)
-        self.truncated |= {str(prompt) for prompt, cut in zip(texts, text.truncated, strict=True) if cut}
-        rows = [list(by_id).index(picture.id) for picture in pictures]
-        self.model.denoise(noised[rows], steps, text.take([texts.index(prompt) for prompt in prompts]))
+        return self.record(Recorder(self.model, self.sites, stop_early=True, keep_steps=False), pictures, prompts)
 
 
 class InputEncoder(_ModelEncoder):
@@ -182,7 +167,7 @@ class InputEncoder(_ModelEncoder):
             tokens = self.model.encode_text(list(prompts)).embeddings
             side = math.isqrt(tokens.shape[1])
             return {"text": tokens[:, : side * side].transpose(1, 2).unflatten(2, (side, side)).float()}
-        return {"latent": self.model.encode_image(self.pixels(pictures)).float()}
+        return {"latent": self.latents(pictures).float()}
 
 
 class TruthEncoder:
@@ -307,7 +292,7 @@ class Streams:
     Args:
         encoders: by the name of their stream.
         grid: tokens per side.
-        merge: of places that share a token, as `to_grid` takes it.
+        merge: what becomes of places that share a token, as in `to_grid`.
         guidance: s in f_u + s (f_c - f_u); 0 reads no prompt.
         cache: keeps features; none by default.
     """
