@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.console import visible
-from diffprobe.store import whole_file
+from diffprobe.rundir import whole_file
 
 P = ParamSpec("P")
 Look = Mapping[str, Any]  # matplotlib's properties of a line

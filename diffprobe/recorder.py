@@ -301,14 +301,15 @@ class Recorder:
 
     def _trace(self, given: Mapping[str, Any]) -> Streams | None:
         """Where image and text stand, if lengths alone do not say it; found once for all passes of the same shapes."""
-        latents = next(iter(given.values()))
+        if self._in_unet or not self._joined or tensors_of(next(iter(given.values())))[0].is_meta:
+            return None
         wanted = [site for site in self.sites if site.path and site.kind not in ("cross_key", "cross_value")]
         lengths = {tensor.shape[-2] for name in texts_of(given) for tensor in tensors_of(given[name])}
         told = (
             all(site.kind == "transformer_block" and site.name.startswith("T-") for site in wanted)
             and self._tokens not in lengths
         )
-        if self._in_unet or not self._joined or told or tensors_of(latents)[0].is_meta:
+        if told:
             return None
         key = fingerprint(dict(given))
         if key not in self._traced:
@@ -330,9 +331,8 @@ class Recorder:
         if pipeline is None or sample.is_meta:
             return ("prompt",) * rows
         config: Any = self.network.config
-        latents = (
-            sample[:, : config.get("out_channels")] if sample.ndim == 4 else sample
-        )  # beside them stand masks and images, which may differ
+        # beside the latents stand masks and images, which may differ
+        latents = sample[:, : config.get("out_channels")] if sample.ndim == 4 else sample
         parts = [n for n in range(2, rows + 1) if rows % n == 0 and torch.equal(latents[rows // n :], latents[: -rows // n])]
         known = any(cls.__name__ in FAMILIES for cls in type(pipeline).__mro__)
         guides = getattr(pipeline, "do_classifier_free_guidance", True)

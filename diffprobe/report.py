@@ -27,7 +27,8 @@ from PIL import Image
 from diffprobe.conditioning import NULL
 from diffprobe.figures import open_with_images
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
-from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info, write_whole
+from diffprobe.rundir import write_whole
+from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it

@@ -16,7 +16,6 @@ an error.  The root's attribute `digests` has a digest of every object that belo
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, MemoryStore, StorePath
 
 from diffprobe.conditioning import NULL, guided_name, word_tokens
+from diffprobe.data.samples import did_you_mean
 from diffprobe.layout import (
     COMPLETE,
     DIGEST_BYTES,
@@ -62,26 +62,18 @@ from diffprobe.layout import (
     verify_store,
 )  # fmt: skip
 from diffprobe.rundir import (
-    BusyError,
     StoreError,
-    code_commit,
     first_line,
-    is_remote,
     locate,
     reaching,
     refuse_unwritable,
-    request_differences,
-    sole_writer,
-    whole_file,
     whole_folder,
-    write_whole,
 )  # fmt: skip
 
 __all__ = [
-    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "BusyError", "Fault", "StoreError",
-    "StoreWriter", "attention_maps", "clear_cut_writes", "code_commit", "create_store", "exists", "features", "is_remote",
-    "known", "locate", "open_store", "prompt_texts", "provenance", "read_maps", "request_differences", "samples_per_unit",
-    "site_names", "sole_writer", "store_info", "verify_store", "whole_file", "write_whole",
+    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
+    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts", "provenance", "read_maps", "samples_per_unit",
+    "site_names", "store_info", "verify_store",
 ]  # fmt: skip
 
 CHUNK_BYTES = 2**20
@@ -424,9 +416,7 @@ def site_names(tree: xr.DataTree) -> list[str]:
 def known(name: str, there: Sequence[str], what: str) -> str:
     """Returns the name; raises StoreError, which lists all names and the closest one, if it is unknown."""
     if name not in there:
-        near = difflib.get_close_matches(name, list(there), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise StoreError(f"There is no {what} {name!r} in this store.{hint} It has: {', '.join(there)}.")
+        raise StoreError(f"There is no {what} {name!r} in this store.{did_you_mean(name, there)} It has: {', '.join(there)}.")
     return name
 
 
@@ -435,8 +425,7 @@ def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
     by_path = {str(tree[n].attrs.get("path")): n for n in names}
     name = by_path.get(site, site)
     if name not in names:
-        near = difflib.get_close_matches(site, [*names, *by_path], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(site, [*names, *by_path])
         raise StoreError(f"Site {site!r} has no {variable} in this store.{hint} It has: {', '.join(names) or 'none'}.")
     labels = {n: c for n, c in tree.coords.items() if c.dims == ("sample",) and n != "status"}
     array: xr.DataArray = tree[name].to_dataset()[variable]

@@ -68,9 +68,8 @@ def image_grid(network: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[int,
         grid = tuple(side // step for side, step in zip(latents.shape[-2:], steps[-2:], strict=True))
         if latents.ndim == 5:
             channels = _config(config, "in_channels")
-            axis = (
-                1 if latents.shape[1] != channels == latents.shape[2] else 2
-            )  # CogVideoX and its kin: (row, frame, channel, ...)
+            # CogVideoX and its kin give (row, frame, channel, ...)
+            axis = 1 if latents.shape[1] != channels == latents.shape[2] else 2
             step = given.get("f_patch_size") or _config(config, "patch_size_t") or steps[0]
             grid = (-(-latents.shape[axis] // step), *grid)
         places = math.prod(grid)

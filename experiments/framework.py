@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from diffprobe.data.samples import Dataset
 from diffprobe.plotting import package_versions, read_rows, save_figure
 from diffprobe.report import collect_claims
-from diffprobe.store import code_commit, whole_file, write_whole
+from diffprobe.rundir import code_commit, whole_file, write_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -14,7 +14,7 @@ from diffprobe.data.question_benchmarks import load_questions
 from diffprobe.data.twins import PATTERNS
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.stages import train_stage
-from diffprobe.store import BusyError
+from diffprobe.rundir import BusyError
 from experiments.comparison import ACCURACY, BLIND_SPOTS, Arm, Comparison, Settings, change_rows, score_rows
 from experiments.framework import FOLDER, load_experiment
 

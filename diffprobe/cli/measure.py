@@ -151,7 +151,7 @@ def probe_alignment(
     from diffprobe.matching import alignment_score
     from diffprobe.models import load_model
     from diffprobe.probes.alignment import SCORES, alignment_table, compare_scores
-    from diffprobe.store import write_whole
+    from diffprobe.rundir import write_whole
 
     names = list(SCORES) if scores == ["all"] else scores
     if baseline and baseline not in names:

@@ -138,7 +138,7 @@ def is_first_process() -> bool:
 
 def table_place(out: str, store: str, name: str) -> str:
     """Where a table goes; asked before the work, so that nothing is lost to a folder that is not there."""
-    from diffprobe.store import is_remote
+    from diffprobe.rundir import is_remote
 
     place = out or f"{store.rstrip('/')}.{name}.csv"
     if place.endswith((".json", "/")) or (not is_remote(place) and Path(place).is_dir()):

@@ -8,11 +8,10 @@ follow from the text.  Images are read only when asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -32,7 +31,7 @@ from diffprobe.data.files import (
 )
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
-from diffprobe.data.samples import check_options, split_spec, whole_number
+from diffprobe.data.samples import Fingerprinted, check_options, split_spec, whole_number
 from diffprobe.data.several import several_images
 from diffprobe.data.shapes import picture
 from diffprobe.data.tables import collected
@@ -77,28 +76,11 @@ class Conversations(Protocol):
         ...
 
 
-class _Fingerprinted:
-    """A fingerprint that is computed once, from the pieces that a subclass's `content` yields."""
-
-    def content(self) -> Iterator[bytes]:
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for piece in self.content():
-            digest.update(piece)
-        return digest.hexdigest()[:16]
-
-
 # --- drawn ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Drawn(_Fingerprinted):
+class _Drawn(Fingerprinted):
     """`count` drawn conversations."""
 
     count: int
@@ -173,7 +155,7 @@ class DrawnInstructions(_Drawn):
 _Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
-class LlavaConversations(_Fingerprinted):
+class LlavaConversations(Fingerprinted):
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:

@@ -104,26 +104,11 @@ class Dataset(Protocol):
         ...
 
 
-class IndexedDataset:
-    """What datasets with a length share: the check of an index, and a fingerprint that is computed once.
-
-    A subclass gives `name`, `spec`, `__len__`, `sample` (for an index that is in range) and `content` (pieces
-    of bytes that the fingerprint is a hash of).
-    """
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def sample(self, index: int) -> Sample:
-        raise NotImplementedError
+class Fingerprinted:
+    """A fingerprint that is computed once, from the pieces of bytes that a subclass's `content` yields."""
 
     def content(self) -> Iterator[bytes]:
         raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Sample {index} of a dataset of {len(self)}.")
-        return self.sample(index)
 
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of SHA-256."""
@@ -135,6 +120,24 @@ class IndexedDataset:
         for piece in self.content():
             digest.update(piece)
         return digest.hexdigest()[:16]
+
+
+class IndexedDataset(Fingerprinted):
+    """What datasets with a length share: the check of an index, and a fingerprint.
+
+    A subclass gives `name`, `spec`, `__len__`, `sample` (for an index that is in range) and `content`.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sample {index} of a dataset of {len(self)}.")
+        return self.sample(index)
 
 
 def iterate(dataset: Dataset) -> Iterator[Sample]:

@@ -10,15 +10,14 @@ another order), NaturalBench (Li et al. 2024, two images x two questions with op
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from diffprobe.data.questions import YES_NO, article, between, name, pick, plural, side
-from diffprobe.data.samples import Caption, Question, Sample
+from diffprobe.data.samples import Caption, Fingerprinted, Question, Sample
 from diffprobe.data.shapes import (
     COLOURS,
     COUNT_WORDS,
@@ -308,7 +307,7 @@ KINDS: dict[str, Callable[[int, int], Pair]] = {
 
 
 @dataclass(frozen=True)
-class TwinsDataset:
+class TwinsDataset(Fingerprinted):
     """The images of `count` pairs, a and b in turn; ``shapes-mmvp:90`` on the command line.
 
     A sample has the caption that is true of it; `pair` gives both.
@@ -357,11 +356,10 @@ class TwinsDataset:
             objects=tuple(vars(o) for o in scene.objects),
         )
 
-    def fingerprint(self) -> str:
-        """Hash of the parameters and of one pair of each pattern: changes when the drawing code or the words do."""
-        digest = hashlib.sha256(repr(self).encode())
+    def content(self) -> Iterator[bytes]:
+        """The parameters and one pair of each pattern: the fingerprint changes when the drawing code or the words do."""
+        yield repr(self).encode()
         for pair in map(partial(KINDS[self.kind], self.seed), range(len(PATTERNS))):
-            digest.update(repr(pair).encode())
+            yield repr(pair).encode()
             for scene in pair.scenes:
-                digest.update(render(scene)[0].tobytes())
-        return digest.hexdigest()[:16]
+                yield render(scene)[0].tobytes()

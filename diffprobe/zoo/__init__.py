@@ -7,8 +7,9 @@ smollm2.py    SmolLM2-135M-Instruct, not ours and not shipped: fetched from a Py
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
+
+from diffprobe.data.samples import did_you_mean
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -35,7 +36,5 @@ def locate(name: str) -> Path:
     known = {model: folder for model, folder, _ in embedded()}
     if name not in known:
         every = [*known, smollm2.NAME]
-        match = get_close_matches(name, every, n=1)
-        hint = f" Did you mean {match[0]!r}?" if match else ""
-        raise ValueError(f"The zoo has no model {name!r}; it has {', '.join(every)}.{hint}")
+        raise ValueError(f"The zoo has no model {name!r}; it has {', '.join(every)}.{did_you_mean(name, every)}")
     return known[name]
