@@ -58,25 +58,29 @@ def row_of(benchmark: str, what: str, ratios: Sequence[float], target: str = "",
     return Row(benchmark, what, median, min(ratios), max(ratios), len(ratios), target, detail, met)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call, a GPU's queue emptied before and after."""
+def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call by a clock, the wall's by default; a GPU's queue is emptied before and after."""
     gc.collect()  # the garbage of the call before belongs to it
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(
-    first: Callable[[], object], second: Callable[[], object], pairs: int, after: Callable[[], object] = lambda: None
+    first: Callable[[], object],
+    second: Callable[[], object],
+    pairs: int,
+    after: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[float, float]]:
     """Seconds of both, A B A B ..., after one pair that is thrown away; `after` clears up, untimed, behind each pair."""
     times = []
     for _ in range(pairs + 1):
-        times.append((seconds(first), seconds(second)))
+        times.append((seconds(first, clock), seconds(second, clock)))
         after()
     return times[1:]
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
-from benchmarks.measure import FOLDER, Row, detail_of, peak_bytes, row_of
+from benchmarks.measure import FOLDER, Row, alternate, detail_of, peak_bytes, row_of
 from diffprobe.recorder import Recorder
 
 
@@ -45,19 +45,6 @@ def sd3(side: int, heads: int = 12) -> tuple[nn.Module, dict[str, Any]]:
     }  # fmt: skip
 
 
-def processor_seconds(first: Callable[[], object], second: Callable[[], object], pairs: int) -> list[tuple[float, float]]:
-    """As `alternate`, of this process's own time, which a crowded machine does not lengthen as it does the clock's."""
-    times = []
-    for _ in range(pairs + 1):
-        pair = []
-        for call in (first, second):
-            start = time.process_time()
-            call()
-            pair.append(time.process_time() - start)
-        times.append((pair[0], pair[1]))
-    return times[1:]
-
-
 def transformers(setting: Any) -> Iterator[Row]:
     """A bare pass against the same pass recorded, then the memory that one word's map takes."""
     for name, build in (("Flux", flux), ("SD3", sd3)):
@@ -77,7 +64,8 @@ def transformers(setting: Any) -> Iterator[Row]:
                 with hooks:
                     bare()
 
-            times = processor_seconds(bare, recorded, 2 * setting.repeats)
+            # a crowded machine lengthens the clock's time more than the process's own
+            times = alternate(bare, recorded, 2 * setting.repeats, clock=time.process_time)
             yield row_of("transformers", f"{name}, {what}", [b / a for a, b in times], target, detail_of(times))
     peaks = []
     for _ in range(1 if setting.smoke else 3):

@@ -159,6 +159,26 @@ def test_crops_are_the_patches_around_an_object() -> None:
     assert found[1].tolist() == [0, 0, 0, 0, 0, 1, 0, clip.CELLS, clip.CELLS + 1]
 
 
+def test_a_difference_of_drawings_counts_by_its_axis_own_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scene = torch.randn(64, clip.CELLS**2, 6, generator=generator)
+    other = scene.clone()
+    other[..., 5] = torch.randn(scene.shape[:2], generator=generator)  # one axis that tells the drawings apart, and no scene
+    objects = torch.tensor([[image, 3, 4, 0, 0] for image in range(64)])
+    for scale in (1.0, 0.1):  # an axis of a hundredth of the others' variance is read as well by a linear probe
+        size = torch.tensor([1.0] * 5 + [scale])
+        share = float(clip.told_apart(torch.cat([scene, other]) * size, objects))
+        assert 0.45 < share < 0.55, "of two independent values half of the variance lies within the pair"
+    leaning = torch.cat([scene, other]) @ torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    assert float(clip.told_apart(leaning, objects)) == pytest.approx(
+        float(clip.told_apart(torch.cat([scene, other]), objects)), rel=1e-3
+    )
+    assert float(clip.told_apart(torch.cat([scene, scene]), objects)) == 0
+    size = torch.ones(6, requires_grad=True)
+    clip.told_apart(torch.cat([scene, other]) * size, objects).backward()
+    assert size.grad is not None and size.grad.abs().max() < 0.01, "shrinking an axis does not hide what it tells"
+
+
 def test_a_reversed_gradient_is_turned_round() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     (clip.Reversed.apply(x, 0.5) * torch.tensor([3.0, 4.0])).sum().backward()
