@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 
-from diffprobe.mllm.captions import cider_similarity, content_f1, document_frequencies
+from diffprobe.data import shapes
+from diffprobe.mllm.captions import cider_similarity, content_f1, content_words, document_frequencies
 from diffprobe.mllm.verdict import (
     COLUMNS,
     Leakage,
@@ -91,11 +94,11 @@ def test_a_planted_leak_leaks() -> None:
     row = only(found)
     assert row.verdict == "leaks" and row.leak_low > 0.3 and abs(row.sight) < 0.1
     assert 0.5 < row.index_low < row["index"] < row.index_high < 0.85  # 0.6 of 0.9 of the words
-    assert row.leak_p_holm == 1e-4 and (row.n, row.n_seeds) == (100, 3)
+    assert row.leak_p_holm == 2e-4 and (row.n, row.n_seeds) == (100, 3)
     text = sentence(row)
     assert (
-        text.startswith("M at up, t = 50, s = 4: leaks (leak 0.")
-        and "100 images, 3 projectors" in text
+        text.startswith("M at up, t = 50, s = 4 (100 images, 3 projectors: a leak of 0.0")
+        and "): leaks (leak 0." in text
         and "no leak" not in text
     )
 
@@ -168,6 +171,103 @@ def test_permutation_p_is_uniform_where_nothing_is_planted() -> None:
         assert abs((p <= level).mean() - level) < 3 * np.sqrt(level * (1 - level) / 800)
 
 
+# --- planted in the drawn world -------------------------------------------------------------------
+
+PLANTED = 120
+Writer = Callable[[shapes.Scene, shapes.Scene, np.random.Generator], str]  # image, fed scene -> output
+
+
+def listed(scene: shapes.Scene, kept: Sequence[int] | None = None) -> str:
+    return shapes.caption(scene, "list", None if kept is None else list(kept)).text
+
+
+def guess(rng: np.random.Generator, n_objects: int | None = None) -> shapes.Scene:
+    return shapes.random_scene(77, int(rng.integers(10**6)), "test", n_objects)
+
+
+def coloured(scene: shapes.Scene, colour: str) -> shapes.Scene:
+    return replace(scene, objects=(replace(scene.objects[0], colour=colour), *scene.objects[1:]))
+
+
+def chosen_by(image: shapes.Scene, fed: shapes.Scene) -> str:
+    """True things alone: the objects of the image whose colour or shape the prompt names; all where it names none."""
+    words = set(listed(fed).split())
+    kept = [i for i, o in enumerate(image.objects) if {o.colour, o.shape} & {w.strip(",") for w in words}]
+    return " and ".join(f"a {image.objects[i].colour} {image.objects[i].shape}" for i in kept or range(len(image.objects)))
+
+
+def turned(fed: shapes.Scene, rng: np.random.Generator) -> str:
+    """Always the same words, the world's colours; those that the prompt has too stand in the prompt's order."""
+    said = list(rng.permutation(list(shapes.COLOURS)))
+    named = iter(dict.fromkeys(o.colour for o in fed.objects))
+    there = {o.colour for o in fed.objects}
+    return " ".join(next(named) if colour in there else colour for colour in said)
+
+
+PLANTS: dict[str, tuple[Writer, str]] = {
+    "a perfect seer that never sees the prompt": (lambda image, fed, rng: listed(image), "sees"),
+    "true things alone, of which the prompt chooses": (
+        lambda image, fed, rng: chosen_by(image, fed),
+        "sees, steered by the prompt",
+    ),
+    "blind, reads the number of objects": (lambda image, fed, rng: listed(guess(rng, len(fed.objects))), "leaks"),
+    "blind, reads one colour": (lambda image, fed, rng: listed(coloured(guess(rng), fed.objects[0].colour)), "leaks"),
+    "blind, reads an order": (lambda image, fed, rng: turned(fed, rng), "leaks"),
+    "blind, reads one prompt in ten": (lambda image, fed, rng: listed(fed if rng.random() < 0.1 else guess(rng)), "leaks"),
+    "blind, reads nothing": (lambda image, fed, rng: listed(guess(rng)), "neither"),
+    "sees, reads everything too": (lambda image, fed, rng: f"{listed(image)} and {listed(fed)}", "both"),
+}
+
+
+def planted(write: Writer, seed: int, n: int = PLANTED) -> pd.DataFrame:
+    """Three projectors that write by a rule about drawn scenes, with K- that guesses and K+ that reads all."""
+    rng = np.random.default_rng(seed)
+    scenes = [shapes.random_scene(seed, index, "test") for index in range(n)]
+    cells: list[tuple[dict[str, Any], Writer]] = [
+        ({"control": "", "site": "up"}, write),
+        ({"control": "K-", "site": "first"}, PLANTS["blind, reads nothing"][0]),
+        ({"control": "K+", "site": "text"}, lambda image, fed, rng: listed(fed)),
+    ]
+    rows = []
+    for (key, rule), projector, i in itertools.product(cells, range(3), range(n)):
+        other = (i + 1) % n  # scenes are independent, so any derangement is a random one
+        references = [shapes.caption(scenes[i], style).text for style in shapes.CAPTION_STYLES]
+        fed = listed(scenes[other])
+        texts = {"fed": fed, "references": [r for r in references if r != fed], "output": rule(scenes[i], scenes[other], rng)}
+        place = {"arm": "M", "timestep": 50, "guidance": 4.0, "condition": "mismatched", "seed": projector}
+        rows.append({**place, **key, "sample": f"image {i}", "source": f"image {other}", **texts})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_is_planted_is_what_the_verdict_says(name: str) -> None:
+    write, expected = PLANTS[name]
+    row = only(judge_leakage(planted(write, 0, 300 if expected == "neither" else PLANTED), n_permutations=999, n_resamples=20))
+    assert row.verdict == expected, row.why
+    if expected.startswith("sees"):
+        assert (row.leak, row.leak_low, row.leak_high) == (0, 0, 0)  # what is true is no leak, whoever chose it
+
+
+def test_a_dose_says_how_small_a_leak_is_found() -> None:
+    found = judge_leakage(planted(PLANTS["blind, reads nothing"][0], 0), n_permutations=99, n_resamples=20)
+    doses = found.doses.set_index("dose")
+    assert doses.power.is_monotonic_increasing and doses.power[1.0] == 1 and doses.power[0.02] < 0.2
+    assert doses.value[0.5] == pytest.approx(doses.value[1.0] / 2, abs=0.05)
+    assert doses.power[0.1] > 0.5  # what reads one prompt in ten whole is usually found
+    assert f"a leak of {only(found).leak_detectable:.3f} is found in 80%" in sentence(only(found))
+
+
+def test_a_hard_mismatch_counts_where_it_was_tried() -> None:
+    """A model that reads only prompts which nearly fit its image."""
+    seer, reader = (
+        planted(PLANTS[name][0], 1) for name in ("a perfect seer that never sees the prompt", "sees, reads everything too")
+    )
+    hard = reader[reader.control == ""].assign(condition="mismatched_hard")
+    assert only(judge_leakage(seer, n_permutations=399, n_resamples=20)).verdict == "sees"
+    row = only(judge_leakage(pd.concat([seer, hard]), n_permutations=399, n_resamples=20))
+    assert row.verdict == "both" and "leak (hard)" in row.why
+
+
 # --- controls -------------------------------------------------------------------------------------
 
 
@@ -208,10 +308,12 @@ def test_scores_are_those_of_a_plain_loop() -> None:
     for seed in range(3):
         part = asked[asked.seed == seed].reset_index(drop=True)
         for i, row in part.iterrows():
-            similar = {j: content_f1([row.output], [[part.fed[j]]])[0, 0] for j in part.index}
-            others = [similar[j] for j in part.index if j != i and part.source[j] != row["sample"]]
-            expected["leak"].append(similar[i] - np.mean(others))
             if json.loads(row.references):
+                told = [j for j in part.index if json.loads(part.references[j])]
+                false = {j: " ".join(set(part.fed[j].split()) - set(row.references.strip('[]"').split())) for j in told}
+                similar = {j: content_f1([row.output], [[false[j]]])[0, 0] for j in told if content_words(false[j])}
+                others = [similar[j] for j in similar if j != i and part.source[j] != row["sample"]]
+                expected["leak"].append(similar[i] - np.mean(others) if i in similar else 0)
                 seen = {
                     j: content_f1([row.output], [json.loads(part.references[j])])[0, 0]
                     for j in part.index
@@ -233,9 +335,13 @@ def test_every_condition_has_the_scores_that_its_texts_allow() -> None:
     unseen = [{**row, "references": []} for row in cell(rng, scenes, 0.5, 0.0, condition="random_words")]
     found = judge_leakage(pd.concat([texts, pd.DataFrame(unfed + unseen)]), **FAST)
     scores = found.table[found.table.control == ""].groupby("condition").score.apply(list).to_dict()
-    assert scores == {"mismatched": ["leak", "sight"], "none": ["sight"], "random_words": ["leak"]}
+    assert scores == {
+        "mismatched": ["leak", "leak_order", "steering", "sight"],
+        "none": ["sight"],
+        "random_words": ["leak", "leak_count", "leak_order"],
+    }
     assert only(found).condition == "mismatched"
-    row = found.table[found.table.condition == "none"].iloc[0]
+    row = found.table[(found.table.condition == "none") & (found.table.score == "sight")].iloc[0]
     assert row.found == "yes" and row.p == row.p_holm
 
 
@@ -248,22 +354,12 @@ def test_holm_runs_over_the_cells_of_one_arm_and_score() -> None:
         for row in cell(rng, scenes, 0.08, 0.0, 2, arm=arm, site=site, guidance=s)
     ]
     table = judge_leakage(pd.DataFrame(rows), **FAST).table
-    for _, family in table.groupby(["arm", "score"]):
-        assert len(family) == 4
+    kinds = table.score.where(~table.score.isin(["leak", "leak_count", "leak_order"]), "leak")
+    for (_, kind), family in table.groupby(["arm", kinds]):
+        assert len(family) == (8 if kind == "leak" else 4)  # words and order; these texts name no number
         np.testing.assert_allclose(family.p_holm, holm(family.p))
-        assert (family.detectable > np.maximum(family.margin, family.value - family.low)).all()
+        assert (family.detectable >= np.maximum(family.margin, family.value - family.low)).all()
     assert (table.p_holm >= table.p).all() and (table.p_holm > table.p).any()
-
-
-def test_leaving_the_source_out_costs_who_sees_one_nth() -> None:
-    """A derangement never pairs an image with its own text, permuted texts do: who sees perfectly then has -1/n."""
-    texts = world(0, 25, leak=0.0, sight=1.0, seeds=1)
-    with_source, without = (
-        judge_leakage(t, **FAST).table.query("control == '' and score == 'leak'").value.item()
-        for t in (texts, texts.drop(columns="source"))
-    )
-    assert without < with_source
-    assert with_source - without == pytest.approx((1 - 1 / 6) / 24, abs=0.02)
 
 
 def test_a_table_survives_a_csv_file() -> None:
@@ -290,7 +386,7 @@ def test_other_scripts_and_other_similarities() -> None:
     texts = world(0, 24, leak=0.6, sight=0.0)
     frequencies = document_frequencies("scenes", [json.loads(r) or ["none"] for r in texts.references])
     row = only(judge_leakage(texts, cider_similarity(frequencies), margin=0.5, **FAST))
-    assert row.verdict == "leaks" and row.leak > 1 and row.margin == 0.5
+    assert row.verdict == "leaks" and row.leak > 0.5 and row.margin == 0.5
 
 
 def test_what_is_wrong_with_a_table_is_named() -> None:

@@ -71,6 +71,23 @@ def content_words(text: str) -> Ngram:
     return tuple(word for word in words(text) if word not in STOP_WORDS)
 
 
+_NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=1)}
+
+
+@lru_cache(2**14)
+def number_of_things(text: str) -> int:
+    """How many things an English text names: its numbers and indefinite articles added up; 0 where it has none.
+
+    Counts in the text itself, not in the picture: "on a grey background" is one more.
+
+    >>> number_of_things("two stars and a red dot"), number_of_things("3 cats"), number_of_things("des chats")
+    (3, 3, 0)
+    """
+    found = words(text)
+    return sum(NUMBERS.get(w, int(w) if w.isdecimal() else 1 if w in ("a", "an", "another") else 0) for w in found)
+
+
 def content_f1(outputs: Sequence[str], candidates: Sequence[Sequence[str]]) -> Floats:
     """F1 of content words, counted with repetition, against the closest text of each candidate; a `Similarity`.
 

@@ -1,9 +1,11 @@
 """Does the language model see the image, or read the prompt?  From generated texts to a verdict.
 
-Leak is how much closer an output is to the text that conditioned its features than to the texts fed to other images; sight is
-how much closer it is to its image's references than to other images' references.  Both are 0 by chance.  They are measured
-under mismatched prompts, where the fed text says nothing of the image: a model that only sees has leak 0 there, a model that
-only reads has sight 0.  Under an image's own caption the two cannot be told apart.
+Leak is how much closer an output is to the text that conditioned its features than to the texts fed to other images.  Only
+what the text says FALSELY of the image counts: a model that says true things alone has leak 0, whatever it was fed.  Three kinds
+of leak are told apart: words, the number of things, and the order in which words stand.  Sight is how much closer an output is
+to its image's references than to other images' references.  Steering is how much more of the image's truth an output says where
+the fed text says it too: a model that sees may let its prompt choose what it speaks of, which is no leak.  All are 0 by chance.
+They are measured under mismatched prompts; under an image's own caption nothing is false, and nothing can be told apart.
 
 The invariants: "no leak" is said only after an equivalence test, never because nothing was found; and there is no verdict where
 the negative control (a site that no text has reached) leaks, or where the positive control (the prompt's own embeddings) is not
@@ -22,6 +24,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -30,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 from scipy.stats import t as student
 
-from diffprobe.mllm.captions import Similarity, content_f1, words
+from diffprobe.mllm.captions import Similarity, content_f1, content_words, number_of_things, words
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, holm, paired_permutation_test, wilson_interval
 
 KEYS = ["control", "arm", "site", "timestep", "guidance"]
@@ -38,7 +42,11 @@ COLUMNS = ("arm", "site", "timestep", "guidance", "seed", "condition", "sample",
 CONDITIONS = ("own", "mismatched", "mismatched_hard", "none", "blank_caption", "blank_none", "random_words", "paraphrase")
 JUDGED = ("mismatched", "random_words")  # where the fed text says nothing of the image, and there is one
 NEGATIVE, POSITIVE = "K-", "K+"
-VERDICTS = ("sees", "leaks", "both", "neither", "inconclusive", "no verdict")
+HARD = "mismatched_hard"  # a text that is nearly true of the image; where it was tried, its leak counts too
+VERDICTS = ("sees", "sees, steered by the prompt", "leaks", "both", "neither", "inconclusive", "no verdict")
+LEAKS = ("leak", "leak_count", "leak_order")  # words, the number of things, the order of words
+SCORES = (*LEAKS, "steering", "sight")
+DOSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LEAST_IMAGES = 10  # with fewer, a t interval of bounded scores cannot show that something is absent
 POWER = 0.8
 
@@ -50,17 +58,21 @@ class Leakage:
     """What `judge_leakage` found.
 
     Attributes:
-        table: One row per control, arm, site, timestep, guidance, condition and score ("leak" or "sight"): text (mean
-            similarity), chance (the same with texts permuted over images), value (their difference), low, high, n
-            (images), n_seeds, p (one-sided permutation test), p_holm (over the sites, timesteps and guidances of one
-            arm, condition and score; controls are tested alone), p_equivalence (that the value lies outside +-margin),
-            detectable (smallest true value that is found with 80% power at Holm's strictest level), margin, found, seed.
-        verdicts: One row per arm, site, timestep and guidance: leak and sight with their intervals and smallest
-            detectable values, index with its interval, n, n_seeds, verdict, why.
+        table: One row per control, arm, site, timestep, guidance, condition and score (of `SCORES`, where the texts allow
+            it): text (mean similarity), chance (the same with texts permuted over images), value (their difference), low,
+            high, n (images), n_seeds, p (one-sided permutation test), p_holm (over the sites, timesteps and guidances of one
+            arm and score, all kinds of leak and mismatched conditions together; a control's over its kinds of leak),
+            p_equivalence (that the value lies outside +-margin), detectable (smallest true value that is found with 80%
+            power at Holm's strictest level), margin, found, seed.
+        verdicts: One row per arm, site, timestep and guidance: leak (of words) and sight with their intervals and smallest
+            detectable values, steering, index with its interval, n, n_seeds, verdict, why.
+        doses: One row per verdict and dose, where both controls were run: the share of images that K+ answers while K-
+            answers the others, the leak of words of such a mixture, and power, how often it would be found.
     """
 
     table: pd.DataFrame
     verdicts: pd.DataFrame
+    doses: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,9 @@ def judge_leakage(
       where texts are permuted; without this column a model that only sees has a leak of about -1/n instead of 0.
 
     A score is found ("yes") where it is at least the margin and its permutation test, after Holm, is below `alpha`.  It is
-    absent ("no") where two one-sided tests show it within +-margin.  Otherwise it is "unclear".  Verdicts: "both" where leak
-    and sight are found; "leaks" where only leak is; where leak is absent, "sees" if sight is found and "neither" if it is
+    absent ("no") where two one-sided tests show it within +-margin.  Otherwise it is "unclear".  A leak is found where one of
+    its kinds is, and absent where all are.  Verdicts: "both" where leak and sight are found; "leaks" where only leak is; where
+    leak is absent, "sees" if sight is found ("sees, steered by the prompt" if steering is found too) and "neither" if it is
     absent; the rest is "inconclusive".
 
     Args:
@@ -138,13 +151,15 @@ def judge_leakage(
             f"There are no texts of condition {condition!r}; found {', '.join(dict.fromkeys(table['condition']))}."
         )
     table = _tested(table, margin, alpha)
-    asked = [cell for cell in cells if cell.key["condition"] == condition and set(cell.values) == {"leak", "sight"}]
+    asked = [cell for cell in cells if cell.key["condition"] == condition and {"leak", "sight"} <= set(cell.values)]
     records = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
     rows = {_name(row): row for row in records}
-    verdicts = [_verdict(cell, asked, rows, level, n_resamples, seed) for cell in asked if cell.key["control"] == ""]
-    if not verdicts:
+    judged = [cell for cell in asked if cell.key["control"] == ""]
+    if not judged:
         raise ValueError(f"No cell of condition {condition!r} has both fed texts and references: there is nothing to judge.")
-    return Leakage(table, pd.DataFrame(verdicts))
+    verdicts = [_verdict(cell, asked, rows, level, n_resamples, seed) for cell in judged]
+    doses = [row for cell in judged for row in _doses(cell, asked, margin, alpha / len(judged), seed)]
+    return Leakage(table, pd.DataFrame(verdicts), pd.DataFrame(doses))
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -180,11 +195,17 @@ def _measure(
     by_seed = [part.set_index("sample").loc[samples].reset_index() for _, part in group.groupby("seed", sort=True)]
     rows: list[dict[str, Any]] = []
     values: dict[str, pd.DataFrame] = {}
-    for score, column in (("leak", "fed"), ("sight", "references")):
-        kept = np.all([part[column].map(bool) for part in by_seed], axis=0)
+    fed, told = (np.all([part[column].map(bool) for part in by_seed], axis=0) for column in ("fed", "references"))
+    # Of an image without references nothing is known to be false; where no image has any, all that was fed is.
+    falsely = fed & told if told.any() else fed
+    for score in SCORES:
+        kept = told if score == "sight" else fed & told if score == "steering" else falsely
         if kept.sum() < 2:
             continue
-        matrices, centred = zip(*(score_matrix(part[kept], score, similarity) for part in by_seed), strict=True)
+        found = [score_matrix(part[kept], score, similarity) for part in by_seed]
+        if not all(matrix.size for matrix, _ in found):
+            continue
+        matrices, centred = zip(*found, strict=True)
         own = np.stack([np.diag(matrix) for matrix in centred])
         values[score] = pd.DataFrame(own, columns=by_seed[0]["sample"][kept].astype(str))
         mean = crossed_mean(own, level)
@@ -200,18 +221,76 @@ def _measure(
 def score_matrix(texts: pd.DataFrame, score: str, similarity: Similarity) -> tuple[Floats, Floats]:
     """Similarities of one projector's outputs with the texts of all its samples, as they are and centred: (output, text) each.
 
+    Where a text has nothing that a score looks at (nothing false of the image, say), the output's mean over the other texts
+    stands; where no text has, both are empty.
+
     Args:
         texts: Columns sample, source, fed, references (lists), output.
-        score: "leak" compares with fed texts, "sight" with references.
-        similarity: Of outputs and texts.
+        score: Of `SCORES`.  "leak" compares with the fed text less the content words of the image's references; "leak_count"
+            is 1 where the output names as many things as a fed text with a wrong number of them; "leak_order" is the share of
+            pairs of words, in both texts and in this order in no reference, that stand in the fed text's order; "steering" is
+            the share of the image's true words that the output says among those that were fed, less the share among those
+            that were not; "sight" compares with references.
+        similarity: Of outputs and texts, for "leak" and "sight".
     """
     names, sources = texts["sample"].to_numpy(dtype=str), texts["source"].to_numpy(dtype=str)
     describes = names[:, None] == sources[None, :]  # (sample, fed text)
-    if score == "leak":
-        matrix, excluded = similarity(list(texts["output"]), [[fed] for fed in texts["fed"]]), describes
+    outputs, fed, told = list(texts["output"]), list(texts["fed"]), list(texts["references"])
+    if score == "sight":
+        matrix, excluded = similarity(outputs, told), describes.T
+    elif score == "leak":
+        matrix, excluded = (
+            np.concatenate([_false_words(*row, fed, similarity) for row in zip(outputs, told, strict=True)]),
+            describes,
+        )
     else:
-        matrix, excluded = similarity(list(texts["output"]), list(texts["references"])), describes.T
-    return matrix, centre(matrix, excluded)
+        compare = {"leak_count": _false_number, "leak_order": _false_order, "steering": _chosen}[score]
+        rows = [[compare(output, own, text) for text in fed] for output, own in zip(outputs, told, strict=True)]
+        matrix, excluded = np.array(rows, np.float64), describes
+    unknown = np.isnan(matrix)
+    if unknown.all():
+        return np.empty((0, 0)), np.empty((0, 0))
+    others = ~unknown & ~excluded & ~np.eye(len(matrix), dtype=bool)
+    means = np.where(others, matrix, 0).sum(1) / np.maximum(others.sum(1), 1)
+    matrix = np.where(unknown, means[:, None], matrix)
+    return matrix, centre(matrix, excluded | unknown)
+
+
+def _false_words(output: str, references: Sequence[str], fed: Sequence[str], similarity: Similarity) -> Floats:
+    """Similarity of an output with what each fed text says falsely of its image, (1, text); NaN where it says nothing false."""
+    true = {word for text in references for word in content_words(text)}
+    false = [" ".join(word for word in content_words(text) if word not in true) for text in fed]
+    found = similarity([output], [[text] for text in false])
+    return np.where([not text for text in false], np.nan, found)
+
+
+def _false_number(output: str, references: Sequence[str], fed: str) -> float:
+    """1 where an output names as many things as a text that names a wrong number of them, else 0; NaN where the number is right."""
+    number, true = number_of_things(fed), {number_of_things(text) for text in references} - {0}
+    if number == 0 or number in true or (references and not true):
+        return np.nan
+    return float(number_of_things(output) == number)
+
+
+def _false_order(output: str, references: Sequence[str], fed: str) -> float:
+    """Of the pairs of words in an output and a text, in whose order no reference has them: the share in the text's order."""
+    shared = _ordered_pairs(fed).difference(*map(_ordered_pairs, references))
+    same, turned = (len(shared & {(b, a) if back else (a, b) for a, b in _ordered_pairs(output)}) for back in (False, True))
+    return same / (same + turned) if same + turned else np.nan
+
+
+@lru_cache(2**14)
+def _ordered_pairs(text: str) -> frozenset[tuple[str, str]]:
+    """Content words with every other one that stands after them, each at its first place."""
+    return frozenset(combinations(dict.fromkeys(content_words(text)), 2))
+
+
+def _chosen(output: str, references: Sequence[str], fed: str) -> float:
+    """Share of an image's true words that an output says, among those in the text, less the share among the others."""
+    true, said = {word for text in references for word in content_words(text)}, set(content_words(output))
+    named = true & set(content_words(fed))
+    others = true - named
+    return len(named & said) / len(named) - len(others & said) / len(others) if named and others else np.nan
 
 
 def _crossed(key: Mapping[str, Any], group: pd.DataFrame) -> list[Any]:
@@ -300,11 +379,13 @@ def equivalence_p(value: float, se: float, df: float, margin: float) -> float:
 def _tested(table: pd.DataFrame, margin: float, alpha: float) -> pd.DataFrame:
     """Add Holm's p values, the equivalence test, the smallest detectable value and what was found."""
     table = table.copy()
-    asked = table["control"] == ""
-    table["p_holm"] = table["p"]
-    family = table[asked].groupby(["arm", "condition", "score"], sort=False)["p"]
-    table.loc[asked, "p_holm"] = family.transform(lambda p: holm(p.to_numpy()))
-    size = family.transform("size").reindex(table.index).fillna(1)
+    together = {"score": table["score"].where(~table["score"].isin(LEAKS), "leak")}
+    together["condition"] = table["condition"].where(table["condition"] != HARD, "mismatched")
+    # A control's cell is a family of its own.
+    alone = ["" if row["control"] == "" else _place(row) for row in table.to_dict("records")]
+    family = table.assign(**together, alone=alone).groupby(["arm", "alone", "condition", "score"], sort=False)["p"]
+    table["p_holm"] = family.transform(lambda p: holm(p.to_numpy()))
+    size = family.transform("size")
     table["p_equivalence"] = [equivalence_p(row["value"], row["se"], row["df"], margin) for row in table.to_dict("records")]
     least = np.maximum(margin, table["se"] * student.isf(alpha / size, table["df"]))
     table["detectable"] = least + table["se"] * student.ppf(POWER, table["df"])
@@ -322,8 +403,14 @@ def _tested(table: pd.DataFrame, margin: float, alpha: float) -> pd.DataFrame:
 def _verdict(
     cell: _Cell, cells: Sequence[_Cell], rows: Mapping[str, dict[str, Any]], level: float, n_resamples: int, seed: int
 ) -> dict[str, Any]:
-    scores = {score: rows[_name({**cell.key, "score": score})] for score in ("leak", "sight")}
-    leak, sight = scores["leak"], scores["sight"]
+    def measured(score: str, condition: str = cell.key["condition"], of: _Cell = cell) -> dict[str, Any] | None:
+        return rows.get(_name({**of.key, "condition": condition, "score": score}))
+
+    leak, sight = rows[_name({**cell.key, "score": "leak"})], rows[_name({**cell.key, "score": "sight"})]
+    conditions = (cell.key["condition"], HARD) if cell.key["condition"] == "mismatched" else (cell.key["condition"],)
+    leaks = {f"{score}{' (hard)' * (c == HARD)}": measured(score, c) for c in conditions for score in LEAKS}
+    leaks = {name: row for name, row in leaks.items() if row}
+    steering = measured("steering")
     controls = {name: _control(cell, cells, name) for name in (NEGATIVE, POSITIVE)}
     negative, positive = controls.values()
     index = {"index": np.nan, "index_low": np.nan, "index_high": np.nan}
@@ -331,15 +418,47 @@ def _verdict(
         own, low, high = (c.values["leak"] for c in (cell, negative, positive))
         index = normalised_index(own, low, high, level, n_resamples, seed)
     row = {name: cell.key[name] for name in [*KEYS[1:], "condition"]}
-    for score, mine in scores.items():
+    for score, mine in {"leak": leak, "sight": sight}.items():
         row |= {score: mine["value"], f"{score}_low": mine["low"], f"{score}_high": mine["high"]}
         row |= {f"{score}_p_holm": mine["p_holm"], f"{score}_detectable": mine["detectable"]}
+    row["steering"] = steering["value"] if steering else np.nan
     row |= {**index, "n": min(leak["n"], sight["n"]), "n_seeds": leak["n_seeds"], "margin": leak["margin"], "seed": seed}
-    why = _objection({name: rows[_name({**c.key, "score": "leak"})] if c else None for name, c in controls.items()})
-    if why:
+    tested = {name: [r for score in LEAKS if (r := measured(score, of=c))] if c else [] for name, c in controls.items()}
+    if why := _objection(tested):
         return {**row, "verdict": "no verdict", "why": why}
-    reasons = "; ".join(_finding(score, mine) for score, mine in scores.items())
-    return {**row, "verdict": _word(leak["found"], sight["found"]), "why": reasons}
+    found = [mine["found"] for mine in leaks.values()]
+    leaking = "yes" if "yes" in found else "no" if set(found) == {"no"} else "unclear"
+    # What decided is said: the kinds of leak that were found, else those that could not be excluded, else words alone.
+    shown = {name: mine for name, mine in leaks.items() if mine["found"] == leaking} if leaking != "no" else {"leak": leak}
+    verdict = _word(leaking, sight["found"])
+    if verdict == "sees" and steering and steering["found"] == "yes":
+        verdict, shown = "sees, steered by the prompt", {**shown, "steering": steering}
+    reasons = "; ".join(_finding(score.replace("_", " of "), mine) for score, mine in {**shown, "sight": sight}.items())
+    return {**row, "verdict": verdict, "why": reasons}
+
+
+def _doses(
+    cell: _Cell, cells: Sequence[_Cell], margin: float, alpha: float, seed: int, draws: int = 200
+) -> list[dict[str, Any]]:
+    """How often a leak is found where K+ answers a share of the images and K- the others, for each of `DOSES`."""
+    negative, positive = _control(cell, cells, NEGATIVE), _control(cell, cells, POSITIVE)
+    if negative is None or positive is None:
+        return []
+    zero, one = negative.values["leak"], positive.values["leak"]
+    shared, seeds = [name for name in one.columns if name in zero.columns], min(len(zero), len(one))
+    if len(shared) < 2:
+        return []
+    without, read = (frame[shared].to_numpy()[:seeds] for frame in (zero, one))
+    rng, n = np.random.default_rng(seed), len(shared)
+    rows = []
+    for dose in DOSES:
+        mixed = [np.where(rng.permutation(n) < round(dose * n), read, without) for _ in range(draws)]
+        means = [crossed_mean(values) for values in mixed]
+        hits = [m["value"] >= margin and m["value"] > m["se"] * student.isf(alpha, m["df"]) for m in means]
+        about = {name: cell.key[name] for name in KEYS[1:]}
+        value, power = float(np.mean([m["value"] for m in means])), float(np.mean(hits))
+        rows.append({**about, "dose": dose, "value": value, "power": power, "n": n, "n_seeds": seeds, "margin": margin})
+    return rows
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -357,15 +476,18 @@ def _control(cell: _Cell, cells: Sequence[_Cell], name: str) -> _Cell | None:
     return max(serving, key=lambda item: item[0])[1] if serving else None
 
 
-def _objection(controls: Mapping[str, dict[str, Any] | None]) -> str:
-    """Why there is no verdict; empty where the controls are in order."""
-    for name, row in controls.items():
-        if row is None:
+def _objection(controls: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Why there is no verdict, from each control's kinds of leak (words first); empty where the controls are in order."""
+    for name, kinds in controls.items():
+        if not kinds:
             return f"{name} was not run for this arm, timestep and guidance"
-        text = f"leak {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], p = {row['p']:.2g}, n = {row['n']}"
-        if name == NEGATIVE and row["found"] == "yes":
+        found = [row for row in kinds if row["found"] == "yes"]
+        row = found[0] if found else kinds[0]
+        what = row["score"].replace("_", " of ")
+        text = f"{what} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], p = {row['p_holm']:.2g}, n = {row['n']}"
+        if name == NEGATIVE and found:
             return f"K- leaks ({text}): a site that no text has reached cannot, so something else carries the prompt"
-        if name == POSITIVE and row["found"] != "yes":
+        if name == POSITIVE and kinds[0]["found"] != "yes":
             return f"K+ fails ({text}): even the prompt's own embeddings are not read, so a leak could not be found"
     return ""
 
@@ -393,9 +515,12 @@ def _finding(score: str, row: Mapping[str, Any]) -> str:
 
 
 def sentence(verdict: Mapping[str, Any]) -> str:
-    """A row of verdicts in one sentence."""
+    """A row of verdicts in one sentence, what the test could have found before what it found."""
     where = f"{verdict['arm']} at {verdict['site']}, t = {verdict['timestep']:g}, s = {verdict['guidance']:g}"
-    return f"{where}: {verdict['verdict']} ({verdict['why']}; {verdict['n']} images, {verdict['n_seeds']} projectors)."
+    power = (
+        f"{verdict['n']} images, {verdict['n_seeds']} projectors: a leak of {verdict['leak_detectable']:.3f} is found in 80%"
+    )
+    return f"{where} ({power}): {verdict['verdict']} ({verdict['why']})."
 
 
 def normalised_index(
