@@ -41,7 +41,7 @@ from diffprobe.mllm.leakage import (
     read_texts,
 )
 from diffprobe.mllm.leakage_run import Run
-from diffprobe.mllm.verdict import judge_leakage
+from diffprobe.mllm.verdict import SCORES, judge_leakage
 from diffprobe.rundir import RequestError
 from diffprobe.store import features as stored
 from diffprobe.store import open_store, provenance
@@ -314,7 +314,7 @@ def test_the_report_says_how_much_of_a_caption_comes_back(
     assert (rows.loc[("none", "references"), ["value", "n_empty"]] == [0, 12]).all(axis=None)
     assert "Recovery of captions" in capsys.readouterr().out
     scores = pd.read_csv(tmp_path / "report" / "scores.csv")
-    assert set(scores["score"]) == {"leak", "sight", "fed", "references"}
+    assert set(scores["score"]) == {*SCORES, "fed", "references"}
 
 
 def test_a_report_does_without_packages_that_are_not_installed(

@@ -264,7 +264,7 @@ def score_texts(
 
 
 def item_scores(texts: pd.DataFrame, condition: str = "mismatched", similarity: Similarity = content_f1) -> pd.DataFrame:
-    """Leak and sight of every text: columns control, arm, site, timestep, guidance, seed, sample, leak, sight.
+    """Leak (of words) and sight of every text: columns control, arm, site, timestep, guidance, seed, sample, leak, sight.
 
     As in `diffprobe.mllm.verdict`: a similarity less its mean over the texts of other images.
     """
@@ -444,7 +444,7 @@ def leakage_report(folder: str | Path, *, n_examples: int = 4, metrics: Sequence
 
 
 def save_report(found: Report, folder: str | Path) -> list[Path]:
-    """Write scores.csv, recovery.csv, verdicts.csv, likelihood.csv, examples.csv and the pictures; gives their paths."""
+    """Write scores.csv, recovery.csv, verdicts.csv, doses.csv, likelihood.csv, examples.csv and the pictures; gives their paths."""
     from diffprobe.figures import plot_leak_examples, plot_leak_sight
     from diffprobe.plotting import save_figure
 
@@ -452,8 +452,8 @@ def save_report(found: Report, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     scores = pd.concat([found.leakage.table, found.recovery[found.recovery["metric"] == "cider_d"]])
     tables = {
-        "scores": scores, "recovery": found.recovery, "verdicts": found.leakage.verdicts, "likelihood": found.likelihood,
-        "examples": found.examples,
+        "scores": scores, "recovery": found.recovery, "verdicts": found.leakage.verdicts, "doses": found.leakage.doses,
+        "likelihood": found.likelihood, "examples": found.examples,
     }  # fmt: skip
     for name, table in tables.items():
         write_whole(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
