@@ -345,9 +345,11 @@ def load_extractor(
     *,
     use_safetensors: bool = True,
     random_weights: int | None = None,
+    guidance: float | None = None,
 ) -> DiffusionModel | VisionEncoder:
     """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of."""
     source = resolve(id_or_dir)
+    given: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     load: Callable[..., DiffusionModel | VisionEncoder] = load_model
     try:
         model_index(source, revision)
@@ -357,4 +359,6 @@ def load_extractor(
         except ABSENT:
             raise nothing from None
         load = load_encoder
-    return load(id_or_dir, device, dtype, revision, use_safetensors=use_safetensors, random_weights=random_weights)
+        if given:
+            raise ValueError(f"{id_or_dir} is a vision encoder: it takes no guidance.") from None
+    return load(id_or_dir, device, dtype, revision, use_safetensors=use_safetensors, random_weights=random_weights, **given)

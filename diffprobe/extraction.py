@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +33,7 @@ from diffprobe.sites import select_sites
 from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
 
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
+TIMESTEPS = (10, 50, 100, 250, 500)
 _LOOK_AT = 500  # most samples whose captions a forecast reads
 
 
@@ -75,7 +76,9 @@ def extract(
     maps: str | Sequence[str] = (),
     heads: Literal["mean", "all"] = "mean",
     map_tokens: Literal["prompt", "all"] = "prompt",
-    timesteps: Sequence[int] = (10, 50, 100, 250, 500),
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] = (),
+    log_snr: Sequence[float] = (),
     conditionings: Sequence[str] = (NULL, "caption"),
     guidance: Sequence[float] = (),
     noise_draws: int = 1,
@@ -103,6 +106,8 @@ def extract(
         out: path or fsspec URL of the Zarr store.
         sites, maps: patterns for `select_sites`; either may be empty.
         map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too.
+        timesteps: training timesteps, `TIMESTEPS` by default; 1000 s of a flow.
+        sigmas, log_snr: in their place, the noise; the nearest training timestep is taken (`diffprobe.noise.Levels`).
         conditionings: names that `diffprobe.conditioning` explains.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
         noise_draws: average features and maps over this many noise tensors.
@@ -130,9 +135,13 @@ def extract(
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
     log = lambda text: console.print(text)  # noqa: E731
-    _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
+    if sum(map(bool, (timesteps, sigmas, log_snr))) > 1:
+        raise ValueError("Give one of timesteps, sigmas and log-SNR.")
+    levels = TIMESTEPS if timesteps is None else timesteps
+    _check_arguments(sigmas or log_snr or levels, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     model = load_extractor(model) if isinstance(model, str) else model
+    timesteps = levels if isinstance(model, VisionEncoder) else _nearest(model, sigmas, log_snr) or levels
     if isinstance(model, VisionEncoder):
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
@@ -157,6 +166,7 @@ def extract(
         map_tokens=list(range(kept_tokens)), timesteps=list(timesteps), conditionings=list(conditionings), guidance=list(guidance),
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
+        network_guidance=getattr(model, "guidance", None),
     )  # fmt: skip
     run = Run(model, dataset, request, index, on_nonfinite, log)
     shapes, seconds_per_row = run.first_pass()
@@ -204,8 +214,16 @@ def extract(
     return Summary(str(out), len(dataset), complete, run.skipped, time.perf_counter() - started, forecast)
 
 
+def _nearest(model: DiffusionModel, sigmas: Sequence[float], log_snr: Sequence[float]) -> list[int]:
+    """The training timesteps that are meant by their noise."""
+    found = [model.levels.nearest(sigma=value) for value in sigmas] + [model.levels.nearest(log_snr=v) for v in log_snr]
+    if len(set(found)) < len(found):
+        raise ValueError(f"Two of these noise levels mean the same timestep of {model.model_id}: {', '.join(map(str, found))}.")
+    return found
+
+
 def _check_arguments(
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     conditionings: Sequence[str],
     guidance: Sequence[float],
     noise_draws: int,
@@ -245,7 +263,7 @@ def _encoder_sites(model: VisionEncoder, sites: str | Sequence[str], more: bool)
 
 def _check_resumed(out: str | Path, stored: dict[str, Any], request: Request, repairs: bool) -> None:
     """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names."""
-    asked = asdict(request) | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
+    asked = request.plain() | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
     another = "holds another request; give another --out, or match it."
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
     rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
@@ -287,11 +305,16 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         for start in range(0, len(prompts), 512):
             part = slice(start, start + 512)
             token_ids, token_spans, _ = model.tokens(prompts[part])
-            ids[part, column], spans[part, column] = token_ids[:, :kept], token_spans[:, :kept]
+            there = min(kept, token_ids.shape[1])
+            ids[part, column, :there], spans[part, column, :there] = token_ids[:, :kept], token_spans[:, :kept]
+    levels = None
+    if isinstance(model, DiffusionModel):
+        steps = request.timesteps
+        levels = {"sigma": [*map(model.levels.sigma, steps)], "log_snr": [*map(model.levels.log_snr, steps)]}
     store.create_store(
         out,
         attributes={
-            "request": asdict(request),
+            "request": request.plain(),
             "data": dataset.spec,
             "map_tokens_rule": "all" if kept == model.prompt_tokens else "prompt",
             "batch_rows": run.engine.batch_rows,
@@ -314,11 +337,12 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         unit_samples=unit_samples,
         dtype=request.store_dtype,
         compress=compress,
+        levels=levels,
     )
 
 
 _TAKEN = {
-    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
+    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "sigma", "log_snr", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
 }  # fmt: skip
 
 
@@ -436,6 +460,7 @@ def repair(
         model = load_extractor(
             model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
             use_safetensors=use_safetensors, random_weights=writer.attributes.get("random_weights"),
+            guidance=request.get("network_guidance"),
         )  # fmt: skip
     summary = extract(
         model,

@@ -71,15 +71,40 @@ from diffprobe.rundir import (
 )  # fmt: skip
 
 __all__ = [
-    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
-    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts", "provenance", "read_maps", "samples_per_unit",
-    "site_names", "store_info", "verify_store",
+    "COMPLETE",
+    "NOT_FINITE",
+    "NO_WORD_MAPS",
+    "PENDING",
+    "STATUS_WORDS",
+    "UNREADABLE",
+    "ArraySpec",
+    "Fault",
+    "StoreError",
+    "StoreWriter",
+    "attention_maps",
+    "clear_cut_writes",
+    "create_store",
+    "exists",
+    "features",
+    "known",
+    "open_store",
+    "prompt_texts",
+    "provenance",
+    "read_maps",
+    "samples_per_unit",
+    "site_names",
+    "store_info",
+    "verify_store",
+    "word_sites",
 ]  # fmt: skip
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
 _VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
+_LEVELS = ("sigma", "log_snr")  # coordinates of the timesteps, where the model has noise
+WORD_MAPS = ("cross_map", "joint_map")  # kinds of maps that show where in the image a text token is attended to
+_OVER_WORDS = frozenset((*WORD_MAPS, "joint_text_map", "joint_back_map", "joint_output_map"))
 
 
 @dataclass(frozen=True)
@@ -129,6 +154,7 @@ def create_store(
     unit_samples: int,
     dtype: str,
     compress: bool = False,
+    levels: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Creates an empty store in one step: a reader sees all of its layout or no store.
 
@@ -137,6 +163,7 @@ def create_store(
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
         tokens: the token positions that maps keep.
         compress: use zstd; every inner chunk has a Crc32c either way.
+        levels: ``sigma`` and ``log_snr`` of the timesteps.
     """
     held: dict[str, Buffer] = {}
     root = zarr.open_group(MemoryStore(held), mode="w", zarr_format=3)
@@ -159,7 +186,9 @@ def create_store(
         group.attrs.update({"path": spec.path, "kind": spec.kind, "reduce": spec.reduce})
         _put(group, "conditioning", _strings(spec.conditionings), ("conditioning",))
         _put(group, "timestep", np.asarray(timesteps, np.int64), ("timestep",))
-        if "token" in spec.dims and spec.variable == "maps" and spec.kind == "cross_map":
+        for name, values in (levels or {}).items():
+            _put(group, name, np.asarray(values, np.float64), ("timestep",))
+        if "token" in spec.dims and spec.variable == "maps" and spec.kind in _OVER_WORDS:
             _put(group, "token", np.asarray(tokens, np.int64), ("token",))
         full = (unit_samples, len(spec.conditionings), len(timesteps), *spec.shape)
         one_timestep = int(np.prod(full[1:], dtype=np.int64)) // len(timesteps) * np.dtype(dtype).itemsize
@@ -372,7 +401,9 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     root_node = nodes["."] = nodes["."].set_coords([str(n) for n, v in nodes["."].data_vars.items() if v.dims == ("sample",)])
     own = {"sample", "status", *_VARIABLES}  # a label that is called as an array of a site stays at the root
     labels = {name: label.variable for name, label in root_node.coords.items() if name not in own}
-    nodes |= {name: node.assign_coords(labels) for name, node in nodes.items() if _VARIABLES & set(node)}
+    for name, node in nodes.items():
+        if _VARIABLES & set(node):
+            nodes[name] = node.set_coords([n for n in _LEVELS if n in node]).assign_coords(labels)
     nodes["."].attrs = {"diffprobe": json.dumps(attributes, ensure_ascii=False)}
     return xr.DataTree.from_dict(nodes)
 
@@ -411,6 +442,14 @@ def site_names(tree: xr.DataTree) -> list[str]:
     request = provenance(tree).get("request", {})
     order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
     return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
+
+
+NO_WORD_MAPS = "{} has no cross-attention maps; record them with --maps cross, or joint where image and text attend together."
+
+
+def word_sites(tree: xr.DataTree) -> list[str]:
+    """The sites whose maps show where a word is attended to."""
+    return [name for name in site_names(tree) if tree[name].attrs.get("kind") in WORD_MAPS]
 
 
 def known(name: str, there: Sequence[str], what: str) -> str:
@@ -513,7 +552,7 @@ def attention_maps(
     head: int | None = None,
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Cross-attention maps of a word, with its sub-tokens merged, or of a token position.
+    """Cross-attention or joint maps of a word, with its sub-tokens merged, or of a token position.
 
     Args:
         word: a whole word of the prompts; samples without it are left out.
@@ -534,13 +573,9 @@ def attention_maps(
     """
     if (word is None) == (token is None):
         raise StoreError("Give either a word or a token position.")
-    names = (
-        [site]
-        if isinstance(site, str)
-        else list(site or (n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"))
-    )
+    names = [site] if isinstance(site, str) else list(site or word_sites(tree))
     if not names:
-        raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format("This store"))
     rows, positions, texts = _positions(tree, word, token, conditioning)
     wanted = list(zip(rows, positions, strict=True))
     maps = [

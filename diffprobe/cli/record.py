@@ -44,9 +44,9 @@ def sites(
 
 @app.command(rich_help_panel=RECORD)
 @shared.in_panels(
-    what="data sites maps heads map_tokens timesteps conditioning guidance noise_draws reduce seed resolution fit latent_rule",
+    what="data sites maps heads map_tokens timesteps sigmas log_snr conditioning guidance noise_draws reduce seed resolution fit latent_rule",
     where="out store_dtype compress",
-    how="model revision random_weights allow_pickle device dtype batch_rows on_nonfinite",
+    how="model revision random_weights network_guidance allow_pickle device dtype batch_rows on_nonfinite",
     start="dry_run force",
 )
 def extract(
@@ -54,10 +54,12 @@ def extract(
     model: str = shared.MODEL,
     data: str = option("shapes:256?split=test", "A folder of images, or shapes:N (?split=, seed=, objects=).", "--data", "-d"),
     sites: list[str] = several(["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none."),
-    maps: list[str] = several([], "Attention maps likewise (presets: cross, self)."),
+    maps: list[str] = several([], "Attention maps likewise (presets: cross, self, joint)."),
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
-    timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
+    timesteps: list[int] = several([], "Training timesteps; 10,50,100,250,500 by default.", "--timesteps", "-t"),
+    sigmas: list[float] = several([], "Instead, the timesteps nearest to these sigmas (s of a flow, else noise over signal)."),
+    log_snr: list[float] = several([], "Instead, those nearest to these log signal-to-noise ratios, which all families share."),
     conditioning: list[str] = option(["null", "caption"], CONDITIONINGS, "--conditioning", "-c"),
     guidance: list[float] = several([], "Store f_u + s (f_c - f_u) for these s too, such as 1.5,4."),
     noise_draws: int = option(1, "Average over this many noise tensors."),
@@ -75,6 +77,9 @@ def extract(
     revision: str | None = shared.REVISION,
     allow_pickle: bool = shared.ALLOW_PICKLE,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
+    network_guidance: float | None = option(
+        None, "The guidance that a distilled network is given (Flux, LCM); its own by default."
+    ),
     dry_run: bool = shared.DRY_RUN,
     force: bool = shared.FORCE,
 ) -> None:
@@ -94,8 +99,10 @@ def extract(
         raise ValueError(f"--resolution takes one side or HEIGHTxWIDTH; got {resolution!r}.")
     dataset = load_dataset(data)
     summary = run(
-        load_extractor(model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights), dataset, out,
-        sites=sites, maps=maps, heads=heads, map_tokens=map_tokens, timesteps=timesteps, conditionings=conditionings,
+        load_extractor(
+            model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights, guidance=network_guidance
+        ), dataset, out, sites=sites, maps=maps, heads=heads, map_tokens=map_tokens,
+        timesteps=timesteps or None, sigmas=sigmas, log_snr=log_snr, conditionings=conditionings,
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
         batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
@@ -120,7 +127,7 @@ def _say_skipped(skipped: dict[str, str]) -> None:
 
 def _uses(out: str) -> list[list[str]]:
     """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
-    from diffprobe.store import open_store, provenance, site_names
+    from diffprobe.store import open_store, provenance, site_names, word_sites
 
     tree = open_store(out)
     if tree.sizes["sample"] == 0:
@@ -140,7 +147,7 @@ def _uses(out: str) -> list[list[str]]:
     texts = dict(zip(provenance(tree)["request"]["conditionings"], map(str, first), strict=True))
     if grids:
         lines.append(["plot", "pca", out, *_other("null", texts)])
-    if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
+    if word_sites(tree):
         from diffprobe.figures import words_of  # with matplotlib, which takes a while
 
         worded = [c for c, text in texts.items() if c != "null" and words_of(text)]
@@ -170,6 +177,8 @@ def info(
         + ("" if drawn is None else f", drawn at random from seed {drawn}")
     )
     say(f"data {request['dataset']} ({request['fingerprint']}), seed {request['seed']}, {request['noise_draws']} noise draw(s)")
+    if (given := request.get("network_guidance")) is not None:
+        say(f"guidance given to the network {given:g}")
     say(f"timesteps {', '.join(map(str, request['timesteps']))}; conditionings {', '.join(request['conditionings'])}")
     rows = [
         site | {"site": name, "axes": " x ".join(f"{d} {n}" for d, n in zip(site["dims"], site["shape"], strict=True)),
