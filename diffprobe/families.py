@@ -25,6 +25,7 @@ _BOTH = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "ne
 _POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 # Of `encode_prompt`, these are given as the pipeline's call gives them by default.
 _OPTIONS = ("max_sequence_length", "complex_human_instruction", "text_encoder_out_layers", "system_prompt")
+TIME_NAMES = ("timestep", "timesteps", "t")  # of a network's parameters
 _ONCE: tuple[tuple[str, Mapping[str, Any]], ...] = (("", {}),)
 
 
@@ -123,6 +124,26 @@ def _parameters(pipeline: Any, method: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(known, method)).parameters
 
 
+def refuse_unknown_inputs(network: nn.Module, family: str, name: str) -> None:
+    """Raise ValueError, naming it, where a network needs an input that `DiffusionModel.given` does not have."""
+    config: Any = network.config
+    if not hasattr(network, "down_blocks"):
+        return
+    known = (None, "text", *(["text_time"] if family in ("sdxl", "kolors") else []))
+    needs = {
+        "a guidance scale (time_cond_proj_dim), as consistency models do": family != "lcm" and config.time_cond_proj_dim is not None,
+        "class labels (class_embed_type, num_class_embeds)": getattr(network, "class_embedding", None) is not None,
+        f"more than text (addition_embed_type {config.addition_embed_type})": config.addition_embed_type not in known,
+        f"images (encoder_hid_dim_type {config.encoder_hid_dim_type}), as an IP-Adapter does; unload_ip_adapter() removes it":
+            config.encoder_hid_dim_type not in (None, "text_proj"),
+    }  # fmt: skip
+    if found := [what for what, needed in needs.items() if needed]:
+        raise ValueError(
+            f"The network of {name} also takes {'; and '.join(found)}: this is not given here, and without it its features "
+            f"would not be its own. Supported: {SUPPORTED}."
+        )
+
+
 # --- text -------------------------------------------------------------------------------------------
 
 
@@ -193,6 +214,7 @@ class _Listener:
         return nullcontext()
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("return_dict", None)
         self.given = dict(inspect.signature(self._network.forward).bind(*args, **kwargs).arguments)
         raise _Called
 
@@ -250,7 +272,7 @@ def network_given(
     try:
         twin(**{name: value for name, value in (given | texts).items() if name in takes and value is not None})
     except _Called:
-        return listener.given
+        return {name: value for name, value in listener.given.items() if value is not None}
     raise ValueError(
         f"A {type(pipeline).__name__} ended without a call of its network, so what it would be given is not known."
     )

@@ -34,11 +34,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from diffprobe.families import (
     FAMILIES,
     SUPPORTED,
+    TIME_NAMES,
     encode_prompts,
     encoded_text,
     family_of,
     network_given,
     network_guidance,
+    refuse_unknown_inputs,
     text_marks,
     unpack,
 )
@@ -355,11 +357,11 @@ class DiffusionModel:
 
         A velocity prediction is turned into noise; a learned variance is dropped.
         """
-        given = self.given(noised, timesteps, text)
+        (_, latents), *others = self.given(noised, timesteps, text).items()
         self.passing = timesteps
         try:
             with evaluating(self.network):
-                output = self.network(**given, return_dict=False)[0]
+                output = self.network(latents, **dict(others), return_dict=False)[0]
         except StopForward:
             return None
         finally:
@@ -380,45 +382,29 @@ class DiffusionModel:
     def given(
         self, noised: Float[Tensor, "row channel y x"], timesteps: Int[Tensor, " row"], text: EncodedText
     ) -> dict[str, Any]:
-        """All that the network is given for one pass, by the names of its parameters."""
-        refuse_unknown_inputs(self.network, self.family, self.model_id)
-        if self.family in ("sd", "sdxl", "pixart"):
-            return {
-                "sample" if "unet" in self.kind.network else "hidden_states": noised,
-                "timestep": timesteps.to(noised.device),
-            } | self.network_arguments(noised, text)
-        guidance = self.guidance or 0.0
-
-        def asked(rows: slice, timestep: int) -> dict[str, Any]:
-            part = text.take([0]) if rows == slice(1) else text
-            return network_given(self.kind, self.pipeline, noised[rows], part, float(timestep), guidance)
-
-        steps = timesteps.tolist()
-        found = asked(slice(None), steps[0])
-        name = next(name for name in ("timestep", "timesteps", "t") if name in found)
-        times: list[Tensor] = []
-        for step in steps:
-            key = (step, noised.dtype)
-            if key not in self._times:
-                self._times[key] = asked(slice(1), step)[name].reshape(-1)[0]
-            times.append(self._times[key])
-        return {n: value for n, value in found.items() if n != "return_dict"} | {name: torch.stack(times).to(noised.device)}
+        """All that the network is given for one pass, latents first, by the names of its parameters."""
+        steps: list[int] = timesteps.tolist()
+        found = self._asked(noised, steps[0], text)
+        name = next(name for name in found if name in TIME_NAMES)
+        if self.family == "sd":
+            return found | {name: timesteps.to(noised.device)}
+        for step in set(steps):
+            if (step, noised.dtype) not in self._times:
+                self._times[step, noised.dtype] = self._asked(noised[:1], step, text.take([0]))[name].reshape(-1)[0]
+        times = torch.stack([self._times[step, noised.dtype] for step in steps])
+        return found | {name: times.to(noised.device)}
 
     def network_arguments(self, noised: Tensor, text: EncodedText) -> dict[str, Any]:
         """What the network wants besides latents and timesteps."""
-        rows, (height, width) = len(noised), (side * self.vae_factor for side in noised.shape[-2:])
-        arguments: dict[str, Any] = {"encoder_hidden_states": text.embeddings}
-        if self.family == "sdxl":
-            size = torch.tensor([height, width, 0, 0, height, width], dtype=text.embeddings.dtype, device=noised.device)
-            arguments["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": size.expand(rows, -1)}
-        elif self.family == "pixart":
-            arguments["encoder_attention_mask"] = text.mask
-            added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-            if self.network.use_additional_conditions:
-                size, ratio = noised.new_tensor([height, width]), noised.new_tensor([height / width])
-                added = {"resolution": size.expand(rows, -1), "aspect_ratio": ratio.expand(rows, -1)}
-            arguments["added_cond_kwargs"] = added
-        return arguments
+        _, *others = (found := self._asked(noised, 0, text))
+        return {name: found[name] for name in others if name not in TIME_NAMES}
+
+    def _asked(self, noised: Tensor, timestep: int, text: EncodedText) -> dict[str, Any]:
+        """What the pipeline gives its network at one timestep; of Stable Diffusion, which gives little, without asking it."""
+        refuse_unknown_inputs(self.network, self.family, self.model_id)
+        if self.family == "sd":
+            return {"sample": noised, "timestep": timestep, "encoder_hidden_states": text.embeddings}
+        return network_given(self.kind, self.pipeline, noised, text, float(timestep), self.guidance or 0.0)
 
     def weights_hash(self, portable: bool = False) -> str:
         """A short hash of all that decides the features: networks, tokenizers, noise schedule.
@@ -456,26 +442,6 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def refuse_unknown_inputs(network: nn.Module, family: str, name: str) -> None:
-    """Raise ValueError, naming it, where a network needs an input that `DiffusionModel.given` does not have."""
-    config: Any = network.config
-    if not hasattr(network, "down_blocks"):
-        return
-    known = (None, "text", *(["text_time"] if family in ("sdxl", "kolors") else []))
-    needs = {
-        "a guidance scale (time_cond_proj_dim), as consistency models do": family != "lcm" and config.time_cond_proj_dim is not None,
-        "class labels (class_embed_type, num_class_embeds)": getattr(network, "class_embedding", None) is not None,
-        f"more than text (addition_embed_type {config.addition_embed_type})": config.addition_embed_type not in known,
-        f"images (encoder_hid_dim_type {config.encoder_hid_dim_type}), as an IP-Adapter does; unload_ip_adapter() removes it":
-            config.encoder_hid_dim_type not in (None, "text_proj"),
-    }  # fmt: skip
-    if found := [what for what, needed in needs.items() if needed]:
-        raise ValueError(
-            f"The network of {name} also takes {'; and '.join(found)}: this is not given here, and without it its features "
-            f"would not be its own. Supported: {SUPPORTED}."
-        )
 
 
 def stated_size(network: nn.Module, name: str) -> tuple[int, int]:

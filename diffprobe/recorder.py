@@ -21,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffprobe.families import TIME_NAMES
 from diffprobe.models import FAMILIES, DiffusionModel, Network, evaluating, predicted_noise, sites_of
 from diffprobe.prompts import StopForward
 from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
@@ -283,7 +284,7 @@ class Recorder:
         given = arguments_of(module, args, kwargs)
         sample = next(iter(given.values()))
         sample = torch.stack(sample) if isinstance(sample, list | tuple) else sample
-        timestep = next((given[name] for name in ("timestep", "timesteps", "t") if name in given), None)
+        timestep = next((given[name] for name in TIME_NAMES if name in given), None)
         self._check_pass(given, sample, timestep)
         try:
             self._grid[""], self._tokens = self._told or image_grid(module, given)

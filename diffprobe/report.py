@@ -28,7 +28,7 @@ from diffprobe.conditioning import NULL
 from diffprobe.figures import open_with_images
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.rundir import write_whole
-from diffprobe.store import StoreError, provenance, read_maps, store_info
+from diffprobe.store import NO_WORD_MAPS, StoreError, provenance, read_maps, store_info, word_sites
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it

@@ -71,38 +71,16 @@ from diffprobe.rundir import (
 )  # fmt: skip
 
 __all__ = [
-    "COMPLETE",
-    "NOT_FINITE",
-    "NO_WORD_MAPS",
-    "PENDING",
-    "STATUS_WORDS",
-    "UNREADABLE",
-    "ArraySpec",
-    "Fault",
-    "StoreError",
-    "StoreWriter",
-    "attention_maps",
-    "clear_cut_writes",
-    "create_store",
-    "exists",
-    "features",
-    "known",
-    "open_store",
-    "prompt_texts",
-    "provenance",
-    "read_maps",
-    "samples_per_unit",
-    "site_names",
-    "store_info",
-    "verify_store",
-    "word_sites",
+    "COMPLETE", "LEVELS", "NOT_FINITE", "NO_WORD_MAPS", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
+    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts",
+    "provenance", "read_maps", "samples_per_unit", "site_names", "store_info", "verify_store", "word_sites",
 ]  # fmt: skip
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
 _VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
-_LEVELS = ("sigma", "log_snr")  # coordinates of the timesteps, where the model has noise
+LEVELS = ("sigma", "log_snr")  # coordinates of the timesteps, where the model has noise
 WORD_MAPS = ("cross_map", "joint_map")  # kinds of maps that show where in the image a text token is attended to
 _OVER_WORDS = frozenset((*WORD_MAPS, "joint_text_map", "joint_back_map", "joint_output_map"))
 
@@ -403,7 +381,7 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     labels = {name: label.variable for name, label in root_node.coords.items() if name not in own}
     for name, node in nodes.items():
         if _VARIABLES & set(node):
-            nodes[name] = node.set_coords([n for n in _LEVELS if n in node]).assign_coords(labels)
+            nodes[name] = node.set_coords([n for n in LEVELS if n in node]).assign_coords(labels)
     nodes["."].attrs = {"diffprobe": json.dumps(attributes, ensure_ascii=False)}
     return xr.DataTree.from_dict(nodes)
 
@@ -429,11 +407,14 @@ def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
 
 
 def provenance(tree: xr.DataTree) -> dict[str, Any]:
-    """A store's request, data, versions and other attributes.
+    """A store's request, data, versions and other attributes; and ``log_snr`` by timestep, in stores that have it.
 
     The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
     held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
+    leveled = next((node.to_dataset() for node in tree.children.values() if "log_snr" in node.coords), None)
+    if leveled is not None:
+        held |= {"log_snr": dict(zip(leveled["timestep"].values.tolist(), leveled["log_snr"].values.tolist(), strict=True))}
     return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
 
 

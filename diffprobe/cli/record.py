@@ -180,6 +180,8 @@ def info(
     if (given := request.get("network_guidance")) is not None:
         say(f"guidance given to the network {given:g}")
     say(f"timesteps {', '.join(map(str, request['timesteps']))}; conditionings {', '.join(request['conditionings'])}")
+    for name, values in found["levels"].items():
+        say(f"{name} {', '.join(f'{value:.3g}' for value in values)}")
     rows = [
         site | {"site": name, "axes": " x ".join(f"{d} {n}" for d, n in zip(site["dims"], site["shape"], strict=True)),
                 "mb": site["bytes"] / 1e6}

@@ -25,7 +25,17 @@ from diffprobe.data import load_dataset
 from diffprobe.data.images import fit_masks
 from diffprobe.data.samples import Caption, Dataset, Sample, Span, iterate
 from diffprobe.probes.localization import enlarge, localization_score, with_holm
-from diffprobe.store import StoreError, features, known, prompt_texts, provenance, read_maps, site_names
+from diffprobe.store import (
+    NO_WORD_MAPS,
+    StoreError,
+    features,
+    known,
+    prompt_texts,
+    provenance,
+    read_maps,
+    site_names,
+    word_sites,
+)
 
 Bools = NDArray[np.bool_]
 
