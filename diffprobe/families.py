@@ -203,8 +203,8 @@ class _Called(Exception):
 class _Listener:
     """Stands in for a network in a pipeline's call, which ends where it is called; keeps what it is given."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self._network, self.dtype = network, dtype
         self.given: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -254,9 +254,13 @@ def network_given(
         guidance: of a `guided` family; the others are asked not to guide.
     """
     twin, takes = copy.copy(pipeline), _parameters(pipeline, "__call__")
-    listener = _Listener(getattr(pipeline, family.network))
+    network = getattr(pipeline, family.network)
+    listener = _Listener(network, network.dtype)
     still = standing_at(pipeline.scheduler, timestep, torch.float32 if family.flow else torch.int64)
     vars(twin).update({family.network: listener, "scheduler": still, "_progress_bar_config": {"disable": True}})
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # pipelines bring the text to their number type
+        if getattr(pipeline, name, None) is not None:
+            vars(twin)[name] = _Listener(getattr(pipeline, name), text.embeddings.dtype)
     side = pipeline.vae_scale_factor * (2 if family.patched else 1)
     height, width = (places * side for places in latents.shape[-2:])
     embeddings: Any = text.embeddings
