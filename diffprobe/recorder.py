@@ -336,7 +336,8 @@ class Recorder:
         # beside the latents stand masks and images, which may differ
         latents = sample[:, : config.get("out_channels")] if sample.ndim == 4 else sample
         parts = [n for n in range(2, rows + 1) if rows % n == 0 and torch.equal(latents[rows // n :], latents[: -rows // n])]
-        known = any(cls.__name__ in FAMILIES for cls in type(pipeline).__mro__)
+        doubled = ("sd", "sdxl", "pixart")  # their pipelines guide in one pass
+        known = any(FAMILIES[cls.__name__].name in doubled for cls in type(pipeline).__mro__ if cls.__name__ in FAMILIES)
         guides = getattr(pipeline, "do_classifier_free_guidance", True)
         if not parts or (known and not guides):
             return ("prompt",) * rows

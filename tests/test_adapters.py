@@ -6,6 +6,7 @@ caught by a hook.  One step of its scheduler to no noise is the predicted image.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,9 +16,15 @@ import torch
 from torch import Tensor
 
 from diffprobe.conditioning import word_tokens
+from diffprobe.data import load_dataset
+from diffprobe.extraction import extract
 from diffprobe.families import FAMILIES, pack
+from diffprobe.forward import to_pixels
 from diffprobe.models import DiffusionModel
+from diffprobe.noise import sample_noise
 from diffprobe.recorder import Recorder
+from diffprobe.rundir import RequestError
+from diffprobe.store import StoreError, attention_maps, open_store, provenance, word_sites
 from tests.pipelines import DIFFUSIONS, FLOWS, family_pipeline
 
 PROMPTS = ["a red star", "the circle on a red star"]
@@ -281,3 +288,71 @@ def test_a_recorder_sees_the_pass_and_the_predicted_noise(name: str) -> None:
 def test_every_family_has_a_test() -> None:
     tested = {model_of(name).family for name in EVERY} | {"sd", "sdxl", "pixart"}
     assert tested == {family.name for family in FAMILIES.values()}
+
+
+# --- into a store ---------------------------------------------------------------------------------
+
+DATA = "shapes:3?split=test"
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "sd3", "kolors"])
+def test_a_store_of_a_family(name: str, tmp_path: Path) -> None:
+    """Noise levels are coordinates, and the map of a word is that of a pass with this sample's own noise."""
+    model, out, data = model_of(name), tmp_path / "s.zarr", load_dataset(DATA)
+    asked: dict[str, Any] = {
+        "sites": "blocks",
+        "maps": "words",
+        "conditionings": ["caption"],
+        "resolution": 32,
+        "progress": False,
+    }
+    extract(model, data, out, log_snr=[2.0, 0.0], **asked)
+    assert extract(model, data, out, log_snr=[2.0, 0.0], **asked).complete == 3
+    tree = open_store(out)
+    levels = tree[word_sites(tree)[0]]
+    steps = levels["timestep"].values.tolist()
+    for step, sigma, ratio, wanted in zip(steps, levels["sigma"].values, levels["log_snr"].values, (2.0, 0.0), strict=True):
+        assert abs(ratio - wanted) < 0.02 and sigma == model.levels.sigma(step) and ratio == model.levels.log_snr(step)
+    assert provenance(tree)["log_snr"] == dict(zip(steps, levels["log_snr"].values.tolist(), strict=True))
+    assert steps == [model.levels.nearest(log_snr=2.0), model.levels.nearest(log_snr=0.0)]
+    request = provenance(tree)["request"]
+    assert request.get("network_guidance") == (3.5 if name == "flux" else None)
+    if name == "flux":
+        with pytest.raises(RequestError, match=r"network_guidance: the store has 3\.5, you ask for 1\.0"):
+            extract(DiffusionModel(model.pipeline, name, guidance=1.0), data, out, timesteps=steps, **asked)
+    if name == "kolors":  # its tokenizer gives no offsets
+        with pytest.raises(StoreError, match="No prompt of the conditioning 'caption' has the word 'a'"):
+            attention_maps(tree, "a")
+        return
+    captions = [sample.captions[0].text for sample in data]
+    lengths = model.tokens(captions)[2]
+    sample = lengths.index(min(lengths))
+    latents = model.encode_image(torch.from_numpy(to_pixels(data[sample].load(), (32, 32), "crop"))[None])
+    noise = sample_noise(0, data[sample].id, steps[1], 0, latents.shape[1:])[None]
+    at = torch.tensor([steps[1]])
+    text = model.encode_text([captions[sample]])
+    site = word_sites(tree)[0]
+    tokens = word_tokens(captions[sample], "a", text.spans[0].tolist())
+    with Recorder(model, maps=site, tokens=tokens) as recorder:
+        model.denoise(model.add_noise(latents, noise, at), at, text)
+    found = attention_maps(tree, "a", site=site, timestep=steps[1]).sel(sample=data[sample].id)
+    wanted_map = recorder[site][0, 0].mean(0).numpy()
+    np.testing.assert_allclose(found.values.squeeze(), wanted_map, atol=1e-3)
+    if name == "qwen-image" and max(lengths) > min(lengths):  # prompts keep their own lengths
+        maps = tree[site].to_dataset()["maps"].isel(sample=sample, timestep=1, conditioning=0)
+        assert maps.sizes["token"] == max(lengths) and not maps[:, min(lengths) :].values.any()
+
+
+def test_what_a_family_cannot_do_is_said(tmp_path: Path) -> None:
+    model, out = model_of("flux"), tmp_path / "s.zarr"
+    with pytest.raises(ValueError, match="flux has no unconditional input: guidance was distilled"):
+        extract(model, DATA, out, sites="blocks", resolution=32, progress=False)
+    with pytest.raises(ValueError, match=r"'D-L2-R0-B0-Cross-Q' of the preset 'paper' is a place of a UNet.*T-B1-Out"):
+        extract(model, DATA, out, conditionings=["caption"], resolution=32, progress=False)
+    with pytest.raises(ValueError, match="Give one of timesteps, sigmas and log-SNR"):
+        extract(model, DATA, out, timesteps=[10], log_snr=[0.0])
+    with pytest.raises(ValueError, match="Two of these noise levels mean the same timestep of flux: 500, 500"):
+        extract(model, DATA, out, log_snr=[0.0, 0.001], conditionings=["caption"])
+    with pytest.raises(ValueError, match="sides must be multiples of 4; try 32x32"):
+        extract(model, DATA, out, sites="blocks", conditionings=["caption"], resolution=31, progress=False)
+    assert not out.exists()
