@@ -158,7 +158,7 @@ def encode_prompts(family: Family, pipeline: Any, texts: list[str], device: torc
     found: dict[str, Any] = {}
     for suffix, own in family.encode:
         given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": negative}
-        given |= {name: call[name].default for name in _OPTIONS if name in call} | {"negative_prompt": list(texts)} | own
+        given |= {name: call[name].default for name in _OPTIONS if name in call} | {"negative_prompt": list(texts), **own}
         given |= dict.fromkeys(("prompt_2", "prompt_3"))  # further encoders are given the same
         # A pipeline may write its template into the list that it is given.
         returned = pipeline.encode_prompt(list(texts), **{name: value for name, value in given.items() if name in takes})

@@ -111,7 +111,8 @@ class DiffusionModel:
             raise ValueError(f"{self.model_id} is the SDXL refiner, which makes no image from text. Supported: {SUPPORTED}.")
         refuse_unknown_inputs(self.network, self.family, self.model_id)
         if self.kind.flow:
-            self.levels, self.prediction_type = Levels.of_flow(), "flow"
+            self.levels = Levels.of_flow()
+            self.prediction_type = "flow"
             return
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             kind = type(pipeline.scheduler).__name__
@@ -120,7 +121,7 @@ class DiffusionModel:
             )
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.float().cpu()
         self.levels = Levels.of_alphas(self.alphas_cumprod)
-        self.prediction_type: str = pipeline.scheduler.config.prediction_type
+        self.prediction_type = pipeline.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"{self.model_id} predicts {self.prediction_type!r}; supported are epsilon and v_prediction.")
 
@@ -288,7 +289,7 @@ class DiffusionModel:
         told = [self._hear([prompts[place] for place in places], texts, null) for places, texts, null in groups]
         order = [place for places, _, _ in groups for place in places]
         back = torch.tensor([order.index(place) for place in range(len(order))], dtype=torch.long)
-        ids, spans = (join_tokens([one[part] for one in told])[back] for part in (0, 1))
+        ids, spans = join_tokens([one[0] for one in told])[back], join_tokens([one[1] for one in told])[back]
         lengths = [length for one in told for length in one[2]]
         return ids, spans, [lengths[place] for place in back.tolist()]
 

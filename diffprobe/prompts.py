@@ -84,15 +84,13 @@ class EncodedText:
         """Several batches of prompts as one; shorter ones get tokens of zeros, which their mask leaves out."""
         first = parts[0]
 
-        def joined(name: str) -> Tensor | None:
-            tensors = [getattr(part, name) for part in parts]
-            return None if tensors[0] is None else join_tokens(tensors)
+        def joined(name: str) -> Any:
+            return None if getattr(first, name) is None else join_tokens([getattr(part, name) for part in parts])
 
-        return EncodedText(
-            joined("embeddings"), joined("mask"), None if first.pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None]),
-            joined("ids"), joined("spans"), tuple(flag for p in parts for flag in p.truncated),
-            {name: join_tokens([part.more[name] for part in parts]) for name in first.more},
-        )  # type: ignore[arg-type]  # fmt: skip
+        pooled = None if first.pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
+        cut = tuple(flag for part in parts for flag in part.truncated)
+        more = {name: join_tokens([part.more[name] for part in parts]) for name in first.more}
+        return EncodedText(joined("embeddings"), joined("mask"), pooled, joined("ids"), joined("spans"), cut, more)
 
 
 def join_tokens(parts: Sequence[Tensor]) -> Tensor:
@@ -253,8 +251,8 @@ class Ear:
         layers: Any = (marks,) * 128
         pooled: Any = marks.new_zeros(len(ids), width)
         if type(encoder).__name__.endswith("WithProjection"):
-            return CLIPTextModelOutput(text_embeds=pooled, last_hidden_state=marks, hidden_states=layers)  # type: ignore[arg-type]
-        return BaseModelOutputWithPooling(last_hidden_state=marks, pooler_output=pooled, hidden_states=layers)  # type: ignore[arg-type]
+            return CLIPTextModelOutput(text_embeds=pooled, last_hidden_state=marks, hidden_states=layers)
+        return BaseModelOutputWithPooling(last_hidden_state=marks, pooler_output=pooled, hidden_states=layers)
 
 
 def hear(

@@ -21,8 +21,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffprobe.families import TIME_NAMES
-from diffprobe.models import FAMILIES, DiffusionModel, Network, evaluating, predicted_noise, sites_of
+from diffprobe.families import FAMILIES, TIME_NAMES
+from diffprobe.models import DiffusionModel, Network, evaluating, predicted_noise, sites_of
 from diffprobe.prompts import StopForward
 from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
 from diffprobe.tap import Call, Index, Tap, narrow, output_products, probabilities, take

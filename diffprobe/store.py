@@ -132,7 +132,7 @@ def create_store(
     unit_samples: int,
     dtype: str,
     compress: bool = False,
-    levels: Mapping[str, NDArray[Any]] | None = None,
+    levels: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Creates an empty store in one step: a reader sees all of its layout or no store.
 
@@ -164,8 +164,8 @@ def create_store(
         group.attrs.update({"path": spec.path, "kind": spec.kind, "reduce": spec.reduce})
         _put(group, "conditioning", _strings(spec.conditionings), ("conditioning",))
         _put(group, "timestep", np.asarray(timesteps, np.int64), ("timestep",))
-        for name, values in (levels or {}).items():
-            _put(group, name, np.asarray(values, np.float64), ("timestep",))
+        for name, numbers in (levels or {}).items():
+            _put(group, name, np.asarray(numbers, np.float64), ("timestep",))
         if "token" in spec.dims and spec.variable == "maps" and spec.kind in _OVER_WORDS:
             _put(group, "token", np.asarray(tokens, np.int64), ("token",))
         full = (unit_samples, len(spec.conditionings), len(timesteps), *spec.shape)

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 import diffprobe.models
 from diffprobe.conditioning import word_tokens
+from diffprobe.families import FAMILIES, SUPPORTED
 from diffprobe.models import (
-    FAMILIES,
-    SUPPORTED,
     DiffusionModel,
     as_dtype,
     kept_name,
