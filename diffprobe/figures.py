@@ -620,11 +620,7 @@ def _read_table(path: str, kind: str) -> tuple[pd.DataFrame, str]:
 
 
 def probe_figures(table: str, out: Path, name: str, beside: Sequence[str] = ()) -> list[Path]:
-    """A site x timestep grid of scores, and curves with intervals, from a table of `diffprobe probe linear`.
-
-    Args:
-        beside: Tables of other models: then curves alone, over log-SNR, which all families share.
-    """
+    """A site x timestep grid of scores, and curves, from a table of `diffprobe probe linear`; beside tables of other models curves alone."""
     frame, stem = _read_table(table, "linear")
     if beside:
         read = [(frame, stem), *(_read_table(other, "linear") for other in beside)]
