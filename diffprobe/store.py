@@ -132,7 +132,7 @@ def create_store(
     unit_samples: int,
     dtype: str,
     compress: bool = False,
-    levels: Mapping[str, Sequence[float]] | None = None,
+    levels: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
 ) -> None:
     """Creates an empty store in one step: a reader sees all of its layout or no store.
 
