@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffprobe.data import load_dataset
+    from diffprobe.edit import Edit
     from diffprobe.encoders import load_encoder
     from diffprobe.extraction import extract
     from diffprobe.matching import alignment_score
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diffprobe.store import attention_maps, features, open_store
 
 _HOMES = {
+    "Edit": "edit",
     "FusedMLLM": "mllm.model",
     "Recorder": "recorder",
     "alignment_score": "matching",
@@ -49,6 +51,7 @@ _HOMES = {
     "stream_probe": "probes.streaming",
 }
 __all__ = [
+    "Edit",
     "FusedMLLM",
     "Recorder",
     "alignment_score",

@@ -175,6 +175,51 @@ def probe_alignment(
     say(f"Scores in {out}, every pattern in {target}")
 
 
+@probe_app.command("causal")
+def probe_causal(
+    model: str = shared.MODEL,
+    attribute: str = option("colour", "Pattern of drawn twins: colour, state, structure, orientation, text."),
+    sites: list[str] = several(["blocks"], "Sites with a (y, x) grid; the last block, where the logit is followed, is added."),
+    timesteps: list[int] = several([50, 250, 500], "Noise levels.", "--timesteps", "-t"),
+    pairs: int = option(16, "Twins that are patched.", min=2),
+    train_pairs: int = option(120, "Other twins, for the linear probes.", min=20),
+    out: str = option("runs/causal.csv", "The table (CSV).", "--out", "-o"),
+    batch_rows: int = shared.BATCH_ROWS,
+    seed: int = SEED,
+    revision: str | None = shared.REVISION,
+    device: str | None = shared.DEVICE,
+) -> None:
+    """Patch one twin's activation into the other's pass: where an attribute is used, beside where a probe reads it."""
+    from diffprobe.models import load_model
+    from diffprobe.patching import causal_map
+    from diffprobe.probes.fitting import save_table
+
+    target = shared.table_place(out, "", "causal")
+    loaded = load_model(model, device, "auto", revision)
+    found = causal_map(
+        loaded, attribute, sites, timesteps, pairs=pairs, train_pairs=train_pairs, seed=seed, batch_rows=batch_rows
+    )
+    request = {
+        "model": loaded.model_id,
+        "revision": revision,
+        "weights": loaded.weights_hash(),
+        "dataset": f"twins {attribute}",
+    }
+    options = {"probe": "causal", "attribute": attribute, "sites": sites, "timesteps": timesteps, "pairs": pairs,
+               "train_pairs": train_pairs, "seed": seed, "agreement": found.agreement}  # fmt: skip
+    save_table(found.table, target, "", {"request": request}, options)
+    columns = {"what": "{label}", "best site": "{site}", "timestep": "{timestep}", "score": "{score}", "value": "{value:.3f}",
+               **shared.INTERVAL, "control": "{control_value:.3f}", "n": "{n}"}  # fmt: skip
+    show(shared.best(found.table, ["label"]), columns)
+    for outcome, row in found.agreement.items():
+        say(
+            f"Rank correlation of the patch's effect on the {outcome} with the probe's accuracy, over {row['n']} cells: "
+            f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        )
+    say(f"{len(found.table)} cells in {target}")
+    say_next(["plot", "probe", target])
+
+
 @probe_app.command("similarity")
 def probe_similarity(
     store: str = shared.STORE,
