@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "flatten", "patches"]
 Metric = Literal["cosine", "euclidean", "manhattan"]
 LABEL_HELP = "Labels to read; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."
-LABELS = several(["colour"], LABEL_HELP, "--label")
+LABELS = several([], LABEL_HELP, "--label", show_default="the only one")
+LABEL_FILE = option(None, "Labels by id or file (CSV, JSON lines, Parquet), joined to the store's.", "--labels", metavar="FILE")
+SPLIT = option("", "A label that says train, validation or test, in place of a drawn split.", metavar="LABEL")
 SITES = several([], "Sites by name; all that can be measured by default.")
 CONDITIONINGS = several([], "Conditionings; all by default.", "--conditioning")
 POOL = option("mean", "Average the places, lay them side by side, or read each on its own.")
@@ -47,35 +49,41 @@ FIGURE_NAME = option("", "Name of the figure's files.", show_default="the store'
 def _probe(
     name: str, probe: Callable[..., Any], options: dict[str, Any], *, lazy: bool = False, store: str = shared.STORE,
     label: list[str] = LABELS, sites: list[str] = SITES, conditioning: list[str] = CONDITIONINGS, pool: Pooling = POOL,
-    out: str = TABLE_OUT,
+    labels: Path | None = LABEL_FILE, split: str = SPLIT, out: str = TABLE_OUT,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
     import pandas as pd
 
     from diffprobe.probes.fitting import probe_table, save_table
-    from diffprobe.probes.labels import PREFIX, with_mask_labels
+    from diffprobe.probes.labels import PREFIX, only_label, with_labels, with_mask_labels
     from diffprobe.probes.task import pool_features
+    from diffprobe.rundir import file_digest
     from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
+    if labels is not None:
+        tree = with_labels(tree, labels)
     target = shared.table_place(out, store, name)
+    label = label or [only_label(tree, [split])]
     names = sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]
     masks = [x for x in label if x.startswith(PREFIX)]
     frames = []
     kinds: list[tuple[list[str], Any]] = [([x for x in label if x not in masks], pool), (masks, "patches")]
-    for labels, pooling in kinds:
-        if not labels:
+    options |= {"split": split} if split else {}
+    for read, pooling in kinds:
+        if not read:
             continue
 
-        def get(site: str, labels: list[str] = labels, pooling: Any = pooling) -> xr.DataArray:
+        def get(site: str, read: list[str] = read, pooling: Any = pooling) -> xr.DataArray:
             found: xr.DataArray = features(tree, site, conditioning=conditioning or None)
-            for one in labels if pooling == "patches" else []:
+            for one in read if pooling == "patches" else []:
                 found = with_mask_labels(found, tree, one) if one in masks else found
             return found if lazy else pool_features(found, pooling).compute()
 
-        frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
+        frames.append(probe_table(get, names, read, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
     asked = {"probe": name, "label": ",".join(label), "sites": names, "conditioning": ",".join(conditioning), "pool": pool}
+    asked |= {"labels": labels.name, "labels_sha256": file_digest(labels.expanduser())} if labels is not None else {}
     save_table(frame, target, store, provenance(tree), asked | options)
     columns = {"label": "{label}", "conditioning": "{conditioning}", "best site": "{site}", "timestep": "{timestep}",
                "score": "{value:.3f}", **shared.INTERVAL, "chance": "{chance:.3f}", "control": "{control_value:.3f}",
@@ -185,6 +193,7 @@ def probe_similarity(
     guidance: list[float] = several([1, 1.5, 4, 7], "Scales s to compare with f_u."),
     conditioning: str = option("caption", "f_c of the guidance."),
     groups: str = option("", "A label of samples that belong together, such as pair."),
+    labels: Path | None = LABEL_FILE,
     pool: Pooling = option("flatten", "A row is the whole map (flatten) or its mean."),
     k: int = option(10, "Neighbours of mutual_knn.", "--k", "-k"),
     out: str = TABLE_OUT,
@@ -192,10 +201,11 @@ def probe_similarity(
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
     from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.labels import with_labels
     from diffprobe.probes.similarity import store_similarity
     from diffprobe.store import open_store, provenance
 
-    tree = open_store(store)
+    tree = open_store(store) if labels is None else with_labels(open_store(store), labels)
     target = shared.table_place(out, store, f"similarity-{between}")
     options: dict[str, Any] = {"sites": sites, "conditioning": conditioning, "guidance": guidance, "groups": groups or None,
                                "measures": measures, "pool": pool, "k": k, "seed": seed}  # fmt: skip

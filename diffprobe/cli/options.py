@@ -31,9 +31,9 @@ def option(default: Any, help: str, *spellings: str, **more: Any) -> Any:
     return typer.Option(default, *spellings, help=help, **more)
 
 
-def several(default: Any, help: str, *spellings: str) -> Any:
+def several(default: Any, help: str, *spellings: str, **more: Any) -> Any:
     """An option that is a list: it may be repeated, and commas part its values."""
-    return typer.Option(default, *spellings, help=help, parser=parts)
+    return typer.Option(default, *spellings, help=help, parser=parts, **more)
 
 
 def argument(default: Any, help: str, metavar: str | None = None) -> Any:
