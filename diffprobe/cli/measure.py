@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 import diffprobe
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import SHOW, app, plot_app, prepare, probe_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +26,8 @@ LABEL_HELP = "Labels to read; 'mask:shape' is what covers each patch. 'diffprobe
 LABELS = several([], LABEL_HELP, "--label", show_default="the only one")
 LABEL_FILE = option(None, "Labels by id or file (CSV, JSON lines, Parquet), joined to the store's.", "--labels", metavar="FILE")
 SPLIT = option("", "A label that says train, validation or test, in place of a drawn split.", metavar="LABEL")
-SITES = several([], "Sites by name; all that can be measured by default.")
+COMPLETED = {"autocompletion": completes(shared.stored_sites)}
+SITES = several([], "Sites by name; all that can be measured by default.", **COMPLETED)
 CONDITIONINGS = several([], "Conditionings; all by default.", "--conditioning")
 POOL = option("mean", "Average the places, lay them side by side, or read each on its own.")
 TABLE_OUT = option("", "The table (CSV), a path or an fsspec URL.", "--out", "-o", show_default="beside the store")
@@ -349,7 +351,7 @@ def _samples(wanted: list[str], count: int) -> Callable[[xr.DataTree], list[int]
 def plot_pca(
     store: str = shared.STORE,
     data: str = IMAGES,
-    sites: list[str] = several([], "Sites by name; all that have a grid by default."),
+    sites: list[str] = several([], "Sites by name; all that have a grid by default.", **COMPLETED),
     timestep: int | None = TIMESTEP,
     conditioning: str = option("null", "One conditioning."),
     samples: list[str] = SAMPLES,
@@ -368,7 +370,7 @@ def plot_heatmaps(
     store: str = shared.STORE,
     words: list[str] = several([], "Words of the prompt; all its words by default."),
     data: str = IMAGES,
-    site: list[str] = several([], "Map sites by name; the mean of all by default."),
+    site: list[str] = several([], "Map sites by name; the mean of all by default.", **COMPLETED),
     timestep: int | None = TIMESTEP,
     conditioning: str = option("caption", "One conditioning."),
     samples: list[str] = SAMPLES,
@@ -423,14 +425,8 @@ def plot_localization(
         say(f"Drew {path}")
 
 
-@app.command(
-    rich_help_panel=SHOW,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def reproduce(
-    context: typer.Context,
-) -> None:
-    """Measure, judge and draw every figure and table."""
+def _experiments() -> Any:
+    """The command of the checkout's experiments, which has the options of `reproduce`."""
     root = Path(diffprobe.__file__).resolve().parents[1]
     if not (root / "experiments" / "framework.py").is_file():
         raise ValueError(
@@ -441,6 +437,28 @@ def reproduce(
         sys.path.insert(0, str(root))
     command = typer.main.get_command(importlib.import_module("experiments.__main__").app)
     prepare(command)
+    return command
+
+
+class _Reproduce(TyperCommand):
+    """Asks the command of the experiments what the shell can complete."""
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> list[Any]:  # type: ignore[override]
+        command = _experiments()
+        asked = next((one for one in command.params if ctx.args and ctx.args[-1] in one.opts), command)
+        return list(asked.shell_complete(typer.Context(command, parent=ctx.parent), incomplete))
+
+
+@app.command(
+    cls=_Reproduce,
+    rich_help_panel=SHOW,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def reproduce(
+    context: typer.Context,
+) -> None:
+    """Measure, judge and draw every figure and table."""
+    command = _experiments()
     with command.make_context(context.info_name, context.args, parent=context.parent) as inner:
         command.invoke(inner)
 

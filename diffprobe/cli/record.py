@@ -10,8 +10,9 @@ import typer
 
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import HELP, KEEP, RECORD, app, zoo_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
+COMPLETED = {"autocompletion": completes(shared.model_sites)}
 NotFinite = Literal["raise", "mark", "float32"]
 CONDITIONINGS = "null, caption[:N|:STYLE], question[:N], mismatched, hard, words, fixed:TEXT."
 
@@ -53,8 +54,10 @@ def extract(
     out: str = option(..., "The store: a path or an fsspec URL. The same command resumes it.", "--out", "-o"),
     model: str = shared.MODEL,
     data: str = option("shapes:256?split=test", "A folder of images, or shapes:N (?split=, seed=, objects=).", "--data", "-d"),
-    sites: list[str] = several(["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none."),
-    maps: list[str] = several([], "Attention maps likewise (presets: cross, self)."),
+    sites: list[str] = several(
+        ["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none.", **COMPLETED
+    ),
+    maps: list[str] = several([], "Attention maps likewise (presets: cross, self).", **COMPLETED),
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
     timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
