@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,12 @@ from diffprobe import rundir, store
 from diffprobe.conditioning import NULL, check_conditioning
 from diffprobe.console import Console, size_text
 from diffprobe.data import load_dataset
-from diffprobe.data.files import check_unicode
-from diffprobe.data.folder import known_values
-from diffprobe.data.samples import Dataset
+from diffprobe.data.files import check_unicode, listed
+from diffprobe.data.labels import label_arrays
+from diffprobe.data.samples import Dataset, iterate
 from diffprobe.encoders import VisionEncoder, load_extractor
 from diffprobe.forward import NotFiniteError as NotFiniteError
+from diffprobe.layout import read_array
 from diffprobe.models import DiffusionModel, LatentRule, kept_name
 from diffprobe.sites import select_sites
 from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
@@ -76,7 +77,7 @@ def extract(
     heads: Literal["mean", "all"] = "mean",
     map_tokens: Literal["prompt", "all"] = "prompt",
     timesteps: Sequence[int] = (10, 50, 100, 250, 500),
-    conditionings: Sequence[str] = (NULL, "caption"),
+    conditionings: Sequence[str] | None = None,
     guidance: Sequence[float] = (),
     noise_draws: int = 1,
     reduce: str | Sequence[str] | dict[str, str] = "none",
@@ -103,7 +104,7 @@ def extract(
         out: path or fsspec URL of the Zarr store.
         sites, maps: patterns for `select_sites`; either may be empty.
         map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too.
-        conditionings: names that `diffprobe.conditioning` explains.
+        conditionings: names that `diffprobe.conditioning` explains; by default null and, where there are captions, caption.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
         noise_draws: average features and maps over this many noise tensors.
         reduce: a rule for all sites, or PATTERN=RULE for some: none, mean, grid:HxW, project:K.
@@ -130,8 +131,14 @@ def extract(
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
     log = lambda text: console.print(text)  # noqa: E731
-    _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
+    if conditionings is None:
+        conditionings = (NULL, "caption") if any(sample.captions for sample in iterate(dataset)) else (NULL,)
+        if len(conditionings) == 1:
+            log(
+                f"{dataset.name} has no captions, so that the conditioning is null alone; 'fixed:TEXT' gives all images one text."
+            )
+    _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     model = load_extractor(model) if isinstance(model, str) else model
     if isinstance(model, VisionEncoder):
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
@@ -169,7 +176,9 @@ def extract(
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             found = store.StoreWriter(out)
-            _check_resumed(out, found.attributes["request"], request, repairs=units is not None)
+            _check_resumed(out, found, run, repairs=units is not None)
+            if rank == 0 and units is None:
+                _tell_of_labels(found, index, log)
             batch_rows = batch_rows or int(found.attributes["batch_rows"])
             units = found.pending if units is None else units
         forecast = None
@@ -243,12 +252,54 @@ def _encoder_sites(model: VisionEncoder, sites: str | Sequence[str], more: bool)
     return [name for site in given for name in (model.preset if site == "paper" else [site])]
 
 
-def _check_resumed(out: str | Path, stored: dict[str, Any], request: Request, repairs: bool) -> None:
+def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs: bool) -> None:
     """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names."""
-    asked = asdict(request) | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
+    stored, asked = found.attributes["request"], asdict(run.request)
+    asked |= {name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {}
     another = "holds another request; give another --out, or match it."
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
+    if stored["fingerprint"] != asked["fingerprint"] and (changed := _changed_samples(found.root, run)):
+        fault += f" Of the samples: {listed(changed)}. All that differs:"
     rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
+
+
+def _image_digests(dataset: Dataset) -> dict[str, NDArray[Any]]:
+    """A hash of each sample's image as an array of the store, where the dataset has them."""
+    digests = getattr(dataset, "image_digests", None)
+    return {} if digests is None else {store.CONTENT: np.array([text[:16] for text in digests], object)}
+
+
+def _changed_samples(root: Any, run: Run) -> list[str]:
+    """What a store's samples, their images and prompts are, and those of a run are not; empty where that cannot be told."""
+    index, rows = run.index, {name: row for row, name in enumerate(run.index.ids)}
+    kept = read_array(root, "sample").tolist()
+    texts, named = read_array(root, "prompts/text"), read_array(root, "prompts/conditioning").tolist()
+    images = read_array(root, store.CONTENT) if store.CONTENT in root else np.zeros(0)
+    now = _image_digests(run.dataset).get(store.CONTENT, np.zeros(0))
+    changed = [f"{name!r} is gone" for name in kept if name not in rows]
+    changed += [f"{name!r} is new" for name in rows.keys() - set(kept)]
+    columns = [(column, name) for column, name in enumerate(named) if name in index.prompts]
+    for place, name in enumerate(kept):
+        if name not in rows:
+            continue
+        if len(images) and len(now) and images[place] != now[rows[name]]:
+            changed.append(f"{name!r} has another image")
+        for column, conditioning in columns:
+            new, old = index.prompts[conditioning][rows[name]] or "", str(texts[place, column])
+            if new != old:
+                changed.append(f"{name!r} has the {conditioning} {new!r}, where the store has {old!r}")
+    return changed
+
+
+def _tell_of_labels(found: store.StoreWriter, index: Index, log: Callable[[str], None]) -> None:
+    """Says which labels a store has otherwise: they decide no feature, so that the store is gone on with."""
+    now = label_arrays(index.labels)
+    same = lambda name: name in found.root and list(map(str, read_array(found.root, name))) == list(map(str, now[name]))  # noqa: E731
+    if other := [name for name in now if not same(name)]:
+        log(
+            f"The store keeps the labels that it was made with; {', '.join(other)} differ now. Probes read yours with "
+            "--labels FILE."
+        )
 
 
 def _forecast(run: Run, free_bytes: int | None, seconds_per_row: float, truncated_prompts: int) -> Forecast:
@@ -305,7 +356,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
             "commit": rundir.code_commit(),
         },
         sample_ids=index.ids,
-        labels=_label_arrays(index.labels),
+        labels=label_arrays(index.labels) | _image_digests(dataset),
         timesteps=request.timesteps,
         prompts={"text": text, "token_id": ids, "token_start": spans[..., 0], "token_end": spans[..., 1]},
         conditionings=request.conditionings,
@@ -315,31 +366,6 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         dtype=request.store_dtype,
         compress=compress,
     )
-
-
-_TAKEN = {
-    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
-}  # fmt: skip
-
-
-def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """An array for each label; a sample without the label has NaN among numbers and "" among texts."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in dict.fromkeys(key for row in labels for key in row):
-        given = [row.get(name) for row in labels]
-        values = known_values([value.item() if isinstance(value, np.generic) else value for value in given])
-        if name in _TAKEN or name.startswith((".", "__")) or not name.strip() or "/" in name:
-            why = (
-                "the store uses that name" if name in _TAKEN else "a name in a store has letters, and no slash or dot in front"
-            )
-            raise ValueError(f"A label cannot be called {name!r}: {why}. Rename it in the captions file.")
-        if all(isinstance(v, int) and abs(v) < 2**63 for v in values):
-            arrays[name] = np.array(values, np.int64)
-        elif all(v is None or isinstance(v, int | float) for v in values):
-            arrays[name] = np.array([np.nan if v is None else v for v in values], np.float64)
-        else:
-            arrays[name] = np.array(["" if v is None else str(v) for v in values], object)
-    return arrays
 
 
 def _work(run: Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:

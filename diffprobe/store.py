@@ -78,6 +78,7 @@ __all__ = [
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
+CONTENT = "content_digest"  # an array of the root: a hash of each sample's image, no label
 _VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
 
@@ -349,7 +350,7 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     status, units = recorded(root, attributes["unit_samples"])
     layout = root.attrs.get("digests")
     present = Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
-    hidden = ["done", "digest"] if isinstance(layout, dict) else ["done"]
+    hidden = ["done", "digest", CONTENT] if isinstance(layout, dict) else ["done"]
     try:
         found = xr.open_datatree(
             present,  # type: ignore[arg-type]  # xarray opens a zarr store too

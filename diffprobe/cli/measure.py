@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 import diffprobe
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import SHOW, app, plot_app, prepare, probe_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "flatten", "patches"]
 Metric = Literal["cosine", "euclidean", "manhattan"]
 LABEL_HELP = "Labels to read; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."
-LABELS = several(["colour"], LABEL_HELP, "--label")
-SITES = several([], "Sites by name; all that can be measured by default.")
+LABELS = several([], LABEL_HELP, "--label", show_default="the only one")
+LABEL_FILE = option(None, "Labels by id or file (CSV, JSON lines, Parquet), joined to the store's.", "--labels", metavar="FILE")
+SPLIT = option("", "A label that says train, validation or test, in place of a drawn split.", metavar="LABEL")
+COMPLETED = {"autocompletion": completes(shared.stored_sites)}
+SITES = several([], "Sites by name; all that can be measured by default.", **COMPLETED)
 CONDITIONINGS = several([], "Conditionings; all by default.", "--conditioning")
 POOL = option("mean", "Average the places, lay them side by side, or read each on its own.")
 TABLE_OUT = option("", "The table (CSV), a path or an fsspec URL.", "--out", "-o", show_default="beside the store")
@@ -47,35 +51,41 @@ FIGURE_NAME = option("", "Name of the figure's files.", show_default="the store'
 def _probe(
     name: str, probe: Callable[..., Any], options: dict[str, Any], *, lazy: bool = False, store: str = shared.STORE,
     label: list[str] = LABELS, sites: list[str] = SITES, conditioning: list[str] = CONDITIONINGS, pool: Pooling = POOL,
-    out: str = TABLE_OUT,
+    labels: Path | None = LABEL_FILE, split: str = SPLIT, out: str = TABLE_OUT,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
     import pandas as pd
 
     from diffprobe.probes.fitting import probe_table, save_table
-    from diffprobe.probes.labels import PREFIX, with_mask_labels
+    from diffprobe.probes.labels import PREFIX, only_label, with_labels, with_mask_labels
     from diffprobe.probes.task import pool_features
+    from diffprobe.rundir import file_digest
     from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
+    if labels is not None:
+        tree = with_labels(tree, labels)
     target = shared.table_place(out, store, name)
+    label = label or [only_label(tree, [split])]
     names = sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]
     masks = [x for x in label if x.startswith(PREFIX)]
     frames = []
     kinds: list[tuple[list[str], Any]] = [([x for x in label if x not in masks], pool), (masks, "patches")]
-    for labels, pooling in kinds:
-        if not labels:
+    options |= {"split": split} if split else {}
+    for read, pooling in kinds:
+        if not read:
             continue
 
-        def get(site: str, labels: list[str] = labels, pooling: Any = pooling) -> xr.DataArray:
+        def get(site: str, read: list[str] = read, pooling: Any = pooling) -> xr.DataArray:
             found: xr.DataArray = features(tree, site, conditioning=conditioning or None)
-            for one in labels if pooling == "patches" else []:
+            for one in read if pooling == "patches" else []:
                 found = with_mask_labels(found, tree, one) if one in masks else found
             return found if lazy else pool_features(found, pooling).compute()
 
-        frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
+        frames.append(probe_table(get, names, read, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
     asked = {"probe": name, "label": ",".join(label), "sites": names, "conditioning": ",".join(conditioning), "pool": pool}
+    asked |= {"labels": labels.name, "labels_sha256": file_digest(labels.expanduser())} if labels is not None else {}
     save_table(frame, target, store, provenance(tree), asked | options)
     columns = {"label": "{label}", "conditioning": "{conditioning}", "best site": "{site}", "timestep": "{timestep}",
                "score": "{value:.3f}", **shared.INTERVAL, "chance": "{chance:.3f}", "control": "{control_value:.3f}",
@@ -230,6 +240,7 @@ def probe_similarity(
     guidance: list[float] = several([1, 1.5, 4, 7], "Scales s to compare with f_u."),
     conditioning: str = option("caption", "f_c of the guidance."),
     groups: str = option("", "A label of samples that belong together, such as pair."),
+    labels: Path | None = LABEL_FILE,
     pool: Pooling = option("flatten", "A row is the whole map (flatten) or its mean."),
     k: int = option(10, "Neighbours of mutual_knn.", "--k", "-k"),
     out: str = TABLE_OUT,
@@ -237,10 +248,11 @@ def probe_similarity(
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
     from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.labels import with_labels
     from diffprobe.probes.similarity import store_similarity
     from diffprobe.store import open_store, provenance
 
-    tree = open_store(store)
+    tree = open_store(store) if labels is None else with_labels(open_store(store), labels)
     target = shared.table_place(out, store, f"similarity-{between}")
     options: dict[str, Any] = {"sites": sites, "conditioning": conditioning, "guidance": guidance, "groups": groups or None,
                                "measures": measures, "pool": pool, "k": k, "seed": seed}  # fmt: skip
@@ -384,7 +396,7 @@ def _samples(wanted: list[str], count: int) -> Callable[[xr.DataTree], list[int]
 def plot_pca(
     store: str = shared.STORE,
     data: str = IMAGES,
-    sites: list[str] = several([], "Sites by name; all that have a grid by default."),
+    sites: list[str] = several([], "Sites by name; all that have a grid by default.", **COMPLETED),
     timestep: int | None = TIMESTEP,
     conditioning: str = option("null", "One conditioning."),
     samples: list[str] = SAMPLES,
@@ -403,7 +415,7 @@ def plot_heatmaps(
     store: str = shared.STORE,
     words: list[str] = several([], "Words of the prompt; all its words by default."),
     data: str = IMAGES,
-    site: list[str] = several([], "Map sites by name; the mean of all by default."),
+    site: list[str] = several([], "Map sites by name; the mean of all by default.", **COMPLETED),
     timestep: int | None = TIMESTEP,
     conditioning: str = option("caption", "One conditioning."),
     samples: list[str] = SAMPLES,
@@ -458,14 +470,8 @@ def plot_localization(
         say(f"Drew {path}")
 
 
-@app.command(
-    rich_help_panel=SHOW,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def reproduce(
-    context: typer.Context,
-) -> None:
-    """Measure, judge and draw every figure and table."""
+def _experiments() -> Any:
+    """The command of the checkout's experiments, which has the options of `reproduce`."""
     root = Path(diffprobe.__file__).resolve().parents[1]
     if not (root / "experiments" / "framework.py").is_file():
         raise ValueError(
@@ -476,6 +482,28 @@ def reproduce(
         sys.path.insert(0, str(root))
     command = typer.main.get_command(importlib.import_module("experiments.__main__").app)
     prepare(command)
+    return command
+
+
+class _Reproduce(TyperCommand):
+    """Asks the command of the experiments what the shell can complete."""
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> list[Any]:  # type: ignore[override]
+        command = _experiments()
+        asked = next((one for one in command.params if ctx.args and ctx.args[-1] in one.opts), command)
+        return list(asked.shell_complete(typer.Context(command, parent=ctx.parent), incomplete))
+
+
+@app.command(
+    cls=_Reproduce,
+    rich_help_panel=SHOW,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def reproduce(
+    context: typer.Context,
+) -> None:
+    """Measure, judge and draw every figure and table."""
+    command = _experiments()
     with command.make_context(context.info_name, context.args, parent=context.parent) as inner:
         command.invoke(inner)
 

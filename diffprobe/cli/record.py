@@ -10,8 +10,9 @@ import typer
 
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import HELP, KEEP, RECORD, app, zoo_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
+COMPLETED = {"autocompletion": completes(shared.model_sites)}
 NotFinite = Literal["raise", "mark", "float32"]
 CONDITIONINGS = "null, caption[:N|:STYLE], question[:N], mismatched, hard, words, fixed:TEXT."
 
@@ -53,12 +54,16 @@ def extract(
     out: str = option(..., "The store: a path or an fsspec URL. The same command resumes it.", "--out", "-o"),
     model: str = shared.MODEL,
     data: str = option("shapes:256?split=test", "A folder of images, or shapes:N (?split=, seed=, objects=).", "--data", "-d"),
-    sites: list[str] = several(["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none."),
-    maps: list[str] = several([], "Attention maps likewise (presets: cross, self)."),
+    sites: list[str] = several(
+        ["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none.", **COMPLETED
+    ),
+    maps: list[str] = several([], "Attention maps likewise (presets: cross, self).", **COMPLETED),
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
     timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
-    conditioning: list[str] = option(["null", "caption"], CONDITIONINGS, "--conditioning", "-c"),
+    conditioning: list[str] = option(
+        [], CONDITIONINGS, "--conditioning", "-c", show_default="null, caption (where there are any)"
+    ),
     guidance: list[float] = several([], "Store f_u + s (f_c - f_u) for these s too, such as 1.5,4."),
     noise_draws: int = option(1, "Average over this many noise tensors."),
     reduce: list[str] = option(["none"], "none, mean, grid:HxW or project:K; or PATTERN=RULE. May be repeated."),
@@ -95,7 +100,7 @@ def extract(
     dataset = load_dataset(data)
     summary = run(
         load_extractor(model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights), dataset, out,
-        sites=sites, maps=maps, heads=heads, map_tokens=map_tokens, timesteps=timesteps, conditionings=conditionings,
+        sites=sites, maps=maps, heads=heads, map_tokens=map_tokens, timesteps=timesteps, conditionings=conditionings or None,
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
         batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
@@ -130,7 +135,7 @@ def _uses(out: str) -> list[list[str]]:
     grids = [features for features in read if {"y", "x"} <= set(features.dims) and features.sizes["channel"] >= 3]
     lines, root = [], tree.to_dataset()
     labels = [str(name) for name, values in root.coords.items() if values.dims == ("sample",)] if read else []
-    for label in sorted(labels, key=lambda name: name != "colour"):
+    for label in sorted(labels, key=lambda name: (name == "split", name != "colour")):
         counts = Counter(str(value) for value in root[label].values)
         # Enough of two classes for every fold of a probe; a missing entry is no class.
         if sum(n >= 5 for value, n in counts.items() if value not in ("", "nan")) >= 2:

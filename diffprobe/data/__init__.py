@@ -9,7 +9,7 @@ questions.py  questions about drawn scenes
 twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
 keypoints.py  points that show the same thing in two images of a twin; spair.py those of SPair-71k
 several.py    questions about several drawn images at once, in the manner of BLINK
-folder.py     a folder of photographs, with or without captions
+folder.py     a folder of photographs, with or without captions; labels.py reads captions and labels from files and folders
 blank.py      any dataset with grey images
 annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
 segmentations.py  COCO's polygons and run lengths as masks; categories.py names of categories in captions
