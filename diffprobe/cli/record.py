@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import typer
 
@@ -47,7 +49,7 @@ def sites(
     what="data sites maps heads map_tokens timesteps conditioning guidance noise_draws reduce seed resolution fit latent_rule",
     where="out store_dtype compress",
     how="model revision random_weights allow_pickle device dtype batch_rows on_nonfinite",
-    start="dry_run force",
+    start="shard dry_run force",
 )
 def extract(
     out: str = option(..., "The store: a path or an fsspec URL. The same command resumes it.", "--out", "-o"),
@@ -75,6 +77,7 @@ def extract(
     revision: str | None = shared.REVISION,
     allow_pickle: bool = shared.ALLOW_PICKLE,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
+    shard: str = option("", "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
     dry_run: bool = shared.DRY_RUN,
     force: bool = shared.FORCE,
 ) -> None:
@@ -92,6 +95,9 @@ def extract(
     sides = shared.numbers(resolution.split("x"), int, "--resolution")
     if len(sides) > 2:
         raise ValueError(f"--resolution takes one side or HEIGHTxWIDTH; got {resolution!r}.")
+    part = shared.numbers(shard.split("/"), int, "--shard")
+    if shard and len(part) != 2:
+        raise ValueError(f"--shard takes i/n, such as 3/8 for the third of eight jobs; got {shard!r}.")
     dataset = load_dataset(data)
     summary = run(
         load_extractor(model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights), dataset, out,
@@ -99,6 +105,7 @@ def extract(
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
         batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
+        shard=(part[0], part[1]) if shard else None,
     )  # fmt: skip
     if not shared.is_first_process():
         return
@@ -164,6 +171,7 @@ def info(
     request = found["request"]
     say(f"{store}: format {found['format_version']}, {found['bytes_on_disk'] / 1e6:.1f} MB on disk")
     say(f"{found['samples']} samples: {', '.join(f'{n} {word}' for word, n in found['status'].items())}")
+    _say_progress(found)
     drawn = found.get("random_weights")
     say(
         f"model {request['model']} ({found['pipeline']}, {found['prediction_type']}), weights {request['weights']}"
@@ -180,6 +188,33 @@ def info(
     say(f"written with {', '.join(f'{k} {v}' for k, v in found['versions'].items())}; commit {found['commit'] or 'unknown'}")
     if STATUS_WORDS[UNREADABLE] in found["status"]:
         say_next(["repair", store, "--retry-unreadable"])
+
+
+def _say_progress(found: dict[str, Any]) -> None:
+    """The share of an unfinished store that is done, its rate, and the shards that are behind."""
+    units, written, step = found["units"], found["written"], found["unit_samples"]
+    if len(written) == units:
+        return
+    times = sorted(mark for mark in written.values() if mark == mark)[-32:]  # of its present pace
+    seconds = times[-1] - times[0] if times else 0.0
+    rate = f", {(len(times) - 1) * step / seconds:.3g} samples/s" if seconds > 0 else ""
+    last = f", the last {_ago(times[-1])}" if times else ""
+    say(f"{len(written)} of {units} units done ({len(written) / units:.0%}){rate}{last}")
+    shards = found.get("shards", 1)
+    own = {shard: range(shard - 1, units, shards) for shard in range(1, shards + 1)} if shards > 1 else {}
+    behind = {shard: [u for u in mine if u in written] for shard, mine in own.items() if not set(mine) <= set(written)}
+    for shard, there in sorted(behind.items(), key=lambda item: len(item[1]) / len(own[item[0]]))[:10]:
+        marks = [written[unit] for unit in there if written[unit] == written[unit]]
+        say(
+            f"  shard {shard}/{shards}: {len(there)} of {len(own[shard])} units"
+            + (f", the last {_ago(max(marks))}" if marks else "")
+        )
+    if len(behind) > 10:
+        say(f"  and {len(behind) - 10} more unfinished shards, which are further")
+
+
+def _ago(mark: float) -> str:
+    return f"{timedelta(seconds=round(max(0.0, time.time() - mark)))} ago"
 
 
 @app.command(rich_help_panel=KEEP)

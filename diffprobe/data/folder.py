@@ -7,12 +7,13 @@ the folder is read, except a captions file that the caller names.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 from diffprobe.data.files import content_digests, inside, listed, numbered_lines, parse_json, read_text, real_path, spellings
 from diffprobe.data.images import read_image
-from diffprobe.data.samples import Caption, IndexedDataset, Sample
+from diffprobe.data.samples import Caption, IndexedDataset, Sample, join_spec
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
@@ -44,12 +45,13 @@ class FolderDataset(IndexedDataset):
         captions: A `.jsonl` file of ``{"file": ..., "caption": ...}`` (or ``"captions": [...]``) or a `.csv` file
             with columns file and caption; other keys and columns become labels.  An image does not have a label that is
             empty, null or NaN or, among numbers, inf or a word such as NA.
+        limit: Take only the first so many images.
 
     Raises:
         ValueError: the folder is missing or has no images, or its captions do not fit it.
     """
 
-    def __init__(self, root: str | Path, captions: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path, captions: str | Path | None = None, limit: int | None = None) -> None:
         self.root = real_path(root)
         if not self.root.is_dir():
             found = "is a file" if self.root.exists() else "does not exist"
@@ -62,10 +64,18 @@ class FolderDataset(IndexedDataset):
             )
         source = self._captions_file() if captions is None else Path(captions).expanduser()
         self._known = self._sidecars() if source is None else self._read_captions(source)
+        self.limit, self.files = limit, self.files[:limit]
 
     @property
     def spec(self) -> str:
-        return str(self.root)
+        return str(self.root) if self.limit is None else join_spec("", self.root, {"limit": self.limit}).removeprefix(":")
+
+    def only(self, names: Iterable[str]) -> FolderDataset:
+        """The same folder with these images alone, so that what they are can be compared with what they were."""
+        part, wanted = copy.copy(self), set(names)
+        part.files = [name for name in self.files if name in wanted]
+        part.__dict__.pop("_fingerprint", None)
+        return part
 
     def _scan(self) -> list[str]:
         found, nowhere = [], []
