@@ -11,15 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow.parquet
 import pytest
 import xarray as xr
 import zarr
 from PIL import Image
+from safetensors.numpy import load_file
 
 from diffprobe import rundir, store
 from diffprobe.compose import merge, subset
 from diffprobe.data import FolderDataset, JoinedDataset, ShapesDataset, load_dataset
+from diffprobe.export import export
 from diffprobe.extend import extend
 from diffprobe.extraction import extract, repair
 from diffprobe.models import DiffusionModel
@@ -417,3 +422,82 @@ def test_jobs_that_start_at_once_one_of_them_killed(tiny_folder: Path, tmp_path:
     for site in SITES:
         np.testing.assert_array_equal(left[f"{site}/features"], right[f"{site}/features"])
     assert store.verify_store(tmp_path / "s.zarr") == [] and (left["status"] == store.COMPLETE).all()
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "parquet", "hf"])
+def test_what_is_exported_is_what_the_store_holds(
+    tmp_path: Path, whole: Path, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffprobe.export.SHARD_BYTES", 100_000)  # several blocks
+    tree = store.open_store(whole)
+    out = tmp_path / f"out.{form}"
+    assert export(whole, out, form, sites=[*SITES, MAP], conditionings=["caption", "null"]) == 5
+    pick = {"conditioning": ["caption", "null"]}
+    wanted = {site: tree[site].to_dataset()["maps" if site == MAP else "features"].sel(pick).values for site in (*SITES, MAP)}
+    ids, colours = tree["sample"].values.tolist(), tree["colour"].values.tolist()
+    texts = store.prompt_texts(tree, "caption")["text"].values.tolist()
+    if form == "npz":
+        found = np.load(out)
+        assert [found[n].tolist() for n in ("id", "colour", "prompt/caption")] == [ids, colours, texts]
+        assert found[f"{MAP}/conditioning"].tolist() == ["caption", "null"]
+        got = {site: found[site] for site in wanted}
+    elif form == "safetensors":
+        files = sorted(out.glob("*.safetensors"))
+        parts = [load_file(file) for file in files]
+        assert len(files) > 1 and pd.read_csv(out / "samples.csv")["id"].tolist() == ids
+        got = {site: np.concatenate([part[site] for part in parts]) for site in wanted}
+    else:
+        if form == "parquet":
+            table = pyarrow.parquet.read_table(out)
+            rows: Any = table.to_pydict()
+            shapes = {f.name: f.metadata[b"shape"].decode() for f in table.schema if f.metadata and b"shape" in f.metadata}
+        else:
+            rows = datasets.load_from_disk(str(out)).with_format("numpy")[:]
+        assert [list(rows[n]) for n in ("id", "colour", "prompt/caption")] == [ids, colours, texts]
+        got = {site: np.empty(values.shape, values.dtype) for site, values in wanted.items()}
+        for site, values in got.items():
+            for i, c in enumerate(("caption", "null")):
+                for j, t in enumerate((50, 500)):
+                    cell = np.asarray(rows[f"{site}/{c}/{t}"])
+                    shape = [int(n) for n in shapes[f"{site}/{c}/{t}"].split(",")] if form == "parquet" else cell.shape[1:]
+                    values[:, i, j] = cell.reshape(5, *shape)
+    for site, values in wanted.items():
+        np.testing.assert_array_equal(got[site], values)
+    with pytest.raises(ValueError, match="exists; give a new path"):
+        export(whole, out, form)
+    with pytest.raises(store.StoreError, match=r"no timestep 7; it has 50, 500"):
+        export(whole, tmp_path / "other", form, timesteps=[7])
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_commands(run: Any, follow: Any, tiny_model: DiffusionModel, tiny_folder: Path, tmp_path: Path) -> None:
+    extract(tiny_model, ShapesDataset(12), tmp_path / "a.zarr", **BASE | {"timesteps": (50,)})
+    given = ("--model", tiny_folder, "-t", "50,500")
+    code, said, errors = run("extend", tmp_path / "a.zarr", *given)
+    assert code == 0 and "1 timesteps were added: 500." in said, errors
+    follow(said)
+    code, said, _ = run("extend", tmp_path / "a.zarr", *given)
+    assert code == 0 and "nothing was added" in said
+    code, said, _ = run("subset", tmp_path / "a.zarr", "-o", tmp_path / "b.zarr", "-t", "50", "--limit", "6")
+    assert code == 0 and "6 samples are in" in said
+    follow(said)
+    assert run("subset", tmp_path / "a.zarr", "-o", tmp_path / "c.zarr", "-t", "500", "--limit", "6")[0] == 0
+    code, said, _ = run("merge", tmp_path / "b.zarr", tmp_path / "c.zarr", "-o", tmp_path / "d.zarr")
+    assert code == 0 and "The timesteps of 2 stores are in" in said
+    follow(said)
+    code, said, _ = run("export", tmp_path / "d.zarr", "-o", tmp_path / "d.npz", "--sites", SITES[0])
+    assert code == 0 and np.load(tmp_path / "d.npz")[SITES[0]].shape[:3] == (6, 2, 2)
+    for words, told in {
+        ("merge", "a.zarr", "-o", "x"): "merge takes two stores or more",
+        ("merge", "a.zarr", "b.zarr", "-o", "x"): "differ in their samples and timesteps",
+        ("subset", "a.zarr", "-o", "x", "--where", "red"): "--where takes LABEL=VALUE",
+        ("extract", "-o", "x", "--shard", "3"): "--shard takes i/n",
+        ("extract", "-o", "x", "--shard", "3/2"): "Shard 3/2 does not exist",
+    }.items():
+        code, _, errors = run(*(tmp_path / word if word.endswith((".zarr", "x")) else word for word in words))
+        assert code == 2 and told in errors and errors.count("\n") == 1, errors

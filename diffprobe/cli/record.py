@@ -269,6 +269,97 @@ def repair(
     _say_skipped(summary.skipped)
 
 
+@app.command(rich_help_panel=KEEP)
+def extend(
+    store: str = shared.STORE,
+    data: str | None = option(None, "A dataset with the store's samples and more, such as its folder, grown.", "--data", "-d"),
+    sites: list[str] = several([], "Sites to add, as for extract."),
+    maps: list[str] = several([], "Attention maps to add, as for extract."),
+    timesteps: list[int] = several([], "Timesteps to add.", "--timesteps", "-t"),
+    conditioning: list[str] = option([], "Conditionings to add, as for extract.", "--conditioning", "-c"),
+    reduce: str = option("", "The rule of new sites; that of the store's sites by default."),
+    model: str | None = option(None, "Instead of the store's own model id."),
+    device: str | None = shared.DEVICE,
+    dtype: str | None = option(None, "The model's number type; that of the store by default."),
+    allow_pickle: bool = shared.ALLOW_PICKLE,
+    batch_rows: int | None = option(None, "Rows of one forward pass; as the store was recorded by default.", min=1),
+) -> None:
+    """Add timesteps, sites, conditionings or samples to a store.
+
+    Only what is new is computed. Until it is there as a whole, the store stays as it is; the same command goes on.
+    """
+    from diffprobe.conditioning import parse_conditionings
+    from diffprobe.extend import extend as run
+
+    added = run(
+        store, dataset=data, sites=sites, maps=maps, timesteps=timesteps, reduce=reduce, model=model, device=device, dtype=dtype,
+        conditionings=[one for text in conditioning for one in parse_conditionings(text)], use_safetensors=not allow_pickle, batch_rows=batch_rows,
+    )  # fmt: skip
+    for axis, values in added.items():
+        say(f"{len(values)} {axis} were added: {', '.join(map(str, values[:10]))}{', ...' if len(values) > 10 else ''}.")
+    if not added:
+        say("The store has all of that; nothing was added.")
+    say_next(["info", store], *_uses(store))
+
+
+@app.command(rich_help_panel=KEEP)
+def merge(
+    stores: list[str] = argument(..., "Two stores or more, which differ in one of these.", "STORE..."),
+    out: str = option(..., "The new store. The same command resumes it.", "--out", "-o"),
+) -> None:
+    """Join stores of other samples, sites or timesteps into one."""
+    from diffprobe.compose import merge as run
+
+    say(f"The {run(stores, out)} of {len(stores)} stores are in {out}.")
+    say_next(["info", out], *_uses(out))
+
+
+@app.command(rich_help_panel=KEEP)
+def subset(
+    store: str = shared.STORE,
+    out: str = option(..., "The new store. The same command resumes it.", "--out", "-o"),
+    samples: list[str] = several([], "Sample ids."),
+    where: list[str] = option([], "LABEL=VALUE that a sample has to have. May be repeated."),
+    limit: int | None = option(None, "The first so many samples of those.", min=1),
+    sites: list[str] = several([], "Sites by name."),
+    timesteps: list[int] = several([], "Timesteps.", "--timesteps", "-t"),
+    conditioning: list[str] = several([], "Conditionings.", "--conditioning", "-c"),
+) -> None:
+    """Copy a part of a store into a new one.
+
+    What is not given is kept whole.
+    """
+    from diffprobe.compose import subset as run
+
+    if wrong := [text for text in where if "=" not in text]:
+        raise ValueError(f"--where takes LABEL=VALUE, such as colour=red; got {wrong[0]!r}.")
+    labels = dict(text.split("=", 1) for text in where)
+    count = run(
+        store, out, samples=samples, where=labels, limit=limit, sites=sites, timesteps=timesteps, conditionings=conditioning
+    )  # fmt: skip
+    say(f"{count} samples are in {out}.")
+    say_next(["info", out], *_uses(out))
+
+
+@app.command(rich_help_panel=KEEP)
+def export(
+    store: str = shared.STORE,
+    out: str = option(..., "A new file, or a new folder for safetensors and hf.", "--out", "-o"),
+    format: Literal["npz", "safetensors", "parquet", "hf"] = option("npz", "hf is a folder for datasets.load_from_disk."),
+    sites: list[str] = several([], "Sites by name."),
+    timesteps: list[int] = several([], "Timesteps.", "--timesteps", "-t"),
+    conditioning: list[str] = several([], "Conditionings.", "--conditioning", "-c"),
+) -> None:
+    """Write a store for other tools, with ids, labels and prompts.
+
+    What is not given is written whole.
+    """
+    from diffprobe.export import export as run
+
+    count = run(store, out, format, sites=sites, timesteps=timesteps, conditionings=conditioning)
+    say(f"{count} samples are in {out}.")
+
+
 @app.command(rich_help_panel=HELP)
 def doctor(
     as_json: bool = option(False, "As JSON, for a bug report or a script.", "--json"),
