@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from diffprobe.store import COMPLETE, StoreError, features, known, open_store, provenance
@@ -46,7 +45,7 @@ class _Reader:
             raise StoreError(f"{path} has none of the samples yet.")
         self.ids = [names[place] for place in self._places]
         self._labels, self.classes = self._encode(tree, label) if label else (None, [])
-        self.shape = self._shaped(self._array.isel(sample=slice(0, 0)).values).shape[1:]
+        self.shape = tuple(self._read(slice(0, 0)).shape[1:])
 
     def _encode(self, tree: xr.DataTree, label: str) -> tuple[torch.Tensor, list[str]]:
         """One number a sample: a quantity, or the number of its class."""
@@ -65,28 +64,19 @@ class _Reader:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_array"}  # a worker opens its own
 
-    def _shaped(self, values: NDArray[Any]) -> NDArray[Any]:
-        """(sample, ...) as rows: themselves, places averaged, or every place, timestep and conditioning a row."""
+    def _read(self, part: slice) -> torch.Tensor:
+        """Consecutive samples of the store, in its number type: themselves, places averaged, or every place a row."""
+        values, dims = torch.from_numpy(self._array.isel(sample=part).values), list(self._array.dims)
         if self.rows == "none":
             return values
-        dims = list(self._array.dims)
         places = [n for n, dim in enumerate(dims) if dim in ("y", "x", "token")]
-        if self.rows == "mean":
-            values, dims = values.mean(tuple(places), np.float32), [d for n, d in enumerate(dims) if n not in places]
-        channel = dims.index("channel")
-        moved = np.moveaxis(values, channel, -1)
-        return moved.reshape(-1, moved.shape[-1])
+        if self.rows == "mean" and places:
+            values, dims = values.float().mean(places), [d for n, d in enumerate(dims) if n not in places]
+        return values.movedim(dims.index("channel"), -1).reshape(-1, values.shape[dims.index("channel")])
 
-    def _read(self, first: int, last: int, chosen: NDArray[np.intp]) -> Batch:
-        """The rows of the chosen samples, which lie from `first` to before `last` in the store's arrays."""
-        values = self._array.isel(sample=slice(first, last)).values
-        places = self._places[chosen] - first
-        if len(places) < len(values) or (np.diff(places) != 1).any():
-            values = values[places]
-        shaped = self._shaped(values)
-        each = len(shaped) // len(chosen)
-        found = {"features": torch.from_numpy(shaped).to(self.dtype), "sample": torch.from_numpy(np.repeat(chosen, each))}
-        return found if self._labels is None else found | {"label": self._labels[found["sample"]]}
+    def _batch(self, values: torch.Tensor, numbers: torch.Tensor) -> Batch:
+        found = {"features": values.to(self.dtype), "sample": numbers}
+        return found if self._labels is None else found | {"label": self._labels[numbers]}
 
 
 class StoreDataset(_Reader, Dataset[Batch]):
@@ -116,7 +106,8 @@ class StoreDataset(_Reader, Dataset[Batch]):
         if self.rows == "tokens":
             raise ValueError("A sample has many tokens; read them with StoreStream.")
         place = int(self._places[index])
-        return {name: value[0] for name, value in self._read(place, place + 1, np.array([index])).items()}
+        found = self._batch(self._read(slice(place, place + 1)), torch.tensor([index]))
+        return {name: value[0] for name, value in found.items()}
 
 
 class StoreStream(_Reader, IterableDataset[Batch]):
@@ -163,33 +154,49 @@ class StoreStream(_Reader, IterableDataset[Batch]):
         order = np.random.default_rng((self.seed, self.epoch))
         units = (order.permutation(units) if self.shuffle else units)[number::count]
         mixing = torch.Generator().manual_seed(int(order.integers(2**62)) + number)
-        left: Batch = {}
+        groups = [units[n : n + self.buffer].tolist() for n in range(0, len(units), self.buffer)]
+        held: list[list[torch.Tensor]] = [[], []]  # one is read into while the other is shuffled; pages are touched once
+        left = torch.zeros(0, *self.shape, dtype=self.dtype), torch.zeros(0, dtype=torch.int64)
         with ThreadPoolExecutor(1) as ahead:
-            groups = [units[n : n + self.buffer].tolist() for n in range(0, len(units), self.buffer)]
-            waiting = ahead.submit(self._group, groups[0]) if groups else None
+            waiting = [ahead.submit(self._group, group, held[0]) for group in groups[:1]]
             for place in range(len(groups)):
-                assert waiting is not None
-                group = waiting.result()
-                waiting = ahead.submit(self._group, groups[place + 1]) if place + 1 < len(groups) else None
-                if self.shuffle:
-                    mixed = torch.randperm(len(group["sample"]), generator=mixing)
-                    group = {name: value[mixed] for name, value in group.items()}
-                rows = {name: torch.cat([left[name], value]) for name, value in group.items()} if left else group
-                whole = len(rows["sample"]) // self.batch_size * self.batch_size
-                for start in range(0, whole, self.batch_size):
-                    yield {name: value[start : start + self.batch_size] for name, value in rows.items()}
-                left = {name: value[whole:] for name, value in rows.items()}
-        if left and len(left["sample"]):
-            yield left
+                values, numbers = waiting.pop().result()
+                if place + 1 < len(groups):
+                    waiting.append(ahead.submit(self._group, groups[place + 1], held[(place + 1) % 2]))
+                count = len(numbers)
+                mixed = torch.randperm(count, generator=mixing) if self.shuffle else torch.arange(count)
+                start = 0
+                while start < count:
+                    rows = mixed[start : start + self.batch_size - len(left[1])]
+                    start += len(rows)
+                    batch = values[rows].to(self.dtype), numbers[rows]
+                    if len(left[1]):
+                        batch = torch.cat([left[0], batch[0]]), torch.cat([left[1], batch[1]])
+                    left = batch[0][:0], batch[1][:0]
+                    if len(batch[1]) < self.batch_size:
+                        left = batch
+                    else:
+                        yield self._batch(*batch)
+        if len(left[1]):
+            yield self._batch(*left)
 
-    def _group(self, units: Sequence[int]) -> Batch:
-        """The rows of some units together."""
-        parts = []
+    def _group(self, units: Sequence[int], held: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of some units together, in memory that is kept in `held`, and the numbers of their samples."""
+        filled, numbers = 0, []
         for unit in units:
             first = unit * self.step
-            last = min(first + self.step, self._array.sizes["sample"])
-            parts.append(self._read(first, last, np.flatnonzero((self._places >= first) & (self._places < last))))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            chosen = np.flatnonzero((self._places >= first) & (self._places < first + self.step))
+            length = min(first + self.step, self._array.sizes["sample"]) - first
+            values = self._read(slice(first, first + length))
+            each = len(values) // length
+            if len(chosen) < length:
+                values = values.unflatten(0, (length, each))[torch.from_numpy(self._places[chosen] - first)].flatten(0, 1)
+            if not held:
+                held.append(torch.empty(self.buffer * self.step * each, *self.shape, dtype=values.dtype))
+            held[0][filled : filled + len(values)] = values
+            filled += len(values)
+            numbers.append(torch.from_numpy(chosen).repeat_interleave(each))
+        return held[0][:filled], torch.cat(numbers)
 
 
 __all__ = ["StoreDataset", "StoreStream"]
