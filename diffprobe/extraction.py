@@ -6,6 +6,7 @@ arrays of the last are written.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -75,7 +76,7 @@ def extract(
     sites: str | Sequence[str] = "paper",
     maps: str | Sequence[str] = (),
     heads: Literal["mean", "all"] = "mean",
-    map_tokens: Literal["prompt", "all"] = "prompt",
+    map_tokens: Literal["prompt", "all"] | int = "prompt",
     timesteps: Sequence[int] = (10, 50, 100, 250, 500),
     conditionings: Sequence[str] | None = None,
     guidance: Sequence[float] = (),
@@ -94,6 +95,7 @@ def extract(
     force: bool = False,
     progress: bool = True,
     units: Sequence[int] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Summary:
     """Records a dataset's features and attention maps into a store; the same call again resumes it.
 
@@ -103,7 +105,8 @@ def extract(
         dataset: a dataset, or a folder or spec for `load_dataset`.
         out: path or fsspec URL of the Zarr store.
         sites, maps: patterns for `select_sites`; either may be empty.
-        map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too.
+        map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too, a number
+            that many.
         conditionings: names that `diffprobe.conditioning` explains; by default null and, where there are captions, caption.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
         noise_draws: average features and maps over this many noise tensors.
@@ -116,6 +119,8 @@ def extract(
         force: go on although the disk's free space is too small for the forecast.
         units: compute only these units of an existing store, finished or not, as `repair` does; each is replaced once its new
             values are known.  Model and dataset may then have other names, but not other content.
+        shard: (i, n): compute the i-th of n disjoint parts of the units, i from 1.  The n calls need not know of each other:
+            whichever comes first lays the store out, on one machine or several.
 
     Returns:
         The result. On equal batches, values are bit-identical. With another batch size, order or number of processes they
@@ -144,6 +149,8 @@ def extract(
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
         log(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
+    if shard and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"Shard {shard[0]}/{shard[1]} does not exist; give i/n with i from 1 to n.")
     for timestep in timesteps:
         model.check_timestep(timestep)
     size = model.resolution if resolution is None else resolution
@@ -156,7 +163,12 @@ def extract(
     new_forecast = dry_run and not store.exists(out)  # no store's request is compared with this one
     index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
     lengths = _prompt_lengths(model, index.prompts)
-    kept_tokens = model.prompt_tokens if map_tokens == "all" else min(model.prompt_tokens, max(lengths.values()))
+    longest = min(model.prompt_tokens, max(lengths.values()))
+    kept_tokens = map_tokens if isinstance(map_tokens, int) else model.prompt_tokens if map_tokens == "all" else longest
+    if kept_tokens < longest and map_sites:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens, and maps of {kept_tokens} are kept; record them with --map-tokens all."
+        )
     request = Request(
         model=model.model_id, revision=model.revision, weights=model.weights_hash(), dataset=dataset.name,
         fingerprint="" if new_forecast else dataset.fingerprint(), samples=len(dataset),
@@ -170,13 +182,15 @@ def extract(
     run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    with rundir.sole_writer(out, rank, ranks, dry_run):
+    job, jobs = shard or (1, 1)
+    alone = rundir.sole_writer(out, rank, ranks, dry_run)
+    with alone if shard is None else rundir.shard_writer(out, job, rank, ranks, dry_run):
         resuming = store.exists(out)
         if rank == 0 and not resuming and not rundir.is_remote(out) and Path(rundir.locate(out)).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             found = store.StoreWriter(out)
-            _check_resumed(out, found, run, repairs=units is not None)
+            _check_resumed(out, found, run, repairs=units is not None, jobs=jobs)
             if rank == 0 and units is None:
                 _tell_of_labels(found, index, log)
             batch_rows = batch_rows or int(found.attributes["batch_rows"])
@@ -188,21 +202,29 @@ def extract(
             else:
                 seconds_per_row = run.find_batch(seconds_per_row)
             truncated = sum(length > model.prompt_tokens for length in lengths.values())
-            forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks, truncated)
+            forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks / jobs, truncated)
             if not (resuming or dry_run):  # who asked for it alone is given it
                 log(describe_forecast(forecast))
             _check_room(forecast, force, resuming or dry_run)
         if dry_run:
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)
         if rank == 0 and not resuming:
-            _lay_out(run, out, unit_samples or run.unit_samples(), compress, ranks)
-        elif rank == 0:
+            size = unit_samples or min(run.unit_samples(), max(1, len(dataset) // jobs))
+            with contextlib.suppress(rundir.TakenError) if shard else contextlib.nullcontext():
+                _lay_out(run, out, size, compress, ranks, jobs)
+        elif rank == 0 and shard is None:
             store.clear_cut_writes(out)
         if state:
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
+        if shard:  # another may have laid it out meanwhile
+            _check_resumed(out, writer.attributes, request, repairs=False, jobs=jobs)
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
-        mine = [unit for unit in (writer.pending if units is None else units) if unit % ranks == rank]
+        mine = [
+            unit
+            for unit in (writer.pending if units is None else units)
+            if unit % jobs == job - 1 and unit // jobs % ranks == rank
+        ]
         _work(run, writer, mine, console if rank == 0 else Console(quiet=True))
         if state:
             state.wait_for_everyone()
@@ -252,10 +274,19 @@ def _encoder_sites(model: VisionEncoder, sites: str | Sequence[str], more: bool)
     return [name for site in given for name in (model.preset if site == "paper" else [site])]
 
 
-def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs: bool) -> None:
-    """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names."""
-    stored, asked = found.attributes["request"], asdict(run.request)
-    asked |= {name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {}
+def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs: bool, jobs: int) -> None:
+    """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names.
+
+    Shards of another number would share units with those that are at work.
+    """
+    stored, number = found.attributes["request"], found.attributes.get("shards", 1)
+    if jobs not in (1, number):
+        raise rundir.RequestError(
+            f"{out} was begun in {number} shard(s), and you ask for {jobs}, which would share units with them: "
+            + (f"finish it with --shard i/{number}, or " if number > 1 else "finish it ")
+            + "by the command without --shard."
+        )
+    asked = asdict(run.request) | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
     another = "holds another request; give another --out, or match it."
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
     if stored["fingerprint"] != asked["fingerprint"] and (changed := _changed_samples(found.root, run)):
@@ -263,7 +294,7 @@ def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs:
     rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
 
 
-def _image_digests(dataset: Dataset) -> dict[str, NDArray[Any]]:
+def image_digests(dataset: Dataset) -> dict[str, NDArray[Any]]:
     """A hash of each sample's image as an array of the store, where the dataset has them."""
     digests = getattr(dataset, "image_digests", None)
     return {} if digests is None else {store.CONTENT: np.array([text[:16] for text in digests], object)}
@@ -275,7 +306,7 @@ def _changed_samples(root: Any, run: Run) -> list[str]:
     kept = read_array(root, "sample").tolist()
     texts, named = read_array(root, "prompts/text"), read_array(root, "prompts/conditioning").tolist()
     images = read_array(root, store.CONTENT) if store.CONTENT in root else np.zeros(0)
-    now = _image_digests(run.dataset).get(store.CONTENT, np.zeros(0))
+    now = image_digests(run.dataset).get(store.CONTENT, np.zeros(0))
     changed = [f"{name!r} is gone" for name in kept if name not in rows]
     changed += [f"{name!r} is new" for name in rows.keys() - set(kept)]
     columns = [(column, name) for column, name in enumerate(named) if name in index.prompts]
@@ -325,7 +356,7 @@ def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, li
     return {p: n for part in parts for p, n in zip(part, model.tokens(part)[2], strict=True)}
 
 
-def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int) -> None:
+def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int, jobs: int) -> None:
     """Creates the store with all labels, prompts and tokens; rank 0 does it before the work."""
     request, dataset, model, index = run.request, run.dataset, run.model, run.index
     kept = len(request.map_tokens)
@@ -347,6 +378,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
             "map_tokens_rule": "all" if kept == model.prompt_tokens else "prompt",
             "batch_rows": run.engine.batch_rows,
             "processes": ranks,
+            "shards": jobs,
             "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
@@ -356,7 +388,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
             "commit": rundir.code_commit(),
         },
         sample_ids=index.ids,
-        labels=label_arrays(index.labels) | _image_digests(dataset),
+        labels=label_arrays(index.labels) | image_digests(dataset),
         timesteps=request.timesteps,
         prompts={"text": text, "token_id": ids, "token_start": spans[..., 0], "token_end": spans[..., 1]},
         conditionings=request.conditionings,
@@ -365,6 +397,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         unit_samples=unit_samples,
         dtype=request.store_dtype,
         compress=compress,
+        company=jobs > 1,
     )
 
 
@@ -458,16 +491,11 @@ def repair(
             again.add(unit)
     if not again:
         return faults, None
-    if model is None or isinstance(model, str):
-        model = load_extractor(
-            model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
-            use_safetensors=use_safetensors, random_weights=writer.attributes.get("random_weights"),
-        )  # fmt: skip
     summary = extract(
-        model,
+        recorded_model(writer.attributes, model, device, dtype, use_safetensors),
         dataset or writer.attributes["data"],
         path,
-        **{name: request[name] for name in _OPTIONS},
+        **{name: request[name] for name in OPTIONS},
         resolution=tuple(request["resolution"]),
         map_tokens=writer.attributes["map_tokens_rule"],
         on_nonfinite=on_nonfinite or writer.attributes.get("on_nonfinite", "raise"),
@@ -477,7 +505,24 @@ def repair(
     return faults, summary
 
 
-_OPTIONS = (  # of `extract`, which a store's request has by the same name
+def recorded_model(
+    attributes: Mapping[str, Any],
+    model: DiffusionModel | VisionEncoder | str | None,
+    device: str | None,
+    dtype: str | None,
+    use_safetensors: bool,
+) -> DiffusionModel | VisionEncoder:
+    """The model that a store was recorded with, or the one that is given in its place."""
+    if model is not None and not isinstance(model, str):
+        return model
+    request = attributes["request"]
+    return load_extractor(
+        model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
+        use_safetensors=use_safetensors, random_weights=attributes.get("random_weights"),
+    )  # fmt: skip
+
+
+OPTIONS = (  # of `extract`, which a store's request has by the same name
     "sites", "maps", "heads", "timesteps", "conditionings", "guidance", "noise_draws", "reduce", "seed", "fit", "latent_rule",
     "store_dtype",
 )  # fmt: skip

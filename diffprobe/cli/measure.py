@@ -136,6 +136,103 @@ def probe_knn(
     _probe("knn", knn_probe, options, **asked)
 
 
+@probe_app.command("sae")
+def probe_sae(
+    store: str = shared.STORE,
+    site: str = option("", "The site; the store's first by default."),
+    timestep: int | None = TIMESTEP,
+    conditioning: str = option("", "The store's first by default.", "--conditioning", "-c"),
+    sae: Path | None = option(None, "Score this one (cfg.json, sae.safetensors) in place of training."),
+    latents: int = option(0, "Latents; 0 is --expansion times the channels.", min=0),
+    expansion: int = option(4, "Latents for each channel.", min=1),
+    k: int = option(16, "Latents that a token uses.", "--k", "-k", min=1),
+    epochs: int = option(20, "Passes over the training samples.", min=1),
+    learning_rate: float = option(1e-3, "Of Adam."),
+    batch: int = option(1024, "Tokens of a step.", min=1),
+    draw: int = option(6, "Latents whose top images are drawn; 0 for none.", min=0),
+    data: str = IMAGES,
+    out: str = option("", "Folder for the autoencoder, its scores and the figure.", "--out", "-o", show_default="STORE.sae"),
+    device: str | None = shared.DEVICE,
+    seed: int = option(0, "Seed of split, order, first weights and bootstrap."),
+) -> None:
+    """Train a sparse autoencoder (TopK, AuxK) on a site's tokens; scores beside random directions.
+
+    A fifth of the samples is kept for the scores. The files are those of EleutherAI's sparsify.
+    """
+    import numpy as np
+    import torch
+
+    from diffprobe.console import Console
+    from diffprobe.probes import sae as coders
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.rundir import is_remote
+    from diffprobe.store import features, open_store, provenance, site_names
+    from diffprobe.torch import StoreStream
+
+    folder = Path(out or f"{Path(store).name if is_remote(store) else store.rstrip('/')}.sae")
+    if sae is None and (folder / "cfg.json").exists():
+        raise ValueError(f"{folder} has an autoencoder; give another --out, or score that one with --sae {folder}.")
+    tree = open_store(store)
+    names = [n for n in site_names(tree) if "features" in tree[n].data_vars]
+    request = provenance(tree)["request"]
+    site = site or (names or [""])[0]
+    chosen = {
+        "timestep": request["timesteps"][0] if timestep is None else timestep,
+        "conditioning": conditioning or request["conditionings"][0],
+    }
+    array = features(tree, site, **chosen)
+    ids = tree["sample"].values.astype(str)
+    if len(ids) < 5:
+        raise ValueError(f"{store} has {len(ids)} complete samples; five are needed to train on some and score others.")
+    test, train = np.split(np.random.default_rng(seed).permutation(ids), [max(1, len(ids) // 5)])
+    stream = lambda samples, **more: StoreStream(  # noqa: E731
+        store, site, rows="tokens", samples=samples.tolist(), seed=seed, **{"batch_size": batch, **chosen, **more}
+    )
+    if sae is None:
+        config = coders.SparseConfig(array.sizes["channel"], latents, expansion, k)
+        settings = coders.SparseTraining(epochs, learning_rate, seed=seed)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with Console(stderr=True).progress("train", "epochs", epochs) as advance:
+            coder = coders.train_sae(config, stream(train), settings, where, advance)
+        coders.save_sae(coder, folder)
+    else:
+        coder = coders.load_sae(sae)
+    if coder.config.d_in != array.sizes["channel"]:
+        raise ValueError(f"{sae} is of {coder.config.d_in} channels, and {site} has {array.sizes['channel']}.")
+    seen = torch.cat([part["features"] for part, _ in zip(stream(train, batch_size=4096), range(16), strict=False)])
+    both = {"trained": coder, "random directions": coders.random_directions(coder.config, seen, seed + 1)}
+    frame = coders.score_sae(both, stream(test, shuffle=False), seed=seed).assign(site=site, **chosen)
+    options = {
+        "probe": "sae",
+        "site": site,
+        **chosen,
+        "sae": str(sae or folder),
+        "epochs": epochs,
+        "batch": batch,
+        "seed": seed,
+    }
+    save_table(frame, str(folder / "scores.csv"), store, provenance(tree), options)
+    columns = {
+        "score": "{score}",
+        "coder": "{coder}",
+        "value": "{value:.3f}",
+        **shared.INTERVAL,
+        "samples": "{n}",
+        "tokens": "{tokens}",
+    }
+    show(frame.sort_values(["score", "coder"], ascending=[True, False], kind="stable"), columns)
+    say(f"Autoencoder in {sae or folder}, scores in {folder / 'scores.csv'}")
+    if draw and {"y", "x"} <= set(array.dims):
+        from diffprobe.latents import choose_latents, latent_figure
+
+        grid = (array.sizes["y"], array.sizes["x"])
+        every = stream(ids, shuffle=False, batch_size=16 * grid[0] * grid[1])
+        activations = lambda: coders.latent_activations(coder, every, grid[0] * grid[1])  # noqa: E731
+        drawn = choose_latents(activations, draw)
+        say(f"Figure {latent_figure(store, data, activations, every.ids, grid, drawn, folder, options)}")
+    say_next(["probe", "sae", store, "--sae", str(sae or folder), "--site", site, "--out", f"{folder}.again"])
+
+
 @probe_app.command("alignment")
 def probe_alignment(
     model: str = shared.MODEL,

@@ -11,6 +11,7 @@ keypoints.py  points that show the same thing in two images of a twin; spair.py 
 several.py    questions about several drawn images at once, in the manner of BLINK
 folder.py     a folder of photographs, with or without captions; labels.py reads captions and labels from files and folders
 blank.py      any dataset with grey images
+join.py       several datasets as one, and some samples of one
 annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
 segmentations.py  COCO's polygons and run lengths as masks; categories.py names of categories in captions
 benchmarks.py published benchmarks of images and texts, from the hub or a folder
@@ -27,6 +28,7 @@ from diffprobe.data.blank import BlankDataset
 from diffprobe.data.drawn import ShapesDataset
 from diffprobe.data.folder import FolderDataset
 from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
+from diffprobe.data.join import JoinedDataset, PartDataset
 from diffprobe.data.samples import (
     Caption,
     Dataset,
@@ -49,6 +51,8 @@ __all__ = [
     "Dataset",
     "FolderDataset",
     "ImageError",
+    "JoinedDataset",
+    "PartDataset",
     "Question",
     "Sample",
     "ShapesDataset",
@@ -83,8 +87,9 @@ def load_dataset(spec: str) -> Dataset:
     ``objects`` (1-4, any number by default); ``shapes-mmvp:N``, ``shapes-winoground:N`` and ``shapes-naturalbench:N``
     are N pairs of drawn images, with the option ``seed``.  ``coco:INSTANCES.json?images=FOLDER`` (with ``captions``),
     ``refcoco:REFS.json?images=FOLDER`` (with ``instances``, ``split``) and ``voc:FOLDER`` (with ``split``) are annotated
-    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with grey images; anything else is the
-    path of a folder of photographs.  In a path after a colon or an equals sign, %26 stands for &, and so on.
+    photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with grey images, ``join:?part0=SPEC&part1=SPEC``
+    several, one after the other; anything else is the path of a folder of photographs, of which ``?limit=N`` behind it takes
+    the first.  In a path after a colon or an equals sign, %26 stands for &, and so on.
 
     Raises:
         ValueError: the text names no dataset; the message lists what does.
@@ -101,9 +106,15 @@ def load_dataset(spec: str) -> Dataset:
     kind = spec.partition(":")[0]
     if kind == "blank":
         return BlankDataset(load_dataset(spec.removeprefix("blank:")))
+    if kind == "join":
+        return JoinedDataset([load_dataset(part) for part in split_spec(spec)[2].values()])
     if kind not in OPTIONS:
         if Path(spec).expanduser().is_dir():
             return FolderDataset(spec)
+        _, folder, given = split_spec(f"folder:{spec}")
+        if given and Path(folder).expanduser().is_dir():
+            check_options(spec, "a folder", given, ("limit",))
+            return FolderDataset(folder, limit=whole_number(spec, "limit", given["limit"], at_least=1))
         raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{did_you_mean(kind, OPTIONS)}")
     _, target, given = split_spec(spec)
     options = check_options(spec, kind, given, OPTIONS[kind])

@@ -8,15 +8,16 @@ invariant: nothing outside the folder is read, except a captions file that the c
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
 from diffprobe.data.files import content_digests, listed, numbered_lines, real_path, spellings
 from diffprobe.data.images import read_image
 from diffprobe.data.labels import CAPTION_COLUMNS, FORMATS, Known, folder_labels, read_known
-from diffprobe.data.samples import Caption, IndexedDataset, Sample
+from diffprobe.data.samples import Caption, IndexedDataset, Sample, join_spec
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
@@ -33,12 +34,13 @@ class FolderDataset(IndexedDataset):
             hub's metadata files the image is called file_name, its place is that in the metadata file's own folder, and a
             text is a caption.  An image does not have a label that is empty, null or NaN or, among numbers, inf or a word
             such as NA.  Labels of a file go before those of folders (`class`, `split`).
+        limit: Take only the first so many images.
 
     Raises:
         ValueError: the folder is missing or has no images, or its captions do not fit it.
     """
 
-    def __init__(self, root: str | Path, captions: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path, captions: str | Path | None = None, limit: int | None = None) -> None:
         self.root = real_path(root)
         if not self.root.is_dir():
             found = "is a file" if self.root.exists() else "does not exist"
@@ -55,11 +57,21 @@ class FolderDataset(IndexedDataset):
         else:
             self._sources = [Path(captions).expanduser()]
         self._known = self._read_captions() if self._sources else self._sidecars()
+        self.limit, self.files = limit, self.files[:limit]
         self._folders = folder_labels(self.files)
 
     @property
     def spec(self) -> str:
-        return str(self.root)
+        return str(self.root) if self.limit is None else join_spec("", self.root, {"limit": self.limit}).removeprefix(":")
+
+    def only(self, names: Iterable[str]) -> FolderDataset:
+        """The same folder with these images alone, so that what they are can be compared with what they were."""
+        part, wanted = copy.copy(self), set(names)
+        kept = [(name, labels) for name, labels in zip(self.files, self._folders, strict=True) if name in wanted]
+        part.files, part._folders = [name for name, _ in kept], [labels for _, labels in kept]
+        for cached in ("_fingerprint", "image_digests"):
+            part.__dict__.pop(cached, None)
+        return part
 
     def _scan(self) -> list[str]:
         found, nowhere = [], []
