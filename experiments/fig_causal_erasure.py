@@ -1,6 +1,6 @@
 """Does the model need the colour at a site to tell a true caption from a false one? LEACE against a random erasure (ours).
 
-    python -m experiments.fig_causal_erasure [--count 48] [--smoke] [--from-csv]
+    python -m experiments.fig_causal_erasure [--count 16] [--smoke] [--from-csv]
 
 LEACE (Belrose et al. 2023) is fitted at a site and timestep on the object's cells of other twins, so that no linear classifier
 reads the object's colour there.  Then twins that differ in a colour are matched with their two captions by the denoising loss, with
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from experiments.causal import interval_row, plot_effects, tested
 from experiments.framework import Claim, Experiment, Options, Result, verdict
 
-SITES = ("D-L0-R1-Res-Out", "D-L1-R1-Res-Out", "M-Out", "U-L1-R2-Res-Out", "U-L2-R0-Res-Out", "U-L2-R2-Res-Out", "U-L2-Out")
+SITES = ("D-L0-R1-Res-Out", "M-Out", "U-L1-R2-Res-Out", "U-L2-R2-Res-Out", "U-L2-Out")
 TIMESTEPS = (500, 800)
 NOTHING, COLOUR, RANDOM = "nothing", "colour", "random labels"
 
@@ -33,7 +33,7 @@ def measure(options: Options) -> Result:
 
     model = load_model(options.model, options.device)
     sites, times = (SITES[-2:], TIMESTEPS[:1]) if options.smoke else (SITES, TIMESTEPS)
-    training = load_twins(model, "colour", 24 if options.smoke else 160, options.seed + 1)
+    training = load_twins(model, "colour", 24 if options.smoke else 96, options.seed + 1)
     twins = load_twins(model, "colour", options.count, options.seed)
     rows, drops, pairs = [], [], list(np.repeat(np.arange(options.count), 2))
     for timestep in times:
@@ -135,7 +135,12 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     claims = []
     for timestep, part in rows[(rows["what"] == COLOUR) & (rows["score"] == "margin")].groupby("timestep"):
         most = part.loc[part["value"].idxmin()]
-        other = rows[(rows["what"] == RANDOM) & (rows["score"] == "margin") & (rows["timestep"] == timestep) & (rows["site"] == most["site"])].iloc[0]
+        other = rows[
+            (rows["what"] == RANDOM)
+            & (rows["score"] == "margin")
+            & (rows["timestep"] == timestep)
+            & (rows["site"] == most["site"])
+        ].iloc[0]
         lost = part[(part["p_holm"] < 0.05) & (part["value"] < 0)]
         claims.append(
             Claim("C3", f"Erasing an object's colour takes the match of its caption away, at t = {timestep} (ours)", verdict(-most["high"], -most["low"]),
@@ -147,7 +152,9 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
 
 def draw(result: Result) -> Mapping[str, Figure]:
     margin = result.rows[result.rows["score"] == "margin"]
-    margin = margin.assign(line=margin["site"], what="erased: " + margin["what"], panel=[f"timestep {t}" for t in margin["timestep"]])
+    margin = margin.assign(
+        line=margin["site"], what="erased: " + margin["what"], panel=[f"timestep {t}" for t in margin["timestep"]]
+    )
     once = result.rows[(result.rows["score"] == "margin") & (result.rows["what"] == COLOUR)]
     read = [
         once.assign(what=what, value=once[column], low=once[column], high=once[column])
@@ -163,7 +170,7 @@ def draw(result: Result) -> Mapping[str, Figure]:
 EXPERIMENT = Experiment(
     name="fig_causal_erasure",
     title="Does a match of image and caption need the colour at a site? LEACE against a random erasure",
-    count=48,
+    count=16,
     smoke_count=4,
     measure=measure,
     judge=judge,
