@@ -56,7 +56,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
                   f"rank correlation of effect and accuracy {row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] over {row['n']:.0f} cells before the last block")
         )  # fmt: skip
     both = cells(rows).pivot(index=["site", "timestep"], columns="label", values=["value", "low", "high", "chance"])
-    last = str(rows["site"].dropna().iloc[-1])
+    last = str(cells(rows)["site"].iloc[-1])
     before = both[both.index.get_level_values("site") != last]
     readable = before[before[("low", "colour")] > before[("chance", "colour")]]
     if len(readable):

@@ -23,9 +23,14 @@ from experiments.causal import interval_row, plot_lines
 from experiments.figures import plot_samples
 from experiments.framework import Claim, Experiment, Options, Result, verdict
 
-SITE, DOSES, STEPS, GUIDANCE, REACH = "U-L2-R1-Res-Out", (0.0, 1.0, 2.0, 4.0), 12, 4.0, 0.2
+SITE, DOSES, STEPS, GUIDANCE, REACH = "U-L2-R1-Res-Out", (0.0, 2.0, 4.0, 8.0), 12, 4.0, 0.2
 MEANS, PROBE, RANDOM = "difference of means", "probe's weights", "random direction"
-READ = {"asked": "asked colour read", "shape": "shape of the prompt read", "confidence": "reader's confidence"}
+READ = {
+    "asked": "asked colour read",
+    "kept": "prompt's colour read",
+    "shape": "prompt's shape read",
+    "confidence": "reader's confidence",
+}
 SHOWN = 6
 
 
@@ -138,6 +143,7 @@ def read(images: Any, scenes: Sequence[Any], asked: Sequence[str], what: str, do
     first = [some[0] if some else None for some in found]
     scores = {
         "asked": [float(one is not None and one.colour == colour) for one, colour in zip(first, asked, strict=True)],
+        "kept": [float(one is not None and one.colour == s.objects[0].colour) for one, s in zip(first, scenes, strict=True)],
         "shape": [float(one is not None and one.shape == s.objects[0].shape) for one, s in zip(first, scenes, strict=True)],
         "confidence": [one.score if one else 0.0 for one in first],
     }
@@ -151,12 +157,12 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         best = rows[(rows["score"] == "asked") & (rows["what"] == what)].sort_values("value").iloc[-1]
         dose = best["dose"]
         other, start = asked.loc[(RANDOM, dose)], asked.loc[(what, 0.0)]
-        shape = rows[(rows["score"] == "shape") & (rows["what"] == what)].set_index("dose")
+        shape, kept = (rows[(rows["score"] == s) & (rows["what"] == what)].set_index("dose") for s in ("shape", "kept"))
         sure = rows[(rows["score"] == "confidence") & (rows["what"] == what)].set_index("dose")
         claims.append(
             Claim("C4", f"Adding a colour's direction while sampling gives that colour: {what} (ours)", verdict(best["low"], best["high"], max(float(other["high"]), float(start["high"]))),
                   f"asked colour read in {best['value']:.2f} [{best['low']:.2f}, {best['high']:.2f}] at dose {dose:g}, {start['value']:.2f} without, {other['value']:.2f} [{other['low']:.2f}, {other['high']:.2f}] along a random direction; "
-                  f"shape kept in {shape.loc[dose, 'value']:.2f} ({shape.loc[0.0, 'value']:.2f} without), confidence {sure.loc[dose, 'value']:.2f} ({sure.loc[0.0, 'value']:.2f}); n = {best['n']:.0f} prompts")
+                  f"prompt's colour kept in {kept.loc[dose, 'value']:.2f}, shape kept in {shape.loc[dose, 'value']:.2f} ({shape.loc[0.0, 'value']:.2f} without), confidence {sure.loc[dose, 'value']:.2f} ({sure.loc[0.0, 'value']:.2f}); n = {best['n']:.0f} prompts")
         )  # fmt: skip
     return claims
 
@@ -164,7 +170,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
 def draw(result: Result) -> Mapping[str, Figure]:
     frame = result.rows.assign(panel=result.rows["score"].map(READ))
     return {
-        "": plot_lines(frame, x="dose", x_label="dose (1: the colour's distance from the mean)", title=f"Another colour's direction added to the object at {SITE} in every step"),
+        "": plot_lines(frame, x="dose", x_label="dose", title=f"Another colour's direction added to the object at {SITE} in every step"),
         "samples": plot_samples(result.pictures["images"], [str(text) for text in result.pictures["texts"]]),
     }  # fmt: skip
 
@@ -178,7 +184,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     alt={
-        "": "Against the dose of an added direction: how often the asked colour is read, how often the prompt's shape, and the reader's confidence, for three kinds of direction, with intervals.",
+        "": "Against the dose of an added direction: how often the asked colour is read, how often the prompt's colour and shape, and the reader's confidence, for three kinds of direction, with intervals.",
         "samples": "Generated pictures, one column a prompt and one row a dose of another colour's direction, the last row along a random direction.",
     },
 )
