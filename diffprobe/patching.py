@@ -204,11 +204,13 @@ class _Outcome:
         self, model: DiffusionModel, batch: Batch, twins: Twins, images: Sequence[int], readout: Any, classes: Sequence[Any]
     ) -> None:
         self.model, self.batch, self.masks = model, batch, twins.masks[list(images)]
-        own = [classes.index(twins.values[image]) for image in images]
-        other = [classes.index(twins.values[image ^ 1]) for image in images]
         weights = torch.from_numpy(readout.weights).float()
         weights = weights if len(weights) > 1 else torch.cat([-weights / 2, weights / 2])
-        self.direction = weights[other] - weights[own]
+        every = torch.zeros(len(classes) + 1, weights.shape[1])  # a value that the probe never saw has no logit
+        every[list(readout.codes)] = weights
+        numbers = {value: number for number, value in enumerate(classes)}
+        own, other = ([numbers.get(twins.values[image ^ side], len(classes)) for image in images] for side in (0, 1))
+        self.direction = every[other] - every[own]
 
     def of(self, prediction: Tensor | None, feature: Tensor, take: Sequence[int] | None = None) -> list[Tensor]:
         """Both outcomes (row, number), of the rows or of those to take in their place."""
@@ -288,7 +290,7 @@ def causal_map(
     )
     places = pd.MultiIndex.from_frame(probed[["site", "timestep"]], names=("site", "timestep"))
     hits = xr.DataArray(np.stack(probed["rows"].tolist()), {"cell": places}, ("cell", "row")).unstack("cell")
-    read = probed.drop(columns="rows").assign(label=ATTRIBUTES[pattern], n=probed["n_test"])
+    read = probed.drop(columns="rows").assign(label=ATTRIBUTES[pattern], n=probed["n_test"], control="control task")
     table = pd.concat([causal_table(effects, seed=seed), read], ignore_index=True)
     before = effects.isel(site=slice(-1))  # at the last block the way is over: its patch moves the logit whole
     return CausalMap(effects, table, {name: rank_agreement(before, hits, name, seed=seed) for name in OUTCOMES})

@@ -15,14 +15,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffprobe import plotting
-from diffprobe.stats import bootstrap_interval, holm, paired_permutation_test
+from diffprobe.stats import bootstrap_interval, holm, paired_permutation_test, wilson_interval
 
 NAMES = ("fig_causal_map", "fig_causal_erasure", "fig_causal_steering", "fig_causal_skips")
 
 
 def interval_row(values: Sequence[float], clusters: Sequence[Any] | None = None, seed: int = 0) -> dict[str, Any]:
-    """A mean with its bootstrap interval and n."""
-    low, high = bootstrap_interval(values, clusters, seed=seed)
+    """A mean with its bootstrap interval and n; a share of independent hits has Wilson's, which is right at 0 and 1 too."""
+    shares = clusters is None and set(map(float, values)) <= {0.0, 1.0}
+    low, high = (
+        wilson_interval(float(np.sum(values)), len(values)) if shares else bootstrap_interval(values, clusters, seed=seed)
+    )
     return {"value": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
 
 
@@ -35,18 +38,18 @@ def tested(rows: list[dict[str, Any]], drops: Sequence[tuple[Sequence[float], Se
 
 @plotting.styled
 def plot_lines(frame: pd.DataFrame, *, x: str, x_label: str, title: str = "") -> Figure:
-    """A panel for each `panel`, a line with its band for each `what`; the panel's name is its vertical axis.
+    """Shares: a panel for each `panel`, a line with its band for each `what`.
 
     Args:
         frame: Rows with panel, what, the column `x`, value, low, high.
     """
     names, kinds = (list(dict.fromkeys(frame[column])) for column in ("panel", "what"))
-    figure, shown = plotting.panels(len(names), 3, plotting.PAGE, 1.7, 0.25, title=title)
+    figure, shown = plotting.panels(len(names), 4, plotting.PAGE, 1.7, 0.25, title=title)
     for panel, name in zip(shown, names, strict=True):
         part = frame[frame["panel"] == name]
         for kind in kinds:
-            plotting.curve(panel.axis, part[part["what"] == kind], x, kinds.index(kind), kind)
-        panel.axis.set(title=name, xlabel=x_label if panel.lowest else "")
+            plotting.curve(panel.axis, part[part["what"] == kind], x, kinds.index(kind), kind, band=0.12)
+        panel.axis.set(title=name, xlabel=x_label if panel.lowest else "", ylim=(-0.03, 1.03))
         plotting.ruled(panel.axis, "y")
     plotting.legend(figure, {kind: plotting.look_of(number) for number, kind in enumerate(kinds)}, len(kinds))
     return figure

@@ -44,18 +44,19 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Both maps: a causal cell is bold where the patch beats the random direction after Holm, a probe's where its interval is above chance."""
     shown = rows[(rows["kind"] == "map") & rows["label"].isin(DRAWN)]
     bold = np.where(shown["label"] == DRAWN[1], shown["low"] > shown["chance"], shown["p_holm"] < 0.05)
-    return shown.assign(bold=bold, timestep=shown["timestep"].astype(int))
+    control = np.where(shown["label"] == DRAWN[1], "control task", "random direction")
+    return shown.assign(bold=bold, control=control, timestep=shown["timestep"].astype(int))
 
 
 def judge(rows: pd.DataFrame) -> list[Claim]:
     claims = []
     for row in rows[rows["kind"] == "agreement"].to_dict("records"):
         claims.append(
-            Claim("C1", f"Where a colour can be read is where it is used, by the {row['label']} (ours)", verdict(row["low"], row["high"]),
+            Claim("C1", f"Sites rank alike by what a probe reads of a colour and by what a patch moves, of the {row['label']} (ours)", verdict(row["low"], row["high"]),
                   f"rank correlation of effect and accuracy {row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] over {row['n']:.0f} cells before the last block")
         )  # fmt: skip
     both = cells(rows).pivot(index=["site", "timestep"], columns="label", values=["value", "low", "high", "chance"])
-    last = str(rows["site"].dropna().iloc[-1])
+    last = str(cells(rows)["site"].iloc[-1])
     before = both[both.index.get_level_values("site") != last]
     readable = before[before[("low", "colour")] > before[("chance", "colour")]]
     if len(readable):
@@ -72,7 +73,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
 
 @plotting.styled
 def scatter(rows: pd.DataFrame) -> Figure:
-    """Effect against accuracy, a dot a cell, the strongest and the most readable named."""
+    """Effect against accuracy, a dot a cell; named are the strongest, and the most readable of which next to nothing is used."""
     shown = cells(rows)
     last = str(shown["site"].iloc[-1])
     both = shown[shown["site"] != last].pivot(index=["site", "timestep"], columns="label", values=["value", "low", "high"])
@@ -83,14 +84,19 @@ def scatter(rows: pd.DataFrame) -> Figure:
         x, y = row["value", "colour"], row["value", "prediction"]
         axis.plot([x, x], [row["low", "prediction"], row["high", "prediction"]], color=look["color"], linewidth=0.6)
         axis.plot(x, y, color=look["color"], marker=look["marker"], linestyle="none")
-    for site, timestep in {both["value", "prediction"].idxmax(), both["value", "colour"].idxmax()}:
+    unused = both["value", "colour"][both["value", "prediction"] < 0.1]
+    for site, timestep in {both["value", "prediction"].idxmax(), unused.idxmax()}:
         x, y = both.loc[(site, timestep), ("value", "colour")], both.loc[(site, timestep), ("value", "prediction")]
         left = x > 0.5
-        axis.annotate(site, (x, y), (-4 if left else 4, 5), textcoords="offset points", ha="right" if left else "left", fontsize=6)
+        axis.annotate(
+            site, (x, y), (-4 if left else 4, 5), textcoords="offset points", ha="right" if left else "left", fontsize=6
+        )
     axis.axvline(float(shown.loc[shown["label"] == "colour", "chance"].mean()), **plotting.DASHED)
     axis.axhline(0, **plotting.DASHED)
     axis.set(xlabel="a linear probe's accuracy (dashed: chance)", ylabel="share of the way the patch moves")
-    plotting.legend(figure, {f"timestep {step}": {**plotting.look_of(k), "linestyle": "none"} for k, step in enumerate(steps)}, 3)
+    plotting.legend(
+        figure, {f"timestep {step}": {**plotting.look_of(k), "linestyle": "none"} for k, step in enumerate(steps)}, 3
+    )
     return figure
 
 

@@ -38,7 +38,7 @@ def causal_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
 
     Returns:
         Columns label (the outcome), site, timestep, score, value with low and high over pairs, chance (0), control_value (the random
-        direction) and other_places, each with its interval; p of a sign-flip test of the patch against the random direction
+        direction, as `control` says) and other_places, each with its interval; p of a sign-flip test of the patch against the random direction
         by pair, and p_holm, the same after Holm over the grid of an outcome; n (pairs), seed.
 
     >>> moved = np.array([1.0, 2.0, 3.0, 0.0, 0.1, -0.1, 0.0, 0.0, 0.0]).reshape(1, 3, 1, 1, 3)
@@ -63,6 +63,7 @@ def causal_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
                 "timestep": int(timestep),
                 "score": SHARE,
                 "chance": 0.0,
+                "control": DIRECTION,
             }
             for change, (value, low, high) in names.items():
                 columns = np.stack([cell[name].sel(change=change).to_numpy() for name in ("moved", "whole")], 1)
@@ -99,7 +100,7 @@ def rank_agreement(
 
     rng = np.random.default_rng(seed)
     drawn = [correlation(rng.choice(pairs, (pairs,)), rng.choice(tests, (tests,))) for _ in range(n_resamples)]
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    low, high = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     value = correlation(np.arange(pairs), np.arange(tests))
     return {"value": value, "low": float(low), "high": float(high), "n": moved.shape[0] * moved.shape[1]}
 
