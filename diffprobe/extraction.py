@@ -350,6 +350,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
             "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
+            "loading": {} if isinstance(model, VisionEncoder) else model.loading,
             "prediction_type": "vision encoder" if isinstance(model, VisionEncoder) else model.prediction_type,
             "special_tokens": {} if isinstance(model, VisionEncoder) else model.special_tokens(),
             "versions": rundir.package_versions(_PACKAGES),
@@ -462,6 +463,7 @@ def repair(
         model = load_extractor(
             model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
             use_safetensors=use_safetensors, random_weights=writer.attributes.get("random_weights"),
+            **writer.attributes.get("loading", {}),
         )  # fmt: skip
     summary = extract(
         model,
