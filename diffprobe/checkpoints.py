@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from torch import nn
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -73,7 +74,7 @@ def load_single_file(file: Path, index: dict[str, Any], config: str | None, dtyp
     options: dict[str, Any] = {"safety_checker": None} if "safety_checker" in index else {}
     local = Path(str(config)).is_dir()
     try:
-        return load(str(file), config=config, dtype=dtype, local_files_only=local, **options)  # type: ignore[no-any-return]
+        return load(str(file), config=config, dtype=dtype, local_files_only=local, **options)
     except Exception as error:  # diffusers raises KeyError, RuntimeError and kinds of its own where keys do not fit
         raise ValueError(f"it is no {kind} with the configs of '{config}' ({error}).") from error
 
@@ -100,7 +101,10 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
             raise ValueError(f"The LoRA '{path}' does not fit a {type(pipeline).__name__}: {error}") from error
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             raise ValueError(f"The LoRA '{path}' has no weights for a {type(pipeline).__name__}.")
-    pipeline.set_adapters(names, [scale for _, scale in loras])
+    # part by part: the pipeline's own set_adapters fails where a network's blocks differ in their number of layers
+    for part, adapters in pipeline.get_list_adapters().items():
+        scales = [(name, scale) for name, (_, scale) in zip(names, loras, strict=True) if name in adapters]
+        set_weights_and_activate_adapters(getattr(pipeline, part), *map(list, zip(*scales, strict=True)))
 
 
 def adapters_of(network: nn.Module) -> list[tuple[str, dict[str, float]]]:

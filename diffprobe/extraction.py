@@ -260,7 +260,10 @@ def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs:
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
     if stored["fingerprint"] != asked["fingerprint"] and (changed := _changed_samples(found.root, run)):
         fault += f" Of the samples: {listed(changed)}. All that differs:"
-    rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
+    kept = stored | {"model": kept_name(stored["model"])}
+    if stored["weights"] != asked["weights"]:  # adapters, which say more than a hash
+        kept["loading"], asked["loading"] = found.attributes.get("loading", {}), getattr(run.model, "loading", {})
+    rundir.check_request(out, kept, asked, fault)
 
 
 def _image_digests(dataset: Dataset) -> dict[str, NDArray[Any]]:

@@ -122,7 +122,7 @@ def word_attention(
         raise ValueError("Nothing was recorded: no forward pass has ended inside the 'with' block.")
     sites = _worded_sites(recorder, site)
     count = len(recorder.steps)
-    chosen = list(range(count)) if steps == "mean" else [steps] if isinstance(steps, int) else list(steps)  # type: ignore[arg-type]
+    chosen = list(range(count)) if steps == "mean" else [steps] if isinstance(steps, int) else list(steps)
     if not chosen or not all(-count <= number < count for number in chosen):
         raise ValueError(f"Steps {steps} were asked for, where {count} were kept, counted from 0.")
     kept = [recorder.steps[number] for number in chosen]
