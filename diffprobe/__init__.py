@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffprobe.matching import alignment_score
     from diffprobe.mllm.leakage import leakage_report
     from diffprobe.mllm.model import FusedMLLM
+    from diffprobe.mllm.verdict import judge_leakage
     from diffprobe.models import load_model
     from diffprobe.probes.correspondence import correspondence
     from diffprobe.probes.knn import knn_probe
@@ -39,6 +40,7 @@ _HOMES = {
     "extract": "extraction",
     "features": "store",
     "fit_probe": "probes.linear",
+    "judge_leakage": "mllm.verdict",
     "knn_probe": "probes.knn",
     "leakage_report": "mllm.leakage",
     "list_sites": "sites",
@@ -60,6 +62,7 @@ __all__ = [
     "extract",
     "features",
     "fit_probe",
+    "judge_leakage",
     "knn_probe",
     "leakage_report",
     "list_sites",

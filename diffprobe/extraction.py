@@ -291,7 +291,10 @@ def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs:
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
     if stored["fingerprint"] != asked["fingerprint"] and (changed := _changed_samples(found.root, run)):
         fault += f" Of the samples: {listed(changed)}. All that differs:"
-    rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
+    kept = stored | {"model": kept_name(stored["model"])}
+    if stored["weights"] != asked["weights"]:  # adapters, which say more than a hash
+        kept["loading"], asked["loading"] = found.attributes.get("loading", {}), getattr(run.model, "loading", {})
+    rundir.check_request(out, kept, asked, fault)
 
 
 def image_digests(dataset: Dataset) -> dict[str, NDArray[Any]]:
@@ -382,6 +385,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
             "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
+            "loading": {} if isinstance(model, VisionEncoder) else model.loading,
             "prediction_type": "vision encoder" if isinstance(model, VisionEncoder) else model.prediction_type,
             "special_tokens": {} if isinstance(model, VisionEncoder) else model.special_tokens(),
             "versions": rundir.package_versions(_PACKAGES),
@@ -518,7 +522,7 @@ def recorded_model(
     request = attributes["request"]
     return load_extractor(
         model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
-        use_safetensors=use_safetensors, random_weights=attributes.get("random_weights"),
+        use_safetensors=use_safetensors, random_weights=attributes.get("random_weights"), **attributes.get("loading", {}),
     )  # fmt: skip
 
 

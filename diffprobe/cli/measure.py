@@ -250,6 +250,10 @@ def probe_alignment(
     batch_rows: int = shared.BATCH_ROWS,
     seed: int = SEED,
     revision: str | None = shared.REVISION,
+    allow_pickle: bool = shared.ALLOW_PICKLE,
+    variant: str | None = shared.VARIANT,
+    lora: list[str] = shared.LORA,
+    config: str | None = shared.CONFIG,
     device: str | None = shared.DEVICE,
     dtype: str = option("auto", "float32, float16, bfloat16; auto is float32 on a CPU, else bfloat16."),
 ) -> None:
@@ -264,8 +268,11 @@ def probe_alignment(
     if baseline and baseline not in names:
         raise ValueError(f"--baseline {baseline!r} is not one of the scores {', '.join(names)}.")
     benchmark = load_benchmark(data)  # before the model: a slip in the spec should not cost a minute
+    loaded = load_model(
+        model, device, dtype, revision, use_safetensors=not allow_pickle, variant=variant, loras=lora, config=config
+    )
     found = alignment_score(
-        load_model(model, device, dtype, revision), benchmark, scores=names, timesteps=timesteps, draws=draws, seed=seed,
+        loaded, benchmark, scores=names, timesteps=timesteps, draws=draws, seed=seed,
         batch_rows=batch_rows, site=site, train=train, clip=clip, out=out,
     )  # fmt: skip
     frame = alignment_table(found, found.attrs["protocol"], seed=seed)

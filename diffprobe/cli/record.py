@@ -49,7 +49,7 @@ def sites(
 @shared.in_panels(
     what="data sites maps heads map_tokens timesteps conditioning guidance noise_draws reduce seed resolution fit latent_rule",
     where="out store_dtype compress",
-    how="model revision random_weights allow_pickle device dtype batch_rows on_nonfinite",
+    how="model variant lora config revision random_weights allow_pickle device dtype batch_rows on_nonfinite",
     start="shard dry_run force",
 )
 def extract(
@@ -81,6 +81,9 @@ def extract(
     compress: bool = option(False, "Compress with zstd (for maps; features gain little).", "--compress"),
     revision: str | None = shared.REVISION,
     allow_pickle: bool = shared.ALLOW_PICKLE,
+    variant: str | None = shared.VARIANT,
+    lora: list[str] = shared.LORA,
+    config: str | None = shared.CONFIG,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
     shard: str = option("", "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
     dry_run: bool = shared.DRY_RUN,
@@ -105,7 +108,10 @@ def extract(
         raise ValueError(f"--shard takes i/n, such as 3/8 for the third of eight jobs; got {shard!r}.")
     dataset = load_dataset(data)
     summary = run(
-        load_extractor(model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights), dataset, out,
+        load_extractor(
+            model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights, variant=variant,
+            loras=lora, config=config,
+        ), dataset, out,
         sites=sites, maps=maps, heads=heads, map_tokens=map_tokens, timesteps=timesteps, conditionings=conditionings or None,
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
@@ -181,6 +187,10 @@ def info(
     say(
         f"model {request['model']} ({found['pipeline']}, {found['prediction_type']}), weights {request['weights']}"
         + ("" if drawn is None else f", drawn at random from seed {drawn}")
+        + "".join(
+            f", {name} {', '.join([value] if isinstance(value, str) else value)}"
+            for name, value in found.get("loading", {}).items()
+        )
     )
     say(f"data {request['dataset']} ({request['fingerprint']}), seed {request['seed']}, {request['noise_draws']} noise draw(s)")
     say(f"timesteps {', '.join(map(str, request['timesteps']))}; conditionings {', '.join(request['conditionings'])}")

@@ -41,14 +41,14 @@ def with_labels(recorded: Labelled, labels: str | Path | Mapping[str, Mapping[st
     >>> with_labels(features, {"b.jpg": {"mood": "glad"}})["mood"].values.tolist()
     ['', 'glad']
     """
-    ids = [str(name) for name in recorded["sample"].values]
+    ids = [str(name) for name in recorded.coords["sample"].values]
     known = labels if isinstance(labels, Mapping) else read_labels(labels, ids)
     arrays = label_arrays([known.get(name, {}) for name in ids])
     coords = {name: ("sample", values) for name, values in arrays.items()}
     if not isinstance(recorded, xr.DataTree):
         return recorded.assign_coords(coords)
     tree = recorded.copy()
-    tree.dataset = recorded.to_dataset().assign_coords(coords)  # type: ignore[assignment]
+    tree.dataset = recorded.to_dataset().assign_coords(coords)
     return tree
 
 
@@ -63,7 +63,7 @@ def only_label(tree: xr.DataTree, besides: Sequence[str] = ()) -> str:
     """
     there = [str(n) for n, c in tree.coords.items() if c.dims == ("sample",) and n not in ("sample", "status", *besides)]
     # a label can be read where it is a number, or a word that recurs, and differs between samples
-    varied = {name: np.unique(tree[name].values) for name in there}
+    varied = {name: np.unique(tree.coords[name].values) for name in there}
     readable = [
         n
         for n, values in varied.items()
