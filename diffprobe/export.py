@@ -152,7 +152,7 @@ def _hf(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> No
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("Writing a dataset of the hub takes: pip install datasets") from error
+        raise ValueError("Writing a dataset of the hub takes: pip install 'diffprobe[scale]'") from error
     cells = _cells(arrays)
     kinds = {"i": "int64", "f": "float64"}
     features: dict[str, Any] = {

@@ -65,10 +65,12 @@ class FolderDataset(IndexedDataset):
         source = self._captions_file() if captions is None else Path(captions).expanduser()
         self._known = self._sidecars() if source is None else self._read_captions(source)
         self.limit, self.files = limit, self.files[:limit]
+        self.origin = ""  # the URL that the folder is a copy of
 
     @property
     def spec(self) -> str:
-        return str(self.root) if self.limit is None else join_spec("", self.root, {"limit": self.limit}).removeprefix(":")
+        place = self.origin or str(self.root)
+        return place if self.limit is None else f"{join_spec('', place, {})[1:]}?limit={self.limit}"
 
     def only(self, names: Iterable[str]) -> FolderDataset:
         """The same folder with these images alone, so that what they are can be compared with what they were."""
