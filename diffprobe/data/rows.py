@@ -80,7 +80,7 @@ class RowsDataset(IndexedDataset):
         more = row.pop("json", None)
         row |= more if isinstance(more, dict) else {}
         name = next((str(row.pop(column)) for column in IDS if row.get(column)), f"{index:08}")
-        texts = next((row.pop(column) for column in CAPTIONS if row.get(column)), [])
+        texts: Any = next((row.pop(column) for column in CAPTIONS if row.get(column)), [])
         captions = tuple(Caption(str(text).strip()) for text in ([texts] if isinstance(texts, str) else texts))
         labels = {
             key: self._names[key][value] if key in self._names and isinstance(value, int) else value
