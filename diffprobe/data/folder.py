@@ -51,6 +51,8 @@ class FolderDataset(IndexedDataset):
         ValueError: the folder is missing or has no images, or its captions do not fit it.
     """
 
+    origin = ""  # the URL that the folder is a copy of
+
     def __init__(self, root: str | Path, captions: str | Path | None = None, limit: int | None = None) -> None:
         self.root = real_path(root)
         if not self.root.is_dir():
@@ -65,7 +67,6 @@ class FolderDataset(IndexedDataset):
         source = self._captions_file() if captions is None else Path(captions).expanduser()
         self._known = self._sidecars() if source is None else self._read_captions(source)
         self.limit, self.files = limit, self.files[:limit]
-        self.origin = ""  # the URL that the folder is a copy of
 
     @property
     def spec(self) -> str:
