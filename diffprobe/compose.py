@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from diffprobe.conditioning import ACROSS, NULL, guided_name
 from diffprobe.console import Console, size_text
 from diffprobe.data.join import joined_fingerprint
-from diffprobe.data.samples import join_spec
+from diffprobe.data.samples import did_you_mean, join_spec
 from diffprobe.layout import (
     COMPLETE,
     PENDING,
@@ -223,7 +223,9 @@ def subset(
     """
     source = Source.open(path)
     request, labels = source.request, source.labels()
-    wanted = {known(name, source.ids, "sample") for name in samples} or set(source.ids)
+    wanted = set(samples) or set(source.ids)
+    if unknown := sorted(wanted - set(source.ids)):
+        raise StoreError(f"{path} has no sample {unknown[0]!r}.{did_you_mean(unknown[0], source.ids)}")
     for name, value in (where or {}).items():
         column = labels[known(name, list(labels), "label")]
         wanted &= {one for one, found in zip(source.ids, column, strict=True) if str(found) == value}
@@ -234,8 +236,8 @@ def subset(
     part = request | {name: [site for site in request[name] if site in chosen] for name in ("sites", "maps")}
     for axis, values in (("timesteps", timesteps), ("conditionings", conditionings)):
         if values:
-            if unknown := [value for value in values if value not in request[axis]]:
-                raise StoreError(f"{path} has no {unknown[0]!r} among its {axis}; it has {', '.join(map(str, request[axis]))}.")
+            if absent := [value for value in values if value not in request[axis]]:
+                raise StoreError(f"{path} has no {absent[0]!r} among its {axis}; it has {', '.join(map(str, request[axis]))}.")
             part[axis] = [value for value in request[axis] if value in values]
     part["reduce"] = {site: rule for site, rule in request["reduce"].items() if site in chosen}
     part["samples"] = len(ids)

@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from diffprobe.data.samples import did_you_mean
 from diffprobe.store import COMPLETE, StoreError, features, known, open_store, provenance
 
 Rows = Literal["none", "mean", "tokens"]
@@ -39,7 +40,9 @@ class _Reader:
         self.step = int(provenance(tree)["unit_samples"])
         root = tree.to_dataset()
         names = [str(name) for name in root["sample"].values]
-        wanted = set(names) if samples is None else {known(name, names, "sample") for name in samples}
+        wanted = set(names if samples is None else samples)
+        if unknown := sorted(wanted - set(names)):
+            raise StoreError(f"{path} has no sample {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
         there = (root["status"].values == COMPLETE) & np.array([name in wanted for name in names])
         self._places = np.flatnonzero(there)  # of the samples in the store's arrays
         if not len(self._places):

@@ -102,6 +102,8 @@ def test_ranks_and_workers_share_the_units_out(kept: tuple[Path, np.ndarray]) ->
         seen += [int(n) for batch in DataLoader(stream, batch_size=None, num_workers=2) for n in batch["sample"]]
     assert sorted(seen) == list(range(21))
     part = StoreStream(path, SITE, samples=["s9", "s2", "s8"])
+    with pytest.raises(ValueError, match="has no sample 'nobody'"):
+        StoreStream(path, SITE, samples=["s9", "nobody"])
     assert part.ids == ["s2", "s8", "s9"] and sorted(torch.cat([b["sample"] for b in part]).tolist()) == [0, 1, 2]
 
 
