@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from diffprobe.conditioning import NULL, guided_name
+from diffprobe.conditioning import ACROSS, NULL, guided_name
 from diffprobe.console import Console, size_text
 from diffprobe.data.join import joined_fingerprint
-from diffprobe.data.samples import join_spec
+from diffprobe.data.samples import did_you_mean, join_spec
 from diffprobe.layout import (
     COMPLETE,
     PENDING,
@@ -53,10 +54,11 @@ class Source:
     attributes: dict[str, Any]
     ids: list[str]
     status: NDArray[np.uint8]
-    rows: dict[str, int] = field(init=False)
+    _coordinates: dict[str, list[Any]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.rows = {name: row for row, name in enumerate(self.ids)}
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
 
     @classmethod
     def open(cls, path: str | Path, finished: bool = True) -> Source:
@@ -98,8 +100,10 @@ class Source:
         return {name: read_array(self.root, f"prompts/{name}") for name in ("text", "token_id", "token_start", "token_end")}
 
     def coordinate(self, site: str, name: str) -> list[Any]:
-        found: list[Any] = read_array(self.root, f"{site}/{name}").tolist()
-        return found
+        path = f"{site}/{name}"
+        if path not in self._coordinates:
+            self._coordinates[path] = read_array(self.root, path).tolist()
+        return self._coordinates[path]
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -120,72 +124,62 @@ def merge(paths: Sequence[str | Path], out: str | Path, *, progress: bool = True
     if len(paths) < 2:
         raise StoreError("merge takes two stores or more.")
     sources = [Source.open(path) for path in paths]
-    axes = {_axis(sources[0], other) for other in sources[1:]}
+    first = sources[0]
+    axes = {_axis(first, other) for other in sources[1:]}
     if len(axes) > 1:
         raise StoreError(f"The stores differ in {' and '.join(sorted(axes))}; merge along one of them at a time.")
     (axis,) = axes
     for number, source in enumerate(sources):
         for other in sources[:number]:
-            shared = [v for v in source.along(axis) if v in set(other.along(axis))]
-            if axis == "conditionings":
-                shared = [name for name in shared if name != NULL]
-            if shared:
+            there = set(other.along(axis)) - ({NULL} if axis == "conditionings" else set())
+            if shared := [value for value in source.along(axis) if value in there]:
                 raise StoreError(
                     f"{other.path} and {source.path} share {len(shared)} of their {axis}, such as {shared[0]!r}; "
                     "'diffprobe subset' takes a part of one."
                 )
-    whole = dict(sources[0].request)
-    for other in sources[1:]:
-        whole |= _joined(whole, other.request, axis)
-    attributes = sources[0].attributes | {"request": whole, "merged": [source.path for source in sources]}
-    ids = sources[0].ids
-    labels = sources[0].labels()
+    requests = [source.request for source in sources]
+    attributes = first.attributes | {"merged": [source.path for source in sources]}
+    ids, labels, whole = first.ids, first.labels(), dict(first.request)
     if axis == "samples":
+        if across := [name for name in whole["conditionings"] if name in ACROSS]:
+            raise StoreError(
+                f"The texts of {across[0]!r} come from a whole dataset, so its parts cannot be joined; take the other conditionings "
+                "with 'diffprobe subset'."
+            )
         ids = [name for source in sources for name in source.ids]
         labels = _joined_labels([source.labels() for source in sources], [len(source.ids) for source in sources])
         attributes["data"] = join_spec("join", "", {f"part{n}": s.attributes["data"] for n, s in enumerate(sources)})
-        whole["fingerprint"] = joined_fingerprint([source.request["fingerprint"] for source in sources])
+        whole |= {"dataset": "+".join(r["dataset"] for r in requests), "samples": len(ids)}
+        whole["fingerprint"] = joined_fingerprint([request["fingerprint"] for request in requests])
+    else:
+        for name in ("sites", "maps") if axis == "sites" else (axis,):
+            whole[name] = list(dict.fromkeys(value for request in requests for value in request[name]))
+        whole["reduce"] = {site: rule for request in requests for site, rule in request["reduce"].items()}
     with sole_writer(out):
-        compose(sources, out, attributes, ids, labels, progress=progress)
+        compose(sources, out, attributes | {"request": whole}, ids, labels, progress=progress)
     return axis
 
 
 def _axis(one: Source, other: Source) -> str:
-    """The axis along which two stores differ; StoreError where they differ in more, or nowhere."""
+    """The axis along which two stores differ.
+
+    Raises:
+        StoreError: they differ along more, or nowhere.
+        RequestError: they differ in something else, which the message lists.
+    """
     differing = [axis for axis in AXES if one.along(axis) != other.along(axis)]
     if len(differing) != 1:
-        what = (
-            f"differ in their {' and '.join(differing)}"
-            if differing
-            else "have the same samples, sites, timesteps and conditionings"
-        )
+        what = "differ in their " + " and ".join(differing) if differing else f"have the same {', '.join(AXES)}"
         raise StoreError(f"{one.path} and {other.path} {what}; stores can be merged that differ in exactly one of these.")
-    check_alike(one, other, differing[0])
-    return differing[0]
-
-
-def check_alike(one: Source, other: Source, axis: str) -> None:
-    """Raises RequestError, which lists the differences, unless two requests are equal but for one axis."""
     left, right = one.request, other.request
-    free = {"sites": ("reduce",), "samples": AXES["samples"]}.get(axis, ()) + AXES[axis]
-    if left["weights"] == right["weights"]:
-        free += ("model", "revision")  # a folder may have been moved
-    if left["fingerprint"] == right["fingerprint"]:
-        free += ("dataset",)
-    if not left["maps"] and not right["maps"]:
-        free += ("map_tokens",)
+    free = AXES[differing[0]]
+    free += ("model", "revision") if left["weights"] == right["weights"] else ()  # a folder may have been moved
+    free += ("dataset",) if left["fingerprint"] == right["fingerprint"] else ()
+    free += () if left["maps"] or right["maps"] else ("map_tokens",)
     kept, asked = ({k: v for k, v in request.items() if k not in free} for request in (left, right))
     if differences := request_differences(kept, asked, (f"{one.path} has", f"{other.path} has")):
         raise RequestError(f"{one.path} and {other.path} cannot be merged: {'; '.join(differences)}.")
-
-
-def _joined(left: dict[str, Any], right: dict[str, Any], axis: str) -> dict[str, Any]:
-    """What the request of two merged stores has along an axis."""
-    if axis == "samples":
-        return {"dataset": f"{left['dataset']}+{right['dataset']}", "samples": left["samples"] + right["samples"]}
-    if axis == "sites":
-        return {name: left[name] + right[name] for name in ("sites", "maps")} | {"reduce": left["reduce"] | right["reduce"]}
-    return {axis: [*left[axis], *(value for value in right[axis] if value not in left[axis])]}
+    return differing[0]
 
 
 def _joined_labels(labels: Sequence[dict[str, NDArray[Any]]], counts: Sequence[int]) -> dict[str, NDArray[Any]]:
@@ -229,7 +223,9 @@ def subset(
     """
     source = Source.open(path)
     request, labels = source.request, source.labels()
-    wanted = {known(name, source.ids, "sample") for name in samples} or set(source.ids)
+    wanted = set(samples) or set(source.ids)
+    if unknown := sorted(wanted - set(source.ids)):
+        raise StoreError(f"{path} has no sample {unknown[0]!r}.{did_you_mean(unknown[0], source.ids)}")
     for name, value in (where or {}).items():
         column = labels[known(name, list(labels), "label")]
         wanted &= {one for one, found in zip(source.ids, column, strict=True) if str(found) == value}
@@ -240,24 +236,17 @@ def subset(
     part = request | {name: [site for site in request[name] if site in chosen] for name in ("sites", "maps")}
     for axis, values in (("timesteps", timesteps), ("conditionings", conditionings)):
         if values:
-            unknown = [value for value in values if value not in request[axis]]
-            if unknown:
-                raise StoreError(f"{path} has no {unknown[0]!r} among its {axis}; it has {', '.join(map(str, request[axis]))}.")
+            if absent := [value for value in values if value not in request[axis]]:
+                raise StoreError(f"{path} has no {absent[0]!r} among its {axis}; it has {', '.join(map(str, request[axis]))}.")
             part[axis] = [value for value in request[axis] if value in values]
     part["reduce"] = {site: rule for site, rule in request["reduce"].items() if site in chosen}
     part["samples"] = len(ids)
     if len(ids) < len(source.ids):
         part["fingerprint"] = hashlib.sha256(repr((request["fingerprint"], ids)).encode()).hexdigest()[:16]
     rows = [source.rows[name] for name in ids]
+    labels = {name: values[rows] for name, values in labels.items()}
     with sole_writer(out):
-        compose(
-            [source],
-            out,
-            source.attributes | {"request": part},
-            ids,
-            {n: v[rows] for n, v in labels.items()},
-            progress=progress,
-        )
+        compose([source], out, source.attributes | {"request": part}, ids, labels, progress=progress)
     return len(ids)
 
 
@@ -333,37 +322,30 @@ def _prompts(sources: Sequence[Source], ids: Sequence[str], conditionings: Seque
     width = max(own["token_id"].shape[2] for own in read)
     shape = (len(ids), len(conditionings))
     padding = sources[0].attributes.get("special_tokens", {}).get("padding", 0)
-    joined = {
-        name: np.full((*shape, width), padding if name == "token_id" else 0, np.int32) for name in read[0] if name != "text"
-    }
+    joined = {name: np.full((*shape, width), padding if name == "token_id" else 0, np.int32) for name in read[0]}
     joined["text"] = np.full(shape, None, object)
     for source, own in zip(sources, read, strict=True):
-        to, rows = _rows(source, ids)
-        columns = [
-            (c, source.request["conditionings"].index(name))
-            for c, name in enumerate(conditionings)
-            if name in source.request["conditionings"]
-        ]
-        for column, theirs in columns:
-            fresh = np.array([joined["text"][row, column] is None for row in to], bool)
-            texts = own["text"][rows, theirs].astype(object)
-            differing = np.flatnonzero(~fresh & (joined["text"][to, column] != texts))
-            if len(differing):
-                raise StoreError(
-                    f"{sources[0].path} and {source.path} have different prompts for {ids[to[differing[0]]]!r} under "
-                    f"{conditionings[column]!r}; they were not made from the same captions."
-                )
-            for name, values in own.items():
-                place = (to[fresh], column) if name == "text" else (to[fresh], column, slice(values.shape[2]))
-                joined[name][place] = values[rows[fresh], theirs]
+        (to, rows), (columns, theirs) = _places(ids, source.rows), _places(conditionings, source.request["conditionings"])
+        here, there = np.ix_(to, columns), np.ix_(rows, theirs)
+        before, texts = joined["text"][here], own["text"][there].astype(object)
+        if (differing := np.argwhere((before != None) & (before != texts))).size:  # noqa: E711
+            row, column = differing[0]
+            raise StoreError(
+                f"{sources[0].path} and {source.path} have different prompts for {ids[to[row]]!r} under "
+                f"{conditionings[columns[column]]!r}; they were not made from the same captions."
+            )
+        joined["text"][here] = texts
+        for name in read[0].keys() - {"text"}:
+            joined[name][..., : own[name].shape[2]][here] = own[name][there]
     return joined
 
 
-def _rows(source: Source, ids: Sequence[str]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where among the ids the samples of a source stand, and where in the source."""
-    pairs = [(place, source.rows[name]) for place, name in enumerate(ids) if name in source.rows]
-    to, rows = np.array(pairs, np.intp).reshape(-1, 2).T
-    return to, rows
+def _places(wanted: Sequence[Any], there: Sequence[Any] | dict[str, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The places of the values that both have, in either."""
+    place = there if isinstance(there, dict) else {value: number for number, value in enumerate(there)}
+    pairs = [(number, place[value]) for number, value in enumerate(wanted) if value in place]
+    mine, theirs = np.array(pairs, np.intp).reshape(-1, 2).T
+    return mine, theirs
 
 
 def _unit(
@@ -376,19 +358,14 @@ def _unit(
         for spec in specs
     }
     for source in reversed(sources):
-        to, rows = _rows(source, ids)
-        if not len(to):
-            continue
+        to, rows = _places(ids, source.rows)
         status[to] = np.where(status[to] > COMPLETE, status[to], source.status[rows])
-        for spec in specs:
-            if spec.site not in source.sites:
-                continue
-            values = _read(site_array(source.root, spec.site), rows)
-            columns, times = source.coordinate(spec.site, "conditioning"), source.coordinate(spec.site, "timestep")
-            c = [(n, columns.index(name)) for n, name in enumerate(spec.conditionings) if name in columns]
-            t = [(n, times.index(step)) for n, step in enumerate(steps) if step in times]
-            theirs = values[:, [there for _, there in c]][:, :, [there for _, there in t]]
-            arrays[spec.site][np.ix_(to, [here for here, _ in c], [here for here, _ in t])] = theirs
+        for spec in specs if len(to) else ():
+            if spec.site in source.sites:
+                columns, own_columns = _places(spec.conditionings, source.coordinate(spec.site, "conditioning"))
+                times, own_times = _places(steps, source.coordinate(spec.site, "timestep"))
+                values = _read(site_array(source.root, spec.site), rows)[:, own_columns][:, :, own_times]
+                arrays[spec.site][np.ix_(to, columns, times)] = values
     return arrays, status
 
 

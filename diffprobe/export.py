@@ -152,7 +152,7 @@ def _hf(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> No
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("Writing a dataset of the hub takes: pip install datasets") from error
+        raise ValueError("Writing a dataset of the hub takes: pip install 'diffprobe[scale]'") from error
     cells = _cells(arrays)
     kinds = {"i": "int64", "f": "float64"}
     features: dict[str, Any] = {
@@ -166,7 +166,9 @@ def _hf(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> No
     def rows() -> Iterator[dict[str, Any]]:
         for part, block in _blocks(cells):
             for number, row in enumerate(samples[part].to_dict("records")):
-                yield row | {name: values[number] for name, values in block.items()}
+                yield {str(name): value for name, value in row.items()} | {
+                    name: values[number] for name, values in block.items()
+                }
 
     with whole_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as cache:
         datasets.Dataset.from_generator(rows, features=datasets.Features(features), cache_dir=cache).save_to_disk(folder)

@@ -102,7 +102,8 @@ def extend(
         )  # fmt: skip
         if isinstance(network, VisionEncoder) and (timesteps or conditionings or maps):
             raise ValueError(f"{network.model_id} is a vision encoder: it has no timesteps, conditionings or maps to add.")
-        data = load_dataset(dataset or held.attributes["data"]) if not dataset or isinstance(dataset, str) else dataset
+        given = dataset or str(held.attributes["data"])
+        data = load_dataset(given) if isinstance(given, str) else given
         asked = {"samples": data, "sites": (sites, maps, reduce), "timesteps": timesteps, "conditionings": conditionings}
         _clear(held, part, grown)
         for axis in compose.AXES:

@@ -209,7 +209,8 @@ def extract(
         if dry_run:
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)
         if rank == 0 and not resuming:
-            size = unit_samples or min(run.unit_samples(), max(1, len(dataset) // jobs))
+            even = max(1, len(dataset) // (4 * jobs)) if shard else len(dataset)  # shards of nearly equal work
+            size = unit_samples or min(run.unit_samples(), even)
             with contextlib.suppress(rundir.TakenError) if shard else contextlib.nullcontext():
                 _lay_out(run, out, size, compress, ranks, jobs)
         elif rank == 0 and shard is None:
@@ -218,6 +219,8 @@ def extract(
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
         if shard:  # another may have laid it out meanwhile
+            count = -(-len(dataset) // writer.unit_samples)
+            log(f"Shard {job} of {jobs}: {len(range(job - 1, count, jobs))} of {count} units.")
             _check_resumed(out, writer.attributes, request, repairs=False, jobs=jobs)
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
         mine = [

@@ -65,9 +65,8 @@ def latent_figure(
     names, values = (np.concatenate(parts) for parts in zip(*read, strict=True))
     top = np.argsort(-values.max(1), axis=0, kind="stable")[:number].T  # (latent, image)
     shown = sorted({ids[names[row]] for row in top.flat})
-    _, pictures, _, found = open_with_images(
-        store, data, lambda tree: [tree["sample"].values.tolist().index(name) for name in shown]
-    )
+    choose = lambda tree: [tree.to_dataset()["sample"].values.tolist().index(name) for name in shown]  # noqa: E731
+    _, pictures, _, found = open_with_images(store, data, choose)
     images = np.stack([[pictures[found.index(ids[names[row]])] for row in rows] for rows in top])
     maps = np.stack([values[rows, :, n].reshape(len(rows), *grid) for n, rows in enumerate(top)]).astype(np.float32)
     frame = pd.DataFrame(

@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from diffprobe.data.samples import did_you_mean
 from diffprobe.store import COMPLETE, StoreError, features, known, open_store, provenance
 
 Rows = Literal["none", "mean", "tokens"]
@@ -37,24 +38,30 @@ class _Reader:
         self.timestep, self.conditioning = timestep, conditioning
         tree = open_store(path, complete=False)
         self.step = int(provenance(tree)["unit_samples"])
-        names = [str(name) for name in tree["sample"].values]
-        wanted = None if samples is None else {known(name, names, "sample") for name in samples}
-        there = (tree["status"].values == COMPLETE) & [wanted is None or name in wanted for name in names]
+        root = tree.to_dataset()
+        names = [str(name) for name in root["sample"].values]
+        wanted = set(names if samples is None else samples)
+        if unknown := sorted(wanted - set(names)):
+            raise StoreError(f"{path} has no sample {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
+        there = (root["status"].values == COMPLETE) & np.array([name in wanted for name in names])
         self._places = np.flatnonzero(there)  # of the samples in the store's arrays
         if not len(self._places):
             raise StoreError(f"{path} has none of the samples yet.")
         self.ids = [names[place] for place in self._places]
-        self._labels, self.classes = self._encode(tree, label) if label else (None, [])
+        self._labels: torch.Tensor | None = None
+        self.classes: list[str] = []
+        if label:
+            self._labels, self.classes = self._encode(root, label)
         self.shape = tuple(self._read(slice(0, 0)).shape[1:])
 
-    def _encode(self, tree: xr.DataTree, label: str) -> tuple[torch.Tensor, list[str]]:
+    def _encode(self, root: xr.Dataset, label: str) -> tuple[torch.Tensor, list[str]]:
         """One number a sample: a quantity, or the number of its class."""
-        there = [str(name) for name, c in tree.coords.items() if c.dims == ("sample",) and name not in ("sample", "status")]
-        values = tree[known(label, there, "label")].values[self._places]
+        there = [str(name) for name, c in root.coords.items() if c.dims == ("sample",) and name not in ("sample", "status")]
+        values = root[known(label, there, "label")].values  # of all samples: a part of them has the same classes
         if values.dtype.kind == "f":
-            return torch.from_numpy(values.astype(np.float32)), []
+            return torch.from_numpy(values[self._places].astype(np.float32)), []
         classes, codes = np.unique(values.astype(str) if values.dtype.kind in "UO" else values, return_inverse=True)
-        return torch.from_numpy(codes), [str(name) for name in classes]
+        return torch.from_numpy(codes[self._places]), [str(name) for name in classes]
 
     @cached_property
     def _array(self) -> xr.DataArray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
@@ -369,6 +370,21 @@ def test_a_shard_that_never_ran_is_named_and_any_command_finishes(
     assert all(f"shard {shard}/4: 0 of 1 units" in said for shard in (1, 3, 4)) and "shard 2/4" not in said
     extract(tiny_model, ShapesDataset(8), tmp_path / "s.zarr", **BASE)
     assert "units done" not in run("info", tmp_path / "s.zarr")[1]
+
+
+def test_a_remote_place(tiny_model: DiffusionModel, tmp_path: Path, run: Any) -> None:
+    fsspec.filesystem("memory").store.clear()
+    for shard in (1, 2):
+        extract(tiny_model, ShapesDataset(5), "memory://tests/s.zarr", shard=(shard, 2), **BASE)
+        assert ("units done" in run("info", "memory://tests/s.zarr")[1]) == (shard == 1)
+    extract(tiny_model, ShapesDataset(5), tmp_path / "late.zarr", **BASE | {"timesteps": (7,)})
+    assert merge(["memory://tests/s.zarr", tmp_path / "late.zarr"], "memory://tests/both.zarr", progress=False) == "timesteps"
+    assert store.verify_store("memory://tests/both.zarr") == []
+    extract(tiny_model, ShapesDataset(5), tmp_path / "whole.zarr", **BASE | {"timesteps": (50, 500, 7)})
+    whole, both = (store.features(store.open_store(p), SITES[0]) for p in (tmp_path / "whole.zarr", "memory://tests/both.zarr"))
+    np.testing.assert_array_equal(whole.values, both.values)
+    with pytest.raises(store.StoreError, match="is a URL"):
+        extend("memory://tests/s.zarr", timesteps=[7], model=tiny_model)
 
 
 def test_locks_of_shards(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_dataset_by_index(kept: tuple[Path, np.ndarray]) -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_stream_yields_every_row_once(kept: tuple[Path, np.ndarray], rows: Any, shuffle: bool) -> None:
     path, values = kept
-    stream = StoreStream(path, SITE, timestep=10, rows=rows, shuffle=shuffle, batch_size=7, buffer=2, label="size")
+    stream = StoreStream(path, SITE, timestep=10, rows=rows, shuffle=shuffle, batch_size=5, buffer=2, label="size")
     chosen = good(values)[:, :, 0]
     plain = {
         "none": chosen,
@@ -77,7 +77,7 @@ def test_a_stream_yields_every_row_once(kept: tuple[Path, np.ndarray], rows: Any
     }[rows].astype(np.float32)
     batches = list(stream)
     sizes = [len(batch["sample"]) for batch in batches]
-    assert set(sizes[:-1]) == {7} and sum(sizes) == len(plain)
+    assert set(sizes[:-1]) == {5} and sum(sizes) == len(plain)
     got, numbers = (torch.cat([batch[name] for batch in batches]).numpy() for name in ("features", "sample"))
     labels = torch.cat([batch["label"] for batch in batches]).numpy()
     np.testing.assert_array_equal(labels, [float(stream.ids[n][1:]) / 2 for n in numbers])
@@ -102,6 +102,8 @@ def test_ranks_and_workers_share_the_units_out(kept: tuple[Path, np.ndarray]) ->
         seen += [int(n) for batch in DataLoader(stream, batch_size=None, num_workers=2) for n in batch["sample"]]
     assert sorted(seen) == list(range(21))
     part = StoreStream(path, SITE, samples=["s9", "s2", "s8"])
+    with pytest.raises(ValueError, match="has no sample 'nobody'"):
+        StoreStream(path, SITE, samples=["s9", "nobody"])
     assert part.ids == ["s2", "s8", "s9"] and sorted(torch.cat([b["sample"] for b in part]).tolist()) == [0, 1, 2]
 
 

@@ -176,12 +176,12 @@ def probe_sae(
     names = [n for n in site_names(tree) if "features" in tree[n].data_vars]
     request = provenance(tree)["request"]
     site = site or (names or [""])[0]
-    chosen = {
+    chosen: Any = {
         "timestep": request["timesteps"][0] if timestep is None else timestep,
         "conditioning": conditioning or request["conditionings"][0],
     }
     array = features(tree, site, **chosen)
-    ids = tree["sample"].values.astype(str)
+    ids = tree.to_dataset()["sample"].values.astype(str)
     if len(ids) < 5:
         raise ValueError(f"{store} has {len(ids)} complete samples; five are needed to train on some and score others.")
     test, train = np.split(np.random.default_rng(seed).permutation(ids), [max(1, len(ids) // 5)])

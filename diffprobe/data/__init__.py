@@ -11,6 +11,7 @@ keypoints.py  points that show the same thing in two images of a twin; spair.py 
 several.py    questions about several drawn images at once, in the manner of BLINK
 folder.py     a folder of photographs, with or without captions; labels.py reads captions and labels from files and folders
 blank.py      any dataset with grey images
+rows.py       datasets of the hub saved on disk, WebDataset shards, folders behind a URL
 join.py       several datasets as one, and some samples of one
 annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
 segmentations.py  COCO's polygons and run lengths as masks; categories.py names of categories in captions
@@ -29,6 +30,7 @@ from diffprobe.data.drawn import ShapesDataset
 from diffprobe.data.folder import FolderDataset
 from diffprobe.data.images import ImageError, fit_image, fit_masks, read_image
 from diffprobe.data.join import JoinedDataset, PartDataset
+from diffprobe.data.rows import RowsDataset, folder_at
 from diffprobe.data.samples import (
     Caption,
     Dataset,
@@ -54,6 +56,7 @@ __all__ = [
     "JoinedDataset",
     "PartDataset",
     "Question",
+    "RowsDataset",
     "Sample",
     "ShapesDataset",
     "Span",
@@ -73,10 +76,11 @@ ANNOTATED = {  # a path stands after the colon, where drawn datasets have a numb
     "refcoco": ("images", "instances", "split", "limit"),
     "voc": ("split", "limit"),
 }
-OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}, **ANNOTATED}
-_FILES = ("coco:INSTANCES.json?images=FOLDER", "refcoco:REFS.json?images=FOLDER", "voc:FOLDER")
+ROWS = {"hf": ("split", "limit"), "tar": ("limit",)}
+OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}, **ANNOTATED, **ROWS}
+_FILES = ("coco:INSTANCES.json?images=FOLDER", "refcoco:REFS.json?images=FOLDER", "voc:FOLDER", "hf:FOLDER", "tar:FILES.tar")
 FORMS = ", ".join(
-    ["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), *_FILES, "blank:SPEC", "or the path of a folder of images"]
+    ["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), *_FILES, "blank:SPEC", "or the path or URL of a folder of images"]
 )
 
 
@@ -88,7 +92,8 @@ def load_dataset(spec: str) -> Dataset:
     are N pairs of drawn images, with the option ``seed``.  ``coco:INSTANCES.json?images=FOLDER`` (with ``captions``),
     ``refcoco:REFS.json?images=FOLDER`` (with ``instances``, ``split``) and ``voc:FOLDER`` (with ``split``) are annotated
     photographs, of which ``limit`` takes the first; ``blank:SPEC`` is any of them with grey images, ``join:?part0=SPEC&part1=SPEC``
-    several, one after the other; anything else is the path of a folder of photographs, of which ``?limit=N`` behind it takes
+    several, one after the other; ``hf:FOLDER`` (with ``split``) is a dataset that `datasets` saved on disk, ``tar:FILES.tar``
+    are WebDataset shards; anything else is the path of a folder of photographs, of which ``?limit=N`` behind it takes
     the first.  In a path after a colon or an equals sign, %26 stands for &, and so on.
 
     Raises:
@@ -112,17 +117,25 @@ def load_dataset(spec: str) -> Dataset:
         if Path(spec).expanduser().is_dir():
             return FolderDataset(spec)
         _, folder, given = split_spec(f"folder:{spec}")
-        if given and Path(folder).expanduser().is_dir():
+        if "://" in spec or (given and Path(folder).expanduser().is_dir()):
             check_options(spec, "a folder", given, ("limit",))
-            return FolderDataset(folder, limit=whole_number(spec, "limit", given["limit"], at_least=1))
+            limit = whole_number(spec, "limit", given["limit"], at_least=1) if given else None
+            return folder_at(folder, limit) if "://" in spec else FolderDataset(folder, limit=limit)
         raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{did_you_mean(kind, OPTIONS)}")
     _, target, given = split_spec(spec)
     options = check_options(spec, kind, given, OPTIONS[kind])
     if not target:
-        example = f"'{kind}:256'" if kind not in ANNOTATED else next(f"'{form}'" for form in _FILES if form.startswith(kind))
-        raise ValueError(
-            f"{spec!r} does not say {'how many' if kind not in ANNOTATED else 'where'}; write for example {example}."
+        example = (
+            f"'{kind}:256'"
+            if kind not in (*ANNOTATED, *ROWS)
+            else next(f"'{form}'" for form in _FILES if form.startswith(kind))
         )
+        raise ValueError(
+            f"{spec!r} does not say {'how many' if kind not in (*ANNOTATED, *ROWS) else 'where'}; write for example {example}."
+        )
+    if kind in ROWS:
+        limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
+        return RowsDataset(kind, target, options.get("split"), limit)
     if kind in ANNOTATED:
         return _annotated(spec, kind, target, options)
     count = whole_number(spec, "the number after ':'", target, at_least=1)

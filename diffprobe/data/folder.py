@@ -40,6 +40,8 @@ class FolderDataset(IndexedDataset):
         ValueError: the folder is missing or has no images, or its captions do not fit it.
     """
 
+    origin = ""  # the URL that the folder is a copy of
+
     def __init__(self, root: str | Path, captions: str | Path | None = None, limit: int | None = None) -> None:
         self.root = real_path(root)
         if not self.root.is_dir():
@@ -62,7 +64,8 @@ class FolderDataset(IndexedDataset):
 
     @property
     def spec(self) -> str:
-        return str(self.root) if self.limit is None else join_spec("", self.root, {"limit": self.limit}).removeprefix(":")
+        place = self.origin or str(self.root)
+        return place if self.limit is None else f"{join_spec('', place, {})[1:]}?limit={self.limit}"
 
     def only(self, names: Iterable[str]) -> FolderDataset:
         """The same folder with these images alone, so that what they are can be compared with what they were."""
