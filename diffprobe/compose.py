@@ -34,7 +34,7 @@ from diffprobe.layout import (
     site_array,
 )
 from diffprobe.rundir import RequestError, StoreError, check_request, free_bytes, request_differences, sole_writer
-from diffprobe.store import ArraySpec, StoreWriter, create_store, exists, known
+from diffprobe.store import LEVELS, ArraySpec, StoreWriter, create_store, exists, known
 
 AXES = {  # what of a request belongs to an axis
     "samples": ("dataset", "fingerprint", "samples"),
@@ -291,6 +291,7 @@ def compose(
             out, attributes=attributes, sample_ids=ids, labels=labels, timesteps=request["timesteps"], prompts=prompts,
             conditionings=request["conditionings"], tokens=request["map_tokens"], specs=specs, unit_samples=int(attributes["unit_samples"]),
             dtype=request["store_dtype"], compress="zstd" in str(first.metadata.to_dict()["codecs"]),
+            levels=_levels(sources, request["timesteps"]),
         )  # fmt: skip
     writer = StoreWriter(out)
     with Console(stderr=True, quiet=not progress).progress("copy", "units", -(-len(ids) // writer.unit_samples)) as advance:
@@ -314,6 +315,19 @@ def _specs(sources: Sequence[Source], request: Mapping[str, Any]) -> list[ArrayS
         own = (site, str(told["path"]), str(told["kind"]), variable)
         specs.append(ArraySpec(*own, tuple(dims[3:]), tuple(array.shape[3:]), names, str(told["reduce"])))
     return specs
+
+
+def _levels(sources: Sequence[Source], timesteps: Sequence[int]) -> dict[str, NDArray[Any]] | None:
+    """The noise of the timesteps, as the sources keep it; None where one was written before stores kept it."""
+    held: dict[str, dict[int, float]] = {name: {} for name in LEVELS}
+    for source in sources:
+        site = source.sites[0]
+        for name in LEVELS:
+            if name in source.root[site]:  # type: ignore[operator]
+                held[name] |= dict(zip(source.coordinate(site, "timestep"), source.coordinate(site, name), strict=True))
+    if any(step not in values for values in held.values() for step in timesteps):
+        return None
+    return {name: np.array([values[step] for step in timesteps]) for name, values in held.items()}
 
 
 def _prompts(sources: Sequence[Source], ids: Sequence[str], conditionings: Sequence[str]) -> dict[str, NDArray[Any]]:

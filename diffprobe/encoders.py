@@ -353,7 +353,7 @@ def load_extractor(
         **loading: options that only `load_model` has: variant, loras, config.
     """
     source = resolve(id_or_dir)
-    loading = {name: value for name, value in loading.items() if value}
+    loading = {name: value for name, value in loading.items() if value is not None and value != []}
     load: Callable[..., DiffusionModel | VisionEncoder] = load_model
     try:
         if not Path(source).expanduser().is_file():  # a single file of weights

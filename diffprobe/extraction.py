@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +35,7 @@ from diffprobe.sites import select_sites
 from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
 
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
+TIMESTEPS = (10, 50, 100, 250, 500)
 _LOOK_AT = 500  # most samples whose captions a forecast reads
 
 
@@ -77,7 +78,9 @@ def extract(
     maps: str | Sequence[str] = (),
     heads: Literal["mean", "all"] = "mean",
     map_tokens: Literal["prompt", "all"] | int = "prompt",
-    timesteps: Sequence[int] = (10, 50, 100, 250, 500),
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] = (),
+    log_snr: Sequence[float] = (),
     conditionings: Sequence[str] | None = None,
     guidance: Sequence[float] = (),
     noise_draws: int = 1,
@@ -107,6 +110,8 @@ def extract(
         sites, maps: patterns for `select_sites`; either may be empty.
         map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too, a number
             that many.
+        timesteps: training timesteps, `TIMESTEPS` by default; 1000 s of a flow.
+        sigmas, log_snr: in their place, the noise; the nearest training timestep is taken (`diffprobe.noise.Levels`).
         conditionings: names that `diffprobe.conditioning` explains; by default null and, where there are captions, caption.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
         noise_draws: average features and maps over this many noise tensors.
@@ -136,6 +141,9 @@ def extract(
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
     log = lambda text: console.print(text)  # noqa: E731
+    if sum(map(bool, (timesteps, sigmas, log_snr))) > 1:
+        raise ValueError("Give one of timesteps, sigmas and log-SNR.")
+    levels = TIMESTEPS if timesteps is None else timesteps
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     if conditionings is None:
         conditionings = (NULL, "caption") if any(sample.captions for sample in iterate(dataset)) else (NULL,)
@@ -143,8 +151,9 @@ def extract(
             log(
                 f"{dataset.name} has no captions, so that the conditioning is null alone; 'fixed:TEXT' gives all images one text."
             )
-    _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
+    _check_arguments(sigmas or log_snr or levels, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     model = load_extractor(model) if isinstance(model, str) else model
+    timesteps = levels if isinstance(model, VisionEncoder) else _nearest(model, sigmas, log_snr) or levels
     if isinstance(model, VisionEncoder):
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
@@ -176,6 +185,7 @@ def extract(
         map_tokens=list(range(kept_tokens)), timesteps=list(timesteps), conditionings=list(conditionings), guidance=list(guidance),
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
+        network_guidance=getattr(model, "guidance", None),
     )  # fmt: skip
     run = Run(model, dataset, request, index, on_nonfinite, log)
     shapes, seconds_per_row = run.first_pass()
@@ -238,8 +248,16 @@ def extract(
     return Summary(str(out), len(dataset), complete, run.skipped, time.perf_counter() - started, forecast)
 
 
+def _nearest(model: DiffusionModel, sigmas: Sequence[float], log_snr: Sequence[float]) -> list[int]:
+    """The training timesteps that are meant by their noise."""
+    found = [model.levels.nearest(sigma=value) for value in sigmas] + [model.levels.nearest(log_snr=v) for v in log_snr]
+    if len(set(found)) < len(found):
+        raise ValueError(f"Two of these noise levels mean the same timestep of {model.model_id}: {', '.join(map(str, found))}.")
+    return found
+
+
 def _check_arguments(
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     conditionings: Sequence[str],
     guidance: Sequence[float],
     noise_draws: int,
@@ -289,7 +307,7 @@ def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs:
             + (f"finish it with --shard i/{number}, or " if number > 1 else "finish it ")
             + "by the command without --shard."
         )
-    asked = asdict(run.request) | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
+    asked = run.request.plain() | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
     another = "holds another request; give another --out, or match it."
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
     if stored["fingerprint"] != asked["fingerprint"] and (changed := _changed_samples(found.root, run)):
@@ -375,11 +393,16 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         for start in range(0, len(prompts), 512):
             part = slice(start, start + 512)
             token_ids, token_spans, _ = model.tokens(prompts[part])
-            ids[part, column], spans[part, column] = token_ids[:, :kept], token_spans[:, :kept]
+            there = min(kept, token_ids.shape[1])
+            ids[part, column, :there], spans[part, column, :there] = token_ids[:, :kept], token_spans[:, :kept]
+    levels = None
+    if isinstance(model, DiffusionModel):
+        steps = request.timesteps
+        levels = {"sigma": [*map(model.levels.sigma, steps)], "log_snr": [*map(model.levels.log_snr, steps)]}
     store.create_store(
         out,
         attributes={
-            "request": asdict(request),
+            "request": request.plain(),
             "data": dataset.spec,
             "map_tokens_rule": "all" if kept == model.prompt_tokens else "prompt",
             "batch_rows": run.engine.batch_rows,
@@ -405,6 +428,7 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         dtype=request.store_dtype,
         compress=compress,
         company=jobs > 1,
+        levels=levels,
     )
 
 
@@ -525,7 +549,8 @@ def recorded_model(
     request = attributes["request"]
     return load_extractor(
         model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
-        use_safetensors=use_safetensors, random_weights=attributes.get("random_weights"), **attributes.get("loading", {}),
+        use_safetensors=use_safetensors, random_weights=attributes.get("random_weights"),
+        guidance=request.get("network_guidance"), **attributes.get("loading", {}),
     )  # fmt: skip
 
 

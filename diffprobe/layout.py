@@ -398,6 +398,8 @@ def store_info(path: str | Path) -> dict[str, Any]:
         array = site_array(root, name)
         dims = array.metadata.dimension_names  # type: ignore[union-attr]
         sites[name] = {"kind": root[name].attrs.get("kind"), "dims": dims, "shape": array.shape, "bytes": array.nbytes}
+    steps = next((root[name] for name in sites if "log_snr" in root[name]), None)  # type: ignore[operator]
+    levels = {} if steps is None else {name: read_array(steps, name).tolist() for name in ("sigma", "log_snr")}  # type: ignore[arg-type]
     place, done = locate(path), read_array(root, "done")
     on_disk = sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) if isinstance(place, Path) else 0
     marks = {int(f.name): f.stat().st_mtime for f in (place / "done" / "c").glob("*")} if isinstance(place, Path) else {}
@@ -407,6 +409,7 @@ def store_info(path: str | Path) -> dict[str, Any]:
         "samples": len(status),
         "status": {word: int((status == code).sum()) for code, word in STATUS_WORDS.items() if (status == code).any()},
         "sites": sites,
+        "levels": levels,
         "bytes_on_disk": on_disk,
         "digests": isinstance(root.attrs.get("digests"), dict),
     }

@@ -362,6 +362,22 @@ def chance_bar(figure: Figure, drawn: AxesImage, axes: Any, chance: float, **opt
     bar.ax.get_yticklabels()[-1].set_color(COLOURS[1])
 
 
+def check_table(frame: pd.DataFrame, columns: Sequence[str], cell: Sequence[str] = (), where: str = "The table") -> None:
+    """Raises ValueError if a column of either list is missing, there are no rows, or several agree in all columns of `cell`.
+
+    `where` names the part of a table for the message about several rows.
+    """
+    if frame.empty:
+        raise ValueError(f"{where} has no rows; there is nothing to draw.")
+    if absent := [c for c in (*cell, *columns) if c not in frame]:
+        raise ValueError(f"{where} has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
+    if cell and frame.duplicated(list(cell)).any():
+        others = ("seed", "guidance", "draw", "head", "role", "conditioning")
+        varying = [c for c in others if c in frame and c not in cell and frame[c].nunique() > 1]
+        hint = f"; {', '.join(varying)} differ within them" if varying else ""
+        raise ValueError(f"{where}: some cells of {' x '.join(cell)} have several rows{hint}. Select or average first.")
+
+
 def curve(axis: Axes, rows: pd.DataFrame, x: str, number: int, name: str, *, band: float = 0.18) -> None:
     """A line of `value` over the column x, with a band of that opacity from `low` to `high`."""
     rows, look = rows.sort_values(x), look_of(number)

@@ -22,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffprobe.families import TIME_NAMES
 from diffprobe.models import FAMILIES, DiffusionModel, Network, evaluating, predicted_noise, sites_of
 from diffprobe.prompts import EncodedText, StopForward
 from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
@@ -253,7 +254,8 @@ class Recorder:
             if site.is_map or site.kind.endswith(("_query", "_key", "_value")):
                 self._check_attention(site)
         # On the meta device only shapes are asked for, and they need no schedule.
-        if self.sites[-1].kind == "prediction" and not next(self.network.parameters()).is_meta:
+        own = isinstance(self.model, DiffusionModel)
+        if self.sites[-1].kind == "prediction" and not own and not next(self.network.parameters()).is_meta:
             self._schedule()
 
     def _check_attention(self, site: Site) -> None:
@@ -324,7 +326,7 @@ class Recorder:
         given = arguments_of(module, args, kwargs)
         sample = next(iter(given.values()))
         sample = torch.stack(sample) if isinstance(sample, list | tuple) else sample
-        timestep = next((given[name] for name in ("timestep", "timesteps", "t") if name in given), None)
+        timestep = next((given[name] for name in TIME_NAMES if name in given), None)
         self._check_pass(given, sample, timestep)
         try:
             self._grid[""], self._tokens = self._told or image_grid(module, given)
@@ -376,7 +378,8 @@ class Recorder:
         # beside the latents stand masks and images, which may differ
         latents = sample[:, : config.get("out_channels")] if sample.ndim == 4 else sample
         parts = [n for n in range(2, rows + 1) if rows % n == 0 and torch.equal(latents[rows // n :], latents[: -rows // n])]
-        known = any(cls.__name__ in FAMILIES for cls in type(pipeline).__mro__)
+        doubled = ("sd", "sdxl", "pixart")  # their pipelines guide in one pass
+        known = any(FAMILIES[cls.__name__].name in doubled for cls in type(pipeline).__mro__ if cls.__name__ in FAMILIES)
         guides = getattr(pipeline, "do_classifier_free_guidance", True)
         if not parts or (known and not guides):
             return ("prompt",) * rows
@@ -440,6 +443,10 @@ class Recorder:
         if site.kind == "cross_map" or count:
             return probabilities(call, places, heads=heads, tokens=tokens).unflatten(-1, grid)
         _, words = self._find_stream(site, path, f"key{count}", [call.key.shape[2]], "text")
+        asked = tokens or []
+        if isinstance(self.model, DiffusionModel) and self.model.kind.limit and site.kind != "joint_mass_map":
+            held = words.stop - words.start if isinstance(words, slice) else words.shape[1]
+            tokens = [token for token in asked if token < held] if asked else tokens
         if site.kind == "joint_output_map":
             found = output_products(call, places, words, heads=heads, tokens=tokens)
         elif site.kind == "joint_back_map":
@@ -450,6 +457,10 @@ class Recorder:
         else:
             over: Any = "among" if site.kind == "joint_text_map" else "all"
             found = probabilities(call, places, words, over=over, heads=heads, tokens=tokens)
+        if tokens is not None and len(tokens) < len(
+            asked
+        ):  # prompts keep their own lengths; beyond them nothing is attended to
+            found = nn.functional.pad(found, (0, 0, 0, len(asked) - len(tokens)))
         return found.unflatten(-1, grid)
 
     def _find_stream(self, site: Site, path: str, what: str, lengths: Sequence[int], stream: str) -> tuple[int, Index]:
@@ -548,18 +559,21 @@ class Recorder:
             raw = output[0] if isinstance(output, tuple) else output.sample
             raw = self._as_image((torch.stack(raw) if isinstance(raw, list) else raw).detach())
             sample = self._as_image(self._sample)
-            if raw.is_meta:
-                noise = raw[:, : sample.shape[1]]
-            else:
-                noise = predicted_noise(raw, sample, self._timesteps.long(), *self._schedule())
+            noise = raw[:, : sample.shape[1]] if raw.is_meta else self._noise_in(raw, sample)
             self._keep(self.sites[-1], noise, copied=False)
         else:
             self._finish()
 
+    def _noise_in(self, output: Tensor, sample: Tensor) -> Tensor:
+        if not isinstance(self.model, DiffusionModel):
+            return predicted_noise(output, sample, self._timesteps.long(), *self._schedule())
+        if self.model.passing is None and self.model.kind.flow:
+            self._refuse(f"Site {PREDICTION} of a flow needs the pass's training timestep; call the model's denoise().")
+        timesteps = self._timesteps.long() if self.model.passing is None else self.model.passing
+        return self.model.noise_in(output, sample, timesteps)
+
     def _schedule(self) -> tuple[Tensor, str]:
         """Levels of the noise and what the network predicts; ValueError where its output cannot be turned into noise."""
-        if isinstance(self.model, DiffusionModel):
-            return self.model.alphas_cumprod, self.model.prediction_type
         scheduler: Any = getattr(self._pipeline, "scheduler", None)
         if not hasattr(scheduler, "alphas_cumprod"):
             given = "a bare network" if self._pipeline is None else f"a pipeline with a {type(scheduler).__name__}"

@@ -28,7 +28,7 @@ from diffprobe.conditioning import NULL
 from diffprobe.figures import open_with_images
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.rundir import write_whole
-from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info
+from diffprobe.store import NO_WORD_MAPS, StoreError, provenance, read_maps, store_info, word_sites
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
@@ -245,9 +245,9 @@ def _shelf(store: str, samples: int, data: str) -> _Shelf:
         StoreError: it has no cross-attention maps, or the dataset lacks its samples.
     """
     tree, images, rows, ids = open_with_images(store, data, lambda found: list(range(min(samples, found.sizes["sample"]))))
-    sites = [name for name in site_names(tree) if tree[name].attrs.get("kind") == "cross_map"]
+    sites = word_sites(tree)
     if not sites:
-        raise StoreError(f"{store} has no cross-attention maps to explore; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format(store))
     maps = {site: tree[site].to_dataset()["maps"] for site in sites}
     first = maps[sites[0]]
     kept = first["token"].values.tolist() if "token" in first.coords else list(range(first.sizes["token"]))

@@ -72,9 +72,9 @@ from diffprobe.rundir import (
 )  # fmt: skip
 
 __all__ = [
-    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
-    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts", "provenance", "read_maps", "samples_per_unit",
-    "site_names", "store_info", "verify_store",
+    "COMPLETE", "LEVELS", "NOT_FINITE", "NO_WORD_MAPS", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
+    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts",
+    "provenance", "read_maps", "samples_per_unit", "site_names", "store_info", "verify_store", "word_sites",
 ]  # fmt: skip
 
 CHUNK_BYTES = 2**20
@@ -82,6 +82,9 @@ SHARD_BYTES = 64 * 2**20
 CONTENT = "content_digest"  # an array of the root: a hash of each sample's image, no label
 _VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
+LEVELS = ("sigma", "log_snr")  # coordinates of the timesteps, where the model has noise
+WORD_MAPS = ("cross_map", "joint_map")  # kinds of maps that show where in the image a text token is attended to
+_OVER_WORDS = frozenset((*WORD_MAPS, "joint_text_map", "joint_back_map", "joint_output_map"))
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def create_store(
     dtype: str,
     compress: bool = False,
     company: bool = False,
+    levels: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Creates an empty store in one step: a reader sees all of its layout or no store.
 
@@ -141,6 +145,7 @@ def create_store(
         tokens: the token positions that maps keep.
         compress: use zstd; every inner chunk has a Crc32c either way.
         company: other processes may be creating the same store.
+        levels: ``sigma`` and ``log_snr`` of the timesteps.
 
     Raises:
         TakenError: another process was first.
@@ -166,7 +171,9 @@ def create_store(
         group.attrs.update({"path": spec.path, "kind": spec.kind, "reduce": spec.reduce})
         _put(group, "conditioning", _strings(spec.conditionings), ("conditioning",))
         _put(group, "timestep", np.asarray(timesteps, np.int64), ("timestep",))
-        if "token" in spec.dims and spec.variable == "maps" and spec.kind == "cross_map":
+        for name, values in (levels or {}).items():
+            _put(group, name, np.asarray(values, np.float64), ("timestep",))
+        if "token" in spec.dims and spec.variable == "maps" and spec.kind in _OVER_WORDS:
             _put(group, "token", np.asarray(tokens, np.int64), ("token",))
         full = (unit_samples, len(spec.conditionings), len(timesteps), *spec.shape)
         one_timestep = int(np.prod(full[1:], dtype=np.int64)) // len(timesteps) * np.dtype(dtype).itemsize
@@ -380,7 +387,9 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     root_node = nodes["."] = nodes["."].set_coords([str(n) for n, v in nodes["."].data_vars.items() if v.dims == ("sample",)])
     own = {"sample", "status", *_VARIABLES}  # a label that is called as an array of a site stays at the root
     labels = {name: label.variable for name, label in root_node.coords.items() if name not in own}
-    nodes |= {name: node.assign_coords(labels) for name, node in nodes.items() if _VARIABLES & set(node)}
+    for name, node in nodes.items():
+        if _VARIABLES & set(node):
+            nodes[name] = node.set_coords([n for n in LEVELS if n in node]).assign_coords(labels)
     nodes["."].attrs = {"diffprobe": json.dumps(attributes, ensure_ascii=False)}
     return xr.DataTree.from_dict(nodes)
 
@@ -406,11 +415,14 @@ def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
 
 
 def provenance(tree: xr.DataTree) -> dict[str, Any]:
-    """A store's request, data, versions and other attributes.
+    """A store's request, data, versions and other attributes; and ``log_snr`` by timestep, in stores that have it.
 
     The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
     held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
+    leveled = next((node.to_dataset() for node in tree.children.values() if "log_snr" in node.coords), None)
+    if leveled is not None:
+        held |= {"log_snr": dict(zip(leveled["timestep"].values.tolist(), leveled["log_snr"].values.tolist(), strict=True))}
     return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
 
 
@@ -419,6 +431,14 @@ def site_names(tree: xr.DataTree) -> list[str]:
     request = provenance(tree).get("request", {})
     order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
     return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
+
+
+NO_WORD_MAPS = "{} has no cross-attention maps; record them with --maps cross, or joint where image and text attend together."
+
+
+def word_sites(tree: xr.DataTree) -> list[str]:
+    """The sites whose maps show where a word is attended to."""
+    return [name for name in site_names(tree) if tree[name].attrs.get("kind") in WORD_MAPS]
 
 
 def known(name: str, there: Sequence[str], what: str) -> str:
@@ -521,7 +541,7 @@ def attention_maps(
     head: int | None = None,
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Cross-attention maps of a word, with its sub-tokens merged, or of a token position.
+    """Cross-attention or joint maps of a word, with its sub-tokens merged, or of a token position.
 
     Args:
         word: a whole word of the prompts; samples without it are left out.
@@ -542,13 +562,9 @@ def attention_maps(
     """
     if (word is None) == (token is None):
         raise StoreError("Give either a word or a token position.")
-    names = (
-        [site]
-        if isinstance(site, str)
-        else list(site or (n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"))
-    )
+    names = [site] if isinstance(site, str) else list(site or word_sites(tree))
     if not names:
-        raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format("This store"))
     rows, positions, texts = _positions(tree, word, token, conditioning)
     wanted = list(zip(rows, positions, strict=True))
     maps = [

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -65,6 +65,11 @@ class Request:
     latent_rule: str
     compute_dtype: str
     store_dtype: str
+    network_guidance: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As a store keeps it; a guidance that no network is given is left out, as in older stores."""
+        return {name: value for name, value in asdict(self).items() if name != "network_guidance" or value is not None}
 
 
 # --- reductions -----------------------------------------------------------------------------------
@@ -402,7 +407,8 @@ class Run:
         return best
 
     def _time_batch(self, rows: int) -> float:
-        text = self.engine.encode_prompts([None])[None].take([0] * rows)
+        prompt = next(iter(self.index.prompts.values()))[0]
+        text = self.engine.encode_prompts([prompt])[prompt].take([0] * rows)
         noised = torch.zeros(
             rows, self.model.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype
         )

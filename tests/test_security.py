@@ -114,7 +114,9 @@ def in_place(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef):
             function, whole = node.name, False
         if isinstance(node, ast.With):
-            whole = whole or any(isinstance(part, ast.Name) and part.id in ("whole_file", "whole_folder") for part in ast.walk(node))
+            whole = whole or any(
+                isinstance(part, ast.Name) and part.id in ("whole_file", "whole_folder") for part in ast.walk(node)
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
             owner = getattr(getattr(node.func, "value", None), "id", "")

@@ -537,13 +537,14 @@ def plot_heatmaps(
 @plot_app.command("probe")
 def plot_probe(
     table: str = argument(..., "A table that 'diffprobe probe' wrote.", "TABLE"),
+    beside: list[str] = several([], "Tables of other models, drawn beside it over log-SNR, which all families share."),
     out: Path = FIGURES,
     name: str = FIGURE_NAME,
 ) -> None:
     """Probe scores by site and timestep, chance marked."""
     from diffprobe.figures import probe_figures
 
-    for path in probe_figures(table, out, name):
+    for path in probe_figures(table, out, name, beside):
         say(f"Drew {path}")
 
 

@@ -47,9 +47,9 @@ def sites(
 
 @app.command(rich_help_panel=RECORD)
 @shared.in_panels(
-    what="data sites maps heads map_tokens timesteps conditioning guidance noise_draws reduce seed resolution fit latent_rule",
+    what="data sites maps heads map_tokens timesteps sigmas log_snr conditioning guidance noise_draws reduce seed resolution fit latent_rule",
     where="out store_dtype compress",
-    how="model variant lora config revision random_weights allow_pickle device dtype batch_rows on_nonfinite",
+    how="model variant lora config revision random_weights network_guidance allow_pickle device dtype batch_rows on_nonfinite",
     start="shard dry_run force",
 )
 def extract(
@@ -59,10 +59,12 @@ def extract(
     sites: list[str] = several(
         ["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none.", **COMPLETED
     ),
-    maps: list[str] = several([], "Attention maps likewise (presets: cross, self).", **COMPLETED),
+    maps: list[str] = several([], "Attention maps likewise (presets: cross, self, joint).", **COMPLETED),
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
-    timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
+    timesteps: list[int] = several([], "Training timesteps; 10,50,100,250,500 by default.", "--timesteps", "-t"),
+    sigmas: list[float] = several([], "Instead, the timesteps nearest to these sigmas (s of a flow, else noise over signal)."),
+    log_snr: list[float] = several([], "Instead, those nearest to these log signal-to-noise ratios, which all families share."),
     conditioning: list[str] = option(
         [], CONDITIONINGS, "--conditioning", "-c", show_default="null, caption (where there are any)"
     ),
@@ -86,6 +88,9 @@ def extract(
     config: str | None = shared.CONFIG,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
     shard: str = option("", "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
+    network_guidance: float | None = option(
+        None, "The guidance that a distilled network is given (Flux, LCM); its own by default."
+    ),
     dry_run: bool = shared.DRY_RUN,
     force: bool = shared.FORCE,
 ) -> None:
@@ -110,9 +115,9 @@ def extract(
     summary = run(
         load_extractor(
             model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights, variant=variant,
-            loras=lora, config=config,
-        ), dataset, out,
-        sites=sites, maps=maps, heads=heads, map_tokens=map_tokens, timesteps=timesteps, conditionings=conditionings or None,
+            loras=lora, config=config, guidance=network_guidance,
+        ), dataset, out, sites=sites, maps=maps, heads=heads, map_tokens=map_tokens,
+        timesteps=timesteps or None, sigmas=sigmas, log_snr=log_snr, conditionings=conditionings or None,
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
         batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
@@ -138,7 +143,7 @@ def _say_skipped(skipped: dict[str, str]) -> None:
 
 def _uses(out: str) -> list[list[str]]:
     """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
-    from diffprobe.store import open_store, provenance, site_names
+    from diffprobe.store import open_store, provenance, site_names, word_sites
 
     tree = open_store(out)
     if tree.sizes["sample"] == 0:
@@ -158,7 +163,7 @@ def _uses(out: str) -> list[list[str]]:
     texts = dict(zip(provenance(tree)["request"]["conditionings"], map(str, first), strict=True))
     if grids:
         lines.append(["plot", "pca", out, *_other("null", texts)])
-    if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
+    if word_sites(tree):
         from diffprobe.figures import words_of  # with matplotlib, which takes a while
 
         worded = [c for c, text in texts.items() if c != "null" and words_of(text)]
@@ -193,7 +198,11 @@ def info(
         )
     )
     say(f"data {request['dataset']} ({request['fingerprint']}), seed {request['seed']}, {request['noise_draws']} noise draw(s)")
+    if (given := request.get("network_guidance")) is not None:
+        say(f"guidance given to the network {given:g}")
     say(f"timesteps {', '.join(map(str, request['timesteps']))}; conditionings {', '.join(request['conditionings'])}")
+    for name, values in found["levels"].items():
+        say(f"{name} {', '.join(f'{value:.3g}' for value in values)}")
     rows = [
         site | {"site": name, "axes": " x ".join(f"{d} {n}" for d, n in zip(site["dims"], site["shape"], strict=True)),
                 "mb": site["bytes"] / 1e6}

@@ -34,7 +34,7 @@ PARTS = {
 }
 # Names of what else stands beside labels in a store.
 TAKEN = {
-    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch",
+    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "sigma", "log_snr", "channel", "y", "x", "token", "head", "unit", "patch",
     "content_digest", "zarr.json",
 }  # fmt: skip
 Label = str | int | float

@@ -25,7 +25,17 @@ from diffprobe.data import load_dataset
 from diffprobe.data.images import fit_masks
 from diffprobe.data.samples import Caption, Dataset, Sample, Span, iterate
 from diffprobe.probes.localization import enlarge, localization_score, with_holm
-from diffprobe.store import StoreError, features, known, prompt_texts, provenance, read_maps, site_names
+from diffprobe.store import (
+    NO_WORD_MAPS,
+    StoreError,
+    features,
+    known,
+    prompt_texts,
+    provenance,
+    read_maps,
+    site_names,
+    word_sites,
+)
 
 Bools = NDArray[np.bool_]
 
@@ -91,9 +101,9 @@ def attention_localization(
         StoreError: there are no such maps, the dataset lacks samples, or the texts are not its captions.
         ValueError: no word of these roles has a mask.
     """
-    there = [n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"]
+    there = word_sites(tree)
     if not there:
-        raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format("This store"))
     names = [known(name, there, "map site") for name in sites or there]
     steps = _timesteps(tree, names[0], timesteps)
     targets, left_out = _words(tree, dataset, conditioning, roles, grid or _grid(tree))

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from diffprobe.data.labels import PARTS
 from diffprobe.data.samples import did_you_mean
+from diffprobe.store import LEVELS
 
 Task = Literal["classification", "regression"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -114,7 +115,7 @@ def outer_dimensions(features: xr.DataArray, inner: Sequence[str] = INNER) -> li
 def combinations(features: xr.DataArray, inner: Sequence[str] = INNER) -> Iterator[tuple[dict[str, Any], xr.DataArray]]:
     """Every block along the outer dimensions, with the scalar coordinates that say where it lies."""
     outer = outer_dimensions(features, inner)
-    fixed = {str(n): c.item() for n, c in features.coords.items() if c.ndim == 0}
+    fixed = {str(n): c.item() for n, c in features.coords.items() if c.ndim == 0 and n not in LEVELS}
     for index in np.ndindex(*(features.sizes[d] for d in outer)):
         block = features.isel(dict(zip(outer, index, strict=True)))
         here = {str(d): block[d].item() if d in block.coords else i for d, i in zip(outer, index, strict=True)}
