@@ -189,6 +189,8 @@ def _joined_labels(labels: Sequence[dict[str, NDArray[Any]]], counts: Sequence[i
         numbers = all(own[name].dtype.kind in "if" for own in labels if name in own)
         nothing: Any = np.nan if numbers else ""
         parts = [own.get(name, np.full(n, nothing, None if numbers else object)) for own, n in zip(labels, counts, strict=True)]
+        if name == "content_digest" and not all(name in own for own in labels):
+            continue  # no label: a hash of each image, which joined datasets have if all of them do
         joined[name] = np.concatenate(parts if numbers else [np.array([str(v) for v in part], object) for part in parts])
     return joined
 

@@ -228,16 +228,19 @@ def extract(
         if state:
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
-        if shard:  # another may have laid it out meanwhile
-            count = -(-len(dataset) // writer.unit_samples)
-            log(f"Shard {job} of {jobs}: {len(range(job - 1, count, jobs))} of {count} units.")
-            _check_resumed(out, writer.attributes, request, repairs=False, jobs=jobs)
+        if shard and not resuming:  # another may have laid it out meanwhile
+            made = writer.attributes
+            asked = asdict(request) | {"shards": jobs}
+            rundir.check_request(out, made["request"] | {"shards": made["shards"]}, asked, "was just begun otherwise:")
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
         mine = [
             unit
             for unit in (writer.pending if units is None else units)
             if unit % jobs == job - 1 and unit // jobs % ranks == rank
         ]
+        if shard:
+            count = -(-len(dataset) // writer.unit_samples)
+            log(f"Shard {job} of {jobs}: {len(range(job - 1, count, jobs))} of {count} units.")
         _work(run, writer, mine, console if rank == 0 else Console(quiet=True))
         if state:
             state.wait_for_everyone()

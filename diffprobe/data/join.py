@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 from diffprobe.data.samples import Dataset, IndexedDataset, Sample, join_spec
 
@@ -38,6 +39,12 @@ class JoinedDataset(IndexedDataset):
 
     def fingerprint(self) -> str:
         return joined_fingerprint([part.fingerprint() for part in self.parts])
+
+    @property
+    def image_digests(self) -> list[str]:
+        """A hash of every image; AttributeError where a part has none."""
+        parts: list[Any] = self.parts
+        return [digest for part in parts for digest in part.image_digests]
 
 
 class PartDataset(IndexedDataset):
