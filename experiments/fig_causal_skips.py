@@ -99,7 +99,7 @@ def data_ids(samples: Any) -> list[str]:
 
 
 def skippable(model: Any) -> list[str]:
-    """Transformer blocks and residual blocks that keep their input's shape, in the order in which they run."""
+    """Transformer blocks and residual blocks that keep their input's shape, stage by stage."""
     modules = dict(model.network.named_modules())
     kept = [
         site for site in model.sites
