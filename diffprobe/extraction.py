@@ -26,7 +26,7 @@ from diffprobe.console import Console, size_text
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode, listed
 from diffprobe.data.labels import label_arrays
-from diffprobe.data.samples import Dataset, iterate
+from diffprobe.data.samples import Dataset
 from diffprobe.encoders import VisionEncoder, load_extractor
 from diffprobe.forward import NotFiniteError as NotFiniteError
 from diffprobe.layout import read_array
@@ -146,7 +146,7 @@ def extract(
     levels = TIMESTEPS if timesteps is None else timesteps
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     if conditionings is None:
-        conditionings = (NULL, "caption") if any(sample.captions for sample in iterate(dataset)) else (NULL,)
+        conditionings = (NULL, "caption") if getattr(dataset, "captioned", True) else (NULL,)
         if len(conditionings) == 1:
             log(
                 f"{dataset.name} has no captions, so that the conditioning is null alone; 'fixed:TEXT' gives all images one text."

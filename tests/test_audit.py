@@ -78,7 +78,7 @@ def test_what_the_prompt_adds_is_beside_what_the_image_shows() -> None:
 
 
 def test_what_cannot_be_audited_is_refused() -> None:
-    with pytest.raises(ValueError, match="60 texts have 0 words that at least 10"):
+    with pytest.raises(ValueError, match="60 texts have 0 words that at least 5"):
         audit(np.zeros((60, 3)), ["a star"] * 60)
     with pytest.raises(ValueError, match="for features of 59 samples"):
         audit(np.zeros((59, 3)), told(60))

@@ -112,7 +112,7 @@ def leakage_audit(
     frame = pd.concat(frames, ignore_index=True)
     write_whole(target, frame.to_csv(index=False))
     places = {name: f"{{{name}}}" for name in ("site", "timestep", "conditioning") if name in frame}
-    ranks = frame[frame["kind"] == "rank"].to_dict("records")
+    ranks = [{str(name): value for name, value in row.items()} for row in frame[frame["kind"] == "rank"].to_dict("records")]
     for row in ranks:
         row["adds"] = (
             "" if pd.isna(row.get("gain")) else f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"

@@ -36,7 +36,7 @@ RELATIONS = frozenset(
         "top", "bottom", "on",
     }
 )  # fmt: skip
-FEWEST = 10  # texts that have a word, and that do not
+FEWEST = 5  # texts that have a word, and that do not
 
 
 def vocabulary(texts: Sequence[str]) -> tuple[list[str], Floats]:
