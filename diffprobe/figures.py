@@ -143,11 +143,11 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
     bar marks chance (its mean over the cells).
 
     Args:
-        frame: Rows of `diffprobe.probes.fitting.probe_table`: site, timestep, label, score, value, chance and,
-            for the control, control_value; one row per cell.  The numbers of rows whose column `bold` is true are bold.
+        frame: Rows of `diffprobe.probes.fitting.probe_table`: site, timestep, label, score, value, chance and, for the control,
+            control_value (`control` names it); one row per cell.  Numbers of rows whose column `bold` is true are bold.
     """
     frame = frame.rename(columns=plotting.OLD_COLUMNS)
-    parts = _by_label(frame)
+    parts = _by_label(frame if "control" in frame else frame.assign(control="control task"))
     control = "control_value" in frame and bool(frame["control_value"].notna().any())
     kinds = ["value", "control_value"] if control else ["value"]
     sites, steps = list(dict.fromkeys(frame["site"])), sorted(dict.fromkeys(frame["timestep"]))
@@ -161,7 +161,7 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
             own = kind == "value"
             table, names = _table(part, kind, "site", sites, "timestep", steps), [f"{s:g}" for s in steps]
             drawn = plotting.cells(axis, table, names, sites if own else (), limits=limits, bold=bold if own else None)
-            axis.set_title(f"{heading if own else 'control task'}: {score}", pad=3)
+            axis.set_title(f"{heading if own else part['control'].iloc[0]}: {score}", pad=3)
             if row == len(parts) - 1:
                 axis.set_xlabel(NOISE_AXIS)
         place = {"fraction": 0.2 / plotting.PAGE, "pad": 0.01, "aspect": 2.1 * len(sites)}

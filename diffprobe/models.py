@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from diffprobe.checkpoints import adapters_of, add_loras, guess_config, load_single_file, parse_lora, pickle_hint, refuse_pickle
 from diffprobe.families import (
     FAMILIES,
     SUPPORTED,
@@ -69,6 +70,7 @@ class DiffusionModel:
         pipeline: a loaded diffusers pipeline of a supported family; it is not copied and not changed.
         model_id: what to write into a store's provenance.
         random_weights: the seed that the network's weights were drawn with, if they were.
+        loading: further options of `load_model` that the pipeline was loaded with, for a store's provenance.
         guidance: what a network is given as guidance that takes it as an input (Flux, LCM); the pipeline's own default by default.
 
     Attributes:
@@ -81,12 +83,12 @@ class DiffusionModel:
 
     def __init__(
         self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None, random_weights: int | None = None,
-        *, guidance: float | None = None,
+        *, loading: Mapping[str, Any] | None = None, guidance: float | None = None,
     ) -> None:  # fmt: skip
         self.kind = family_of(*(cls.__name__ for cls in type(pipeline).__mro__))
         self.family = self.kind.name
         self.pipeline, self.model_id, self.revision = pipeline, model_id or type(pipeline).__name__, revision
-        self.random_weights = random_weights
+        self.random_weights, self.loading = random_weights, dict(loading or {})
         self.network: Network = getattr(pipeline, self.kind.network)
         known = (self.kind.network, "vae", "text_encoder", "tokenizer")
         self._parts = [name for word in known for name in (word, f"{word}_2", f"{word}_3") if hasattr(pipeline, name)]
@@ -416,6 +418,8 @@ class DiffusionModel:
         digest = hashlib.sha256()
         for name in self._parts:
             part: Any = getattr(self.pipeline, name)
+            if isinstance(part, nn.Module) and (adapters := adapters_of(part)):  # their weights are among the part's
+                digest.update(f"{name} {adapters}\n".encode())
             found = weights_hash(part, portable) if isinstance(part, nn.Module) else _vocabulary_hash(plain_tokenizer(part))
             digest.update(f"{name} {found}\n".encode())
         config = self.pipeline.scheduler.config
@@ -534,7 +538,7 @@ def resolve(id_or_dir: str | Path) -> str:
 def kept_name(id_or_dir: str | Path) -> str:
     """How a model is called in what is kept of a run: a folder by its whole path, so that it is found from elsewhere too."""
     name = str(id_or_dir)
-    return os.path.abspath(name) if resolve(name) == name and Path(name).is_dir() else name  # noqa: PTH100 (keeps links)
+    return os.path.abspath(name) if resolve(name) == name and Path(name).exists() else name  # noqa: PTH100 (keeps links)
 
 
 def model_index(source: str, revision: str | None) -> dict[str, Any]:
@@ -557,9 +561,12 @@ def load_model(
     *,
     use_safetensors: bool = True,
     random_weights: int | None = None,
+    variant: str | None = None,
+    loras: Sequence[str] = (),
+    config: str | Path | None = None,
     guidance: float | None = None,
 ) -> DiffusionModel:
-    """Load a text-to-image pipeline by hub id, folder or embedded name.
+    """Load a text-to-image pipeline by hub id, folder, single file of weights or embedded name.
 
     Args:
         device: CUDA where there is one (each process of a launch takes its own), else the CPU, by default.
@@ -567,6 +574,9 @@ def load_model(
         use_safetensors: refuse weights in pickle files, which can run code; False allows them.
         random_weights: draw the denoising network's weights anew from this seed, as a baseline: what its shape alone
             gives.  Image encoder and text encoder stay as they were trained.
+        variant: which of several files of weights, such as "fp16".
+        loras: adapters, each as FILE or FILE:SCALE; they are not merged into the weights.
+        config: for a single file a folder (or hub id) of configs and tokenizers of such a model; asked of the hub by default.
         guidance: as for `DiffusionModel`.
 
     Raises:
@@ -575,8 +585,18 @@ def load_model(
     >>> load_model().family  # doctest: +SKIP
     'sd'
     """
-    source = resolve(id_or_dir)
-    index = model_index(source, revision)
+    source, file = resolve(id_or_dir), Path(str(id_or_dir)).expanduser()
+    adapters = [parse_lora(text) for text in loras]
+    for path in [path for path, _ in adapters] + [file] * file.is_file():
+        if use_safetensors:
+            refuse_pickle(path)
+    if adapters and random_weights is not None:
+        raise ValueError("A LoRA belongs to trained weights; leave out random_weights or the LoRA.")
+    if file.is_file():
+        config = resolve(config) if config else guess_config(file)
+        index = _config_index(file, config)
+    else:
+        index = model_index(source, revision)
     family_of(str(index.get("_class_name")))
     device = choose_device(device)
     if isinstance(dtype, str):
@@ -585,18 +605,42 @@ def load_model(
     options["use_safetensors"] = True if use_safetensors else None  # None: pickle only where there is nothing else
     try:
         with quiet(source):
-            pipeline = DiffusionPipeline.from_pretrained(
-                source, dtype=dtype, revision=revision, trust_remote_code=False, **options
+            pipeline = (
+                load_single_file(file, index, str(config), dtype)
+                if file.is_file()
+                else DiffusionPipeline.from_pretrained(
+                    source, dtype=dtype, revision=revision, variant=variant, trust_remote_code=False, **options
+                )
             )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"The model at {source!r} could not be read: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = pickle_hint(source, error) if use_safetensors else ""
+        raise ValueError(f"The model at {source!r} could not be read: {error}{hint}") from error
     if random_weights is not None:
         trained = pipeline.components.get("transformer") or pipeline.components["unet"]
         drawn = fresh_weights(lambda: type(trained).from_config(trained.config), random_weights)
         trained.load_state_dict(drawn.state_dict())
+    if adapters:
+        add_loras(pipeline, adapters)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return DiffusionModel(pipeline, kept_name(id_or_dir), revision, random_weights, guidance=guidance)
+    named = {
+        "variant": variant,
+        "loras": [f"{path}:{scale:g}" for path, scale in adapters],
+        "config": config and kept_name(config),
+    }
+    loading = {name: value for name, value in named.items() if value}
+    return DiffusionModel(pipeline, kept_name(id_or_dir), revision, random_weights, loading=loading, guidance=guidance)
+
+
+def _config_index(file: Path, config: str) -> dict[str, Any]:
+    """The model index of a single file's configs."""
+    try:
+        return model_index(config, None)
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}' holds weights alone, and the configs of {config!r} cannot be had here: give --config FOLDER, a folder in "
+            "diffusers' layout of such a model, whose configs and tokenizers are read."
+        ) from error
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

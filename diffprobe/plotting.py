@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from diffprobe.console import visible
@@ -421,6 +421,42 @@ def bare(axis: Axes) -> None:
 def enlarged(heat: NDArray[np.float32], image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """A map (y, x) in the size of an image (y, x, 3), bilinearly."""
     return np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+
+
+def overlay(image: Image.Image, heat: ArrayLike, strength: float = 0.75) -> Image.Image:
+    """A map (y, x) of any size over the greyed image, in colours from its lowest to its highest value.
+
+    Args:
+        strength: the opacity of the highest value; the lowest is transparent.
+
+    >>> overlay(Image.new("RGB", (64, 48)), np.eye(4)).size
+    (64, 48)
+    """
+    pixels = np.asarray(image.convert("L").convert("RGB"), np.float32)
+    large = enlarged(np.asarray(heat, np.float32), pixels.astype(np.uint8))
+    low, high = float(large.min()), float(large.max())
+    share = (large - low) / (high - low) if high > low else np.zeros_like(large)
+    colours = heat_colours()[(share * 255).round().astype(np.uint8)].astype(np.float32)
+    opacity = strength * share[..., None]
+    return Image.fromarray((opacity * colours + (1 - opacity) * pixels).round().astype(np.uint8))
+
+
+def save_gif(path: str | Path, frames: Sequence[Image.Image], seconds: float = 0.2) -> Path:
+    """Writes images of one size, such as those of `overlay`, as an endless animation.
+
+    Args:
+        seconds: how long each is shown.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if not frames:
+        raise ValueError("An animation needs at least one image.")
+    with whole_file(path) as beside:
+        frames[0].save(
+            beside, format="GIF", save_all=True, append_images=list(frames[1:]), duration=round(1000 * seconds), loop=0
+        )
+    return Path(path)
 
 
 def lay_over(

@@ -63,6 +63,7 @@ from diffprobe.layout import (
 )  # fmt: skip
 from diffprobe.rundir import (
     StoreError,
+    TakenError,
     first_line,
     locate,
     reaching,
@@ -78,6 +79,7 @@ __all__ = [
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
+CONTENT = "content_digest"  # an array of the root: a hash of each sample's image, no label
 _VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
 LEVELS = ("sigma", "log_snr")  # coordinates of the timesteps, where the model has noise
@@ -132,6 +134,7 @@ def create_store(
     unit_samples: int,
     dtype: str,
     compress: bool = False,
+    company: bool = False,
     levels: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
 ) -> None:
     """Creates an empty store in one step: a reader sees all of its layout or no store.
@@ -141,7 +144,11 @@ def create_store(
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
         tokens: the token positions that maps keep.
         compress: use zstd; every inner chunk has a Crc32c either way.
+        company: other processes may be creating the same store.
         levels: ``sigma`` and ``log_snr`` of the timesteps.
+
+    Raises:
+        TakenError: another process was first.
     """
     held: dict[str, Buffer] = {}
     root = zarr.open_group(MemoryStore(held), mode="w", zarr_format=3)
@@ -186,10 +193,10 @@ def create_store(
     digests = {key: digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
     root.attrs["digests"] = digests
     root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
-    _put_in_place(path, {key: value.to_bytes() for key, value in held.items()})
+    _put_in_place(path, {key: value.to_bytes() for key, value in held.items()}, company)
 
 
-def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
+def _put_in_place(path: str | Path, held: Mapping[str, bytes], company: bool) -> None:
     """Writes the objects of a new store: into a folder that is renamed at the end, or to a URL with the root's object last.
 
     On a remote place the rest of an earlier attempt is overwritten by an equal layout, and nothing is removed.
@@ -199,7 +206,7 @@ def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
         with reaching(final):
             sync(_upload(final, held))
         return
-    with whole_folder(final) as building:
+    with whole_folder(final, company) as building:
         for key, value in held.items():
             (building / key).parent.mkdir(parents=True, exist_ok=True)
             (building / key).write_bytes(value)
@@ -212,7 +219,8 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
     there = {key async for key in store.list()}
     if "zarr.json" in there or (others := sorted(there - set(held))):
         what = "a store" if "zarr.json" in there else f"objects of something else ({others[0]})"
-        raise StoreError(f"{url} holds {what}: nothing was written. Give another --out, or remove what is there.")
+        kind = TakenError if "zarr.json" in there else StoreError
+        raise kind(f"{url} holds {what}: nothing was written. Give another --out, or remove what is there.")
     prototype = default_buffer_prototype()
     await asyncio.gather(
         *(store.set(key, prototype.buffer.from_bytes(value)) for key, value in held.items() if key != "zarr.json")
@@ -220,7 +228,7 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
     try:
         await store.fs._pipe_file(f"{store.path}/zarr.json", held["zarr.json"], mode="create")
     except FileExistsError:
-        raise StoreError(f"Another process has just made a store at {url}; the same command goes on from there.") from None
+        raise TakenError(f"Another process has just made a store at {url}; the same command goes on from there.") from None
 
 
 def clear_cut_writes(path: str | Path) -> None:
@@ -356,7 +364,7 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     status, units = recorded(root, attributes["unit_samples"])
     layout = root.attrs.get("digests")
     present = Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
-    hidden = ["done", "digest"] if isinstance(layout, dict) else ["done"]
+    hidden = ["done", "digest", CONTENT] if isinstance(layout, dict) else ["done"]
     try:
         found = xr.open_datatree(
             present,  # type: ignore[arg-type]  # xarray opens a zarr store too

@@ -23,6 +23,7 @@ from diffprobe import store
 from diffprobe.conditioning import NULL, assign_prompts, guided_name
 from diffprobe.data.files import check_unicode
 from diffprobe.data.images import ImageError, UnavailableError
+from diffprobe.data.join import PartDataset
 from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import VisionEncoder
 from diffprobe.forward import Batch, Engine, Listener, NotFiniteError, Pixels, Row, rows_not_finite, to_pixels
@@ -166,6 +167,10 @@ class Index:
     @classmethod
     def of(cls, dataset: Dataset, conditionings: Sequence[str], rows: Sequence[int]) -> Index:
         """Reads the given rows of a dataset in one pass."""
+        if isinstance(dataset, PartDataset):  # whose texts may come from samples outside of it
+            whole, chosen = cls.of(dataset.whole, conditionings, range(len(dataset.whole))), [dataset.rows[row] for row in rows]
+            ids, labels = [whole.ids[i] for i in chosen], [whole.labels[i] for i in chosen]
+            return cls(ids, labels, {name: [column[i] for i in chosen] for name, column in whole.prompts.items()})
         index = cls([], [], {})
 
         def noted() -> Iterator[Sample]:

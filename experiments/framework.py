@@ -414,12 +414,16 @@ def check_settings(given: Sequence[str]) -> None:
     Raises:
         OptionError: a text is no NAME=VALUE, or nothing has such a setting.
     """
+    for text in given:
+        _setting(text, setting_names(), "an experiment; settings")
+
+
+def setting_names() -> list[str]:
+    """The names of all settings of what is trained."""
     from diffprobe.mllm import leakage
     from experiments import comparison
 
-    known = dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind))
-    for text in given:
-        _setting(text, known, "an experiment; settings")
+    return list(dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind)))
 
 
 def _setting(text: str, known: Iterable[str], whose: str) -> tuple[str, str]:
