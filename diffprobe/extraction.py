@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +230,7 @@ def extract(
         writer = store.StoreWriter(out)
         if shard and not resuming:  # another may have laid it out meanwhile
             made = writer.attributes
-            asked = asdict(request) | {"shards": jobs}
+            asked = request.plain() | {"shards": jobs}
             rundir.check_request(out, made["request"] | {"shards": made["shards"]}, asked, "was just begun otherwise:")
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
         mine = [
