@@ -310,11 +310,15 @@ def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = ""
 
 @plotting.styled
 def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
-    """A table of scores: ours with its interval in each cell, what was published below it in grey; the best of a column bold.
+    """A table of scores: ours with its interval in each cell, what was published below it in grey.
+
+    The best of a column is bold where its interval holds no other label's value; what is within the noise is not.  A score
+    of zero is a dash.
 
     Args:
         frame: Rows of label, score, value, low, high (shares), published (in percent, NaN for none); one a label and score.
-            A column `chance` gives the last line.
+            A column `chance` gives the last line, that of a coin; a column `blind` one more, that of who gives all images
+            one answer.
         title: Above the figure.
 
     Raises:
@@ -327,8 +331,9 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
     lines = 3 if frame["published"].notna().any() else 2  # of a cell
     tall = 0.115 * lines + 0.06
     bottom, head = tall * len(labels), 7.5 if len(scores) <= 7 else 5.5
-    figure, axes = plotting.grid(1, 1, width, bottom + 0.6, title=title)
-    axis, rows, best = axes[0, 0], frame.set_index(["label", "score"]), frame.groupby("score")["value"].max()
+    figure, axes = plotting.grid(1, 1, width, bottom + 0.6 + 0.12 * ("blind" in frame), title=title)
+    axis, rows, best = axes[0, 0], frame.set_index(["label", "score"]), _clear_best(frame)
+    blind = "blind" in frame
     middle: dict[str, Any] = {"ha": "center", "va": "center"}
     places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
     for x, score in zip(places, scores, strict=True):
@@ -336,7 +341,12 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
         axis.text(x, -0.15, name, fontsize=head, fontweight="bold", **middle)
         chance = _percent(frame[frame["score"] == score]["chance"].mean())
         axis.text(x, bottom + 0.13, chance, fontsize=6.5, color="0.45", **middle)
-    axis.text(0, bottom + 0.13, "chance", va="center", fontsize=6.5, color="0.45")
+        if blind:
+            same = _percent(frame[frame["score"] == score]["blind"].mean())
+            axis.text(x, bottom + 0.26, same, fontsize=6.5, color="0.45", **middle)
+    axis.text(0, bottom + 0.13, "chance (a coin)" if blind else "chance", va="center", fontsize=6.5, color="0.45")
+    if blind:
+        axis.text(0, bottom + 0.26, "chance (one answer)", va="center", fontsize=6.5, color="0.45")
     for line, label in enumerate(labels):
         top = tall * line
         axis.axhline(top, color="0.85", linewidth=0.5)
@@ -348,15 +358,30 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
                 continue
             row = rows.loc[(label, score)]
             value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
-            weight = "bold" if value == best[score] else "normal"
-            axis.text(x, top + 0.1, _percent(value), fontsize=6.5, fontweight=weight, **middle)
+            weight = "bold" if best.get(score) == label else "normal"
+            axis.text(x, top + 0.1, _percent(value) if value else "-", fontsize=6.5, fontweight=weight, **middle)
             axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **middle)
             if not np.isnan(published):
                 axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **middle)
     axis.axhline(bottom, color="0.5", linewidth=0.7)
-    axis.set(xlim=(0, 1), ylim=(bottom + 0.25, -0.35))
+    axis.set(xlim=(0, 1), ylim=(bottom + 0.25 + 0.12 * blind, -0.35))
     plotting.bare(axis)
     return figure
+
+
+def _clear_best(frame: pd.DataFrame) -> dict[Any, Any]:
+    """By score the label whose interval lies above all other labels' values; scores without one are left out.
+
+    >>> table = {"label": ["a", "b"] * 2, "score": list("xxyy"), "value": [0.9, 0.5, 0.6, 0.5], "low": [0.8, 0.4, 0.4, 0.3]}
+    >>> _clear_best(pd.DataFrame(table))
+    {'x': 'a'}
+    """
+    found = {}
+    for score, part in frame.groupby("score", sort=False):
+        first, *others = part.sort_values("value", ascending=False).to_dict("records")
+        if others and first["low"] > others[0]["value"]:
+            found[score] = first["label"]
+    return found
 
 
 def _percent(share: float) -> str:

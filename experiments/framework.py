@@ -45,6 +45,7 @@ T = TypeVar("T", bound="DataclassInstance")
 A = TypeVar("A")
 Verdict = Literal["held", "not held", "undecided", "not testable"]
 FOLDER = Path(__file__).parent
+MAIN_SITE = "U-L1-R1-B0-Cross-Q"  # the paper's best single site
 
 
 READER = (

@@ -37,7 +37,7 @@ from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval
 from diffprobe.store import features, open_store, site_names
 from experiments.figures import plot_probe_bars, plot_probe_differences
-from experiments.framework import Claim, Experiment, Options, Result, verdict
+from experiments.framework import Claim, Experiment, Options, Result, joint
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 CONDITIONINGS = ("null", "caption", "mismatched")
@@ -261,14 +261,14 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     for name, found in lines.items():
         if found.empty:
             continue
+        ends = ["value", "high", "low"] if name == "P2" else ["value", "low", "high"]
         sign = -1 if name == "P2" else 1
-        verdicts = {verdict(*sorted((sign * r["low"], sign * r["high"]))) for _, r in found.iterrows()}
-        decided = "not held" if "not held" in verdicts else "held" if verdicts == {"held"} else "undecided"
+        decided, p = joint([(a, b, c) for a, b, c in (sign * found[ends]).itertuples(index=False, name=None)])
         numbers = [
             f"{r['label']} {r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}], n {r['n_test']:.0f}"
             for _, r in found.iterrows()
         ]
-        claims.append(Claim(name, STATEMENTS[name], decided, "paired difference in accuracy: " + "; ".join(numbers)))  # type: ignore[arg-type]
+        claims.append(Claim(name, STATEMENTS[name], decided, "paired difference in accuracy: " + "; ".join(numbers), p, True))
     return claims
 
 
