@@ -26,8 +26,7 @@ About 2 minutes on two cores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffprobe.data.samples import Dataset, Sample
+from diffprobe.data.samples import Dataset
 from diffprobe.figures import plot_pca_grid, plot_site_curves
 from diffprobe.probes.measures import cosines
 from diffprobe.probes.pca import outlier_tokens, pca_rgb
@@ -65,31 +64,6 @@ PANELS = {
     "layout": "layout: R²",
     "fine": "fine structure: R²",
 }
-
-
-class OneSide:
-    """One image of each pair, under the pair's name: noise belongs to a sample's id, so both sides get the same."""
-
-    def __init__(self, source: Dataset, rows: Sequence[tuple[int, int]], side: int) -> None:
-        self.source, self.rows, self.side = source, rows, side
-
-    @property
-    def name(self) -> str:
-        return f"{self.source.name}-{'ab'[self.side]}"
-
-    @property
-    def spec(self) -> str:
-        return self.source.spec
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.source[self.rows[index][self.side]]
-        return replace(sample, id=f"pair-{sample.labels['pair']}")
-
-    def fingerprint(self) -> str:
-        return f"{self.source.fingerprint()}-{'ab'[self.side]}"
 
 
 def paired(data: Dataset) -> list[tuple[int, int]]:

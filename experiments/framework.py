@@ -12,6 +12,7 @@ the primary statements share one error rate (Holm).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
@@ -30,7 +31,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from diffprobe.data.samples import Dataset
+from diffprobe.data.samples import Dataset, Sample
 from diffprobe.plotting import package_versions, read_rows, save_figure
 from diffprobe.report import collect_claims
 from diffprobe.rundir import code_commit, whole_file, write_whole
@@ -337,6 +338,40 @@ class Experiment:
                 raise
             parser.exit(2, f"{parser.prog}: {error}\n")
         print(describe(self, claims, out))
+
+
+class Chosen:
+    """Some samples of a dataset, each perhaps changed; a dataset of its own for stores.
+
+    Args:
+        source: The dataset.
+        rows: Numbers of its samples.
+        what: Stands in the name, and tells two choices with equal rows apart.
+        change: Applied to each sample.
+    """
+
+    def __init__(
+        self, source: Dataset, rows: Sequence[int], what: str, change: Callable[[Sample], Sample] = lambda sample: sample
+    ) -> None:
+        self.source, self.rows, self.what, self.change = source, rows, what, change
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}-{self.what}"
+
+    @property
+    def spec(self) -> str:
+        return self.source.spec
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.change(self.source[self.rows[index]])
+
+    def fingerprint(self) -> str:
+        chosen = f"{self.source.fingerprint()} {self.what} {','.join(map(str, self.rows))}"
+        return hashlib.sha256(chosen.encode()).hexdigest()[:16]
 
 
 def describe(experiment: Experiment, claims: Sequence[Claim], out: Path) -> str:

@@ -245,6 +245,7 @@ def test_primaries_share_one_error_rate(tmp_path: Path) -> None:
                ("A3", 0.03, True, "held"), ("A4", None, True, "undecided"), ("A5", 0.9, True, "not testable")]}  # fmt: skip
     for name, claims in planted.items():
         rows = [asdict(Claim(c, f"{c} {primary}", v, "", p, primary)) for c, p, primary, v in claims]
+        (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}.json").write_text(json.dumps({"alt": name, "config": {"claims": rows}}))
     table = collect_claims(tmp_path)
     assert table["id"].tolist() == ["A1", "A1", "A2", "A3", "A4", "A5"]
@@ -258,7 +259,7 @@ def test_each_claim_of_the_paper_has_one_primary_statement() -> None:
     table = pd.read_csv(FOLDER.parent / "figures" / "claims.csv")
     counts = table[table["kind"] == "primary"]["id"].value_counts().to_dict()
     assert counts == dict.fromkeys([*(f"A{k}" for k in range(1, 7)), "A7 Discffusion", "A7 loss", "F1", "F2", "F3", "L1", "L2",
-                                    "L3", "L4", *(f"P{k}" for k in range(1, 6))], 1)  # fmt: skip
+                                    "L3", "L4", *(f"P{k}" for k in range(1, 6)), "PCK"], 1)  # fmt: skip
 
 
 # --- several --------------------------------------------------------------------------------------
