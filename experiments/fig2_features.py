@@ -456,7 +456,13 @@ def judge_outliers(rows: pd.DataFrame) -> Claim:
     )
     statement = "Out and Res-Out show register-like outlier tokens (large norms away from objects), Cross-Q does not"
     if not registers:
-        return Claim("A2", statement, "not testable", f"no such site has outliers away from objects; {evidence}", primary=True)
+        return Claim(
+            "A2",
+            statement,
+            "not testable",
+            f"no such site has registers, whose largest norms lie away from objects; {evidence}",
+            primary=True,
+        )
     found: list[Verdict] = ["held" if site in registers else "not held" for site in others]
     decided, p = joint(parts(across.to_frame().T))
     return Claim("A2", statement, worst([decided, *found]), evidence, p, True)
