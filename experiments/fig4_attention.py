@@ -28,7 +28,7 @@ from experiments.framework import Claim, Experiment, Options, Result, exact_verd
 TIMESTEPS = (10, 50, 100, 250, 500)
 LOW, HIGH = 50, 500  # the paper's two pictures
 DRAWN_SITES = ("all sites", "D-L2-R0", "U-L1-R1", "U-L1-R2", "U-L2-R1")  # beside the mean, where the paper takes queries
-SHOWN, MOST_WORDS = 3, 9
+SHOWN, MOST_WORDS = (0.25, 0.5, 0.75), 9  # quantiles of the images by how well their nouns point
 MERGED, INTERACTION = "all sites", "word less wrong word, low less high t"
 
 
@@ -47,7 +47,17 @@ def measure(options: Options) -> Result:
         "left_out": rows.attrs["left_out"],
     }  # fmt: skip
     rows = pd.concat([rows, interaction(rows, options.seed)], ignore_index=True)
-    return Result(rows.drop(columns=["rows", "row_groups"]), pictures(tree, data, conditioning), config)
+    shown = pictures(tree, data, conditioning, by_pointing(rows))
+    return Result(rows.drop(columns=["rows", "row_groups"]), shown, config)
+
+
+def by_pointing(rows: pd.DataFrame) -> list[str]:
+    """Ids of the images whose nouns can be scored, from the worst to the best pointing game at low t; AUC decides ties."""
+    part = rows[(rows["role"] == "noun") & (rows["map"] == "word") & (rows["site"] == MERGED) & (rows["timestep"] == LOW)]
+    lines = part.set_index("score")
+    scores = pd.DataFrame({name: lines.loc[name, "rows"] for name in ("pointing", "auc")})
+    means = scores.groupby(lines["row_groups"].iloc[0]).mean().dropna()
+    return [str(name) for name in means.sort_values(["pointing", "auc"], kind="stable").index]
 
 
 def interaction(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -76,8 +86,8 @@ def interaction(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def pictures(tree: xr.DataTree, data: object, conditioning: str) -> dict[str, np.ndarray]:
-    """Images, and (timestep, word, y, x) maps of their captions' content words, averaged over the sites."""
+def pictures(tree: xr.DataTree, data: object, conditioning: str, ranked: list[str]) -> dict[str, np.ndarray]:
+    """Images at the quartiles of a ranking, and (timestep, word, y, x) maps of their captions' words, averaged over the sites."""
     from diffprobe import attention_maps
     from diffprobe.data.images import fit_image
     from diffprobe.figures import one_sample, words_of
@@ -86,9 +96,8 @@ def pictures(tree: xr.DataTree, data: object, conditioning: str) -> dict[str, np
     request = provenance(tree)["request"]
     texts = tree["prompts"].to_dataset()["text"].values[:, request["conditionings"].index(conditioning)]
     ids = [str(s) for s in tree.dataset["sample"].values]
-    # scenes whose words differ, so that no word stands twice
-    rows = [k for k, text in enumerate(texts) if len(words_of(str(text))) <= MOST_WORDS]
-    rows = sorted(rows, key=lambda k: -len(words_of(str(texts[k]))))[:SHOWN]
+    narrow = [ids.index(name) for name in ranked if len(words_of(str(texts[ids.index(name)]))) <= MOST_WORDS]
+    rows = [narrow[round(share * (len(narrow) - 1))] for share in SHOWN]
     found: dict[str, np.ndarray] = {}
     for number, row in enumerate(rows):
         one, words = one_sample(tree, row), words_of(str(texts[row]))
@@ -146,7 +155,9 @@ def draw(result: Result) -> Mapping[str, Figure]:
     curves = result.rows[(result.rows["map"] != INTERACTION) & result.rows["site"].str.startswith(DRAWN_SITES)]
     return {
         "": plot_attention_strips(
-            [kept[f"image_{k}"] for k in range(count)], maps, title="Cross-attention of the captions' words (mean of all sites)"
+            [kept[f"image_{k}"] for k in range(count)],
+            maps,
+            title="Cross-attention of the captions' words, mean of all sites; images at the quartiles of how well nouns point",
         ),
         "curves": plot_localization_curves(curves, title="Words against the masks of what they speak of"),
     }

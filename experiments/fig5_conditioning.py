@@ -211,7 +211,7 @@ def draw(result: Result) -> dict[str, Figure]:
     level = result.rows[result.rows["what"].isin(["level", "mismatched"]) & result.rows["measure"].isin(list(MEASURES))]
     level = level[(level["measure"] == "cka") | (level["what"] == "level") & (level["timestep"] == MAIN)]
     names = level["measure"].map(MEASURES) + ", t = " + level["timestep"].astype(int).astype(str)
-    names = names + np.where(level["what"] == "mismatched", ", mismatched caption", "")
+    names = names + np.where(level["what"] == "mismatched", ", mismatched", "")
     paper = reference("fig5c_cka").melt("site", var_name="guidance", value_name="value")
     paper = paper.assign(
         panel="paper (SD 2.1)", guidance=paper["guidance"].str[1:].astype(float), low=np.nan, high=np.nan, chance=np.nan

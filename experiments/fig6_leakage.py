@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.figures import plot_leak_examples, plot_leak_sight, plot_site_curves
+from diffprobe.figures import plot_leak_examples, plot_site_curves
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
     Recipe,
@@ -42,7 +42,7 @@ from diffprobe.mllm.leakage import (
     score_texts,
 )
 from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
-from experiments.figures import plot_scores
+from experiments.figures import plot_leak_rows, plot_scores
 from experiments.framework import (
     Claim,
     Experiment,
@@ -265,18 +265,21 @@ def draw(result: Result) -> Mapping[str, Figure]:
     table = rows[rows["kind"] == "content-word F1"].fillna({"control": "", "arm": ""})
     from diffprobe.mllm.verdict import Leakage
 
-    plane = leak_against_sight(Leakage(table, pd.DataFrame()))
+    wide = leak_against_sight(Leakage(table, pd.DataFrame()))
+    plane = pd.concat(
+        [wide.rename(columns={s: "value", f"{s}_low": "low", f"{s}_high": "high"}).assign(score=s) for s in ("leak", "sight")]
+    )
     shown = pd.DataFrame(result.config["examples"])
     return {
         "": plot_site_curves(
-            curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100", chance_name="chance: another image's text",
+            curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100 (paper: CIDEr)", share_y=True, chance_name="chance: another image's text",
             title="What comes back, by what was fed in and how the projector was trained",
         ),
         **({} if (ranks := ranking(rows)).empty else {"ranks": plot_scores(
             ranks, by="baseline", width=4.6, x_label=f"share of fed-in captions ranked first of {ranks['n_candidates'].max():.0f}, 95% interval",
             title="Which caption was fed in, without decoding (mismatched prompts)",
         )}),
-        "plane": plot_leak_sight(plane, title="Mismatched prompts: read or seen?"),
+        "plane": plot_leak_rows(plane, title="Mismatched prompts: read or seen?"),
         "texts": plot_leak_examples(shown, title="What projectors wrote (first seed)"),
     }  # fmt: skip
 
@@ -292,7 +295,7 @@ EXPERIMENT = Experiment(
     alt={
         "": "Six panels of CIDEr against guidance: ours above, the paper's below; fed nothing, the own caption, a mismatched one; curves by training.",
         "ranks": "Share of fed-in captions that are the likeliest of all candidates, by training and baseline, with intervals and chance.",
-        "plane": "Leak against sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
+        "plane": "Leak and sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
         "texts": "Texts side by side: what was fed in, what the image shows, and what projectors wrote.",
     },
     reference="fig6_leakage",

@@ -171,7 +171,8 @@ def draw(result: Result) -> Mapping[str, Figure]:
             title=f"|f_c - f_u| at {site}, timestep {SHOWN_AT}; outlined: what the text speaks of",
         ),
         "curves": plot_localization_curves(rows, by="conditioning", title="Differences against the masks of what the text speaks of"),
-        "grid": plot_localization_grid(asked, against="other text", title="Differences that questions make, against the object asked about"),
+        "grid": plot_localization_grid(
+            asked[asked["score"].isin(["pointing", "auc"])], against="other text", title="Differences that questions make, against the object asked about"),
         "controls": plot_localization_controls(
             asked[(asked["site"] == site_judged(asked)) & asked["timestep"].isin([50, 500])],
             title=f"Questions, {site_judged(asked)}: difference, controls and chance",
@@ -190,7 +191,7 @@ EXPERIMENT = Experiment(
     alt={
         "": "Images beside maps of the change that the caption and two questions make in the features, the objects asked about outlined.",
         "curves": "ROC-AUC of the change by timestep at six sites, for captions and questions, with controls and chance.",
-        "grid": "Nine heat maps of localization scores of questions' changes, six sites by five timesteps; cells above the other question framed.",
+        "grid": "Two heat maps, pointing game and ROC-AUC, of questions' changes, six sites by five timesteps; cells above the other question framed.",
         "controls": "Nine panels of dots with intervals: scores of the change that questions make and of its controls at two timesteps.",
     },
     needs={"A5": ("pointing",)},

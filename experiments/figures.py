@@ -97,6 +97,31 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @plotting.styled
+def plot_block_grid(frame: pd.DataFrame) -> Figure:
+    """Accuracy by block and timestep: a column of panels a label, a row of panels a way to draw noise; a label has one scale.
+
+    Args:
+        frame: Rows of label, what (the noise), site, timestep, value, chance.
+    """
+    labels, kinds, sites = (list(dict.fromkeys(frame[name])) for name in ("label", "what", "site"))
+    steps = sorted({int(t) for t in frame["timestep"]})
+    columns, height = len(labels), 0.115 * len(sites) + 0.35
+    figure, shown = plotting.panels(columns * len(kinds), columns, plotting.PAGE, height, 0.1, pad=(0.02, 0.02))
+    for place, (axis, leftmost, lowest) in enumerate(shown):
+        kind, label = kinds[place // columns], labels[place % columns]
+        mine = frame[frame["label"] == label]
+        part = mine[mine["what"] == kind].assign(timestep=lambda f: f["timestep"].astype(int))
+        table = part.pivot(index="site", columns="timestep", values="value").reindex(index=sites, columns=steps)
+        limits = plotting.limits_with(mine["value"].to_numpy(float), float(mine["chance"].mean()))
+        names = [str(site).removesuffix("-Out") for site in sites] if leftmost else ()
+        plotting.cells(axis, table.to_numpy(float), [str(t) for t in steps] if lowest else (), names, limits)
+        axis.set_title(f"{label}, {kind}\n(chance {plotting.short(float(part['chance'].mean()))})", pad=3, fontsize=7)
+        axis.tick_params(labelsize=5.5)
+    figure.supxlabel("timestep")
+    return figure
+
+
+@plotting.styled
 def plot_scores(
     frame: pd.DataFrame,
     *,
@@ -156,52 +181,37 @@ def plot_samples(images: NDArray[np.uint8], texts: Sequence[str]) -> Figure:
 
 
 @plotting.styled
-def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str], *, reference: str = "") -> Figure:
-    """Shares of items matched right, by pattern: a panel per benchmark, a dot with its interval per score.
+def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str]) -> Figure:
+    """Shares of items matched right as a table of colours: a panel a benchmark, a line a score, a column a pattern or metric.
 
     Args:
         frame: Rows of `diffprobe.probes.alignment.alignment_table` with the column benchmark; rows of pattern "macro" are
-            left out.  Rows whose score is `reference` are drawn hollow.
-        names: What each score is called, in the order of the legend; others are not drawn.
-        reference: A score that another data set's published numbers stand under.
+            left out.
+        names: What each score is called, in the order of the lines; others are not drawn.
 
     Raises:
         ValueError: there is no row to draw.
     """
     shown = frame[frame["score"].isin(names) & (frame["pattern"] != "macro")]
-    scores = [name for name in names if name in set(shown["score"])]
-    if not scores:
+    if shown.empty:
         raise ValueError(f"The table has no rows of the scores {', '.join(names)}.")
     parts = {name: shown[shown["benchmark"] == name] for name in dict.fromkeys(shown["benchmark"])}
-    lines = {name: list(dict.fromkeys(zip(part["metric"], part["pattern"], strict=True))) for name, part in parts.items()}
-    looks = {score: _score_look(k, score == reference) for k, score in enumerate(scores)}
-    step = 0.82 / len(scores)
-    height = max(map(len, lines.values())) * (0.085 * len(scores) + 0.08) + 0.5
-    below = 0.16 * -(-(len(scores) + 1) // 3) + 0.1
-    figure, axes = plotting.grid(1, len(parts), plotting.PAGE, height + below)
-    for axis, (benchmark, part) in zip(axes[0], parts.items(), strict=True):
-        for line, (metric, pattern) in enumerate(lines[benchmark]):
-            here = part[(part["metric"] == metric) & (part["pattern"] == pattern)].set_index("score")
-            axis.plot([float(here["chance"].mean())] * 2, [line - 0.47, line + 0.47], zorder=1, **plotting.DASHED)
-            for place, score in enumerate(scores):
-                if score in here.index:
-                    row, y = here.loc[score], line + (place - (len(scores) - 1) / 2) * step
-                    axis.plot([row["low"], row["high"]], [y, y], color=looks[score]["color"], linewidth=0.9, zorder=2)
-                    axis.plot(row["value"], y, linestyle="none", zorder=3, clip_on=False, **looks[score])
-        for line in range(1, len(lines[benchmark])):
-            axis.axhline(line - 0.5, color="0.88", linewidth=0.5, zorder=0)
+    lines = [score for score in names if score in set(shown["score"])]
+    height = 0.19 * len(lines) + 0.75
+    figure, panels = plotting.panels(len(parts), 1, plotting.PAGE, height)
+    for (axis, _, _), (benchmark, part) in zip(panels, parts.items(), strict=True):
         several = part["metric"].nunique() > 1
-        plotting.forest(axis, [f"{metric}: {pattern}" if several else pattern for metric, pattern in lines[benchmark]])
-        axis.set(xlim=(0, 1), xlabel="share right, 95% interval", title=benchmark)
-    entries = {names[score]: {"linestyle": "none", **look} for score, look in looks.items()} | {"chance": plotting.DASHED}
-    plotting.legend(figure, entries, 3, handlelength=1.8, columnspacing=1.2)
+        columns = part["metric"] + ": " + part["pattern"] if several else part["pattern"]
+        table = part.assign(column=columns).pivot(index="score", columns="column", values="value")
+        heads = list(dict.fromkeys(columns))
+        chances = part.assign(column=columns).groupby("column")["chance"].mean()
+        texts = [f"{plotting.wrap(head, 0.6)}\n({plotting.short(float(chances[head]))})" for head in heads]
+        values = table.reindex(index=lines, columns=heads).to_numpy(float)
+        plotting.cells(axis, values, texts, [names[score] for score in lines], limits=(0, 1))
+        axis.xaxis.tick_top()
+        axis.tick_params(axis="x", labelsize=6, length=0)
+        axis.set_xlabel(f"{benchmark}: share right (chance), n = {int(part['n'].max())}")
     return figure
-
-
-def _score_look(place: int, hollow: bool) -> dict[str, Any]:
-    if hollow:
-        return {"color": "0.35", "marker": "D", "markerfacecolor": "white"}
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
 @plotting.styled

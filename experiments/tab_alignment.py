@@ -160,7 +160,7 @@ def _share(row: pd.Series) -> str:
 def draw(result: Result) -> dict[str, Any]:
     """Alignment by pattern."""
     rows = result.rows[result.rows["kind"].isin(["score", "paper"])]
-    return {"": plot_alignment(rows, NAMES, reference=PUBLISHED)}
+    return {"": plot_alignment(rows, NAMES)}
 
 
 EXPERIMENT = Experiment(
@@ -172,8 +172,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     alt={
-        "": "Share of image-text pairs matched right, by visual pattern, for scores of the diffusion model, a learned map from "
-        "its features and CLIP, each with its interval beside chance and the paper's number for Stable Diffusion 2.1."
+        "": "Table of colours: share of image-text pairs matched right, by visual pattern, for scores of the diffusion model, a "
+        "learned map from its features and CLIP, with chance above and the paper's number for Stable Diffusion 2.1 below."
     },
     reference="mmvp_vlm_alignment.csv",
     needs={"A7": ("attribute late", "relation")},

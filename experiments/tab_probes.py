@@ -40,7 +40,7 @@ from diffprobe.probes.linear import fit_probe
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval
 from diffprobe.store import features, open_store, site_names
-from experiments.figures import plot_probe_bars, plot_probe_differences
+from experiments.figures import plot_block_grid, plot_probe_bars, plot_probe_differences
 from experiments.framework import Claim, Experiment, Options, Result, joint
 
 TIMESTEPS = (10, 50, 100, 250, 500)
@@ -346,15 +346,9 @@ def draw(result: Result) -> dict[str, Figure]:
         "": plot_probe_bars(best.sort_values("encoder", key=lambda e: e.isin([RANDOM, INPUT, CLIP]), kind="stable")),
         "cells": plot_probe_grid(cells.astype({"timestep": int})),
         "patches": plot_probe_bars(_overlap(rows[rows["kind"] == "patches"]), name="mean IoU"),
-        "blocks": plot_probe_grid(_blocks(rows), title="All blocks, without a prompt"),
+        **({"blocks": plot_block_grid(blocks)} if len(blocks := rows[rows["kind"] == "blocks"]) else {}),
         "text": plot_probe_differences(rows[(rows["kind"] == "difference") & (rows["site"] != "") & rows["site"].notna()]),
     }
-
-
-def _blocks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Cells of `plot_probe_grid`: every block's output at every timestep, one noise and their mean as two rows of panels."""
-    found = rows[rows["kind"] == "blocks"].drop(columns=["control_value"])
-    return found.astype({"timestep": int}).assign(conditioning=found["what"])
 
 
 def _overlap(patches: pd.DataFrame) -> pd.DataFrame:

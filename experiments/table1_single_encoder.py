@@ -39,6 +39,7 @@ from experiments.framework import (
     Result,
     chosen_arms,
     fused_run,
+    joint,
     reference,
     verdict,
 )
@@ -129,7 +130,7 @@ def published() -> pd.DataFrame:
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
     table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
-    changes = rows[(rows["kind"] == "change") & (rows["group"] == "all")]
+    changes = rows[(rows["kind"] == "change") & (rows["group"] == "all") & rows["score"].isin([ACCURACY, "MMVP"])]
     shown = changes.assign(
         label=changes["score"], site=changes["against"].str.removesuffix(", own"), what=f"{MAIN.label} less the other"
     )

@@ -50,6 +50,7 @@ from experiments.framework import (
     Result,
     chosen_arms,
     fused_run,
+    joint,
     reference,
     verdict,
 )
@@ -194,7 +195,7 @@ def published() -> pd.DataFrame:
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
     table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
-    changes = rows[(rows["kind"] == "change") & rows["group"].isin(["all", "blind"])]
+    changes = rows[(rows["kind"] == "change") & rows["group"].isin(["all", "blind"]) & rows["score"].isin([ACCURACY, "MMVP"])]
     against_clip = changes[changes["against"] == f"{CLIP.label}, own"]
     told = {"own": "its question", "irrelevant": "an irrelevant question", "unprompted": "nothing"}
     shown = against_clip.assign(

@@ -80,7 +80,7 @@ def localization_score(
         own: Name of the lines of the rows' own maps.
         seed: Seed of the bootstrap and of the halves that thresholds are tuned on.
         n_resamples: Bootstrap resamples.
-        keep_rows: Keep each line's scores (row,) in the column rows (NaN where a row has none), and the groups' numbers (row,)
+        keep_rows: Keep each line's scores (row,) in the column rows (NaN where a row has none), and the groups' ids (row,)
             in the column row_groups: differences of differences are taken row by row.
 
     Returns:
@@ -118,6 +118,8 @@ def localization_score(
         places += [{**place, "map": name} for name in plan.names]
         parts += [(scored[name], chance) for name in plan.names]
     frame = _summary(places, parts, plan, own, images, kinds, seed, n_resamples, keep_rows)
+    if keep_rows:
+        frame = frame.assign(row_groups=[np.arange(count) if groups is None else np.asarray(groups)] * len(frame))
     return with_holm(frame.assign(seed=seed))
 
 
@@ -406,7 +408,7 @@ def _summary(
     used[:, names.index("iou_otsu")] = [column_means(scored.otsu[:, None])[0] for scored, _ in parts]
     used[:, names.index("iou_tuned")] = [column_means(np.where(b >= 0, THRESHOLDS[b], np.nan)[:, None])[0] for b in best]
     if keep_rows:
-        rows = rows.assign(rows=list(table.T), row_groups=[images] * len(rows))
+        rows = rows.assign(rows=list(table.T))
     return rows.assign(
         value=column_means(table), low=low, high=high, macro=macro, macro_low=macro_low, macro_high=macro_high,
         chance=column_means(np.where(known, chance, np.nan)), lead=column_means(lead), lead_low=lead_low, lead_high=lead_high,
