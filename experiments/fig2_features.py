@@ -46,7 +46,7 @@ from diffprobe.probes.task import FOLDS, split_folds
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
 from experiments.figures import in_order
-from experiments.framework import Claim, Experiment, Options, Result, Verdict, joint, reference, worst
+from experiments.framework import Chosen, Claim, Experiment, Options, Result, Verdict, joint, reference, worst
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 ENDS = TIMESTEPS[:: len(TIMESTEPS) - 1]
@@ -90,9 +90,9 @@ def measure(options: Options) -> Result:
     for side, noise in ((0, options.seed), (1, options.seed), (0, OTHER_NOISE + options.seed)):
         out = options.work / f"{names}_{'ab'[side]}{noise}.zarr"
         sites = ("paper", LATENT) if noise == options.seed else "paper"
-        extract(
-            model, OneSide(data, numbers_of, side), out, sites=sites, timesteps=TIMESTEPS, conditionings=("null",), seed=noise
-        )
+        # noise belongs to a sample's id: under the pair's name both images get the same
+        one = Chosen(data, [two[side] for two in numbers_of], "ab"[side], lambda s: replace(s, id=f"pair-{s.labels['pair']}"))
+        extract(model, one, out, sites=sites, timesteps=TIMESTEPS, conditionings=("null",), seed=noise)
         trees.append(open_store(out))
     if {tree.sizes["sample"] for tree in trees} != {len(numbers_of)}:
         raise ValueError("Some images could not be recorded; pairs need both. 'diffprobe info' on the stores says which.")
