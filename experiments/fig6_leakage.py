@@ -266,6 +266,7 @@ def draw(result: Result) -> Mapping[str, Figure]:
     from diffprobe.mllm.verdict import Leakage
 
     wide = leak_against_sight(Leakage(table, pd.DataFrame()))
+    wide["label"] = np.where(wide["control"] == "", wide["label"], wide["control"] + " " + wide["label"])
     plane = pd.concat(
         [wide.rename(columns={s: "value", f"{s}_low": "low", f"{s}_high": "high"}).assign(score=s) for s in ("leak", "sight")]
     )

@@ -210,7 +210,7 @@ def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str]) -> Figure:
         plotting.cells(axis, values, texts, [names[score] for score in lines], limits=(0, 1))
         axis.xaxis.tick_top()
         axis.tick_params(axis="x", labelsize=6, length=0)
-        axis.set_xlabel(f"{benchmark}: share right (chance), n = {int(part['n'].max())}")
+        axis.set_xlabel(f"{benchmark}: share right (chance), n = {int(part[part['low'].notna()]['n'].max())}")
     return figure
 
 
