@@ -140,13 +140,14 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
                 + f"; over a centred Gaussian ({gaussian['value']:.3f}) {lead(gaussian)}"
             )
             beaten = [null, other] if other["n"] else [null]
-            decided, p = joint([(r["lead"], r["lead_low"], r["lead_high"]) for r in beaten])
+            above = tuple(float(own[end]) - 0.5 for end in ("value", "low", "high"))  # controls below chance are easily beaten
+            decided, p = joint([above, *((r["lead"], r["lead_low"], r["lead_high"]) for r in beaten)])
             if not other["n"] and decided == "held":
                 decided = "undecided"
             primary = kind == "caption" and site == here
             where = "the main site" if site == JUDGED[0] else site
             statement = (
-                f"At {where}, the difference that a {kind} makes lights up what it speaks of, more than the features without text "
+                f"At {where}, the difference that a {kind} makes lights up what it speaks of, above chance, more than the features without text "
                 f"do and more than {another} does"
             )
             claims.append(Claim("A5", statement, decided, evidence, p if primary else None, primary))

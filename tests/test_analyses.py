@@ -89,7 +89,13 @@ def difference_rows(caption: float, other: float, null: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(
     ("caption", "other", "null", "expected"),
-    [(0.9, 0.8, 0.8, "held"), (0.9, 0.9, 0.8, "undecided"), (0.9, 0.8, 0.95, "not held"), (0.9, 0.95, 0.8, "not held")],
+    [
+        (0.5, 0.4, 0.4, "undecided"),
+        (0.9, 0.8, 0.8, "held"),
+        (0.9, 0.9, 0.8, "undecided"),
+        (0.9, 0.8, 0.95, "not held"),
+        (0.9, 0.95, 0.8, "not held"),
+    ],
 )
 def test_a_caption_must_beat_another_and_none(caption: float, other: float, null: float, expected: str) -> None:
     claim = QUESTIONS.judge(difference_rows(caption, other, null))[0]
