@@ -139,7 +139,7 @@ def collect_claims(out: Path) -> pd.DataFrame:
     Returns:
         id, kind ("primary" or "exploratory"), statement, verdict, evidence, p, p_holm (of primaries), figure.
     """
-    found = [
+    found: list[dict[str, Any]] = [
         {"p": None, **claim, "kind": "primary" if claim.get("primary") else "exploratory", "figure": name}
         for name, sidecar in read_sidecars(out).items()
         for claim in sidecar.get("config", {}).get("claims", [])
@@ -148,7 +148,8 @@ def collect_claims(out: Path) -> pd.DataFrame:
     def place(claim: Mapping[str, Any]) -> tuple[list[int | str], bool]:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim["id"])], not claim.get("primary")
 
-    table = pd.DataFrame(sorted(found, key=place), columns=list(CLAIM_COLUMNS)).astype({"p": float})
+    found.sort(key=place)
+    table = pd.DataFrame(found, columns=list(CLAIM_COLUMNS)).astype({"p": float})
     tested = (table["kind"] == "primary") & (table["verdict"] != "not testable")
     table["p_holm"] = holm(table["p"].where(tested))
     table.loc[tested & (table["p_holm"] >= 0.05), "verdict"] = "undecided"

@@ -119,7 +119,8 @@ def localization_score(
         parts += [(scored[name], chance) for name in plan.names]
     frame = _summary(places, parts, plan, own, images, kinds, seed, n_resamples, keep_rows)
     if keep_rows:
-        frame = frame.assign(row_groups=[np.arange(count) if groups is None else np.asarray(groups)] * len(frame))
+        ids: Any = np.arange(count) if groups is None else np.asarray(groups)
+        frame = frame.assign(row_groups=[ids] * len(frame))
     return with_holm(frame.assign(seed=seed))
 
 
