@@ -73,6 +73,7 @@ def attention_localization(
     grid: tuple[int, int] | None = None,
     seed: int = 0,
     n_resamples: int = 2000,
+    keep_rows: bool = False,
 ) -> pd.DataFrame:
     """Scores the cross-attention of a caption's words against the masks of the objects that they name.
 
@@ -91,7 +92,7 @@ def attention_localization(
         against_timestep: Add the control "timestep N", the word's own map at that timestep; `lead` is then the gain over
             that timestep, paired by word.
         grid: (height, width) of the scores; by default the images' resolution, at most `MOST_PIXELS` a side.
-        seed, n_resamples: As in `localization_score`.
+        seed, n_resamples, keep_rows: As in `localization_score`.
 
     Returns:
         As `localization_score`, with the columns role, conditioning, site, timestep and head ("mean", "0", ...) in
@@ -143,7 +144,8 @@ def attention_localization(
             if against_timestep is not None:
                 again = found.isel(row=mine).sel(timestep=[against_timestep] * len(steps))
                 ordered = xr.concat([ordered, again.assign_coords(timestep=ordered["timestep"])], "row")
-            frame = _score(ordered, chosen, controls, groups, seed=seed, n_resamples=n_resamples)
+            options: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples, "keep_rows": keep_rows}
+            frame = _score(ordered, chosen, controls, groups, **options)
             frames.append(frame.assign(role=role, conditioning=conditioning, site=name))
     return _tidy(frames, ["role", "conditioning", "site", "timestep", "head"], left_out)
 
