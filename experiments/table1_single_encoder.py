@@ -15,6 +15,7 @@ About an hour on one of two busy cores after table 2, which shares CLIP's and th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -76,9 +77,9 @@ def measure(options: Options) -> Result:
 
 
 def judge(rows: pd.DataFrame) -> list[Claim]:
-    changes = rows[(rows["kind"] == "change") & (rows["score"] == ACCURACY) & (rows["group"] == "all")]
+    changes: Any = rows[(rows["kind"] == "change") & (rows["score"] == ACCURACY) & (rows["group"] == "all")]
     changes = changes.assign(other=changes["against"].str.removesuffix(", own")).set_index("other")
-    paper = reference("table1_diffusion_only").set_index(["encoder", "timestep"])
+    paper: Any = reference("table1_diffusion_only").set_index(["encoder", "timestep"])
 
     def said(name: str) -> str:
         row = changes.loc[name]

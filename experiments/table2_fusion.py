@@ -24,6 +24,7 @@ The key row with a real language model, 96 minutes in two processes, an arm each
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,9 +102,9 @@ def measure(options: Options) -> Result:
 
 
 def judge(rows: pd.DataFrame) -> list[Claim]:
-    changes = rows[rows["kind"] == "change"].set_index(list(KEYS)).sort_index()
-    scores = rows[rows["kind"] == "score"].set_index(["arm", "condition", "score", "group"]).sort_index()
-    paper = reference("table2_fusion").set_index(["fusion", "s"])
+    changes: Any = rows[rows["kind"] == "change"].set_index(list(KEYS)).sort_index()
+    scores: Any = rows[rows["kind"] == "score"].set_index(["arm", "condition", "score", "group"]).sort_index()
+    paper: Any = reference("table2_fusion").set_index(["fusion", "s"])
     claims = []
 
     def say(
