@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.measure import Row, alternate, detail_of, row_of
 from diffprobe import attention_maps, extract, features, open_store
 from diffprobe.store import COMPLETE, ArraySpec, StoreWriter, create_store
+from diffprobe.torch import StoreDataset, StoreStream
 
 if TYPE_CHECKING:
     from benchmarks.run import Setting
@@ -147,6 +149,58 @@ def words(setting: Setting) -> Iterator[Row]:
     times = alternate(plain, lambda: attention_maps(tree, "star"), setting.repeats)
     what = f"maps of a word at {len(sites)} sites of {count} samples / one read a site, seconds"
     yield row_of("words", what, [b / a for a, b in times], "<= 2", detail_of(times))
+
+
+def streams(setting: Setting) -> Iterator[Row]:
+    """A shuffled epoch of `StoreStream` against reading the same samples in order; equal rows first, a `DataLoader` by index last.
+
+    One site and timestep of the store's two conditionings, in units of 16 samples; the system may keep files in its cache.
+    """
+    path, count, unit = setting.folder / "streams.zarr", 64 if setting.smoke else 1024, 16
+    spec = ArraySpec(
+        "S", "s", "block", "features", ("channel", "y", "x"), (64 if setting.smoke else 320, 16, 16), CONDITIONINGS
+    )
+    tokens = np.zeros((count, 2, 1), np.int32)
+    create_store(
+        path, attributes={"request": {"sites": ["S"]}, "data": "none"}, sample_ids=[str(i) for i in range(count)], labels={},
+        timesteps=[50], conditionings=CONDITIONINGS, tokens=[0], specs=[spec], unit_samples=unit, dtype="float16",
+        prompts={"text": np.full((count, 2), "", object), "token_id": tokens, "token_start": tokens, "token_end": tokens},
+    )  # fmt: skip
+    writer, rng = StoreWriter(path), np.random.default_rng(0)
+    for number in range(count // unit):
+        values = rng.random((unit, 2, 1, *spec.shape), np.float32).astype(np.float16)
+        writer.write_unit(number, {"S": values}, np.full(unit, COMPLETE, np.uint8))
+    array = features(open_store(path), "S", timestep=50)
+    stream = StoreStream(path, "S", timestep=50, batch_size=32)
+    found = {int(n): x for batch in stream for n, x in zip(batch["sample"], batch["features"], strict=True)}
+    np.testing.assert_array_equal(found[count // 2], array.isel(sample=count // 2).values)
+    assert len(found) == count
+
+    def in_order() -> None:
+        for first in range(0, count, unit):
+            torch.from_numpy(array.isel(sample=slice(first, first + unit)).values).float()
+
+    def shuffled() -> None:
+        stream.set_epoch(stream.epoch + 1)
+        for _ in stream:
+            pass
+
+    times = alternate(in_order, shuffled, max(setting.repeats, 1 if setting.smoke else 9))
+    rates = f"{count / np.median([b for _, b in times]):.0f} samples/s against {count / np.median([a for a, _ in times]):.0f}"
+    yield row_of(
+        "streams", f"a shuffled epoch / reading in order, speed, {count} samples", [a / b for a, b in times], ">= 0.5", rates
+    )
+    tokens_of = StoreStream(path, "S", timestep=50, rows="tokens", batch_size=4096)
+    times = alternate(in_order, lambda: [None for _ in tokens_of], setting.repeats)
+    yield row_of(
+        "streams", "the same as shuffled tokens / reading in order, speed", [a / b for a, b in times], "", detail_of(times)
+    )
+    some = StoreDataset(path, "S", timestep=50)
+    chosen = rng.permutation(count)[: count // 8].tolist()
+    times = alternate(in_order, lambda: [some[index] for index in chosen], setting.repeats)
+    yield row_of(
+        "streams", "samples by index in random order / in order, speed", [a / b / 8 for a, b in times], "", detail_of(times)
+    )
 
 
 def stall(setting: Setting) -> Iterator[Row]:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffprobe.data import load_dataset
+    from diffprobe.edit import Edit
     from diffprobe.encoders import load_encoder
     from diffprobe.extraction import extract
     from diffprobe.matching import alignment_score
     from diffprobe.mllm.leakage import leakage_report
     from diffprobe.mllm.model import FusedMLLM
+    from diffprobe.mllm.verdict import judge_leakage
     from diffprobe.models import load_model
     from diffprobe.probes.correspondence import correspondence
     from diffprobe.probes.knn import knn_probe
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from diffprobe.store import attention_maps, features, open_store
 
 _HOMES = {
+    "Edit": "edit",
     "FusedMLLM": "mllm.model",
     "Recorder": "recorder",
     "alignment_score": "matching",
@@ -37,6 +40,7 @@ _HOMES = {
     "extract": "extraction",
     "features": "store",
     "fit_probe": "probes.linear",
+    "judge_leakage": "mllm.verdict",
     "knn_probe": "probes.knn",
     "leakage_report": "mllm.leakage",
     "list_sites": "sites",
@@ -49,6 +53,7 @@ _HOMES = {
     "stream_probe": "probes.streaming",
 }
 __all__ = [
+    "Edit",
     "FusedMLLM",
     "Recorder",
     "alignment_score",
@@ -57,6 +62,7 @@ __all__ = [
     "extract",
     "features",
     "fit_probe",
+    "judge_leakage",
     "knn_probe",
     "leakage_report",
     "list_sites",

@@ -191,8 +191,8 @@ ACROSS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]]
 }
 
 
-def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the tokens that spell the first occurrence of `word` in `text` as a whole word.
+def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]], occurrence: int = 0) -> list[int]:
+    """Positions of the tokens that spell an occurrence of `word` in `text` as a whole word, by default the first.
 
     Args:
         token_spans: for each token its (start, end) in `text`; (0, 0) for start, end and padding tokens.
@@ -202,9 +202,10 @@ def word_tokens(text: str, word: str, token_spans: Sequence[tuple[int, int]]) ->
     >>> word_tokens("a red star", "blue", [(0, 0), (0, 1), (2, 5), (6, 10)])
     []
     """
-    match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
-    if match is None:
+    matches = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+    if occurrence >= len(matches):
         return []
+    match = matches[occurrence]
     return [i for i, (start, end) in enumerate(token_spans) if end > start and start < match.end() and end > match.start()]
 
 

@@ -345,16 +345,25 @@ def load_extractor(
     *,
     use_safetensors: bool = True,
     random_weights: int | None = None,
+    **loading: Any,
 ) -> DiffusionModel | VisionEncoder:
-    """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of."""
+    """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of.
+
+    Args:
+        **loading: options that only `load_model` has: variant, loras, config.
+    """
     source = resolve(id_or_dir)
+    loading = {name: value for name, value in loading.items() if value is not None and value != []}
     load: Callable[..., DiffusionModel | VisionEncoder] = load_model
     try:
-        model_index(source, revision)
+        if not Path(source).expanduser().is_file():  # a single file of weights
+            model_index(source, revision)
     except ValueError as nothing:
         try:
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         except ABSENT:
             raise nothing from None
+        if loading:
+            raise ValueError(f"{id_or_dir} is a vision encoder, which is not loaded with {', '.join(loading)}.") from None
         load = load_encoder
-    return load(id_or_dir, device, dtype, revision, use_safetensors=use_safetensors, random_weights=random_weights)
+    return load(id_or_dir, device, dtype, revision, use_safetensors=use_safetensors, random_weights=random_weights, **loading)

@@ -6,12 +6,13 @@ arrays of the last are written.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,16 +24,18 @@ from diffprobe import rundir, store
 from diffprobe.conditioning import NULL, check_conditioning
 from diffprobe.console import Console, size_text
 from diffprobe.data import load_dataset
-from diffprobe.data.files import check_unicode
-from diffprobe.data.folder import known_values
+from diffprobe.data.files import check_unicode, listed
+from diffprobe.data.labels import label_arrays
 from diffprobe.data.samples import Dataset
 from diffprobe.encoders import VisionEncoder, load_extractor
 from diffprobe.forward import NotFiniteError as NotFiniteError
+from diffprobe.layout import read_array
 from diffprobe.models import DiffusionModel, LatentRule, kept_name
 from diffprobe.sites import select_sites
 from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
 
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
+TIMESTEPS = (10, 50, 100, 250, 500)
 _LOOK_AT = 500  # most samples whose captions a forecast reads
 
 
@@ -74,9 +77,11 @@ def extract(
     sites: str | Sequence[str] = "paper",
     maps: str | Sequence[str] = (),
     heads: Literal["mean", "all"] = "mean",
-    map_tokens: Literal["prompt", "all"] = "prompt",
-    timesteps: Sequence[int] = (10, 50, 100, 250, 500),
-    conditionings: Sequence[str] = (NULL, "caption"),
+    map_tokens: Literal["prompt", "all"] | int = "prompt",
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] = (),
+    log_snr: Sequence[float] = (),
+    conditionings: Sequence[str] | None = None,
     guidance: Sequence[float] = (),
     noise_draws: int = 1,
     reduce: str | Sequence[str] | dict[str, str] = "none",
@@ -93,6 +98,7 @@ def extract(
     force: bool = False,
     progress: bool = True,
     units: Sequence[int] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Summary:
     """Records a dataset's features and attention maps into a store; the same call again resumes it.
 
@@ -102,8 +108,11 @@ def extract(
         dataset: a dataset, or a folder or spec for `load_dataset`.
         out: path or fsspec URL of the Zarr store.
         sites, maps: patterns for `select_sites`; either may be empty.
-        map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too.
-        conditionings: names that `diffprobe.conditioning` explains.
+        map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too, a number
+            that many.
+        timesteps: training timesteps, `TIMESTEPS` by default; 1000 s of a flow.
+        sigmas, log_snr: in their place, the noise; the nearest training timestep is taken (`diffprobe.noise.Levels`).
+        conditionings: names that `diffprobe.conditioning` explains; by default null and, where there are captions, caption.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
         noise_draws: average features and maps over this many noise tensors.
         reduce: a rule for all sites, or PATTERN=RULE for some: none, mean, grid:HxW, project:K.
@@ -115,6 +124,8 @@ def extract(
         force: go on although the disk's free space is too small for the forecast.
         units: compute only these units of an existing store, finished or not, as `repair` does; each is replaced once its new
             values are known.  Model and dataset may then have other names, but not other content.
+        shard: (i, n): compute the i-th of n disjoint parts of the units, i from 1.  The n calls need not know of each other:
+            whichever comes first lays the store out, on one machine or several.
 
     Returns:
         The result. On equal batches, values are bit-identical. With another batch size, order or number of processes they
@@ -130,13 +141,25 @@ def extract(
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
     log = lambda text: console.print(text)  # noqa: E731
-    _check_arguments(timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
+    if sum(map(bool, (timesteps, sigmas, log_snr))) > 1:
+        raise ValueError("Give one of timesteps, sigmas and log-SNR.")
+    levels = TIMESTEPS if timesteps is None else timesteps
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
+    if conditionings is None:
+        conditionings = (NULL, "caption") if getattr(dataset, "captioned", True) else (NULL,)
+        if len(conditionings) == 1:
+            log(
+                f"{dataset.name} has no captions, so that the conditioning is null alone; 'fixed:TEXT' gives all images one text."
+            )
+    _check_arguments(sigmas or log_snr or levels, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     model = load_extractor(model) if isinstance(model, str) else model
+    timesteps = levels if isinstance(model, VisionEncoder) else _nearest(model, sigmas, log_snr) or levels
     if isinstance(model, VisionEncoder):
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
         log(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
+    if shard and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"Shard {shard[0]}/{shard[1]} does not exist; give i/n with i from 1 to n.")
     for timestep in timesteps:
         model.check_timestep(timestep)
     size = model.resolution if resolution is None else resolution
@@ -149,7 +172,12 @@ def extract(
     new_forecast = dry_run and not store.exists(out)  # no store's request is compared with this one
     index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
     lengths = _prompt_lengths(model, index.prompts)
-    kept_tokens = model.prompt_tokens if map_tokens == "all" else min(model.prompt_tokens, max(lengths.values()))
+    longest = min(model.prompt_tokens, max(lengths.values()))
+    kept_tokens = map_tokens if isinstance(map_tokens, int) else model.prompt_tokens if map_tokens == "all" else longest
+    if kept_tokens < longest and map_sites:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens, and maps of {kept_tokens} are kept; record them with --map-tokens all."
+        )
     request = Request(
         model=model.model_id, revision=model.revision, weights=model.weights_hash(), dataset=dataset.name,
         fingerprint="" if new_forecast else dataset.fingerprint(), samples=len(dataset),
@@ -157,19 +185,24 @@ def extract(
         map_tokens=list(range(kept_tokens)), timesteps=list(timesteps), conditionings=list(conditionings), guidance=list(guidance),
         noise_draws=noise_draws, reduce=rules, seed=seed, resolution=[height, width], fit=fit, latent_rule=latent_rule,
         compute_dtype=str(model.dtype).removeprefix("torch."), store_dtype=store_dtype,
+        network_guidance=getattr(model, "guidance", None),
     )  # fmt: skip
     run = Run(model, dataset, request, index, on_nonfinite, log)
     shapes, seconds_per_row = run.first_pass()
     run.specs = array_specs(chosen, shapes, rules, conditionings, guidance)
     state = PartialState(cpu=model.device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    with rundir.sole_writer(out, rank, ranks, dry_run):
+    job, jobs = shard or (1, 1)
+    alone = rundir.sole_writer(out, rank, ranks, dry_run)
+    with alone if shard is None else rundir.shard_writer(out, job, rank, ranks, dry_run):
         resuming = store.exists(out)
         if rank == 0 and not resuming and not rundir.is_remote(out) and Path(rundir.locate(out)).exists():
             raise ValueError(f"{out} exists and is not a store; give another --out, or remove it.")
         if resuming:
             found = store.StoreWriter(out)
-            _check_resumed(out, found.attributes["request"], request, repairs=units is not None)
+            _check_resumed(out, found, run, repairs=units is not None, jobs=jobs)
+            if rank == 0 and units is None:
+                _tell_of_labels(found, index, log)
             batch_rows = batch_rows or int(found.attributes["batch_rows"])
             units = found.pending if units is None else units
         forecast = None
@@ -179,21 +212,35 @@ def extract(
             else:
                 seconds_per_row = run.find_batch(seconds_per_row)
             truncated = sum(length > model.prompt_tokens for length in lengths.values())
-            forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks, truncated)
+            forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks / jobs, truncated)
             if not (resuming or dry_run):  # who asked for it alone is given it
                 log(describe_forecast(forecast))
             _check_room(forecast, force, resuming or dry_run)
         if dry_run:
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)
         if rank == 0 and not resuming:
-            _lay_out(run, out, unit_samples or run.unit_samples(), compress, ranks)
-        elif rank == 0:
+            even = max(1, len(dataset) // (4 * jobs)) if shard else len(dataset)  # shards of nearly equal work
+            size = unit_samples or min(run.unit_samples(), even)
+            with contextlib.suppress(rundir.TakenError) if shard else contextlib.nullcontext():
+                _lay_out(run, out, size, compress, ranks, jobs)
+        elif rank == 0 and shard is None:
             store.clear_cut_writes(out)
         if state:
             state.wait_for_everyone()
         writer = store.StoreWriter(out)
+        if shard and not resuming:  # another may have laid it out meanwhile
+            made = writer.attributes
+            asked = request.plain() | {"shards": jobs}
+            rundir.check_request(out, made["request"] | {"shards": made["shards"]}, asked, "was just begun otherwise:")
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
-        mine = [unit for unit in (writer.pending if units is None else units) if unit % ranks == rank]
+        mine = [
+            unit
+            for unit in (writer.pending if units is None else units)
+            if unit % jobs == job - 1 and unit // jobs % ranks == rank
+        ]
+        if shard:
+            count = -(-len(dataset) // writer.unit_samples)
+            log(f"Shard {job} of {jobs}: {len(range(job - 1, count, jobs))} of {count} units.")
         _work(run, writer, mine, console if rank == 0 else Console(quiet=True))
         if state:
             state.wait_for_everyone()
@@ -204,8 +251,16 @@ def extract(
     return Summary(str(out), len(dataset), complete, run.skipped, time.perf_counter() - started, forecast)
 
 
+def _nearest(model: DiffusionModel, sigmas: Sequence[float], log_snr: Sequence[float]) -> list[int]:
+    """The training timesteps that are meant by their noise."""
+    found = [model.levels.nearest(sigma=value) for value in sigmas] + [model.levels.nearest(log_snr=v) for v in log_snr]
+    if len(set(found)) < len(found):
+        raise ValueError(f"Two of these noise levels mean the same timestep of {model.model_id}: {', '.join(map(str, found))}.")
+    return found
+
+
 def _check_arguments(
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     conditionings: Sequence[str],
     guidance: Sequence[float],
     noise_draws: int,
@@ -243,12 +298,66 @@ def _encoder_sites(model: VisionEncoder, sites: str | Sequence[str], more: bool)
     return [name for site in given for name in (model.preset if site == "paper" else [site])]
 
 
-def _check_resumed(out: str | Path, stored: dict[str, Any], request: Request, repairs: bool) -> None:
-    """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names."""
-    asked = asdict(request) | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
+def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs: bool, jobs: int) -> None:
+    """Raise RequestError unless a store holds what is asked for; a repair may find its model and dataset under other names.
+
+    Shards of another number would share units with those that are at work.
+    """
+    stored, number = found.attributes["request"], found.attributes.get("shards", 1)
+    if jobs not in (1, number):
+        raise rundir.RequestError(
+            f"{out} was begun in {number} shard(s), and you ask for {jobs}, which would share units with them: "
+            + (f"finish it with --shard i/{number}, or " if number > 1 else "finish it ")
+            + "by the command without --shard."
+        )
+    asked = run.request.plain() | ({name: stored[name] for name in ("model", "revision", "dataset")} if repairs else {})
     another = "holds another request; give another --out, or match it."
     fault = "was recorded otherwise; nothing was changed in it:" if repairs else another
-    rundir.check_request(out, stored | {"model": kept_name(stored["model"])}, asked, fault)
+    if stored["fingerprint"] != asked["fingerprint"] and (changed := _changed_samples(found.root, run)):
+        fault += f" Of the samples: {listed(changed)}. All that differs:"
+    kept = stored | {"model": kept_name(stored["model"])}
+    if stored["weights"] != asked["weights"]:  # adapters, which say more than a hash
+        kept["loading"], asked["loading"] = found.attributes.get("loading", {}), getattr(run.model, "loading", {})
+    rundir.check_request(out, kept, asked, fault)
+
+
+def image_digests(dataset: Dataset) -> dict[str, NDArray[Any]]:
+    """A hash of each sample's image as an array of the store, where the dataset has them."""
+    digests = getattr(dataset, "image_digests", None)
+    return {} if digests is None else {store.CONTENT: np.array([text[:16] for text in digests], object)}
+
+
+def _changed_samples(root: Any, run: Run) -> list[str]:
+    """What a store's samples, their images and prompts are, and those of a run are not; empty where that cannot be told."""
+    index, rows = run.index, {name: row for row, name in enumerate(run.index.ids)}
+    kept = read_array(root, "sample").tolist()
+    texts, named = read_array(root, "prompts/text"), read_array(root, "prompts/conditioning").tolist()
+    images = read_array(root, store.CONTENT) if store.CONTENT in root else np.zeros(0)
+    now = image_digests(run.dataset).get(store.CONTENT, np.zeros(0))
+    changed = [f"{name!r} is gone" for name in kept if name not in rows]
+    changed += [f"{name!r} is new" for name in rows.keys() - set(kept)]
+    columns = [(column, name) for column, name in enumerate(named) if name in index.prompts]
+    for place, name in enumerate(kept):
+        if name not in rows:
+            continue
+        if len(images) and len(now) and images[place] != now[rows[name]]:
+            changed.append(f"{name!r} has another image")
+        for column, conditioning in columns:
+            new, old = index.prompts[conditioning][rows[name]] or "", str(texts[place, column])
+            if new != old:
+                changed.append(f"{name!r} has the {conditioning} {new!r}, where the store has {old!r}")
+    return changed
+
+
+def _tell_of_labels(found: store.StoreWriter, index: Index, log: Callable[[str], None]) -> None:
+    """Says which labels a store has otherwise: they decide no feature, so that the store is gone on with."""
+    now = label_arrays(index.labels)
+    same = lambda name: name in found.root and list(map(str, read_array(found.root, name))) == list(map(str, now[name]))  # noqa: E731
+    if other := [name for name in now if not same(name)]:
+        log(
+            f"The store keeps the labels that it was made with; {', '.join(other)} differ now. Probes read yours with "
+            "--labels FILE."
+        )
 
 
 def _forecast(run: Run, free_bytes: int | None, seconds_per_row: float, truncated_prompts: int) -> Forecast:
@@ -274,7 +383,7 @@ def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, li
     return {p: n for part in parts for p, n in zip(part, model.tokens(part)[2], strict=True)}
 
 
-def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int) -> None:
+def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int, jobs: int) -> None:
     """Creates the store with all labels, prompts and tokens; rank 0 does it before the work."""
     request, dataset, model, index = run.request, run.dataset, run.model, run.index
     kept = len(request.map_tokens)
@@ -287,25 +396,32 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         for start in range(0, len(prompts), 512):
             part = slice(start, start + 512)
             token_ids, token_spans, _ = model.tokens(prompts[part])
-            ids[part, column], spans[part, column] = token_ids[:, :kept], token_spans[:, :kept]
+            there = min(kept, token_ids.shape[1])
+            ids[part, column, :there], spans[part, column, :there] = token_ids[:, :kept], token_spans[:, :kept]
+    levels = None
+    if isinstance(model, DiffusionModel):
+        steps = request.timesteps
+        levels = {"sigma": [*map(model.levels.sigma, steps)], "log_snr": [*map(model.levels.log_snr, steps)]}
     store.create_store(
         out,
         attributes={
-            "request": asdict(request),
+            "request": request.plain(),
             "data": dataset.spec,
             "map_tokens_rule": "all" if kept == model.prompt_tokens else "prompt",
             "batch_rows": run.engine.batch_rows,
             "processes": ranks,
+            "shards": jobs,
             "on_nonfinite": run.on_nonfinite,
             "pipeline": type(model.pipeline).__name__,
             "random_weights": model.random_weights,
+            "loading": {} if isinstance(model, VisionEncoder) else model.loading,
             "prediction_type": "vision encoder" if isinstance(model, VisionEncoder) else model.prediction_type,
             "special_tokens": {} if isinstance(model, VisionEncoder) else model.special_tokens(),
             "versions": rundir.package_versions(_PACKAGES),
             "commit": rundir.code_commit(),
         },
         sample_ids=index.ids,
-        labels=_label_arrays(index.labels),
+        labels=label_arrays(index.labels) | image_digests(dataset),
         timesteps=request.timesteps,
         prompts={"text": text, "token_id": ids, "token_start": spans[..., 0], "token_end": spans[..., 1]},
         conditionings=request.conditionings,
@@ -314,32 +430,9 @@ def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks
         unit_samples=unit_samples,
         dtype=request.store_dtype,
         compress=compress,
+        company=jobs > 1,
+        levels=levels,
     )
-
-
-_TAKEN = {
-    "sample", "status", "done", "digest", "prompts", "conditioning", "timestep", "channel", "y", "x", "token", "head", "unit", "patch", "zarr.json"
-}  # fmt: skip
-
-
-def _label_arrays(labels: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """An array for each label; a sample without the label has NaN among numbers and "" among texts."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in dict.fromkeys(key for row in labels for key in row):
-        given = [row.get(name) for row in labels]
-        values = known_values([value.item() if isinstance(value, np.generic) else value for value in given])
-        if name in _TAKEN or name.startswith((".", "__")) or not name.strip() or "/" in name:
-            why = (
-                "the store uses that name" if name in _TAKEN else "a name in a store has letters, and no slash or dot in front"
-            )
-            raise ValueError(f"A label cannot be called {name!r}: {why}. Rename it in the captions file.")
-        if all(isinstance(v, int) and abs(v) < 2**63 for v in values):
-            arrays[name] = np.array(values, np.int64)
-        elif all(v is None or isinstance(v, int | float) for v in values):
-            arrays[name] = np.array([np.nan if v is None else v for v in values], np.float64)
-        else:
-            arrays[name] = np.array(["" if v is None else str(v) for v in values], object)
-    return arrays
 
 
 def _work(run: Run, writer: store.StoreWriter, units: list[int], console: Console) -> None:
@@ -432,16 +525,11 @@ def repair(
             again.add(unit)
     if not again:
         return faults, None
-    if model is None or isinstance(model, str):
-        model = load_extractor(
-            model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
-            use_safetensors=use_safetensors, random_weights=writer.attributes.get("random_weights"),
-        )  # fmt: skip
     summary = extract(
-        model,
+        recorded_model(writer.attributes, model, device, dtype, use_safetensors),
         dataset or writer.attributes["data"],
         path,
-        **{name: request[name] for name in _OPTIONS},
+        **{name: request[name] for name in OPTIONS},
         resolution=tuple(request["resolution"]),
         map_tokens=writer.attributes["map_tokens_rule"],
         on_nonfinite=on_nonfinite or writer.attributes.get("on_nonfinite", "raise"),
@@ -451,7 +539,25 @@ def repair(
     return faults, summary
 
 
-_OPTIONS = (  # of `extract`, which a store's request has by the same name
+def recorded_model(
+    attributes: Mapping[str, Any],
+    model: DiffusionModel | VisionEncoder | str | None,
+    device: str | None,
+    dtype: str | None,
+    use_safetensors: bool,
+) -> DiffusionModel | VisionEncoder:
+    """The model that a store was recorded with, or the one that is given in its place."""
+    if model is not None and not isinstance(model, str):
+        return model
+    request = attributes["request"]
+    return load_extractor(
+        model or request["model"], device, dtype or request["compute_dtype"], None if model else request["revision"],
+        use_safetensors=use_safetensors, random_weights=attributes.get("random_weights"),
+        guidance=request.get("network_guidance"), **attributes.get("loading", {}),
+    )  # fmt: skip
+
+
+OPTIONS = (  # of `extract`, which a store's request has by the same name
     "sites", "maps", "heads", "timesteps", "conditionings", "guidance", "noise_draws", "reduce", "seed", "fit", "latent_rule",
     "store_dtype",
 )  # fmt: skip

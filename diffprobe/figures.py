@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from diffprobe import plotting
 from diffprobe.data import load_dataset
 from diffprobe.data.images import fit_image
+from diffprobe.plotting import check_table
 from diffprobe.probes.pca import pca_rgb
 from diffprobe.store import StoreError, attention_maps, features, open_store, prompt_texts, provenance, site_names
 
@@ -34,22 +35,7 @@ LOCALIZATION_NAMES = {
     "iou_otsu": "IoU, Otsu", "iou_tuned": "IoU, tuned", "auc": "ROC-AUC", "ap": "average precision", "nss": "NSS",
 }  # fmt: skip
 NOISE_AXIS = "timestep (noise grows to the right)"
-
-
-def check_table(frame: pd.DataFrame, columns: Sequence[str], cell: Sequence[str] = (), where: str = "The table") -> None:
-    """Raises ValueError if a column of either list is missing, there are no rows, or several agree in all columns of `cell`.
-
-    `where` names the part of a table for the message about several rows.
-    """
-    if frame.empty:
-        raise ValueError("The table has no rows; there is nothing to draw.")
-    if absent := [c for c in (*cell, *columns) if c not in frame]:
-        raise ValueError(f"The table has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
-    if cell and frame.duplicated(list(cell)).any():
-        others = ("seed", "guidance", "draw", "head", "role", "conditioning")
-        varying = [c for c in others if c in frame and c not in cell and frame[c].nunique() > 1]
-        hint = f"; {', '.join(varying)} differ within them" if varying else ""
-        raise ValueError(f"{where}: some cells of {' x '.join(cell)} have several rows{hint}. Select or average first.")
+SNR_AXIS = "log-SNR (noise grows to the right)"
 
 
 # --- pictures ------------------------------------------------------------------------------------------
@@ -157,11 +143,11 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
     bar marks chance (its mean over the cells).
 
     Args:
-        frame: Rows of `diffprobe.probes.fitting.probe_table`: site, timestep, label, score, value, chance and,
-            for the control, control_value; one row per cell.  The numbers of rows whose column `bold` is true are bold.
+        frame: Rows of `diffprobe.probes.fitting.probe_table`: site, timestep, label, score, value, chance and, for the control,
+            control_value (`control` names it); one row per cell.  Numbers of rows whose column `bold` is true are bold.
     """
     frame = frame.rename(columns=plotting.OLD_COLUMNS)
-    parts = _by_label(frame)
+    parts = _by_label(frame if "control" in frame else frame.assign(control="control task"))
     control = "control_value" in frame and bool(frame["control_value"].notna().any())
     kinds = ["value", "control_value"] if control else ["value"]
     sites, steps = list(dict.fromkeys(frame["site"])), sorted(dict.fromkeys(frame["timestep"]))
@@ -175,7 +161,7 @@ def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
             own = kind == "value"
             table, names = _table(part, kind, "site", sites, "timestep", steps), [f"{s:g}" for s in steps]
             drawn = plotting.cells(axis, table, names, sites if own else (), limits=limits, bold=bold if own else None)
-            axis.set_title(f"{heading if own else 'control task'}: {score}", pad=3)
+            axis.set_title(f"{heading if own else part['control'].iloc[0]}: {score}", pad=3)
             if row == len(parts) - 1:
                 axis.set_xlabel(NOISE_AXIS)
         place = {"fraction": 0.2 / plotting.PAGE, "pad": 0.01, "aspect": 2.1 * len(sites)}
@@ -189,8 +175,8 @@ def _table(frame: pd.DataFrame, value: str, y: str, rows: list[Any], x: str, col
     return table.reindex(index=rows, columns=columns).to_numpy(dtype=float)
 
 
-def plot_probe_curves(frame: pd.DataFrame, *, title: str = "", width: float = plotting.PAGE) -> Figure:
-    """Score against timestep as `plot_site_curves` draws it, a panel per label and conditioning.
+def plot_probe_curves(frame: pd.DataFrame, *, x: str = "timestep", title: str = "", width: float = plotting.PAGE) -> Figure:
+    """Score against timestep, or log_snr, as `plot_site_curves` draws it, a panel per label and conditioning.
 
     Args:
         frame: Rows of `diffprobe.probes.fitting.probe_table`; one row per site, timestep, label and conditioning.
@@ -199,7 +185,10 @@ def plot_probe_curves(frame: pd.DataFrame, *, title: str = "", width: float = pl
     scores = list(dict.fromkeys(score for _, score, _ in parts))
     several = len(scores) > 1
     rows = pd.concat([part.assign(panel=f"{heading}: {score}" if several else heading) for heading, score, part in parts])
-    return plot_site_curves(rows, y_label="" if several else scores[0], columns=2, title=title, width=width)
+    x_label = SNR_AXIS if x == "log_snr" else NOISE_AXIS
+    return plot_site_curves(
+        rows, x=x, x_label=x_label, y_label="" if several else scores[0], columns=2, title=title, width=width
+    )
 
 
 def _by_label(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
@@ -263,6 +252,7 @@ def plot_site_curves(
             axis.plot(chance.index, chance, zorder=1, label=chance_name, **plotting.DOTTED)
         axis.set_title(plotting.wrap(str(name), width / columns, 5.5), pad=4)
         axis.set(xlabel=x_label if lowest else "", ylabel=y_label if leftmost else "")
+        axis.xaxis.set_inverted(x == "log_snr")
         plotting.ruled(axis, "y")
     if share_y:
         plotting.one_scale(shown)
@@ -629,9 +619,18 @@ def _read_table(path: str, kind: str) -> tuple[pd.DataFrame, str]:
         raise ValueError(f"{path} is no table: {error}.") from error
 
 
-def probe_figures(table: str, out: Path, name: str) -> list[Path]:
-    """A site x timestep grid of scores, and curves with intervals, from a table of `diffprobe probe linear`."""
+def probe_figures(table: str, out: Path, name: str, beside: Sequence[str] = ()) -> list[Path]:
+    """A site x timestep grid of scores, and curves, from a table of `diffprobe probe linear`; beside tables of other models curves alone."""
     frame, stem = _read_table(table, "linear")
+    if beside:
+        read = [(frame, stem), *(_read_table(other, "linear") for other in beside)]
+        for part, which in read:
+            check_table(part, ["log_snr"], where=f"The table {which}")
+        frame = pd.concat([part.assign(site=f"{which} " + part["site"].astype(str)) for part, which in read])
+        frame = frame[np.isfinite(frame["log_snr"])]
+        alt = f"Scores of {len(frame)} probes of {len(read)} models by log-SNR, with chance marked."
+        config = {"table": table, "beside": list(beside)}
+        return [_save(plot_probe_curves(frame, x="log_snr"), out, f"{name or stem}_beside", frame, config, alt)]
     alt = f"Scores of {len(frame)} probes by site and timestep, with chance marked."
     drawn = {"": plot_probe_grid(frame), "_curves": plot_probe_curves(frame)}
     return [_save(figure, out, f"{name or stem}{suffix}", frame, {"table": table}, alt) for suffix, figure in drawn.items()]
@@ -688,7 +687,7 @@ def similarity_figure(table: str, measure: str, out: Path, name: str) -> Path:
         frame = frame.assign(**{side: frame[side].where(frame[side].ne(""), frame["site"]) for side in ("site_a", "site_b")})
         frame = frame.assign(site=frame.pop("site_a"))
     x, label = ("guidance", "guidance s") if "guidance" in frame else ("timestep", NOISE_AXIS)
-    taken = {*RESULTS, *((f"{between}_a", f"{between}_b") if between else ("site", x))}
+    taken = {*RESULTS, "log_snr", *((f"{between}_a", f"{between}_b") if between else ("site", x))}
     keys = [str(c) for c in frame if c not in taken and (c == "measure" or frame[c].nunique() > 1)]
     words = [frame[c].map("t = {}".format) if c == "timestep" else frame[c].astype(str) for c in keys]
     frame = frame.assign(panel=pd.concat(words, axis=1).agg(", ".join, axis=1))

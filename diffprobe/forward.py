@@ -193,6 +193,7 @@ class Engine:
         while done < len(rows):  # the batch size can shrink on the way
             left = len(rows) - done
             batch = rows[done : done + -(-left // -(-left // self.batch_rows))]
+            batch = batch[: EncodedText.together([texts[row.prompt] for row in batch])]
             timesteps = torch.tensor([row.timestep for row in batch])
             places, noise = [row.image for row in batch], None
             # indexing keeps a tensor's order of memory, which decides the last bits of what a convolution makes of it
@@ -227,8 +228,6 @@ class Engine:
         """Runs the rows of a batch again with the network in float32, and restores its dtype."""
         dtype, network, text = self.model.dtype, self.model.network.float(), batch.text
         try:
-            pooled = None if text.pooled is None else text.pooled.float()
-            text = replace(text, embeddings=text.embeddings.float(), pooled=pooled)
-            return self._pass(recorder, replace(batch, inputs=batch.inputs.float(), text=text))
+            return self._pass(recorder, replace(batch, inputs=batch.inputs.float(), text=text.float()))
         finally:
             network.to(dtype)

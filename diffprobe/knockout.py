@@ -8,25 +8,22 @@ A knock-out is ``WHAT`` or ``WHAT@WHERE``:
 - WHERE ``first:K`` (the first K cross-attentions in the order in which they run), ``last:K``, or a glob over their module
   paths; all of them by default.
 
-The invariant: a row in which nothing is cut is computed by the very same operations as without a knock-out, bit for bit.
-Modules are hooked for one forward pass only; nothing is replaced.  SDXL's pooled text, which goes in beside the timestep, is not
-cut.
+A knock-out is an `Edit` of the cross-attentions' maps (`scale_token` by 0) or of their text (`swap_prompt`), for one forward pass.
+The invariant is the edit's: a row in which nothing is cut has the same bits as without a knock-out.  SDXL's pooled text, which goes in
+beside the timestep, is not cut.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diffprobe.conditioning import FORMER, content_tokens, former
+from diffprobe.edit import Edit, scale_token, swap_prompt
 from diffprobe.models import DiffusionModel, Network
 from diffprobe.prompts import EncodedText
 
@@ -100,7 +97,8 @@ class KnockedOut(DiffusionModel):
         super().__init__(model.pipeline, model.model_id, model.revision, model.random_weights)
         self.knockout = parse_knockout(knockout) if isinstance(knockout, str) else knockout
         self.attentions = chosen_attentions(self.network, self.knockout.where)
-        self._null = self._null_input() if self.knockout.what == "empty" else None
+        self._maps = [f"{path}.map" for path in self.attentions]
+        self._null = self.encode_text([None]) if self.knockout.what == "empty" else None
 
     def weights_hash(self, portable: bool = False) -> str:
         return f"{super().weights_hash(portable)} without {former(str(self.knockout))}"
@@ -109,7 +107,16 @@ class KnockedOut(DiffusionModel):
         self, noised: Float[Tensor, "row channel y x"], timesteps: Int[Tensor, " row"], text: EncodedText
     ) -> Float[Tensor, "row channel y x"] | None:
         """As `DiffusionModel.denoise`, with the route cut in every row."""
-        with self._cut(text):
+        if self._null is not None:
+            with Edit(self, self._maps, swap_prompt(self._null)):
+                return super().denoise(noised, timesteps, text)
+        cut = self.cut_tokens(text)
+        if not cut.any():
+            return super().denoise(noised, timesteps, text)
+        seen = torch.ones_like(cut) if text.mask is None else text.mask.cpu().bool()
+        if not (seen & ~cut).any(1).all():
+            raise ValueError(f"The knock-out {self.knockout} leaves some prompt without any token to attend to.")
+        with Edit(self, self._maps, scale_token(cut, 0.0)):
             return super().denoise(noised, timesteps, text)
 
     def cut_tokens(self, text: EncodedText) -> Bool[Tensor, "prompt token"]:
@@ -125,52 +132,3 @@ class KnockedOut(DiffusionModel):
                 tokens = self.pipeline.tokenizer.convert_ids_to_tokens(numbers)
                 cut[row, content_tokens(tokens, spans)] = True
         return cut
-
-    @torch.no_grad()
-    def _null_input(self) -> tuple[Tensor, Tensor | None]:
-        """What a cross-attention is given without a prompt: embeddings (1, token, width) and the bias of their mask."""
-        null = self.encode_text([None])
-        if null.mask is None:
-            return null.embeddings, None
-        projected = self.network.caption_projection(null.embeddings)  # PixArt projects the text before its blocks
-        return projected, ((1 - null.mask.to(projected.dtype)) * -10000.0)[:, None]
-
-    @contextlib.contextmanager
-    def _cut(self, text: EncodedText) -> Iterator[None]:
-        if self._null is not None:
-            hook = partial(_give, *self._null)
-        else:
-            cut = self.cut_tokens(text)
-            if not cut.any():
-                yield
-                return
-            seen = torch.ones_like(cut) if text.mask is None else text.mask.cpu().bool()
-            if not (seen & ~cut).any(1).all():
-                raise ValueError(f"The knock-out {self.knockout} leaves some prompt without any token to attend to.")
-            hook = partial(_hide, cut)
-        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in self.attentions.values()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _hide(
-    cut: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a cross-attention: the lowest bias on the tokens that are cut, on top of the mask that was there."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    bias = torch.zeros(cut.shape, dtype=hidden.dtype, device=hidden.device)
-    bias.masked_fill_(cut.to(hidden.device), torch.finfo(hidden.dtype).min)
-    there = kwargs.get("attention_mask")
-    return args, {**kwargs, "attention_mask": bias[:, None] if there is None else torch.minimum(there, bias[:, None])}
-
-
-def _give(
-    embeddings: Tensor, bias: Tensor | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a cross-attention: one text for all rows, with its own mask where the family masks."""
-    rows = len(args[0] if args else kwargs["hidden_states"])
-    given = {"encoder_hidden_states": embeddings.expand(rows, -1, -1)}
-    return args, {**kwargs, **given} | ({} if bias is None else {"attention_mask": bias.expand(rows, -1, -1)})

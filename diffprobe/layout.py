@@ -96,12 +96,16 @@ class Present(WrapperStore[Store]):
     def __init__(self, store: Store, units: frozenset[int] = frozenset(), layout: frozenset[str] = frozenset()) -> None:
         super().__init__(store)
         self.units, self.layout = units, layout
+        self._root = store.root / "zarr.json" if isinstance(store, LocalStore) else None
+        self._opened = self._root and self._root.stat().st_ino
 
     def _with_store(self, store: Store) -> Present:
         return Present(store, self.units, self.layout)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         found = await super().get(key, prototype, byte_range)
+        if self._root and "/c/" in key and self._root.stat().st_ino != self._opened:  # asked after the read, which it judges
+            raise StoreError("The store was extended since it was opened; open it again.")
         if found is None and "/c/" in key:
             unit = re.search(r"/(features|maps)/c/(\d+)/", key)
             if key in self.layout or (unit and int(unit[2]) in self.units):
@@ -382,7 +386,10 @@ def frame_size(head: bytes) -> int:
 
 
 def store_info(path: str | Path) -> dict[str, Any]:
-    """A store's sites, completeness, size and attributes, as `diffprobe info` prints them."""
+    """A store's sites, completeness, size and attributes, as `diffprobe info` prints them.
+
+    `written` has the finished units and when each was written, in seconds since 1970; NaN where the place does not say.
+    """
     root = open_group(path, "r")
     attributes = attributes_of(root, path)
     status = read_array(root, "status")
@@ -391,12 +398,18 @@ def store_info(path: str | Path) -> dict[str, Any]:
         array = site_array(root, name)
         dims = array.metadata.dimension_names  # type: ignore[union-attr]
         sites[name] = {"kind": root[name].attrs.get("kind"), "dims": dims, "shape": array.shape, "bytes": array.nbytes}
-    place = locate(path)
+    steps = next((root[name] for name in sites if "log_snr" in root[name]), None)  # type: ignore[operator]
+    levels = {} if steps is None else {name: read_array(steps, name).tolist() for name in ("sigma", "log_snr")}  # type: ignore[arg-type]
+    place, done = locate(path), read_array(root, "done")
     on_disk = sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) if isinstance(place, Path) else 0
+    marks = {int(f.name): f.stat().st_mtime for f in (place / "done" / "c").glob("*")} if isinstance(place, Path) else {}
     own = {
+        "units": len(done),
+        "written": {int(unit): marks.get(int(unit), math.nan) for unit in np.flatnonzero(done)},
         "samples": len(status),
         "status": {word: int((status == code).sum()) for code, word in STATUS_WORDS.items() if (status == code).any()},
         "sites": sites,
+        "levels": levels,
         "bytes_on_disk": on_disk,
         "digests": isinstance(root.attrs.get("digests"), dict),
     }

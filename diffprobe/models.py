@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,18 +31,24 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffprobe.prompts import EncodedText, Heard, StopForward, overhear
+from diffprobe.checkpoints import adapters_of, add_loras, guess_config, load_single_file, parse_lora, pickle_hint, refuse_pickle
+from diffprobe.families import (
+    FAMILIES,
+    SUPPORTED,
+    TIME_NAMES,
+    encode_prompts,
+    encoded_text,
+    family_of,
+    network_given,
+    network_guidance,
+    refuse_unknown_inputs,
+    text_marks,
+    unpack,
+)
+from diffprobe.noise import Levels
+from diffprobe.prompts import EncodedText, StopForward, hear, join_tokens, plain_tokenizer
 from diffprobe.sites import Site, list_sites, transformer_sites
 
-FAMILIES: dict[str, str] = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "PixArtAlphaPipeline": "pixart",
-    "PixArtSigmaPipeline": "pixart",
-}
-SUPPORTED = "Stable Diffusion 1.x and 2.x (epsilon and v), Stable Diffusion XL, PixArt-alpha and -sigma"
 # How many text tokens pipelines give their transformers, by how their classes begin; 512 where it is not said, at most.
 PROMPT_TOKENS = {
     "PixArtSigma": 300, "PixArtAlpha": 120, "StableDiffusion3": 333, "HunyuanDiT": 333, "AuraFlow": 256, "Sana": 300, "Lumina2": 256,
@@ -63,39 +70,60 @@ class DiffusionModel:
         pipeline: a loaded diffusers pipeline of a supported family; it is not copied and not changed.
         model_id: what to write into a store's provenance.
         random_weights: the seed that the network's weights were drawn with, if they were.
+        loading: further options of `load_model` that the pipeline was loaded with, for a store's provenance.
+        guidance: what a network is given as guidance that takes it as an input (Flux, LCM); the pipeline's own default by default.
 
     Attributes:
         network: the UNet or transformer.
-        family: "sd", "sdxl" or "pixart".
+        kind: how the family's pipelines are called.
+        family: its name, such as "sd" or "flux".
+        levels: the noise at each training timestep.
         resolution: the image side in pixels that the model was made for.
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None, random_weights: int | None = None
-    ) -> None:
-        self.family = family_of(*(cls.__name__ for cls in type(pipeline).__mro__))
+        self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None, random_weights: int | None = None,
+        *, loading: Mapping[str, Any] | None = None, guidance: float | None = None,
+    ) -> None:  # fmt: skip
+        self.kind = family_of(*(cls.__name__ for cls in type(pipeline).__mro__))
+        self.family = self.kind.name
         self.pipeline, self.model_id, self.revision = pipeline, model_id or type(pipeline).__name__, revision
-        self.random_weights = random_weights
-        self.network: Network = pipeline.transformer if self.family == "pixart" else pipeline.unet
-        self._parts = ["transformer" if self.family == "pixart" else "unet", "vae", "text_encoder", "tokenizer"]
-        self._parts += ["text_encoder_2", "tokenizer_2"] if self.family == "sdxl" else []
-        if absent := [name for name in [*self._parts, "scheduler"] if getattr(pipeline, name) is None]:
+        self.random_weights, self.loading = random_weights, dict(loading or {})
+        self.network: Network = getattr(pipeline, self.kind.network)
+        known = (self.kind.network, "vae", "text_encoder", "tokenizer")
+        self._parts = [name for word in known for name in (word, f"{word}_2", f"{word}_3") if hasattr(pipeline, name)]
+        needed = [name for name in [*self._parts, "scheduler"] if not name.endswith("_3")]
+        if absent := [name for name in needed if getattr(pipeline, name) is None]:
             raise ValueError(f"{self.model_id} has no {' and no '.join(absent)}; load the pipeline with all its parts.")
-        if self.network.config.in_channels != pipeline.vae.config.latent_channels:
+        self._parts = [name for name in self._parts if getattr(pipeline, name) is not None]
+        if self.network.config.in_channels != self.latent_channels * self.kind.packed**2:
             raise ValueError(
-                f"{self.model_id} takes {self.network.config.in_channels} latent channels where its VAE gives "
-                f"{pipeline.vae.config.latent_channels}: an inpainting or editing model. Supported: {SUPPORTED}."
+                f"{self.model_id} takes {self.network.config.in_channels // self.kind.packed**2} latent channels where its VAE gives "
+                f"{self.latent_channels}: an inpainting or editing model. Supported: {SUPPORTED}."
             )
+        self.guided = self.kind.guided and bool(
+            self.network.config.get("guidance_embeds", True) and self.network.config.get("time_cond_proj_dim", 1)
+        )
+        if guidance is not None and not self.guided:
+            raise ValueError(f"{self.model_id} takes no guidance as an input of its network; it is guided by two passes.")
+        self.guidance = (network_guidance(pipeline) if guidance is None else guidance) if self.guided else None
+        self.passing: Tensor | None = None  # training timesteps of the pass that runs
+        self._times: dict[tuple[int, torch.dtype], Tensor] = {}
         if self.family == "sdxl" and pipeline.config.get("requires_aesthetics_score"):
             raise ValueError(f"{self.model_id} is the SDXL refiner, which makes no image from text. Supported: {SUPPORTED}.")
+        refuse_unknown_inputs(self.network, self.family, self.model_id)
+        if self.kind.flow:
+            self.levels = Levels.of_flow()
+            self.prediction_type = "flow"
+            return
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             kind = type(pipeline.scheduler).__name__
             raise ValueError(
                 f"{self.model_id} has a {kind}, whose noise levels have no alphas_cumprod. Supported: {SUPPORTED}."
             )
-        refuse_unknown_inputs(self.network, self.family, self.model_id)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.float().cpu()
-        self.prediction_type: str = pipeline.scheduler.config.prediction_type
+        self.levels = Levels.of_alphas(self.alphas_cumprod)
+        self.prediction_type = pipeline.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"{self.model_id} predicts {self.prediction_type!r}; supported are epsilon and v_prediction.")
 
@@ -110,11 +138,13 @@ class DiffusionModel:
 
     @property
     def latent_channels(self) -> int:
-        return int(self.pipeline.vae.config.latent_channels)
+        config = self.pipeline.vae.config
+        return int(config.get("latent_channels") or config.get("z_dim")) * (4 if self.kind.patched else 1)
 
     @property
     def vae_factor(self) -> int:
-        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        """Pixels of an image's side for each place of its latents."""
+        return int(self.pipeline.vae_scale_factor) * (2 if self.kind.patched else 1)
 
     @property
     def resolution(self) -> int | tuple[int, int]:
@@ -139,8 +169,12 @@ class DiffusionModel:
     @property
     def granularity(self) -> int:
         """Image sides must be multiples of this many pixels, or the network's halvings would not fit together."""
-        if self.family == "pixart":
-            return self.vae_factor * int(self.network.config.patch_size)
+        if self.kind.network == "transformer":
+            config: Any = self.network.config
+            patch = config.get("patch_size") or config.get("all_patch_size") or 1
+            return self.vae_factor * (
+                self.kind.packed if self.kind.packed > 1 else patch if isinstance(patch, int) else patch[0]
+            )
         return self.vae_factor * 2 ** (len(self.network.config.block_out_channels) - 1)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -182,12 +216,14 @@ class DiffusionModel:
             vae.to(torch.float32)
         try:
             with evaluating(vae):
-                encoded = vae.encode(images.to(self.device, vae.dtype))
+                pixels = images.to(self.device, vae.dtype)
+                # An image encoder made for videos takes one frame.
+                encoded = vae.encode(pixels[:, :, None] if "z_dim" in vae.config else pixels)
         finally:
             if overflows:
                 vae.to(dtype)
         posterior: Any = getattr(encoded, "latent_dist", None)
-        latents: Any = getattr(encoded, "latents", None)
+        latents: Any = getattr(encoded, "latents", getattr(encoded, "latent", None))
         if posterior is None and (latents is None or rule == "sample"):
             lacks = "no latents that are known here" if latents is None else "no distribution to sample from; take 'mean'"
             raise ValueError(f"The {type(vae).__name__} of {self.model_id} gives {lacks}.")
@@ -200,11 +236,16 @@ class DiffusionModel:
             raise ValueError(f"Latent rule {rule!r} is not one of mean, mode, sample.")
         elif posterior is not None:
             latents = posterior.mean if rule == "mean" else posterior.mode()
-        latents = latents.float()
+        latents = latents.float().squeeze(2) if latents.ndim == 5 else latents.float()
+        if self.kind.patched:
+            statistics = vae.bn
+            latents = nn.functional.pixel_unshuffle(latents, 2)
+            centre, spread = statistics.running_mean, torch.sqrt(statistics.running_var + vae.config.batch_norm_eps)
+            return ((latents - centre.float().view(-1, 1, 1)) / spread.float().view(-1, 1, 1)).to(self.dtype)
         centre, spread = vae.config.get("latents_mean"), vae.config.get("latents_std")
         if centre is not None and spread is not None:
             latents = (latents - latents.new_tensor(centre).view(-1, 1, 1)) / latents.new_tensor(spread).view(-1, 1, 1)
-        return ((latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).to(self.dtype)
+        return ((latents - (vae.config.get("shift_factor") or 0.0)) * (vae.config.get("scaling_factor") or 1.0)).to(self.dtype)
 
     # --- text -------------------------------------------------------------------------------------
 
@@ -213,21 +254,31 @@ class DiffusionModel:
         """Encode prompts as the pipeline itself would; None is the pipeline's own unconditional input.
 
         For most families that is the encoding of the empty text; SDXL's config can ask for zeros instead.
+
+        Raises:
+            ValueError: the family has no unconditional input, as where guidance was distilled into the network.
         """
-        embeddings, mask, pooled, heard = self._encode(prompts)
-        if self.family == "sdxl" and self.pipeline.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([prompt is None for prompt in prompts], device=self.device)
-            embeddings = embeddings.masked_fill(empty[:, None, None], 0)
-            pooled = pooled.masked_fill(empty[:, None], 0)
-        ids, spans, lengths = heard.tokens()
-        truncated = tuple(length > ids.shape[1] for length in lengths)
-        pooled = None if pooled is None else pooled.to(self.dtype)
-        return EncodedText(embeddings.to(self.dtype), mask, pooled, ids, spans, truncated)
+        parts, order = [], list[int]()
+        for places, texts, null in self._groups(prompts):
+            with evaluating(*(getattr(self.pipeline, name) for name in self._parts if "encoder" in name)):
+                found = encode_prompts(self.kind, self.pipeline, texts, self.device, null)
+            ids, spans, _, cut = self._hear([prompts[place] for place in places], texts, null)
+            text = encoded_text(self.kind, found, self.dtype, ids, spans, cut)
+            if self.family == "sdxl" and self.pipeline.config.force_zeros_for_empty_prompt:
+                empty = torch.tensor([prompts[place] is None for place in places], device=self.device)
+                assert text.pooled is not None
+                pooled = text.pooled.masked_fill(empty[:, None], 0)
+                text = replace(text, embeddings=text.embeddings.masked_fill(empty[:, None, None], 0), pooled=pooled)
+            parts.append(text)
+            order += places
+        if len(parts) == 1:
+            return parts[0]
+        return EncodedText.concatenate(parts).take([order.index(place) for place in range(len(order))])
 
     @cached_property
     def prompt_tokens(self) -> int:
-        """How many tokens every prompt is padded or cut to."""
-        return self.tokens([None])[0].shape[1]
+        """How many tokens every prompt is padded or cut to; the most, where prompts keep their own lengths."""
+        return self.kind.limit or self.tokens([""])[0].shape[1]
 
     def tokens(
         self, prompts: Sequence[str | None]
@@ -236,39 +287,48 @@ class DiffusionModel:
 
         The third value is each prompt's own number of tokens, start and end included, before it is padded or cut.
         """
-        return self._encode(prompts, stop=True)[-1].tokens()
+        groups = self._groups(prompts)
+        told = [self._hear([prompts[place] for place in places], texts, null) for places, texts, null in groups]
+        order = [place for places, _, _ in groups for place in places]
+        back = torch.tensor([order.index(place) for place in range(len(order))], dtype=torch.long)
+        ids, spans = join_tokens([one[0] for one in told])[back], join_tokens([one[1] for one in told])[back]
+        lengths = [length for one in told for length in one[2]]
+        return ids, spans, [lengths[place] for place in back.tolist()]
 
-    @torch.no_grad()
-    def _encode(self, prompts: Sequence[str | None], stop: bool = False) -> tuple[Any, Any, Any, Heard]:
-        """Embeddings, mask and pooled embeddings as the pipeline makes them, and what was heard meanwhile.
-
-        Args:
-            stop: end where the first text encoder is called; the embeddings are then None.
-        """
-        pipeline, texts = self.pipeline, ["" if prompt is None else prompt for prompt in prompts]
-        if (limit := getattr(pipeline.tokenizer, "model_max_length", 0)) > 2**20 and self.family != "pixart":
+    def _groups(self, prompts: Sequence[str | None]) -> list[tuple[list[int], list[str], bool]]:
+        """Prompts that are encoded at once: their places, their texts, and whether they are the unconditional input."""
+        kind, null = self.kind, [place for place, prompt in enumerate(prompts) if prompt is None]
+        if null and (kind.null is None or self.pipeline.config.get("is_distilled")):
+            raise ValueError(
+                f"{self.model_id} has no unconditional input: guidance was distilled into its network. Leave out the conditioning "
+                "'null'; 'fixed:' gives the empty text."
+            )
+        limit: Any = getattr(self.pipeline.tokenizer, "model_max_length", 0)
+        if limit > 2**20 and self.family in ("sd", "sdxl", "lcm"):
             raise ValueError(
                 f"The tokenizer of {self.model_id} states no prompt length (its model_max_length is {limit:g}); set "
                 "pipeline.tokenizer.model_max_length to what the text encoder takes, 77 for CLIP."
             )
-        found: Any = (None,) * 4
-        heard = Heard(self.model_id, texts, pipeline.tokenizer)
-        with (
-            evaluating(*(getattr(pipeline, name) for name in self._parts if "encoder" in name)),
-            overhear(pipeline, heard, stop),
-        ):
-            if self.family == "pixart":
-                found = pipeline.encode_prompt(texts, False, device=self.device, clean_caption=False)
-            else:
-                found = pipeline.encode_prompt(
-                    texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-                )
-        embeddings = found[0]
-        return embeddings, found[1] if self.family == "pixart" else None, found[2] if self.family == "sdxl" else None, heard
+        texts = [kind.null if prompt is None and kind.null != "negative" else prompt or "" for prompt in prompts]
+        apart = kind.null == "negative"
+        groups = [[place for place in range(len(prompts)) if place not in null], null] if apart else [[*range(len(prompts))]]
+        if kind.alone:
+            groups = [[place] for group in groups for place in group]
+        return [(g, [str(texts[place]) for place in g], apart and prompts[g[0]] is None) for g in groups if g]
+
+    def _hear(
+        self, prompts: Sequence[str | None], texts: Sequence[str], null: bool
+    ) -> tuple[Tensor, Tensor, list[int], list[bool]]:
+        def encode(pipeline: Any, given: list[str]) -> Tensor:
+            return text_marks(encode_prompts(self.kind, pipeline, given, self.device, null))
+
+        ids, spans, lengths, cut = hear(self.pipeline, encode, texts, self.model_id, null)
+        spans[torch.tensor([prompt is None for prompt in prompts])] = 0
+        return ids, spans, lengths, cut
 
     def special_tokens(self) -> dict[str, int]:
         """Token numbers of the start, end and padding token, by those names, where the tokenizer has them."""
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = plain_tokenizer(self.pipeline.tokenizer)
         named = {"start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
         return {name: int(number) for name, number in named.items() if number is not None}
 
@@ -276,8 +336,8 @@ class DiffusionModel:
 
     def check_timestep(self, timestep: int) -> None:
         """Raise ValueError unless the timestep is one that the model was trained with."""
-        if not 0 <= timestep < len(self.alphas_cumprod):
-            last = len(self.alphas_cumprod) - 1
+        if not 0 <= timestep < len(self.levels.signal):
+            last = len(self.levels.signal) - 1
             raise ValueError(f"Timestep {timestep} is outside 0..{last}, which {self.model_id} was trained with.")
 
     def add_noise(
@@ -286,9 +346,11 @@ class DiffusionModel:
         noise: Float[Tensor, "row channel y x"],
         timesteps: Int[Tensor, " row"],
     ) -> Float[Tensor, "row channel y x"]:
-        """Latents at a noise level, sqrt(a) x + sqrt(1 - a) noise, computed in float32."""
-        alpha = self.alphas_cumprod.to(latents.device)[timesteps.to(latents.device)].view(-1, 1, 1, 1)
-        return (alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * noise.float()).to(latents.dtype)
+        """Latents at a noise level, sqrt(a) x + sqrt(1 - a) noise, or (1 - s) x + s noise of a flow, computed in float32."""
+        signal, spread = (
+            level.to(latents.device)[timesteps.to(latents.device)] for level in (self.levels.signal, self.levels.spread)
+        )
+        return (signal.view(-1, 1, 1, 1) * latents.float() + spread.view(-1, 1, 1, 1) * noise.float()).to(latents.dtype)
 
     @torch.no_grad()
     def denoise(
@@ -298,38 +360,54 @@ class DiffusionModel:
 
         A velocity prediction is turned into noise; a learned variance is dropped.
         """
-        arguments = self.network_arguments(noised, text)
+        (_, latents), *others = self.given(noised, timesteps, text).items()
+        self.passing = timesteps
         try:
             with evaluating(self.network):
-                output = self.network(noised, timestep=timesteps.to(noised.device), return_dict=False, **arguments)[0]
+                output = self.network(latents, **dict(others), return_dict=False)[0]
         except StopForward:
             return None
-        return predicted_noise(output, noised, timesteps, self.alphas_cumprod, self.prediction_type)
+        finally:
+            self.passing = None
+        return self.noise_in(unpack(self.kind, output, noised), noised, timesteps)
+
+    def noise_in(self, output: Tensor, noised: Tensor, timesteps: Int[Tensor, " row"]) -> Tensor:
+        """A network's output as noise; of a flow e = x + (1 - s) v, where v = e - x_0 is predicted."""
+        if not self.kind.flow:
+            return predicted_noise(output, noised, timesteps, self.alphas_cumprod, self.prediction_type)
+        signal = self.levels.signal.to(output.device)[timesteps.to(output.device)].view(-1, *[1] * (output.ndim - 1))
+        return (noised.float() + signal * self.kind.sign * output[:, : noised.shape[1]].float()).to(output.dtype)
 
     def forward(self, inputs: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor | None:
         """`denoise`, by the name that `diffprobe.forward` calls on every model."""
         return self.denoise(inputs, timesteps, text)
 
-    def network_arguments(self, noised: Tensor, text: EncodedText) -> dict[str, Any]:
-        """What the network wants besides latents and timesteps.
+    def given(
+        self, noised: Float[Tensor, "row channel y x"], timesteps: Int[Tensor, " row"], text: EncodedText
+    ) -> dict[str, Any]:
+        """All that the network is given for one pass, latents first, by the names of its parameters."""
+        steps: list[int] = timesteps.tolist()
+        found = self._asked(noised, steps[0], text)
+        name = next(name for name in found if name in TIME_NAMES)
+        if self.family == "sd":
+            return found | {name: timesteps.to(noised.device)}
+        for step in set(steps):
+            if (step, noised.dtype) not in self._times:
+                self._times[step, noised.dtype] = self._asked(noised[:1], step, text.take([0]))[name].reshape(-1)[0]
+        times = torch.stack([self._times[step, noised.dtype] for step in steps])
+        return found | {name: times.to(noised.device)}
 
-        Raises:
-            ValueError: since it was loaded, something was added to the network that wants more (an IP-Adapter).
-        """
+    def network_arguments(self, noised: Tensor, text: EncodedText) -> dict[str, Any]:
+        """What the network wants besides latents and timesteps."""
+        _, *others = (found := self._asked(noised, 0, text))
+        return {name: found[name] for name in others if name not in TIME_NAMES}
+
+    def _asked(self, noised: Tensor, timestep: int, text: EncodedText) -> dict[str, Any]:
+        """What the pipeline gives its network at one timestep; of Stable Diffusion, which gives little, without asking it."""
         refuse_unknown_inputs(self.network, self.family, self.model_id)
-        rows, (height, width) = len(noised), (side * self.vae_factor for side in noised.shape[-2:])
-        arguments: dict[str, Any] = {"encoder_hidden_states": text.embeddings}
-        if self.family == "sdxl":
-            size = torch.tensor([height, width, 0, 0, height, width], dtype=text.embeddings.dtype, device=noised.device)
-            arguments["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": size.expand(rows, -1)}
-        elif self.family == "pixart":
-            arguments["encoder_attention_mask"] = text.mask
-            added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-            if self.network.use_additional_conditions:
-                size, ratio = noised.new_tensor([height, width]), noised.new_tensor([height / width])
-                added = {"resolution": size.expand(rows, -1), "aspect_ratio": ratio.expand(rows, -1)}
-            arguments["added_cond_kwargs"] = added
-        return arguments
+        if self.family == "sd":
+            return {"sample": noised, "timestep": timestep, "encoder_hidden_states": text.embeddings}
+        return network_given(self.kind, self.pipeline, noised, text, float(timestep), self.guidance or 0.0)
 
     def weights_hash(self, portable: bool = False) -> str:
         """A short hash of all that decides the features: networks, tokenizers, noise schedule.
@@ -340,7 +418,9 @@ class DiffusionModel:
         digest = hashlib.sha256()
         for name in self._parts:
             part: Any = getattr(self.pipeline, name)
-            found = weights_hash(part, portable) if isinstance(part, nn.Module) else _vocabulary_hash(part)
+            if isinstance(part, nn.Module) and (adapters := adapters_of(part)):  # their weights are among the part's
+                digest.update(f"{name} {adapters}\n".encode())
+            found = weights_hash(part, portable) if isinstance(part, nn.Module) else _vocabulary_hash(plain_tokenizer(part))
             digest.update(f"{name} {found}\n".encode())
         config = self.pipeline.scheduler.config
         digest.update(json.dumps({name: config.get(name) for name in SCHEDULE}, default=list).encode())
@@ -367,26 +447,6 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def refuse_unknown_inputs(network: nn.Module, family: str, name: str) -> None:
-    """Raise ValueError, naming it, where a network needs an input that `DiffusionModel.network_arguments` does not give."""
-    config: Any = network.config
-    if family == "pixart":
-        return
-    known = (None, "text", *(["text_time"] if family == "sdxl" else []))
-    needs = {
-        "a guidance scale (time_cond_proj_dim), as consistency models do": config.time_cond_proj_dim is not None,
-        "class labels (class_embed_type, num_class_embeds)": getattr(network, "class_embedding", None) is not None,
-        f"more than text (addition_embed_type {config.addition_embed_type})": config.addition_embed_type not in known,
-        f"images (encoder_hid_dim_type {config.encoder_hid_dim_type}), as an IP-Adapter does; unload_ip_adapter() removes it":
-            config.encoder_hid_dim_type not in (None, "text_proj"),
-    }  # fmt: skip
-    if found := [what for what, needed in needs.items() if needed]:
-        raise ValueError(
-            f"The network of {name} also takes {'; and '.join(found)}: this is not given here, and without it its features "
-            f"would not be its own. Supported: {SUPPORTED}."
-        )
 
 
 def stated_size(network: nn.Module, name: str) -> tuple[int, int]:
@@ -469,18 +529,6 @@ def predicted_noise(
     return (alpha.sqrt() * output.float() + (1 - alpha).sqrt() * noised.float()).to(output.dtype)
 
 
-def family_of(*class_names: str) -> str:
-    """The family of a pipeline's class, given by name with the classes that it derives from.
-
-    Raises:
-        ValueError: none is supported.
-    """
-    families = [FAMILIES[name] for name in class_names if name in FAMILIES]
-    if not families:
-        raise ValueError(f"A {class_names[0]} is not supported. Supported: {SUPPORTED}.")
-    return families[0]
-
-
 def resolve(id_or_dir: str | Path) -> str:
     """The folder of an embedded model's name, else the id or folder as given."""
     embedded = EMBEDDED / str(id_or_dir)
@@ -490,7 +538,7 @@ def resolve(id_or_dir: str | Path) -> str:
 def kept_name(id_or_dir: str | Path) -> str:
     """How a model is called in what is kept of a run: a folder by its whole path, so that it is found from elsewhere too."""
     name = str(id_or_dir)
-    return os.path.abspath(name) if resolve(name) == name and Path(name).is_dir() else name  # noqa: PTH100 (keeps links)
+    return os.path.abspath(name) if resolve(name) == name and Path(name).exists() else name  # noqa: PTH100 (keeps links)
 
 
 def model_index(source: str, revision: str | None) -> dict[str, Any]:
@@ -513,8 +561,12 @@ def load_model(
     *,
     use_safetensors: bool = True,
     random_weights: int | None = None,
+    variant: str | None = None,
+    loras: Sequence[str] = (),
+    config: str | Path | None = None,
+    guidance: float | None = None,
 ) -> DiffusionModel:
-    """Load a text-to-image pipeline by hub id, folder or embedded name.
+    """Load a text-to-image pipeline by hub id, folder, single file of weights or embedded name.
 
     Args:
         device: CUDA where there is one (each process of a launch takes its own), else the CPU, by default.
@@ -522,6 +574,10 @@ def load_model(
         use_safetensors: refuse weights in pickle files, which can run code; False allows them.
         random_weights: draw the denoising network's weights anew from this seed, as a baseline: what its shape alone
             gives.  Image encoder and text encoder stay as they were trained.
+        variant: which of several files of weights, such as "fp16".
+        loras: adapters, each as FILE or FILE:SCALE; they are not merged into the weights.
+        config: for a single file a folder (or hub id) of configs and tokenizers of such a model; asked of the hub by default.
+        guidance: as for `DiffusionModel`.
 
     Raises:
         ValueError: nothing is there, or its family is not supported.
@@ -529,8 +585,18 @@ def load_model(
     >>> load_model().family  # doctest: +SKIP
     'sd'
     """
-    source = resolve(id_or_dir)
-    index = model_index(source, revision)
+    source, file = resolve(id_or_dir), Path(str(id_or_dir)).expanduser()
+    adapters = [parse_lora(text) for text in loras]
+    for path in [path for path, _ in adapters] + [file] * file.is_file():
+        if use_safetensors:
+            refuse_pickle(path)
+    if adapters and random_weights is not None:
+        raise ValueError("A LoRA belongs to trained weights; leave out random_weights or the LoRA.")
+    if file.is_file():
+        config = resolve(config) if config else guess_config(file)
+        index = _config_index(file, config)
+    else:
+        index = model_index(source, revision)
     family_of(str(index.get("_class_name")))
     device = choose_device(device)
     if isinstance(dtype, str):
@@ -539,18 +605,42 @@ def load_model(
     options["use_safetensors"] = True if use_safetensors else None  # None: pickle only where there is nothing else
     try:
         with quiet(source):
-            pipeline = DiffusionPipeline.from_pretrained(
-                source, dtype=dtype, revision=revision, trust_remote_code=False, **options
+            pipeline = (
+                load_single_file(file, index, str(config), dtype)
+                if file.is_file()
+                else DiffusionPipeline.from_pretrained(
+                    source, dtype=dtype, revision=revision, variant=variant, trust_remote_code=False, **options
+                )
             )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"The model at {source!r} could not be read: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = pickle_hint(source, error) if use_safetensors else ""
+        raise ValueError(f"The model at {source!r} could not be read: {error}{hint}") from error
     if random_weights is not None:
         trained = pipeline.components.get("transformer") or pipeline.components["unet"]
         drawn = fresh_weights(lambda: type(trained).from_config(trained.config), random_weights)
         trained.load_state_dict(drawn.state_dict())
+    if adapters:
+        add_loras(pipeline, adapters)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return DiffusionModel(pipeline, kept_name(id_or_dir), revision, random_weights)
+    named = {
+        "variant": variant,
+        "loras": [f"{path}:{scale:g}" for path, scale in adapters],
+        "config": config and kept_name(config),
+    }
+    loading = {name: value for name, value in named.items() if value}
+    return DiffusionModel(pipeline, kept_name(id_or_dir), revision, random_weights, loading=loading, guidance=guidance)
+
+
+def _config_index(file: Path, config: str) -> dict[str, Any]:
+    """The model index of a single file's configs."""
+    try:
+        return model_index(config, None)
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}' holds weights alone, and the configs of {config!r} cannot be had here: give --config FOLDER, a folder in "
+            "diffusers' layout of such a model, whose configs and tokenizers are read."
+        ) from error
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -629,7 +719,7 @@ def load_network_config(id_or_dir: str | Path, revision: str | None = None) -> t
     with torch.device("meta"):
         network = cls.from_config(cls.load_config(source, subfolder=folder, revision=revision))
     if kind in FAMILIES:
-        refuse_unknown_inputs(network, FAMILIES[kind], str(id_or_dir))
+        refuse_unknown_inputs(network, FAMILIES[kind].name, str(id_or_dir))
     vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision) if "vae" in index else {}
     levels = next(
         (vae[name] for name in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if name in vae), (0,) * 4

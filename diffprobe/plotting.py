@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from diffprobe.console import visible
@@ -362,6 +362,22 @@ def chance_bar(figure: Figure, drawn: AxesImage, axes: Any, chance: float, **opt
     bar.ax.get_yticklabels()[-1].set_color(COLOURS[1])
 
 
+def check_table(frame: pd.DataFrame, columns: Sequence[str], cell: Sequence[str] = (), where: str = "The table") -> None:
+    """Raises ValueError if a column of either list is missing, there are no rows, or several agree in all columns of `cell`.
+
+    `where` names the part of a table for the message about several rows.
+    """
+    if frame.empty:
+        raise ValueError(f"{where} has no rows; there is nothing to draw.")
+    if absent := [c for c in (*cell, *columns) if c not in frame]:
+        raise ValueError(f"{where} has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}.")
+    if cell and frame.duplicated(list(cell)).any():
+        others = ("seed", "guidance", "draw", "head", "role", "conditioning")
+        varying = [c for c in others if c in frame and c not in cell and frame[c].nunique() > 1]
+        hint = f"; {', '.join(varying)} differ within them" if varying else ""
+        raise ValueError(f"{where}: some cells of {' x '.join(cell)} have several rows{hint}. Select or average first.")
+
+
 def curve(axis: Axes, rows: pd.DataFrame, x: str, number: int, name: str, *, band: float = 0.18) -> None:
     """A line of `value` over the column x, with a band of that opacity from `low` to `high`."""
     rows, look = rows.sort_values(x), look_of(number)
@@ -405,6 +421,42 @@ def bare(axis: Axes) -> None:
 def enlarged(heat: NDArray[np.float32], image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """A map (y, x) in the size of an image (y, x, 3), bilinearly."""
     return np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+
+
+def overlay(image: Image.Image, heat: ArrayLike, strength: float = 0.75) -> Image.Image:
+    """A map (y, x) of any size over the greyed image, in colours from its lowest to its highest value.
+
+    Args:
+        strength: the opacity of the highest value; the lowest is transparent.
+
+    >>> overlay(Image.new("RGB", (64, 48)), np.eye(4)).size
+    (64, 48)
+    """
+    pixels = np.asarray(image.convert("L").convert("RGB"), np.float32)
+    large = enlarged(np.asarray(heat, np.float32), pixels.astype(np.uint8))
+    low, high = float(large.min()), float(large.max())
+    share = (large - low) / (high - low) if high > low else np.zeros_like(large)
+    colours = heat_colours()[(share * 255).round().astype(np.uint8)].astype(np.float32)
+    opacity = strength * share[..., None]
+    return Image.fromarray((opacity * colours + (1 - opacity) * pixels).round().astype(np.uint8))
+
+
+def save_gif(path: str | Path, frames: Sequence[Image.Image], seconds: float = 0.2) -> Path:
+    """Writes images of one size, such as those of `overlay`, as an endless animation.
+
+    Args:
+        seconds: how long each is shown.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if not frames:
+        raise ValueError("An animation needs at least one image.")
+    with whole_file(path) as beside:
+        frames[0].save(
+            beside, format="GIF", save_all=True, append_images=list(frames[1:]), duration=round(1000 * seconds), loop=0
+        )
+    return Path(path)
 
 
 def lay_over(

@@ -16,13 +16,15 @@ from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
+import xarray as xr
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffprobe.models import FAMILIES, DiffusionModel, Network, evaluating, predicted_noise, sites_of
-from diffprobe.prompts import StopForward
+from diffprobe.families import FAMILIES, TIME_NAMES
+from diffprobe.models import DiffusionModel, Network, evaluating, predicted_noise, sites_of
+from diffprobe.prompts import EncodedText, StopForward
 from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
 from diffprobe.tap import Call, Index, Tap, narrow, output_products, probabilities, take
 from diffprobe.tokens import (
@@ -38,6 +40,7 @@ from diffprobe.tokens import (
     texts_of,
     trace,
 )
+from diffprobe.words import Ear, Told, as_tree, word_attention
 
 Reduce = Callable[[Site, Tensor], Tensor]
 _ACTIVE: WeakKeyDictionary[nn.Module, list[Recorder]] = WeakKeyDictionary()
@@ -53,11 +56,15 @@ class Step:
         rows: what each row of the batch is, e.g. ("negative", "prompt") under classifier-free guidance.
         tensors: by site name; features (row, channel, y, x), maps (row, head, token, y, x), text streams and cross-attention
             keys and values (row, channel, token).  Of a video of several frames (y, x) is (frame, y, x).
+        told: what the text encoders were given before the pass.
+        passes: how many passes the tensors are the mean of.
     """
 
     timesteps: tuple[float, ...] = ()
     rows: tuple[str, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
+    passes: int = 1
 
 
 class Recorder:
@@ -72,7 +79,8 @@ class Recorder:
         stop_early: end the forward pass after the last wanted site; the network must be called through
             `DiffusionModel.denoise`, which then returns None.  Nested recorders stop when all of them have theirs.
         reduce: applied to each tensor at once, before it is kept.
-        keep_steps: keep every forward pass in `steps`, or only the last one.
+        keep_steps: keep every forward pass in `steps`, only the last one, or with "mean" one whose tensors are the running mean
+            of all in float32, so that the maps of many steps fit into memory.
         reuse: keep the network's own tensors, not copies; only for code that never writes into them.
         call: which of an attention's calls its map is of: 0 its own, 1 the first image prompt of an IP-Adapter.
         zero_massive: set the channels with this many largest absolute means over the image to 0, in each row of each feature
@@ -99,7 +107,7 @@ class Recorder:
         tokens: Sequence[int] | None = None,
         stop_early: bool = False,
         reduce: Reduce | None = None,
-        keep_steps: bool = True,
+        keep_steps: bool | Literal["mean"] = True,
         reuse: bool = False,
         call: int = 0,
         zero_massive: int = 0,
@@ -115,6 +123,7 @@ class Recorder:
         self.heads, self.tokens, self.stop_early = heads, tokens, stop_early
         self._reduce, self._keep_steps, self._reuse = reduce, keep_steps, reuse
         self.call, self.zero_massive = call, zero_massive
+        self.ear = Ear(model.pipeline if isinstance(model, DiffusionModel) else self._pipeline)
         available = sites_of(self.network)
         features = select_sites([s for s in available if not s.is_map], sites) if sites else []
         wanted_maps = self._select_maps([s for s in available if s.is_map], maps) if maps else []
@@ -157,6 +166,39 @@ class Recorder:
     def __getitem__(self, name: str) -> Tensor:
         found = select_sites(self.sites, name)
         return self.last[found[0].name]
+
+    def attention(
+        self,
+        word: str,
+        image: int = 0,
+        steps: Literal["mean"] | int | Sequence[int] = "mean",
+        *,
+        site: str | Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+        occurrence: int = 0,
+        text: EncodedText | None = None,
+    ) -> xr.DataArray:
+        """Where a word of the prompt attends: the mean over its sub-tokens, heads and sites; unconditional rows are left out.
+
+        Args:
+            image: which of the pipeline's images, from 0.
+            steps: the mean over all kept passes; one pass by its number; or several, which become an axis.
+            site: recorded map sites; all of the first kind of `diffprobe.words.WORDED` that was recorded by default.
+            size: (height, width) that the maps are brought to, bilinearly; the finest of them by default.
+            occurrence: which one, from 0, of a word that the prompt has several times.
+            text: the encoded prompts, a row each, where they were not encoded inside the 'with' block.
+
+        Returns:
+            (y, x), or (step, y, x), in float32; named as the word, with prompt, tokens, sites and occurrence in its attributes.
+
+        Raises:
+            ValueError: no maps of words were recorded, the prompt does not have the word, or is not known.
+        """
+        return word_attention(self, word, image, steps, site=site, size=size, occurrence=occurrence, text=text)
+
+    def to_xarray(self) -> xr.DataTree:
+        """All that was kept, one node a site: ``features`` (step, row, channel, y, x) or ``maps`` (step, row, head, token, y, x)."""
+        return as_tree(self)
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -212,7 +254,8 @@ class Recorder:
             if site.is_map or site.kind.endswith(("_query", "_key", "_value")):
                 self._check_attention(site)
         # On the meta device only shapes are asked for, and they need no schedule.
-        if self.sites[-1].kind == "prediction" and not next(self.network.parameters()).is_meta:
+        own = isinstance(self.model, DiffusionModel)
+        if self.sites[-1].kind == "prediction" and not own and not next(self.network.parameters()).is_meta:
             self._schedule()
 
     def _check_attention(self, site: Site) -> None:
@@ -258,6 +301,7 @@ class Recorder:
 
     def _attach(self) -> None:
         add = self._handles.append
+        self._handles += self.ear.attach()
         add(self.network.register_forward_pre_hook(self._begin, with_kwargs=True))
         anchors = {site.anchor for site in self.sites if site.anchor and site.kind not in ("block", "resnet")}
         for path in sorted(anchors):
@@ -282,7 +326,7 @@ class Recorder:
         given = arguments_of(module, args, kwargs)
         sample = next(iter(given.values()))
         sample = torch.stack(sample) if isinstance(sample, list | tuple) else sample
-        timestep = next((given[name] for name in ("timestep", "timesteps", "t") if name in given), None)
+        timestep = next((given[name] for name in TIME_NAMES if name in given), None)
         self._check_pass(given, sample, timestep)
         try:
             self._grid[""], self._tokens = self._told or image_grid(module, given)
@@ -295,7 +339,7 @@ class Recorder:
         # A timestep for every token, as some video models take it, is told by that of the first.
         self._timesteps = (times.reshape(len(sample), -1)[:, 0] if times.ndim > 1 else times.flatten()).expand(len(sample))
         noted = () if sample.is_meta or timestep is None else tuple(float(step) for step in self._timesteps.tolist())
-        self._step = Step(noted, self._row_names(sample))
+        self._step = Step(noted, self._row_names(sample), told=self.ear.told())
         if self.sites[0].kind == "input":
             self._keep(self.sites[0], self._as_image(sample.detach()), copied=False)
 
@@ -334,7 +378,8 @@ class Recorder:
         # beside the latents stand masks and images, which may differ
         latents = sample[:, : config.get("out_channels")] if sample.ndim == 4 else sample
         parts = [n for n in range(2, rows + 1) if rows % n == 0 and torch.equal(latents[rows // n :], latents[: -rows // n])]
-        known = any(cls.__name__ in FAMILIES for cls in type(pipeline).__mro__)
+        doubled = ("sd", "sdxl", "pixart")  # their pipelines guide in one pass
+        known = any(FAMILIES[cls.__name__].name in doubled for cls in type(pipeline).__mro__ if cls.__name__ in FAMILIES)
         guides = getattr(pipeline, "do_classifier_free_guidance", True)
         if not parts or (known and not guides):
             return ("prompt",) * rows
@@ -398,6 +443,10 @@ class Recorder:
         if site.kind == "cross_map" or count:
             return probabilities(call, places, heads=heads, tokens=tokens).unflatten(-1, grid)
         _, words = self._find_stream(site, path, f"key{count}", [call.key.shape[2]], "text")
+        asked = tokens or []
+        if isinstance(self.model, DiffusionModel) and self.model.kind.limit and site.kind != "joint_mass_map":
+            held = words.stop - words.start if isinstance(words, slice) else words.shape[1]
+            tokens = [token for token in asked if token < held] if asked else tokens
         if site.kind == "joint_output_map":
             found = output_products(call, places, words, heads=heads, tokens=tokens)
         elif site.kind == "joint_back_map":
@@ -408,6 +457,10 @@ class Recorder:
         else:
             over: Any = "among" if site.kind == "joint_text_map" else "all"
             found = probabilities(call, places, words, over=over, heads=heads, tokens=tokens)
+        if tokens is not None and len(tokens) < len(
+            asked
+        ):  # prompts keep their own lengths; beyond them nothing is attended to
+            found = nn.functional.pad(found, (0, 0, 0, len(asked) - len(tokens)))
         return found.unflatten(-1, grid)
 
     def _find_stream(self, site: Site, path: str, what: str, lengths: Sequence[int], stream: str) -> tuple[int, Index]:
@@ -506,18 +559,21 @@ class Recorder:
             raw = output[0] if isinstance(output, tuple) else output.sample
             raw = self._as_image((torch.stack(raw) if isinstance(raw, list) else raw).detach())
             sample = self._as_image(self._sample)
-            if raw.is_meta:
-                noise = raw[:, : sample.shape[1]]
-            else:
-                noise = predicted_noise(raw, sample, self._timesteps.long(), *self._schedule())
+            noise = raw[:, : sample.shape[1]] if raw.is_meta else self._noise_in(raw, sample)
             self._keep(self.sites[-1], noise, copied=False)
         else:
             self._finish()
 
+    def _noise_in(self, output: Tensor, sample: Tensor) -> Tensor:
+        if not isinstance(self.model, DiffusionModel):
+            return predicted_noise(output, sample, self._timesteps.long(), *self._schedule())
+        if self.model.passing is None and self.model.kind.flow:
+            self._refuse(f"Site {PREDICTION} of a flow needs the pass's training timestep; call the model's denoise().")
+        timesteps = self._timesteps.long() if self.model.passing is None else self.model.passing
+        return self.model.noise_in(output, sample, timesteps)
+
     def _schedule(self) -> tuple[Tensor, str]:
         """Levels of the noise and what the network predicts; ValueError where its output cannot be turned into noise."""
-        if isinstance(self.model, DiffusionModel):
-            return self.model.alphas_cumprod, self.model.prediction_type
         scheduler: Any = getattr(self._pipeline, "scheduler", None)
         if not hasattr(scheduler, "alphas_cumprod"):
             given = "a bare network" if self._pipeline is None else f"a pipeline with a {type(scheduler).__name__}"
@@ -535,10 +591,28 @@ class Recorder:
 
     def _finish(self) -> None:
         assert self._step is not None
-        if not self._keep_steps:
-            self.steps.clear()
-        self.steps.append(self._step)
+        if self._keep_steps == "mean":
+            self._add_to_mean(self._step)
+        else:
+            if not self._keep_steps:
+                self.steps.clear()
+            self.steps.append(self._step)
         self._step = None
+
+    def _add_to_mean(self, step: Step) -> None:
+        """Makes the pass a part of the running mean."""
+        new = {name: tensor.float() for name, tensor in step.tensors.items()}
+        if not self.steps:
+            step.tensors = {name: tensor.clone() for name, tensor in new.items()}
+            self.steps.append(step)
+            return
+        mean = self.steps[0]
+        if mean.rows != step.rows or any(mean.tensors[name].shape != tensor.shape for name, tensor in new.items()):
+            self._refuse(f"A mean over passes needs equal rows and sizes; {mean.rows} were followed by {step.rows}.")
+        mean.passes += 1
+        mean.timesteps = ()
+        for name, tensor in new.items():
+            mean.tensors[name] += (tensor - mean.tensors[name]) / mean.passes
 
 
 def _network_of(model: Any) -> tuple[Network, Any]:

@@ -28,11 +28,13 @@ from diffprobe.conditioning import NULL
 from diffprobe.figures import open_with_images
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.rundir import write_whole
-from diffprobe.store import StoreError, provenance, read_maps, site_names, store_info
+from diffprobe.stats import holm
+from diffprobe.store import NO_WORD_MAPS, StoreError, provenance, read_maps, store_info, word_sites
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
 _MARKS = {"held": "✓", "not held": "✗", "undecided": "?", "not testable": "-"}
+CLAIM_COLUMNS = ("id", "kind", "statement", "verdict", "evidence", "p", "p_holm", "figure")
 _ORIGIN = ("model", "data", "count", "seed")
 
 
@@ -129,14 +131,29 @@ def write_report(
 
 
 def collect_claims(out: Path) -> pd.DataFrame:
-    """The claims of every experiment whose figures lie in a folder: id, statement, verdict, evidence, figure; by id."""
-    found = [
-        {**claim, "figure": name}
+    """The claims of every experiment whose figures lie in a folder, by id, the primary statement of each first.
+
+    The p values of all primary statements are one family: where Holm's adjusted p is not below .05, a verdict that its own
+    interval gave is undecided.  A statement without a p value, or that could not be tested, is left as it is.
+
+    Returns:
+        id, kind ("primary" or "exploratory"), statement, verdict, evidence, p, p_holm (of primaries), figure.
+    """
+    found: list[dict[str, Any]] = [
+        {"p": None, **claim, "kind": "primary" if claim.get("primary") else "exploratory", "figure": name}
         for name, sidecar in read_sidecars(out).items()
         for claim in sidecar.get("config", {}).get("claims", [])
     ]
-    found.sort(key=lambda claim: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim["id"])])
-    return pd.DataFrame(found, columns=["id", "statement", "verdict", "evidence", "figure"])
+
+    def place(claim: Mapping[str, Any]) -> tuple[list[int | str], bool]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim["id"])], not claim.get("primary")
+
+    found.sort(key=place)
+    table = pd.DataFrame(found, columns=list(CLAIM_COLUMNS)).astype({"p": float})
+    tested = (table["kind"] == "primary") & (table["verdict"] != "not testable")
+    table["p_holm"] = holm(table["p"].where(tested))
+    table.loc[tested & (table["p_holm"] >= 0.05), "verdict"] = "undecided"
+    return table
 
 
 def explorable(work: Path) -> list[Path]:
@@ -245,9 +262,9 @@ def _shelf(store: str, samples: int, data: str) -> _Shelf:
         StoreError: it has no cross-attention maps, or the dataset lacks its samples.
     """
     tree, images, rows, ids = open_with_images(store, data, lambda found: list(range(min(samples, found.sizes["sample"]))))
-    sites = [name for name in site_names(tree) if tree[name].attrs.get("kind") == "cross_map"]
+    sites = word_sites(tree)
     if not sites:
-        raise StoreError(f"{store} has no cross-attention maps to explore; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format(store))
     maps = {site: tree[site].to_dataset()["maps"] for site in sites}
     first = maps[sites[0]]
     kept = first["token"].values.tolist() if "token" in first.coords else list(range(first.sizes["token"]))

@@ -7,6 +7,8 @@ continues an earlier one only if their requests are equal.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -19,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -30,6 +33,10 @@ class StoreError(ValueError):
 
 class BusyError(ValueError):
     """Another process is writing to the place."""
+
+
+class TakenError(StoreError):
+    """Another process has just made what this one was about to make."""
 
 
 class RequestError(ValueError):
@@ -135,17 +142,44 @@ def sole_writer(out: str | Path, rank: int = 0, ranks: int = 1, dry_run: bool = 
             path.unlink(missing_ok=True)
 
 
-def _locked(path: Path, out: str | Path) -> IO[str]:
+@contextlib.contextmanager
+def shard_writer(out: str | Path, shard: int, rank: int = 0, ranks: int = 1, dry_run: bool = False) -> Iterator[None]:
+    """Holds the lock of one of several independent jobs that write disjoint parts of a store.
+
+    The same shard cannot be written twice at a time, and no `sole_writer` may hold the store meanwhile.
+
+    Raises:
+        BusyError: another process writes this shard, or the whole store.
+    """
+    place = locate(out)
+    with contextlib.ExitStack() as held:
+        held.enter_context(sole_writer(f"{place}.shard-{shard}", rank, ranks, dry_run))
+        if isinstance(place, Path) and not dry_run:
+            import fcntl
+
+            path = place.resolve().with_name(f"{place.resolve().name}.lock-0")  # that of rank 0 of a sole writer
+            file = held.enter_context(_locked(path, out, shared=True))
+            try:
+                yield
+            finally:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last shard alone removes it
+                    path.unlink(missing_ok=True)
+        else:
+            yield
+
+
+def _locked(path: Path, out: str | Path, shared: bool = False) -> IO[str]:
     """The lock file, held until it is closed; raises BusyError, which names the process that holds it."""
     import fcntl  # not on Windows, where stores can still be read
 
     while True:
         file = path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read().strip() or "a shard of it"
             file.close()
             raise BusyError(f"Another process ({holder}) is writing {out}; wait for it, or stop it.") from None
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
@@ -193,23 +227,55 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, company: bool = False) -> Iterator[Path]:
     """Yields the path where to build a folder, which then appears whole or not at all.
 
-    It is built beside its place and renamed at the end.  Unfinished folders of killed processes are removed first, so no
-    other process may be building the same folder.
+    It is built beside its place and renamed at the end.  Unfinished folders of killed processes are removed first.
+
+    Args:
+        company: other processes may be building the same folder, so theirs are left alone.
+
+    Raises:
+        TakenError: there is a folder by now.
     """
-    for left in path.parent.glob(f"{glob.escape(path.name)}.init-*"):
+    for left in () if company else path.parent.glob(f"{glob.escape(path.name)}.init-*"):
         if re.fullmatch(r"\d+", left.name.rpartition("-")[2]) and left.is_dir():
             shutil.rmtree(left)
-    building = path.with_name(f"{path.name}.init-{os.getpid()}")
+    building = path.with_name(f"{path.name}.init-{uuid4().int if company else os.getpid()}")
     try:
         building.mkdir(parents=True)
         yield building
-        building.rename(path)
+        try:
+            building.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise TakenError(f"Another process has just made {path}; the same command goes on from there.") from None
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Swaps two folders of one file system.
+
+    On Linux both names stand for a whole folder at every moment.  Elsewhere `old` has no folder for an instant, and a process
+    that is killed in it leaves what `undo_exchange` mends.
+    """
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is None or swap(here, os.fsencode(new), here, os.fsencode(old), both):
+        beside = old.with_name(f"{old.name}.old")
+        old.rename(beside)
+        new.rename(old)
+        beside.rename(new)
+
+
+def undo_exchange(old: Path) -> None:
+    """Puts a folder back that a killed `exchange` left without its name."""
+    beside = old.with_name(f"{old.name}.old")
+    if beside.exists() and not old.exists():
+        beside.rename(old)
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -222,8 +288,10 @@ def remove_unfinished(folder: str | Path) -> None:
 # --- requests -------------------------------------------------------------------------------------
 
 
-def request_differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """The differences of two requests, one line for each field.
+def request_differences(
+    kept: Mapping[str, Any], asked: Mapping[str, Any], words: tuple[str, str] = ("the store has", "you ask for")
+) -> list[str]:
+    """The differences of two requests, one line for each field; `words` introduce the value of either.
 
     >>> request_differences({"timesteps": [10], "seed": 0}, {"timesteps": [10, 50], "seed": 0})
     ['timesteps: the store has [10], you ask for [10, 50]']
@@ -232,7 +300,7 @@ def request_differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> li
     names = [*kept, *(name for name in asked if name not in kept)]
     pairs = ((name, kept.get(name, missing), asked.get(name, missing)) for name in names)
     show = lambda value: "nothing" if value is missing else json.dumps(value, ensure_ascii=False)  # noqa: E731
-    return [f"{name}: the store has {show(old)}, you ask for {show(new)}" for name, old, new in pairs if old != new]
+    return [f"{name}: {words[0]} {show(old)}, {words[1]} {show(new)}" for name, old, new in pairs if old != new]
 
 
 def check_request(

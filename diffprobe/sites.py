@@ -36,10 +36,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "cross": ("*-Cross*-Map",),
     "self": ("*-Self*-Map",),
     "joint": ("*-Joint-Map",),
+    "words": ("*-Cross*-Map", "*-Joint-Map"),
 }
 PREDICTION = "Noise"
 LATENT = "Noised-Latent"
 
+_EITHER = ("blocks", "words")  # presets whose globs are alternatives, for no model has both a mid block and T-B0
 _CROSSING = {"attn1": False, "attn2": True}
 _PARTS = {"to_q": ("Q", "query"), "to_k": ("K", "key"), "to_v": ("V", "value")}
 _PARTS |= {"to_query": _PARTS["to_q"], "to_key": _PARTS["to_k"], "to_value": _PARTS["to_v"]}
@@ -248,7 +250,7 @@ def select_sites(available: Sequence[Site], patterns: str | Iterable[str]) -> li
     """The sites that any of the patterns names, in the model's order, each once.
 
     A pattern is an exact path, a paper name, a glob over either (case counts), or a preset: paper, blocks,
-    cross, self.  In one text, several are parted by commas.
+    cross, self, joint, words.  In one text, several are parted by commas.
 
     Raises:
         ValueError: a pattern matches nothing; the message names the nearest sites.
@@ -257,12 +259,29 @@ def select_sites(available: Sequence[Site], patterns: str | Iterable[str]) -> li
     patterns = [part.strip() for part in patterns.split(",")] if isinstance(patterns, str) else list(patterns)
     for given in patterns:
         found = {pattern: _hits(available, pattern) for pattern in PRESETS.get(given, (given,))}
-        # The globs of "blocks" are alternatives, for no model has both a mid block and T-B0; of "paper" each must be there.
         missing = [pattern for pattern, names in found.items() if not names]
-        if missing and (given != "blocks" or len(missing) == len(found)):
+        if missing and (given not in _EITHER or len(missing) == len(found)):
             raise ValueError(_nothing_matched(available, given, missing[0]))
         chosen = chosen.union(*found.values())
     return [site for site in available if site.name in chosen]
+
+
+def same_depth(available: Sequence[Site], name: str) -> str | None:
+    """The block of a transformer that is as deep among its blocks as a UNet's level among four down, a middle and four up.
+
+    None where the name is not of a UNet, or the sites are not of a transformer.
+
+    >>> blocks = [Site(f"T-B{n}-Out", f"transformer_blocks.{n}", "transformer_block", "") for n in range(24)]
+    >>> same_depth(blocks, "U-L1-R1-B0-Cross-Q"), same_depth(blocks, "T-B3")
+    ('T-B17', None)
+    """
+    match = re.match(r"(?:([DU])-L([0-3])|M)(?:-|$)", name)
+    there = [site.name.removesuffix("-Out") for site in available if re.fullmatch(r"[TS]-B\d+-Out", site.name)]
+    if match is None or not there:
+        return None
+    side, level = match.groups()
+    stage = 4 if side is None else int(level) + (5 if side == "U" else 0)
+    return there[int((stage + 0.5) / 9 * len(there))]
 
 
 def _hits(available: Sequence[Site], pattern: str) -> set[str]:
@@ -275,5 +294,10 @@ def _nothing_matched(available: Sequence[Site], given: str, pattern: str) -> str
     names = [s.name for s in available] + [s.path for s in available if s.path]
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
     asked = f"Site {given!r}" if given == pattern else f"Site {pattern!r} of the preset {given!r}"
+    if (block := same_depth(available, pattern)) is not None:
+        return (
+            f"{asked} is a place of a UNet, so it is not applicable to this transformer.  At the same relative depth stands "
+            f"{block}-Out; 'blocks' takes every block, and 'diffprobe sites MODEL' lists all sites."
+        )
     hint = f" Nearest: {', '.join(near)}." if near else ""
     return f"{asked} matches none of this model's {len(available)} sites.{hint} 'diffprobe sites MODEL' lists them all."

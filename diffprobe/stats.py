@@ -119,8 +119,9 @@ def paired_permutation_test(
 ) -> tuple[float, float]:
     """Two-sided sign-flip test of equal means of paired scores (Fisher 1935, section 21).
 
-    All sign patterns are visited when there are at most `n_resamples` of them.  Otherwise they are drawn and the observed
-    one is counted in, so p is never zero (Phipson & Smyth 2010).
+    All sign patterns are visited when there are at most `n_resamples` of them.  Where all differences but the zeros have one
+    size, as those of right and wrong answers, p is the exact binomial one (McNemar 1947).  Otherwise patterns are drawn and
+    the observed one is counted in, so p is never zero (Phipson & Smyth 2010).
 
     Args:
         a: One score per row.
@@ -149,6 +150,10 @@ def paired_permutation_test(
     if 2**n <= n_resamples:
         patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
         return mean, float(np.mean(np.abs((2 * patterns - 1) @ flat) >= observed))
+    sizes = np.unique(np.abs(flat[flat != 0]))
+    if sizes.size == 1:
+        positive, changed = int((flat > 0).sum()), int((flat != 0).sum())
+        return mean, float(scipy.stats.binomtest(positive, changed).pvalue)
     rng = np.random.default_rng(seed)
     extreme = sum(
         int(np.sum(np.abs((2 * rng.integers(2, size=(size, n)) - 1) @ flat) >= observed))

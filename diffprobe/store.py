@@ -63,6 +63,7 @@ from diffprobe.layout import (
 )  # fmt: skip
 from diffprobe.rundir import (
     StoreError,
+    TakenError,
     first_line,
     locate,
     reaching,
@@ -71,15 +72,19 @@ from diffprobe.rundir import (
 )  # fmt: skip
 
 __all__ = [
-    "COMPLETE", "NOT_FINITE", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
-    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts", "provenance", "read_maps", "samples_per_unit",
-    "site_names", "store_info", "verify_store",
+    "COMPLETE", "LEVELS", "NOT_FINITE", "NO_WORD_MAPS", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
+    "StoreWriter", "attention_maps", "clear_cut_writes", "create_store", "exists", "features", "known", "open_store", "prompt_texts",
+    "provenance", "read_maps", "samples_per_unit", "site_names", "store_info", "verify_store", "word_sites",
 ]  # fmt: skip
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
+CONTENT = "content_digest"  # an array of the root: a hash of each sample's image, no label
 _VARIABLES = frozenset(("features", "maps"))
 _LEADING = ("sample", "conditioning", "timestep")
+LEVELS = ("sigma", "log_snr")  # coordinates of the timesteps, where the model has noise
+WORD_MAPS = ("cross_map", "joint_map")  # kinds of maps that show where in the image a text token is attended to
+_OVER_WORDS = frozenset((*WORD_MAPS, "joint_text_map", "joint_back_map", "joint_output_map"))
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def create_store(
     unit_samples: int,
     dtype: str,
     compress: bool = False,
+    company: bool = False,
+    levels: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
 ) -> None:
     """Creates an empty store in one step: a reader sees all of its layout or no store.
 
@@ -137,6 +144,11 @@ def create_store(
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
         tokens: the token positions that maps keep.
         compress: use zstd; every inner chunk has a Crc32c either way.
+        company: other processes may be creating the same store.
+        levels: ``sigma`` and ``log_snr`` of the timesteps.
+
+    Raises:
+        TakenError: another process was first.
     """
     held: dict[str, Buffer] = {}
     root = zarr.open_group(MemoryStore(held), mode="w", zarr_format=3)
@@ -159,7 +171,9 @@ def create_store(
         group.attrs.update({"path": spec.path, "kind": spec.kind, "reduce": spec.reduce})
         _put(group, "conditioning", _strings(spec.conditionings), ("conditioning",))
         _put(group, "timestep", np.asarray(timesteps, np.int64), ("timestep",))
-        if "token" in spec.dims and spec.variable == "maps" and spec.kind == "cross_map":
+        for name, numbers in (levels or {}).items():
+            _put(group, name, np.asarray(numbers, np.float64), ("timestep",))
+        if "token" in spec.dims and spec.variable == "maps" and spec.kind in _OVER_WORDS:
             _put(group, "token", np.asarray(tokens, np.int64), ("token",))
         full = (unit_samples, len(spec.conditionings), len(timesteps), *spec.shape)
         one_timestep = int(np.prod(full[1:], dtype=np.int64)) // len(timesteps) * np.dtype(dtype).itemsize
@@ -179,10 +193,10 @@ def create_store(
     digests = {key: digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
     root.attrs["digests"] = digests
     root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
-    _put_in_place(path, {key: value.to_bytes() for key, value in held.items()})
+    _put_in_place(path, {key: value.to_bytes() for key, value in held.items()}, company)
 
 
-def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
+def _put_in_place(path: str | Path, held: Mapping[str, bytes], company: bool) -> None:
     """Writes the objects of a new store: into a folder that is renamed at the end, or to a URL with the root's object last.
 
     On a remote place the rest of an earlier attempt is overwritten by an equal layout, and nothing is removed.
@@ -192,7 +206,7 @@ def _put_in_place(path: str | Path, held: Mapping[str, bytes]) -> None:
         with reaching(final):
             sync(_upload(final, held))
         return
-    with whole_folder(final) as building:
+    with whole_folder(final, company) as building:
         for key, value in held.items():
             (building / key).parent.mkdir(parents=True, exist_ok=True)
             (building / key).write_bytes(value)
@@ -205,7 +219,8 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
     there = {key async for key in store.list()}
     if "zarr.json" in there or (others := sorted(there - set(held))):
         what = "a store" if "zarr.json" in there else f"objects of something else ({others[0]})"
-        raise StoreError(f"{url} holds {what}: nothing was written. Give another --out, or remove what is there.")
+        kind = TakenError if "zarr.json" in there else StoreError
+        raise kind(f"{url} holds {what}: nothing was written. Give another --out, or remove what is there.")
     prototype = default_buffer_prototype()
     await asyncio.gather(
         *(store.set(key, prototype.buffer.from_bytes(value)) for key, value in held.items() if key != "zarr.json")
@@ -213,7 +228,7 @@ async def _upload(url: str, held: Mapping[str, bytes]) -> None:
     try:
         await store.fs._pipe_file(f"{store.path}/zarr.json", held["zarr.json"], mode="create")
     except FileExistsError:
-        raise StoreError(f"Another process has just made a store at {url}; the same command goes on from there.") from None
+        raise TakenError(f"Another process has just made a store at {url}; the same command goes on from there.") from None
 
 
 def clear_cut_writes(path: str | Path) -> None:
@@ -349,7 +364,7 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     status, units = recorded(root, attributes["unit_samples"])
     layout = root.attrs.get("digests")
     present = Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
-    hidden = ["done", "digest"] if isinstance(layout, dict) else ["done"]
+    hidden = ["done", "digest", CONTENT] if isinstance(layout, dict) else ["done"]
     try:
         found = xr.open_datatree(
             present,  # type: ignore[arg-type]  # xarray opens a zarr store too
@@ -372,7 +387,9 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     root_node = nodes["."] = nodes["."].set_coords([str(n) for n, v in nodes["."].data_vars.items() if v.dims == ("sample",)])
     own = {"sample", "status", *_VARIABLES}  # a label that is called as an array of a site stays at the root
     labels = {name: label.variable for name, label in root_node.coords.items() if name not in own}
-    nodes |= {name: node.assign_coords(labels) for name, node in nodes.items() if _VARIABLES & set(node)}
+    for name, node in nodes.items():
+        if _VARIABLES & set(node):
+            nodes[name] = node.set_coords([n for n in LEVELS if n in node]).assign_coords(labels)
     nodes["."].attrs = {"diffprobe": json.dumps(attributes, ensure_ascii=False)}
     return xr.DataTree.from_dict(nodes)
 
@@ -398,11 +415,14 @@ def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
 
 
 def provenance(tree: xr.DataTree) -> dict[str, Any]:
-    """A store's request, data, versions and other attributes.
+    """A store's request, data, versions and other attributes; and ``log_snr`` by timestep, in stores that have it.
 
     The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
     held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
+    leveled = next((node.to_dataset() for node in tree.children.values() if "log_snr" in node.coords), None)
+    if leveled is not None:
+        held |= {"log_snr": dict(zip(leveled["timestep"].values.tolist(), leveled["log_snr"].values.tolist(), strict=True))}
     return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
 
 
@@ -411,6 +431,14 @@ def site_names(tree: xr.DataTree) -> list[str]:
     request = provenance(tree).get("request", {})
     order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
     return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
+
+
+NO_WORD_MAPS = "{} has no cross-attention maps; record them with --maps cross, or joint where image and text attend together."
+
+
+def word_sites(tree: xr.DataTree) -> list[str]:
+    """The sites whose maps show where a word is attended to."""
+    return [name for name in site_names(tree) if tree[name].attrs.get("kind") in WORD_MAPS]
 
 
 def known(name: str, there: Sequence[str], what: str) -> str:
@@ -513,7 +541,7 @@ def attention_maps(
     head: int | None = None,
     merge: Literal["mean", "sum"] = "mean",
 ) -> xr.DataArray:
-    """Cross-attention maps of a word, with its sub-tokens merged, or of a token position.
+    """Cross-attention or joint maps of a word, with its sub-tokens merged, or of a token position.
 
     Args:
         word: a whole word of the prompts; samples without it are left out.
@@ -534,13 +562,9 @@ def attention_maps(
     """
     if (word is None) == (token is None):
         raise StoreError("Give either a word or a token position.")
-    names = (
-        [site]
-        if isinstance(site, str)
-        else list(site or (n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"))
-    )
+    names = [site] if isinstance(site, str) else list(site or word_sites(tree))
     if not names:
-        raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format("This store"))
     rows, positions, texts = _positions(tree, word, token, conditioning)
     wanted = list(zip(rows, positions, strict=True))
     maps = [

@@ -3,7 +3,7 @@
 While a tapped attention module runs, a function mode sees its calls of `torch.nn.functional.scaled_dot_product_attention`, of
 `torch.baddbmm` under the eager `AttnProcessor`, and of the attention backend that diffusers dispatches to.  So query and key are
 caught after their norms and rotary embedding, with mask and scale, whatever the model's class is.  The call itself is
-made as the network makes it: the output has the same bits with and without the tap.
+made as the network makes it, unless it is asked for with another mask: the output has the same bits with and without the tap.
 
 Axes: query (row, head, place, width), key (row, head, token, width); maps (row, head, token, place).
 """
@@ -11,8 +11,8 @@ Axes: query (row, head, place, width), key (row, head, token, width); maps (row,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -62,7 +62,9 @@ class Call:
     normaliser: Tensor | None = None
 
 
-Attend: TypeAlias = Callable[[Call, Callable[[], Tensor]], Tensor]
+Run: TypeAlias = Callable[..., Tensor]  # makes a call as the network does, or with the mask that it is given
+Attend: TypeAlias = Callable[[Call, Run], Tensor]
+_UNSEEN: list[bool] = []  # one entry for each `unseen` that is open
 
 
 class Tap(TorchFunctionMode):
@@ -70,10 +72,15 @@ class Tap(TorchFunctionMode):
 
     Args:
         attention: the module.
-        attend: stands in for each call.  It is given the call and a function that makes it, and returns the output that
-            the network goes on with.
+        attend: stands in for each call.  It is given the call and a function that makes it, with another mask if given
+            one, and returns the output that the network goes on with.
         normaliser: ask the kernel for `Call.normaliser`.
+
+    Attributes:
+        changes: whether `attend` changes calls; only such a tap sees those that are made inside `unseen`.
     """
+
+    changes = False
 
     def __init__(self, attention: nn.Module, attend: Attend, normaliser: bool = False) -> None:
         super().__init__()
@@ -121,63 +128,85 @@ class Tap(TorchFunctionMode):
             if func is F.scaled_dot_product_attention:
                 given = _SDPA.bind(*args, **kwargs)
                 given.apply_defaults()
-                return self._seen(_call_of(**given.arguments), lambda: func(*args, **kwargs))
+                other = {**given.arguments, "is_causal": False}
+
+                def made(mask: Tensor | None = None) -> Tensor:
+                    return func(*args, **kwargs) if mask is None else func(**{**other, "attn_mask": mask})
+
+                return self._seen(_call_of(**given.arguments), made)
             if func is torch.baddbmm and type(getattr(self.attention, "processor", None)) is AttnProcessor:
-                return self._eager(lambda: func(*args, **kwargs), *args, **kwargs)
+                return self._eager(partial(func, *args, **kwargs), *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _seen(self, call: Call, run: Callable[[], Tensor]) -> Tensor:
+    def _seen(self, call: Call, run: Run) -> Tensor:
+        if _UNSEEN and not self.changes:
+            return run()
         call.index, self.calls = self.calls, self.calls + 1
 
-        def real() -> Tensor:
+        def real(mask: Tensor | None = None) -> Tensor:
             kernel = _Normaliser() if self.normaliser else None
             with kernel or nullcontext():
-                call.output = run()
+                call.output = run(mask)
             if kernel is not None and kernel.found is not None and kernel.found.shape == call.query.shape[:3]:
                 call.normaliser = kernel.found
             return call.output
 
         return self._stand_in(call, real)
 
-    def _stand_in(self, call: Call, real: Callable[[], Tensor]) -> Tensor:
+    def _stand_in(self, call: Call, real: Run) -> Tensor:
         self.busy = True
         try:
             return self.attend(call, real)
         finally:
             self.busy = False
 
-    def _eager(
-        self, run: Callable[[], Tensor], bias: Tensor, query: Tensor, key: Tensor, *, beta: Any = 1, alpha: Any = 1
-    ) -> Tensor:
+    def _eager(self, run: Run, bias: Tensor, query: Tensor, key: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
         """The scores of `Attention.get_attention_scores`, whose rows and heads are one axis."""
+        if _UNSEEN and not self.changes:
+            return run()
         heads = (-1, self.attention.heads)
         mask = bias.unflatten(0, heads) if beta else None
         call = Call(query.unflatten(0, heads), key.mT.unflatten(0, heads), None, mask, alpha, self.calls)
         self.calls += 1
-        scores: list[Tensor] = []
 
-        def real() -> Tensor:
-            scores.append(run())
-            return scores[0]
+        def real(mask: Tensor | None = None) -> Tensor:
+            if mask is None:
+                return run()
+            mask = mask.expand(*call.query.shape[:3], call.key.shape[2]).flatten(0, 1)
+            return torch.baddbmm(mask, query, key, beta=1, alpha=alpha)
 
         return self._stand_in(call, real)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """A call that is made inside is shown to no tap but those that change calls."""
+    _UNSEEN.append(True)
+    try:
+        yield
+    finally:
+        _UNSEEN.pop()
 
 
 def _dispatched(name: Any, **kwargs: Any) -> Any:
     """An attention backend of diffusers, whose axes are (row, place, head, width), with the taps that listen before it."""
     backend, taps = _LISTENING[name]
-    given = {argument: kwargs[argument] for argument in ("attn_mask", "is_causal", "scale") if argument in kwargs}
     query, key, value = (kwargs[argument].transpose(1, 2) for argument in ("query", "key", "value"))
 
-    def made(listeners: list[Tap]) -> Tensor:
+    def made(listeners: list[Tap], given: dict[str, Any]) -> Tensor:
         if not listeners:
-            return backend(**kwargs).transpose(1, 2)
-        return listeners[-1]._seen(_call_of(query, key, value, **given), lambda: made(listeners[:-1]))
+            return backend(**kwargs, **given).transpose(1, 2)
 
+        def run(mask: Tensor | None = None) -> Tensor:
+            return made(listeners[:-1], given if mask is None else {"attn_mask": mask})
+
+        return listeners[-1]._seen(_call_of(query, key, value, scale=kwargs.get("scale"), **given), run)
+
+    first: dict[str, Any] = {name: kwargs.pop(name) for name in ("attn_mask", "is_causal") if name in kwargs}
     for tap in taps:
         tap._inside = True  # some of these call torch's function in their turn
     try:
-        return made(taps).transpose(1, 2)
+        return made(taps, first).transpose(1, 2)
     finally:
         for tap in taps:
             tap._inside = False

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from diffprobe import store
 from diffprobe.conditioning import NULL, assign_prompts, guided_name
 from diffprobe.data.files import check_unicode
 from diffprobe.data.images import ImageError, UnavailableError
+from diffprobe.data.join import PartDataset
 from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import VisionEncoder
 from diffprobe.forward import Batch, Engine, Listener, NotFiniteError, Pixels, Row, rows_not_finite, to_pixels
@@ -64,6 +65,11 @@ class Request:
     latent_rule: str
     compute_dtype: str
     store_dtype: str
+    network_guidance: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As a store keeps it; a guidance that no network is given is left out, as in older stores."""
+        return {name: value for name, value in asdict(self).items() if name != "network_guidance" or value is not None}
 
 
 # --- reductions -----------------------------------------------------------------------------------
@@ -161,6 +167,10 @@ class Index:
     @classmethod
     def of(cls, dataset: Dataset, conditionings: Sequence[str], rows: Sequence[int]) -> Index:
         """Reads the given rows of a dataset in one pass."""
+        if isinstance(dataset, PartDataset):  # whose texts may come from samples outside of it
+            whole, chosen = cls.of(dataset.whole, conditionings, range(len(dataset.whole))), [dataset.rows[row] for row in rows]
+            ids, labels = [whole.ids[i] for i in chosen], [whole.labels[i] for i in chosen]
+            return cls(ids, labels, {name: [column[i] for i in chosen] for name, column in whole.prompts.items()})
         index = cls([], [], {})
 
         def noted() -> Iterator[Sample]:
@@ -397,7 +407,8 @@ class Run:
         return best
 
     def _time_batch(self, rows: int) -> float:
-        text = self.engine.encode_prompts([None])[None].take([0] * rows)
+        prompt = next(iter(self.index.prompts.values()))[0]
+        text = self.engine.encode_prompts([prompt])[prompt].take([0] * rows)
         noised = torch.zeros(
             rows, self.model.latent_channels, *self.latent_size, device=self.model.device, dtype=self.model.dtype
         )

@@ -15,15 +15,31 @@ from rich.table import Table
 from rich.text import Text
 
 from diffprobe.cli import main
-from diffprobe.cli.options import DEVICE, MODEL, option, several
+from diffprobe.cli.options import DEVICE, MODEL, completes, option, several
 from diffprobe.console import Console, visible
 from diffprobe.plotting import read_sidecars
 from diffprobe.report import explorable
-from experiments.framework import FOLDER, Claim, Options, check_settings, command, find_experiments, list_experiments
+from experiments.framework import (
+    FOLDER,
+    Claim,
+    Options,
+    check_settings,
+    command,
+    find_experiments,
+    list_experiments,
+    setting_names,
+)
 from experiments.framework import reproduce as run
 
 app = typer.Typer()
 _out = Console(soft_wrap=True)
+
+
+def _arms(context: typer.Context) -> list[str]:
+    """Labels of the arms of all tables."""
+    from experiments import table1_single_encoder, table2_fusion
+
+    return list(dict.fromkeys(arm.label for table in (table1_single_encoder, table2_fusion) for arm in table.arms(False)))
 
 
 @app.command()
@@ -41,9 +57,15 @@ def reproduce(
     work: Path = option(Path("runs/reproduce"), "Folder for stores; a run that was cut off goes on from them."),
     experiments: Path = option(FOLDER, "Folder of the experiment files.", show_default="this checkout's"),
     trainings: int = option(0, "Of each arm, where something is trained; each experiment's own number when 0.", min=0),
-    arms: list[str] = several([], "Labels of the arms that a table is to have, or their beginnings; all by default."),
+    arms: list[str] = several(
+        [], "Labels of the arms that a table is to have, or their beginnings; all by default.", autocompletion=completes(_arms)
+    ),
     set_: list[str] = option(
-        [], "A setting of what is trained, such as language_model=smollm2.", "--set", metavar="NAME=VALUE"
+        [],
+        "A setting of what is trained, such as language_model=smollm2.",
+        "--set",
+        metavar="NAME=VALUE",
+        autocompletion=completes(lambda _: [f"{name}=" for name in setting_names()]),
     ),
 ) -> None:
     """Measure, judge and draw every figure and table.

@@ -30,12 +30,13 @@ from diffprobe.mllm.config import BackboneConfig, FusedConfig, Precision, StageC
 from diffprobe.mllm.verdict import crossed_mean
 from diffprobe.rundir import BusyError, check_or_write_request, write_whole
 from diffprobe.stats import wilson_interval
+from experiments.framework import MAIN_SITE
 
 if TYPE_CHECKING:
     from diffprobe.data.question_benchmarks import QuestionBenchmark
     from diffprobe.mllm.model import FusedMLLM
 
-MAIN_SITE, MAIN_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
+MAIN_TIMESTEP = 50
 CONTROLS = {"truth": "oracle", "latent": "VAE latent", "text": "text alone"}  # in place of a site
 WAIT = 10.0  # seconds until a folder that another process trains in is tried again
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
@@ -281,6 +282,40 @@ def _held(image: Any) -> Callable[[], Any]:
     return lambda: image
 
 
+def kept_answers(answers: pd.DataFrame) -> dict[str, NDArray[Any]]:
+    """All answers as a few small arrays, from which `answers_of` gives the table back and anyone can score again.
+
+    ``hit|ARM|CONDITION|BENCHMARK`` and ``said|...`` are (seed, item); `said` numbers the texts in ``texts``; a hit that is not
+    known is 255.
+    """
+    texts, numbers = np.unique(answers["output"].astype(str), return_inverse=True)
+    found: dict[str, NDArray[Any]] = {"texts": texts}
+    numbered = answers.assign(said=numbers.astype(np.uint32), hit=answers["hit"].fillna(255).astype(np.uint8))
+    for (arm, condition, benchmark), part in numbered.groupby(["arm", "condition", "benchmark"], sort=False):
+        wide = part.pivot(index="seed", columns="item", values=["hit", "said"])
+        name = f"{arm}|{condition}|{benchmark}"
+        found |= {f"hit|{name}": wide["hit"].to_numpy(np.uint8), f"said|{name}": wide["said"].to_numpy(np.uint32)}
+        found |= {
+            f"seeds|{name}": wide.index.to_numpy(),
+            f"chance|{benchmark}": part.groupby("item")["chance"].first().to_numpy(),
+        }
+    return found
+
+
+def answers_of(kept: Mapping[str, NDArray[Any]]) -> pd.DataFrame:
+    """The table of answers, as `Comparison.complete` gives it, from what `kept_answers` kept in NAME.npz."""
+    parts = []
+    for name in [n.removeprefix("hit|") for n in kept if n.startswith("hit|")]:
+        arm, condition, benchmark = name.split("|")
+        hits, seeds = kept[f"hit|{name}"].astype(float), kept[f"seeds|{name}"]
+        seed, item = (grid.ravel() for grid in np.meshgrid(seeds, np.arange(hits.shape[1]), indexing="ij"))
+        columns = {"benchmark": benchmark, "item": item, "chance": kept[f"chance|{benchmark}"][item]}
+        texts = kept["texts"][kept[f"said|{name}"].ravel()]
+        hit = np.where(hits == 255, np.nan, hits).ravel()
+        parts.append(pd.DataFrame({**columns, "output": texts, "hit": hit, "arm": arm, "seed": seed, "condition": condition}))
+    return pd.concat(parts, ignore_index=True)
+
+
 # --- from answers to rows -----------------------------------------------------------------------------
 
 Floats = NDArray[np.float64]
@@ -305,6 +340,9 @@ SHARES: dict[str, tuple[tuple[str, ...], Callable[[Floats], Floats]]] = {
 DRAWN = "shapes-"
 KEYS = ("arm", "condition", "against", "score", "group")  # what tells one change from another
 PAIRED = {"MMVP": 2, "NB question": 4, "NB image": 4, "NB group": 4}  # items of a unit; patterns take turns over units
+
+
+SAME_ANSWER = ("MMVP", "NB question", "NB group")  # whoever gives both images one answer gets none of these, and a coin some
 
 
 def _of(names: pd.Series, benchmarks: Sequence[str]) -> pd.Series:
@@ -392,16 +430,17 @@ def _groups(answers: pd.DataFrame) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def table_rows(rows: pd.DataFrame, paper: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Lines of `plot_score_table`: every arm's scores beside the paper's of the same name.
+    """Lines of `plot_score_table`: every arm's scores beside the paper's of the same name, CLIP's on blank images last.
 
     Args:
         rows: what `score_rows` gives.
         paper: its index are labels of arms.
         columns: the paper's columns by our score; their order is the table's.
     """
-    own = rows[
-        (rows["kind"] == "score") & (rows["condition"] == "own") & (rows["group"] == "all") & rows["score"].isin([*columns])
-    ]
+    shown = rows[(rows["kind"] == "score") & (rows["group"] == "all") & rows["score"].isin([*columns])]
+    floor = shown[(shown["condition"] == "blank") & (shown["arm"] == "CLIP")].assign(arm="CLIP, blank images")
+    own = pd.concat([shown[shown["condition"] == "own"], floor], ignore_index=True)
+    own["blind"] = np.where(own["score"].isin(SAME_ANSWER), 0.0, np.nan)
     published = [
         paper.loc[row["arm"], columns[row["score"]]] if row["arm"] in paper.index else np.nan for _, row in own.iterrows()
     ]

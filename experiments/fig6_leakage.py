@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.figures import plot_leak_examples, plot_leak_sight, plot_site_curves
+from diffprobe.figures import plot_leak_examples, plot_site_curves
 from diffprobe.mllm.leakage import (
     MAIN_SITE,
     Recipe,
@@ -42,8 +42,19 @@ from diffprobe.mllm.leakage import (
     score_texts,
 )
 from diffprobe.mllm.verdict import CONDITIONS, judge_leakage, sentence
-from experiments.figures import plot_scores
-from experiments.framework import Claim, Experiment, Options, Result, chosen_arms, leakage_run, reference, verdict
+from experiments.figures import plot_leak_rows, plot_scores
+from experiments.framework import (
+    Claim,
+    Experiment,
+    Options,
+    Result,
+    Verdict,
+    chosen_arms,
+    joint,
+    leakage_run,
+    reference,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from diffprobe.mllm.leakage_run import Run
@@ -129,7 +140,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     leaks = rows[(rows["kind"] == "content-word F1") & (rows["condition"] == "mismatched") & (rows["control"].fillna("") == "")]
     claims = []
 
-    def say(number: str, statement: str, name: tuple[str, str, str], sign: int, published: str) -> None:
+    def say(number: str, statement: str, name: tuple[str, str, str], sign: int, published: str, primary: bool = False) -> None:
         if name not in change.index:
             return
         row = change.loc[name]
@@ -138,7 +149,8 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
             f"content-word F1 {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] of {row['arm']} s={row['guidance']:g} against "
             f"{row['against']}, n = {row['n']:.0f} images x {row['n_seeds']:.0f} projectors; {published}"
         )
-        claims.append(Claim(number, statement, verdict(low, high), evidence))
+        decided, p = joint([(sign * row["value"], low, high)])
+        claims.append(Claim(number, statement, decided, evidence, p if primary else None, primary))
 
     own, mismatched = (paper.loc[("no_dropout", kind, "cider")] for kind in ("own_caption", "mismatched_caption"))
     say(
@@ -147,14 +159,16 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         ("s", "own", "sight"),
         1,
         f"paper: CIDEr {own['s1']} to {own['s4']}",
+        primary=True,
     )
     for scale, row in leaks[leaks["arm"] == "M"].set_index(["guidance", "score"]).iterrows():
         if scale[1] == "leak":
             claims.append(
                 Claim(
-                    "L2", f"The mismatched caption is recovered at s = {scale[0]:g}", verdict(row["low"], row["high"]),
+                    "L2", f"The mismatched caption is recovered at s = {scale[0]:g}", detected(row),
                     f"leak {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] content-word F1 above chance ({row['chance']:.3f}), n = {row['n']:.0f} images "
-                    f"x {row['n_seeds']:.0f} projectors; paper: CIDEr {mismatched[f's{scale[0]:g}']}",
+                    f"x {row['n_seeds']:.0f} projectors, margin {row['margin']:g}; paper: CIDEr {mismatched[f's{scale[0]:g}']}",
+                    *((float(row["p_holm"]), True) if scale[0] == SCALES[-1] else ()),
                 )
             )  # fmt: skip
     say(
@@ -181,6 +195,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         ("M+drop30", "mismatched", "leak"),
         -1,
         f"paper: CIDEr {mismatched['s4']} to {less}",
+        primary=True,
     )
     say(
         "L3",
@@ -189,7 +204,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         1,
         "paper: without a caption CIDEr 24.2 to 31.4",
     )
-    say("L4", "Training without a prompt lowers the leak", ("U", "mismatched", "leak"), -1, "paper: stated, not measured")
+    say("L4", "Training without a prompt lowers the leak", ("U", "mismatched", "leak"), -1, "paper: stated, not measured", True)
     say(
         "L4",
         "... and lifts sight under mismatched captions (ours)",
@@ -198,6 +213,12 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         "paper: stated, not measured",
     )
     return claims
+
+
+def detected(row: pd.Series) -> Verdict:
+    """The detector's own rule, so that both say the same: a leak is found at the margin, or shown to be within it, or neither."""
+    words: dict[str, Verdict] = {"yes": "held", "no": "not held"}
+    return words.get(str(row["found"]), "undecided")
 
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
@@ -244,18 +265,22 @@ def draw(result: Result) -> Mapping[str, Figure]:
     table = rows[rows["kind"] == "content-word F1"].fillna({"control": "", "arm": ""})
     from diffprobe.mllm.verdict import Leakage
 
-    plane = leak_against_sight(Leakage(table, pd.DataFrame()))
+    wide = leak_against_sight(Leakage(table, pd.DataFrame()))
+    wide["label"] = np.where(wide["control"] == "", wide["label"], wide["control"] + " " + wide["label"])
+    plane = pd.concat(
+        [wide.rename(columns={s: "value", f"{s}_low": "low", f"{s}_high": "high"}).assign(score=s) for s in ("leak", "sight")]
+    )
     shown = pd.DataFrame(result.config["examples"])
     return {
         "": plot_site_curves(
-            curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100", chance_name="chance: another image's text",
+            curves(rows), x="guidance", x_label="guidance s", y_label="CIDEr-D x 100 (paper: CIDEr)", share_y=True, chance_name="chance: another image's text",
             title="What comes back, by what was fed in and how the projector was trained",
         ),
         **({} if (ranks := ranking(rows)).empty else {"ranks": plot_scores(
             ranks, by="baseline", width=4.6, x_label=f"share of fed-in captions ranked first of {ranks['n_candidates'].max():.0f}, 95% interval",
             title="Which caption was fed in, without decoding (mismatched prompts)",
         )}),
-        "plane": plot_leak_sight(plane, title="Mismatched prompts: read or seen?"),
+        "plane": plot_leak_rows(plane, title="Mismatched prompts: read or seen?"),
         "texts": plot_leak_examples(shown, title="What projectors wrote (first seed)"),
     }  # fmt: skip
 
@@ -271,7 +296,7 @@ EXPERIMENT = Experiment(
     alt={
         "": "Six panels of CIDEr against guidance: ours above, the paper's below; fed nothing, the own caption, a mismatched one; curves by training.",
         "ranks": "Share of fed-in captions that are the likeliest of all candidates, by training and baseline, with intervals and chance.",
-        "plane": "Leak against sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
+        "plane": "Leak and sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
         "texts": "Texts side by side: what was fed in, what the image shows, and what projectors wrote.",
     },
     reference="fig6_leakage",

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.figures import plot_leak_sight
 from diffprobe.mllm.leakage import MAIN_SITE, compare, item_scores, plan, read_texts
 from experiments.figures import plot_leak_rows
 from experiments.framework import Claim, Experiment, Options, Result, leakage_run, verdict
@@ -84,25 +83,10 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     return claims
 
 
-def plane(rows: pd.DataFrame) -> pd.DataFrame:
-    """Leak and sight of a label in one row."""
-    parts = []
-    for score in ("leak", "sight"):
-        part = rows[rows["score"] == score].set_index("label")[["value", "low", "high"]]
-        parts.append(part.rename(columns={"value": score, "low": f"{score}_low", "high": f"{score}_high"}))
-    found = pd.concat(parts, axis=1).reindex(list(dict.fromkeys(rows["label"]))).reset_index()
-    found["control"] = [label if label in ("K-", "K+") else "" for label in found["label"]]
-    found["label"] = [
-        {"K-": "site before any text", "K+": "the prompt's embeddings"}.get(label, label) for label in found["label"]
-    ]
-    return found
-
-
 def draw(result: Result) -> Mapping[str, Figure]:
     where = f"{result.config['site']}, t = {result.config['timestep']}, s = {result.config['guidance']:g}"
     return {
-        "": plot_leak_sight(plane(result.rows), title=f"Cures under mismatched prompts\n({where})"),
-        "rows": plot_leak_rows(result.rows, title=f"Leak and sight of each cure ({where}; mismatched prompts)"),
+        "": plot_leak_rows(result.rows, title=f"Leak and sight of each cure ({where}; mismatched prompts)"),
     }
 
 
@@ -115,8 +99,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     alt={
-        "": "Leak against sight of fourteen cures and both controls as numbered points with intervals; chance dotted.",
-        "rows": "Leak and sight of each cure with intervals, one row a cure.",
+        "": "Leak and sight of each cure with intervals, one row a cure.",
     },
 )
 

@@ -97,6 +97,31 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @plotting.styled
+def plot_block_grid(frame: pd.DataFrame) -> Figure:
+    """Accuracy by block and timestep: a column of panels a label, a row of panels a way to draw noise; a label has one scale.
+
+    Args:
+        frame: Rows of label, what (the noise), site, timestep, value, chance.
+    """
+    labels, kinds, sites = (list(dict.fromkeys(frame[name])) for name in ("label", "what", "site"))
+    steps = sorted({int(t) for t in frame["timestep"]})
+    columns, height = len(labels), 0.115 * len(sites) + 0.35
+    figure, shown = plotting.panels(columns * len(kinds), columns, plotting.PAGE, height, 0.1, pad=(0.02, 0.02))
+    for place, (axis, leftmost, lowest) in enumerate(shown):
+        kind, label = kinds[place // columns], labels[place % columns]
+        mine = frame[frame["label"] == label]
+        part = mine[mine["what"] == kind].assign(timestep=lambda f: f["timestep"].astype(int))
+        table = part.pivot(index="site", columns="timestep", values="value").reindex(index=sites, columns=steps)
+        limits = plotting.limits_with(mine["value"].to_numpy(float), float(mine["chance"].mean()))
+        names = [str(site).removesuffix("-Out") for site in sites] if leftmost else ()
+        plotting.cells(axis, table.to_numpy(float), [str(t) for t in steps] if lowest else (), names, limits)
+        axis.set_title(f"{label}, {kind}\n(chance {plotting.short(float(part['chance'].mean()))})", pad=3, fontsize=7)
+        axis.tick_params(labelsize=5.5)
+    figure.supxlabel("timestep")
+    return figure
+
+
+@plotting.styled
 def plot_scores(
     frame: pd.DataFrame,
     *,
@@ -156,52 +181,37 @@ def plot_samples(images: NDArray[np.uint8], texts: Sequence[str]) -> Figure:
 
 
 @plotting.styled
-def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str], *, reference: str = "") -> Figure:
-    """Shares of items matched right, by pattern: a panel per benchmark, a dot with its interval per score.
+def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str]) -> Figure:
+    """Shares of items matched right as a table of colours: a panel a benchmark, a line a score, a column a pattern or metric.
 
     Args:
         frame: Rows of `diffprobe.probes.alignment.alignment_table` with the column benchmark; rows of pattern "macro" are
-            left out.  Rows whose score is `reference` are drawn hollow.
-        names: What each score is called, in the order of the legend; others are not drawn.
-        reference: A score that another data set's published numbers stand under.
+            left out.
+        names: What each score is called, in the order of the lines; others are not drawn.
 
     Raises:
         ValueError: there is no row to draw.
     """
     shown = frame[frame["score"].isin(names) & (frame["pattern"] != "macro")]
-    scores = [name for name in names if name in set(shown["score"])]
-    if not scores:
+    if shown.empty:
         raise ValueError(f"The table has no rows of the scores {', '.join(names)}.")
     parts = {name: shown[shown["benchmark"] == name] for name in dict.fromkeys(shown["benchmark"])}
-    lines = {name: list(dict.fromkeys(zip(part["metric"], part["pattern"], strict=True))) for name, part in parts.items()}
-    looks = {score: _score_look(k, score == reference) for k, score in enumerate(scores)}
-    step = 0.82 / len(scores)
-    height = max(map(len, lines.values())) * (0.085 * len(scores) + 0.08) + 0.5
-    below = 0.16 * -(-(len(scores) + 1) // 3) + 0.1
-    figure, axes = plotting.grid(1, len(parts), plotting.PAGE, height + below)
-    for axis, (benchmark, part) in zip(axes[0], parts.items(), strict=True):
-        for line, (metric, pattern) in enumerate(lines[benchmark]):
-            here = part[(part["metric"] == metric) & (part["pattern"] == pattern)].set_index("score")
-            axis.plot([float(here["chance"].mean())] * 2, [line - 0.47, line + 0.47], zorder=1, **plotting.DASHED)
-            for place, score in enumerate(scores):
-                if score in here.index:
-                    row, y = here.loc[score], line + (place - (len(scores) - 1) / 2) * step
-                    axis.plot([row["low"], row["high"]], [y, y], color=looks[score]["color"], linewidth=0.9, zorder=2)
-                    axis.plot(row["value"], y, linestyle="none", zorder=3, clip_on=False, **looks[score])
-        for line in range(1, len(lines[benchmark])):
-            axis.axhline(line - 0.5, color="0.88", linewidth=0.5, zorder=0)
+    lines = [score for score in names if score in set(shown["score"])]
+    height = 0.19 * len(lines) + 0.75
+    figure, panels = plotting.panels(len(parts), 1, plotting.PAGE, height)
+    for (axis, _, _), (benchmark, part) in zip(panels, parts.items(), strict=True):
         several = part["metric"].nunique() > 1
-        plotting.forest(axis, [f"{metric}: {pattern}" if several else pattern for metric, pattern in lines[benchmark]])
-        axis.set(xlim=(0, 1), xlabel="share right, 95% interval", title=benchmark)
-    entries = {names[score]: {"linestyle": "none", **look} for score, look in looks.items()} | {"chance": plotting.DASHED}
-    plotting.legend(figure, entries, 3, handlelength=1.8, columnspacing=1.2)
+        columns = part["metric"] + ": " + part["pattern"] if several else part["pattern"]
+        table = part.assign(column=columns).pivot(index="score", columns="column", values="value")
+        heads = list(dict.fromkeys(columns))
+        chances = part.assign(column=columns).groupby("column")["chance"].mean()
+        texts = [f"{plotting.wrap(head, 0.6)}\n({plotting.short(float(chances[head]))})" for head in heads]
+        values = table.reindex(index=lines, columns=heads).to_numpy(float)
+        plotting.cells(axis, values, texts, [names[score] for score in lines], limits=(0, 1))
+        axis.xaxis.tick_top()
+        axis.tick_params(axis="x", labelsize=6, length=0)
+        axis.set_xlabel(f"{benchmark}: share right (chance), n = {int(part[part['low'].notna()]['n'].max())}")
     return figure
-
-
-def _score_look(place: int, hollow: bool) -> dict[str, Any]:
-    if hollow:
-        return {"color": "0.35", "marker": "D", "markerfacecolor": "white"}
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
 @plotting.styled
@@ -310,11 +320,15 @@ def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = ""
 
 @plotting.styled
 def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
-    """A table of scores: ours with its interval in each cell, what was published below it in grey; the best of a column bold.
+    """A table of scores: ours with its interval in each cell, what was published below it in grey.
+
+    The best of a column is bold where its interval holds no other label's value; what is within the noise is not.  A score
+    of zero is a dash.
 
     Args:
         frame: Rows of label, score, value, low, high (shares), published (in percent, NaN for none); one a label and score.
-            A column `chance` gives the last line.
+            A column `chance` gives the last line, that of a coin; a column `blind` one more, that of who gives all images
+            one answer.
         title: Above the figure.
 
     Raises:
@@ -327,8 +341,9 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
     lines = 3 if frame["published"].notna().any() else 2  # of a cell
     tall = 0.115 * lines + 0.06
     bottom, head = tall * len(labels), 7.5 if len(scores) <= 7 else 5.5
-    figure, axes = plotting.grid(1, 1, width, bottom + 0.6, title=title)
-    axis, rows, best = axes[0, 0], frame.set_index(["label", "score"]), frame.groupby("score")["value"].max()
+    figure, axes = plotting.grid(1, 1, width, bottom + 0.6 + 0.12 * ("blind" in frame), title=title)
+    axis, rows, best = axes[0, 0], frame.set_index(["label", "score"]), _clear_best(frame)
+    blind = "blind" in frame
     middle: dict[str, Any] = {"ha": "center", "va": "center"}
     places = [first + (k + 0.5) * (1 - first) / len(scores) for k in range(len(scores))]
     for x, score in zip(places, scores, strict=True):
@@ -336,7 +351,12 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
         axis.text(x, -0.15, name, fontsize=head, fontweight="bold", **middle)
         chance = _percent(frame[frame["score"] == score]["chance"].mean())
         axis.text(x, bottom + 0.13, chance, fontsize=6.5, color="0.45", **middle)
-    axis.text(0, bottom + 0.13, "chance", va="center", fontsize=6.5, color="0.45")
+        if blind:
+            same = _percent(frame[frame["score"] == score]["blind"].mean())
+            axis.text(x, bottom + 0.26, same, fontsize=6.5, color="0.45", **middle)
+    axis.text(0, bottom + 0.13, "chance (a coin)" if blind else "chance", va="center", fontsize=6.5, color="0.45")
+    if blind:
+        axis.text(0, bottom + 0.26, "chance (one answer)", va="center", fontsize=6.5, color="0.45")
     for line, label in enumerate(labels):
         top = tall * line
         axis.axhline(top, color="0.85", linewidth=0.5)
@@ -348,15 +368,30 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
                 continue
             row = rows.loc[(label, score)]
             value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
-            weight = "bold" if value == best[score] else "normal"
-            axis.text(x, top + 0.1, _percent(value), fontsize=6.5, fontweight=weight, **middle)
+            weight = "bold" if best.get(score) == label else "normal"
+            axis.text(x, top + 0.1, _percent(value) if value else "-", fontsize=6.5, fontweight=weight, **middle)
             axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **middle)
             if not np.isnan(published):
                 axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **middle)
     axis.axhline(bottom, color="0.5", linewidth=0.7)
-    axis.set(xlim=(0, 1), ylim=(bottom + 0.25, -0.35))
+    axis.set(xlim=(0, 1), ylim=(bottom + 0.25 + 0.12 * blind, -0.35))
     plotting.bare(axis)
     return figure
+
+
+def _clear_best(frame: pd.DataFrame) -> dict[Any, Any]:
+    """By score the label whose interval lies above all other labels' values; scores without one are left out.
+
+    >>> table = {"label": ["a", "b"] * 2, "score": list("xxyy"), "value": [0.9, 0.5, 0.6, 0.5], "low": [0.8, 0.4, 0.4, 0.3]}
+    >>> _clear_best(pd.DataFrame(table))
+    {'x': 'a'}
+    """
+    found = {}
+    for score, part in frame.groupby("score", sort=False):
+        first, *others = part.sort_values("value", ascending=False).to_dict("records")
+        if others and first["low"] > others[0]["value"]:
+            found[score] = first["label"]
+    return found
 
 
 def _percent(share: float) -> str:

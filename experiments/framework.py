@@ -5,12 +5,14 @@ need a model), `judge` (rows -> verdicts on claims) and `draw` (numbers -> figur
 from what `measure` returned and is kept beside the picture, so ``--from-csv`` draws and judges again without torch.
 `reproduce` runs several, one after the other.
 
-The invariant: a verdict is a function of the saved rows alone, and ``claims.csv`` is the sum of the sidecars beside it.
+The invariant: a verdict is a function of the saved rows alone, and ``claims.csv`` is the sum of the sidecars beside it, where
+the primary statements share one error rate (Holm).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
@@ -27,8 +29,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import norm
 
-from diffprobe.data.samples import Dataset
+from diffprobe.data.samples import Dataset, Sample
 from diffprobe.plotting import package_versions, read_rows, save_figure
 from diffprobe.report import collect_claims
 from diffprobe.rundir import code_commit, whole_file, write_whole
@@ -43,6 +46,7 @@ T = TypeVar("T", bound="DataclassInstance")
 A = TypeVar("A")
 Verdict = Literal["held", "not held", "undecided", "not testable"]
 FOLDER = Path(__file__).parent
+MAIN_SITE = "U-L1-R1-B0-Cross-Q"  # the paper's best single site
 
 
 READER = (
@@ -56,12 +60,19 @@ class Claim:
     """A claim of the paper (A1, L2, F3, ...) or of our own, and what this run says about it.
 
     `evidence` gives the deciding numbers with n and interval, in one line.
+
+    Attributes:
+        p: Two-sided p value of the verdict; None where the verdict rests on an interval alone.
+        primary: Whether this is the one statement by which the claim stands or falls, declared before it is measured.  All
+            others are exploratory.
     """
 
     id: str
     statement: str
     verdict: Verdict
     evidence: str
+    p: float | None = None
+    primary: bool = False
 
 
 def verdict(low: float, high: float, threshold: float = 0.0) -> Verdict:
@@ -80,6 +91,42 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     ('undecided', 'not held', 'held', 'undecided')
     """
     return "not held" if "not held" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "held"
+
+
+def p_of(value: float, low: float, high: float, threshold: float = 0.0) -> float:
+    """Two-sided p of a value against a threshold, from its 95% interval as that of a normal estimate.
+
+    >>> round(p_of(0.2, 0.0, 0.4), 3), round(p_of(0.4, 0.2, 0.6, 0.25), 2), p_of(0.5, 0.5, 0.5)
+    (0.05, 0.14, 0.0)
+    """
+    side = value - low if value > threshold else high - value  # the half that points to the threshold
+    if not side > 0:
+        return 1.0 if np.isnan(side) else float(value == threshold)
+    return float(2 * norm.sf(abs(value - threshold) / (side / norm.ppf(0.975))))
+
+
+def joint(parts: Sequence[tuple[float, float, float]], threshold: float = 0.0) -> tuple[Verdict, float]:
+    """Verdict and p of "each of these (value, low, high) lies above the threshold", as in `worst`.
+
+    All parts must be shown, so the largest p counts; one part refutes, and then Bonferroni's smallest does.
+
+    >>> joint([(0.2, 0.1, 0.3), (0.1, 0.05, 0.15)])[0], joint([(0.2, 0.1, 0.3), (-0.2, -0.3, -0.1)])[0], joint([])
+    ('held', 'not held', ('undecided', 1.0))
+    """
+    decided = worst([verdict(low, high, threshold) for _, low, high in parts])
+    if decided == "not held":
+        below = [p_of(*part, threshold) for part in parts if part[2] < threshold]
+        return decided, min(1.0, len(parts) * min(below))
+    return decided, max((p_of(*part, threshold) for part in parts), default=1.0)
+
+
+def exact_verdict(value: float, p: float) -> Verdict:
+    """The verdict of an exact paired test: the sign of the difference where p is below .05.
+
+    >>> exact_verdict(0.1, 0.03), exact_verdict(-0.1, 0.03), exact_verdict(0.1, 0.2)
+    ('held', 'not held', 'undecided')
+    """
+    return "undecided" if not p < 0.05 else "held" if value > 0 else "not held"
 
 
 def gated(claims: Sequence[Claim], needs: Mapping[str, Sequence[str]], gates: pd.DataFrame | None) -> list[Claim]:
@@ -293,6 +340,40 @@ class Experiment:
         print(describe(self, claims, out))
 
 
+class Chosen:
+    """Some samples of a dataset, each perhaps changed; a dataset of its own for stores.
+
+    Args:
+        source: The dataset.
+        rows: Numbers of its samples.
+        what: Stands in the name, and tells two choices with equal rows apart.
+        change: Applied to each sample.
+    """
+
+    def __init__(
+        self, source: Dataset, rows: Sequence[int], what: str, change: Callable[[Sample], Sample] = lambda sample: sample
+    ) -> None:
+        self.source, self.rows, self.what, self.change = source, rows, what, change
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}-{self.what}"
+
+    @property
+    def spec(self) -> str:
+        return self.source.spec
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.change(self.source[self.rows[index]])
+
+    def fingerprint(self) -> str:
+        chosen = f"{self.source.fingerprint()} {self.what} {','.join(map(str, self.rows))}"
+        return hashlib.sha256(chosen.encode()).hexdigest()[:16]
+
+
 def describe(experiment: Experiment, claims: Sequence[Claim], out: Path) -> str:
     """What a person reads after a run: the verdicts and where the files are."""
     lines = [f"{experiment.name}: {experiment.title}"]
@@ -414,12 +495,16 @@ def check_settings(given: Sequence[str]) -> None:
     Raises:
         OptionError: a text is no NAME=VALUE, or nothing has such a setting.
     """
+    for text in given:
+        _setting(text, setting_names(), "an experiment; settings")
+
+
+def setting_names() -> list[str]:
+    """The names of all settings of what is trained."""
     from diffprobe.mllm import leakage
     from experiments import comparison
 
-    known = dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind))
-    for text in given:
-        _setting(text, known, "an experiment; settings")
+    return list(dict.fromkeys(f.name for kind in (leakage.Settings, comparison.Settings) for f in fields(kind)))
 
 
 def _setting(text: str, known: Iterable[str], whose: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from experiments.framework import Claim, Experiment, Options, Result, record_wor
 
 TIMESTEPS = (10, 50, 100, 250, 500)
 HEADS_AT = 50
+MAIN_SCORES = ("pointing", "auc")  # the others are an appendix
 JUDGED = ("all sites", 50, "auc")  # fixed beforehand: the mean over all maps, as DAAM takes it, at the paper's timestep
 
 
@@ -78,7 +79,10 @@ def draw(result: Result) -> Mapping[str, Figure]:
     table = result.rows[result.rows["part"] == "sites"]
     heads = result.rows[result.rows["part"] == "heads"]
     return {
-        "": plot_localization_grid(table, title="Cross-attention of nouns against their objects' masks"),
+        "": plot_localization_grid(
+            table[table["score"].isin(MAIN_SCORES)], title="Cross-attention of nouns against their objects' masks"
+        ),
+        "scores": plot_localization_grid(table, title="All scores: nouns' cross-attention against their objects' masks"),
         "controls": plot_localization_controls(
             table[(table["site"] == JUDGED[0]) & table["timestep"].isin([50, 500])],
             title="Mean map of all sites: nouns, controls and chance",
@@ -96,7 +100,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     alt={
-        "": "Nine heat maps, one a localization score, of cross-attention sites by timestep; cells above the wrong word's map are framed.",
+        "": "Two heat maps, pointing game and ROC-AUC, of cross-attention sites by timestep; cells above the wrong word's map are framed.",
+        "scores": "Nine heat maps, one a localization score, of cross-attention sites by timestep; cells above the wrong word's map are framed.",
         "controls": "Nine panels of dots with intervals: each score of the nouns' maps and of five controls at two timesteps, chance dashed.",
         "heads": "Heat map of ROC-AUC by site and head at one timestep, the mean over heads first, chance marked.",
     },

@@ -26,7 +26,7 @@ import jaxtyping
 import pytest
 
 # On the torch side, where axes have no names, every shape in a signature is checked in every test.
-CHECKED = ("forward", "knockout", "matching", "models", "noise", "prompts", "recorder", "sites", "tap", "tokens")
+CHECKED = ("edit", "forward", "knockout", "matching", "models", "noise", "prompts", "recorder", "sites", "tap", "tokens")
 CHECKED_MLLM = ("config", "fusion", "language", "model", "projector", "stages", "streams", "train")
 jaxtyping.install_import_hook(
     [f"diffprobe.{name}" for name in CHECKED] + [f"diffprobe.mllm.{name}" for name in CHECKED_MLLM], "beartype.beartype"

@@ -21,6 +21,7 @@ from diffprobe.probes.alignment import (
     PROTOCOLS,
     alignment_table,
     compare_scores,
+    concentration,
     fit_text_map,
     group_right,
     images_right,
@@ -249,10 +250,20 @@ def rows_of(pair_hits: dict[str, float], clip: float | None, n: int = 60) -> pd.
     ],
 )
 def test_verdicts(ours: float, clip: float | None, beats: str, above: str) -> None:
-    claims = EXPERIMENT.judge(rows_of({"attention_lse_paper": ours}, clip))
-    assert [claim.verdict for claim in claims] == [beats, above]
+    planted = dict.fromkeys(("attention_lse_paper", "attention_lse_discffusion", "denoising_loss_normalised"), ours)
+    claims = EXPERIMENT.judge(rows_of(planted, clip))
+    assert [claim.verdict for claim in claims] == [beats, beats, beats, above]
+    assert [claim.id for claim in claims if claim.primary] == ["A7 Discffusion", "A7 loss"]
     assert "n = 60 pairs" in claims[0].evidence and "paper: SD 2.1 .346" in claims[0].evidence
     assert ("no CLIP" in claims[0].evidence) == (clip is None)
+
+
+def test_an_image_that_wins_for_both_texts_is_counted() -> None:
+    """Nine of twelve items have an image that both texts choose; a tie is no choice."""
+    same, right, tie = [[2.0, 3.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]
+    table = concentration(as_dataset({"planted": np.array([same] * 9 + [right] * 2 + [tie])}, ["a"] * 12)).iloc[0]
+    assert (table["value"], table["n"], table["chance"]) == (0.75, 12, 0.5)
+    assert table["low"] < 0.75 < table["high"]
 
 
 def test_figure_shows_every_row_and_the_published_numbers() -> None:
@@ -264,8 +275,7 @@ def test_figure_shows_every_row_and_the_published_numbers() -> None:
     )
     assert rows[rows["kind"] == "paper"].set_index("pattern")["value"]["colour"] == pytest.approx(0.467)
     axis = EXPERIMENT.draw(Result(rows))[""].axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["all", *PATTERNS]
-    dots = [line for line in axis.get_lines() if line.get_linestyle() == "None"]
-    assert len(dots) == 4 * 10
+    assert [label.get_text().split("\n")[0] for label in axis.get_xticklabels()] == ["all", *PATTERNS]
+    assert len(axis.get_yticklabels()) == 4 and len(axis.texts) == 4 * 10
     with pytest.raises(ValueError, match="no rows of the scores"):
         EXPERIMENT.draw(Result(rows[rows["kind"] == "nothing"]))

@@ -20,7 +20,8 @@ from diffprobe.cli.options import numbers
 from diffprobe.conditioning import check_conditioning
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import load_benchmark
-from diffprobe.extraction import _check_arguments, _label_arrays, extract
+from diffprobe.data.labels import label_arrays
+from diffprobe.extraction import _check_arguments, extract
 from diffprobe.models import DiffusionModel
 from diffprobe.sites import select_sites
 from diffprobe.store import attention_maps, open_store, store_info
@@ -152,7 +153,7 @@ LABEL = (
 @SHORT
 @given(rows=st.lists(st.dictionaries(st.sampled_from("abc"), LABEL, max_size=3), min_size=1, max_size=8))
 def test_labels_with_gaps(rows: list[dict[str, Any]]) -> None:
-    arrays = _label_arrays(rows)
+    arrays = label_arrays(rows)
     assert arrays.keys() == {name for row in rows for name in row}
     for name, values in arrays.items():
         assert len(values) == len(rows)
@@ -181,7 +182,7 @@ def test_labels_with_gaps(rows: list[dict[str, Any]]) -> None:
     ],
 )  # fmt: skip
 def test_missing_labels_of_a_users_own_dataset(values: list[Any], expected: list[Any]) -> None:
-    found = _label_arrays([{"mood": value} for value in values])["mood"].tolist()
+    found = label_arrays([{"mood": value} for value in values])["mood"].tolist()
     assert len(found) == len(expected)
     assert all(a == b or (a != a and b != b) for a, b in zip(found, expected, strict=True))
 
@@ -189,7 +190,7 @@ def test_missing_labels_of_a_users_own_dataset(values: list[Any], expected: list
 @pytest.mark.parametrize("name", ["timestep", "sample", "prompts", "", " ", "a/b", "..", ".hidden", "__x", "zarr.json", "y"])
 def test_names_that_no_label_can_have(name: str) -> None:
     with pytest.raises(ValueError, match="A label cannot be called"):
-        _label_arrays([{name: 1}])
+        label_arrays([{name: 1}])
 
 
 def test_a_labels_file_with_gaps(tiny_model: DiffusionModel, tmp_path: Path) -> None:

@@ -15,7 +15,18 @@ from diffprobe.data.twins import PATTERNS
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.stages import train_stage
 from diffprobe.rundir import BusyError
-from experiments.comparison import ACCURACY, BLIND_SPOTS, Arm, Comparison, Settings, change_rows, score_rows
+from experiments.comparison import (
+    ACCURACY,
+    BLIND_SPOTS,
+    Arm,
+    Comparison,
+    Settings,
+    answers_of,
+    change_rows,
+    kept_answers,
+    score_rows,
+    table_rows,
+)
 from experiments.framework import FOLDER, load_experiment
 
 PAIRS, GROUPS, SEEDS = 90, 45, 3
@@ -165,6 +176,38 @@ def test_table_1_takes_the_worst_of_its_parts() -> None:
         changes = change_rows(answers, [((main, "own"), (name, "own")) for name in (*names, late)])
         claims = module.judge(pd.concat([score_rows(answers), changes], ignore_index=True))
         assert [claim.verdict for claim in claims] == [expected, "held"] and claims[1].statement.endswith("t = 500 collapses")
+
+
+def test_a_site_is_not_judged_where_it_was_chosen() -> None:
+    module = load_experiment(FOLDER / "table2_fusion.py")
+    arm = "cross_attention s=0 U-L2-R2-Res-Out"
+    answers = pd.concat([planted("CLIP", 0.5, 0.5), planted(arm, 0.9, 0.9)])
+    for seed, expected in ((0, "not testable"), (1, "held")):
+        claims = module.judge(change_rows(answers, [((arm, "own"), ("CLIP", "own"))], seed))
+        assert {claim.verdict for claim in claims} == {expected}
+        assert ("chosen on these questions" in claims[0].evidence) == (seed == 0)
+
+
+def test_kept_answers_give_the_same_scores() -> None:
+    """Anyone can score the committed answers again, with texts, and with a hit that is not known."""
+    answers = pd.concat(
+        [planted("CLIP", 0.5, 0.9), planted("CLIP", 0.4, 0.4, "blank"), planted("concat s=4", 0.6, 0.6, seeds=2)]
+    )
+    answers = answers.assign(output=np.where(answers["hit"] == 1, "yes", "no, 3"))
+    again = answers_of(kept_answers(answers))
+    pd.testing.assert_frame_equal(score_rows(again), score_rows(answers))
+    assert set(again["output"]) == {"yes", "no, 3"} and len(again) == len(answers)
+    answers.iloc[3, answers.columns.get_loc("hit")] = np.nan
+    assert answers_of(kept_answers(answers))["hit"].isna().sum() == 1
+
+
+def test_the_table_has_a_floor_and_both_chances() -> None:
+    answers = pd.concat([planted("CLIP", 0.5, 0.9), planted("CLIP", 0.1, 0.1, "blank")])
+    table = table_rows(score_rows(answers), pd.DataFrame(), {"MMVP": "mmvp", "VQA": "vqa"})
+    assert list(dict.fromkeys(table["label"])) == ["CLIP", "CLIP, blank images"]
+    pairs = table[table["score"] == "MMVP"]
+    assert pairs["blind"].tolist() == [0, 0] and pairs["chance"].tolist() == [0.25, 0.25]
+    assert table[table["score"] == "VQA"]["blind"].isna().all()
 
 
 # --- a run --------------------------------------------------------------------------------------------

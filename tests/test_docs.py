@@ -191,7 +191,7 @@ def test_help_of_extract_is_read_at_80_columns_from_what_to_how() -> None:
 
 
 def test_the_shell_completes_commands_and_options() -> None:
-    said = shown(_DIFFPROBE_COMPLETE="complete_bash", COMP_WORDS="diffprobe ex", COMP_CWORD="1")
+    said = shown(_DIFFPROBE_COMPLETE="complete_bash", COMP_WORDS="diffprobe extr", COMP_CWORD="1")
     assert said.split() == ["extract"]
     said = shown(_DIFFPROBE_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="diffprobe extract --time")
     assert "--timesteps" in said

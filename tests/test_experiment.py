@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -239,6 +240,29 @@ def test_an_experiment_file_by_itself(folder: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == measured
 
 
+def test_primaries_share_one_error_rate(tmp_path: Path) -> None:
+    """Holm over the primary statements of a folder, of whatever figure; the exploratory ones are left as they are."""
+    planted = {"fig_a": [("A1", 0.04, True, "held"), ("A1", 0.04, False, "held")], "fig_b": [("A2", 0.001, True, "not held"),
+               ("A3", 0.03, True, "held"), ("A4", None, True, "undecided"), ("A5", 0.9, True, "not testable")]}  # fmt: skip
+    for name, claims in planted.items():
+        rows = [asdict(Claim(c, f"{c} {primary}", v, "", p, primary)) for c, p, primary, v in claims]
+        (tmp_path / f"{name}.png").touch()
+        (tmp_path / f"{name}.json").write_text(json.dumps({"alt": name, "config": {"claims": rows}}))
+    table = collect_claims(tmp_path)
+    assert table["id"].tolist() == ["A1", "A1", "A2", "A3", "A4", "A5"]
+    assert table["kind"].tolist() == ["primary", "exploratory", *["primary"] * 4]
+    assert table["verdict"].tolist() == ["undecided", "held", "not held", "undecided", "undecided", "not testable"]
+    adjusted = {0: 0.06, 2: 0.003, 3: 0.06}  # three tests: 3 x .001, 2 x .03, and .04 no smaller than the one before
+    assert table["p_holm"].dropna().to_dict() == pytest.approx(adjusted)
+
+
+def test_each_claim_of_the_paper_has_one_primary_statement() -> None:
+    table = pd.read_csv(FOLDER.parent / "figures" / "claims.csv")
+    counts = table[table["kind"] == "primary"]["id"].value_counts().to_dict()
+    assert counts == dict.fromkeys([*(f"A{k}" for k in range(1, 7)), "A7 Discffusion", "A7 loss", "F1", "F2", "F3", "L1", "L2",
+                                    "L3", "L4", *(f"P{k}" for k in range(1, 6)), "PCK"], 1)  # fmt: skip
+
+
 # --- several --------------------------------------------------------------------------------------
 
 
@@ -270,7 +294,7 @@ def test_one_that_fails_does_not_stop_the_others(folder: Path, tmp_path: Path) -
     assert "failed after 0 s: RuntimeError: no [luck]" in "\n".join(lines)
     assert "at all" in (tmp_path / "work/fig2_bad.error.txt").read_text()
     kept = pd.read_csv(tmp_path / "figures/claims.csv")
-    assert kept.columns.tolist() == ["id", "statement", "verdict", "evidence", "figure"]
+    assert kept.columns.tolist() == ["id", "kind", "statement", "verdict", "evidence", "p", "p_holm", "figure"]
     assert kept[["id", "figure"]].values.tolist() == [["A0", "tab_more"], ["A1", "fig1_good"]]
 
 
@@ -354,7 +378,7 @@ def test_the_committed_verdicts_follow_from_the_committed_rows() -> None:
     """Of this checkout's own experiments, all of which must load and judge without torch."""
     script = """
 from dataclasses import asdict
-from experiments.framework import FOLDER, find_experiments, load_experiment
+from experiments.framework import FOLDER, find_experiments, gated, load_experiment, measured_gates
 from diffprobe.plotting import read_rows, read_sidecars
 figures = FOLDER.parent / "figures"
 sidecars = read_sidecars(figures)
@@ -362,8 +386,9 @@ for path in find_experiments():
     experiment = load_experiment(path)
     assert experiment.name == path.stem, path
     if experiment.name in sidecars:
-        claims = [asdict(claim) for claim in experiment.judge(read_rows(figures / f"{experiment.name}.csv"))]
-        assert claims == sidecars[experiment.name]["config"]["claims"], path
+        config = sidecars[experiment.name]["config"]
+        claims = gated(experiment.judge(read_rows(figures / f"{experiment.name}.csv")), experiment.needs, measured_gates(figures, config))
+        assert [asdict(claim) for claim in claims] == config["claims"], path
     print(path.stem)
 """
     done = subprocess.run(

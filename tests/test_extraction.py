@@ -295,7 +295,7 @@ def test_bad_images_are_counted_and_left_out(tiny_model: DiffusionModel, tmp_pat
         for name, values in arrays(place).items():
             assert np.isnan(values[1]).all() and np.isfinite(values[[0, 2]]).all(), (name, options)
     with pytest.raises(ValueError, match="has no caption '0'"):
-        extract(tiny_model, str(folder), tmp_path / "t.zarr", **QUICK)
+        extract(tiny_model, str(folder), tmp_path / "t.zarr", **QUICK, conditionings=("null", "caption"))
 
 
 def test_values_that_are_not_finite(tiny_model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -574,6 +575,26 @@ def test_command_line(
     assert code == 2 and "No table at" in output
 
 
+@pytest.mark.parametrize(("early", "late", "expected"), [(0.3, 0.1, "held"), (0.2, 0.2, "undecided"), (0.1, 0.3, "not held")])
+def test_the_interaction_of_word_and_timestep(early: float, late: float, expected: str) -> None:
+    """Planted leads over the wrong word: maps that find objects equally well at both timesteps decide nothing."""
+    from experiments.framework import find_experiments, load_experiment
+
+    curves = load_experiment(find_experiments(["fig4"])[0])
+    rng = np.random.default_rng(0)
+    groups, lines = np.arange(60) // 2, []
+    for step, lead in ((50, early), (500, late)):
+        own = 0.9 - 0.2 * (step == 500) + 0.02 * rng.normal(size=60)
+        for name, scores in (("word", own), ("wrong word", own - lead + 0.02 * rng.normal(size=60))):
+            lines.append({"role": "noun", "site": "all sites", "timestep": step, "head": "mean", "map": name, "score": "auc",
+                          "rows": scores, "row_groups": groups})  # fmt: skip
+    lines[0]["rows"][3] = np.nan  # a word without a map
+    found = sys.modules[curves.measure.__module__].interaction(pd.DataFrame(lines)).iloc[0]
+    assert (found["n"], found["n_images"]) == (59, 30) and found["value"] == pytest.approx(early - late, abs=0.02)
+    claim = curves.judge(pd.DataFrame([found]))[0]
+    assert (claim.verdict, claim.primary) == (expected, True)
+
+
 def test_verdicts_follow_the_rows(planted_store: Path) -> None:
     """Planted maps hold what noise does not; where the paper's sites are many, here is one that stands for all."""
     from experiments.framework import find_experiments, load_experiment
@@ -588,9 +609,10 @@ def test_verdicts_follow_the_rows(planted_store: Path) -> None:
     nouns = [part[part["role"] == "noun"] for part in by_head]
     assert [claim.verdict for claim in table.judge(nouns[0])] == ["held", "held"]
     assert [claim.verdict for claim in table.judge(nouns[1])] == ["not held", "undecided"]
-    assert [claim.verdict for claim in curves.judge(by_head[0])] == ["held", "undecided"]
-    assert [claim.verdict for claim in curves.judge(nouns[1])] == ["undecided", "undecided"]
-    asked_about = difference_localization(tree, Asked(), n_resamples=200).assign(site="all sites")
-    verdicts = [claim.verdict for claim in questions.judge(asked_about)]
-    assert verdicts == ["held", "undecided", "held", "held", "held", "held"], "the second compares with nothing"
-    assert not any("nan" in claim.evidence for claim in questions.judge(asked_about))
+    assert [claim.verdict for claim in curves.judge(by_head[0])] == ["undecided", "held", "undecided"]
+    assert [claim.verdict for claim in curves.judge(nouns[1])] == ["undecided"] * 3
+    asked_about = difference_localization(tree, Asked(), n_resamples=200)
+    main = asked_about.assign(site="U-L1-R1-B0-Cross-Q")
+    verdicts = [(claim.verdict, claim.primary) for claim in questions.judge(main)]
+    assert verdicts == [("undecided", True), ("held", False)], "the first compares with no other text"
+    assert not any("nan" in claim.evidence for claim in questions.judge(main))

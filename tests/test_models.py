@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 import diffprobe.models
 from diffprobe.conditioning import word_tokens
+from diffprobe.families import FAMILIES, SUPPORTED
 from diffprobe.models import (
-    FAMILIES,
-    SUPPORTED,
     DiffusionModel,
     as_dtype,
     kept_name,
@@ -100,7 +99,7 @@ def test_half_precision_is_loaded_on_request(model_folder: Callable[[str], Path]
         as_dtype("float8", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", ["FluxPipeline", "DDPMPipeline", "StableDiffusionInpaintPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("kind", ["FluxFillPipeline", "DDPMPipeline", "StableDiffusionInpaintPipeline", "SanaSprintPipeline"])
 def test_other_families_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "_diffusers_version": "0.35.0"}))
     for load in (load_model, load_network_config):

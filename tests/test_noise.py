@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffprobe.noise import noise_seed, sample_noise, sigma
+from diffprobe.noise import Levels, noise_seed, sample_noise
 
 SHAPE = (4, 8, 16)
 
@@ -61,10 +61,41 @@ def test_sigma_is_the_schedulers() -> None:
     euler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     for timestep in (0, 50, 999):
         # At full length Euler's sigmas run from the noisiest training step down.
-        assert sigma(alphas(), timestep) == pytest.approx(float(euler.sigmas[999 - timestep]), rel=1e-4)
-    assert sigma(alphas(), 10) < sigma(alphas(), 500) < sigma(alphas(), 999)
+        assert Levels.of_alphas(alphas()).sigma(timestep) == pytest.approx(float(euler.sigmas[999 - timestep]), rel=1e-4)
+    assert Levels.of_alphas(alphas()).sigma(10) < Levels.of_alphas(alphas()).sigma(500) < Levels.of_alphas(alphas()).sigma(999)
 
 
 def test_a_schedule_that_ends_in_pure_noise_has_infinite_sigma_there() -> None:
     schedule = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
-    assert schedule[-1] == 0 and sigma(schedule, 999) == math.inf
+    assert schedule[-1] == 0 and Levels.of_alphas(schedule).sigma(999) == math.inf
+
+
+def test_levels_are_named_by_sigma_or_by_log_snr() -> None:
+    alpha = alphas().double()
+    stable, flow = Levels.of_alphas(alphas()), Levels.of_flow()
+    for timestep in (0, 50, 100, 250, 261, 500, 999):
+        exact = float((alpha[timestep] / (1 - alpha[timestep])).log())
+        assert stable.log_snr(timestep) == pytest.approx(exact, abs=1e-3)
+        assert stable.nearest(log_snr=exact) == stable.nearest(sigma=math.exp(-exact / 2)) == timestep
+    # A flow has the same noise at s = s_VP / (1 + s_VP); these pairs are the published ones.
+    for timestep, share in ((50, 184), (100, 256), (250, 410), (261, 420), (500, 618)):
+        assert abs(flow.nearest(log_snr=stable.log_snr(timestep)) - share) <= 1
+    assert flow.nearest(sigma=1.0) == 1000 and flow.nearest(sigma=0.0) == flow.nearest(log_snr=math.inf) == 0
+    for levels, asked in (
+        (stable, {"sigma": 90.0}),
+        (stable, {"log_snr": 20.0}),
+        (stable, {"sigma": 0.0}),
+        (flow, {"sigma": 1.2}),
+    ):
+        with pytest.raises(ValueError, match=r"No timestep of this model has the .* its noise levels reach from"):
+            levels.nearest(**asked)
+
+
+def test_a_flows_noise_is_the_schedulers() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[0.618, 0.25])
+    image, noise = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    levels = Levels.of_flow()
+    steps = [levels.nearest(sigma=float(sigma)) for sigma in scheduler.sigmas[:2]]
+    signal, spread = (level[steps].view(-1, 1, 1, 1) for level in (levels.signal, levels.spread))
+    assert torch.equal(signal * image + spread * noise, scheduler.scale_noise(image, scheduler.timesteps, noise))

@@ -98,7 +98,7 @@ def test_the_search_finds_what_it_looks_for(line: str) -> None:
 
 WRITES = {"write_text", "write_bytes", "to_csv", "to_json", "to_netcdf", "savefig", "savez", "savez_compressed", "save_file", "save_pretrained"}  # fmt: skip
 IN_PLACE = {  # by function what may be written so: parts of a folder that is renamed, or whose last file says that all is there
-    "_put_in_place": "write_bytes", "content_digests": "write_text", "fetch": "save_pretrained", "save_pretrained": "save_pretrained",
+    "content_digests": "write_text", "fetch": "save_pretrained", "save_pretrained": "save_pretrained",
     "train_stage": "save_pretrained",
 }  # fmt: skip
 
@@ -106,7 +106,7 @@ IN_PLACE = {  # by function what may be written so: parts of a folder that is re
 def in_place(source: str) -> list[str]:
     """What in a source writes a file where it will stand, so that a full disk leaves half of it, as "line: what".
 
-    Not so written is what stands in a `with` that has a `whole_file`, and a text that `write_whole` is given.
+    Not so written is what stands in a `with` that has a `whole_file` or a `whole_folder`, and a text that `write_whole` is given.
     """
     found: list[str] = []
 
@@ -114,7 +114,9 @@ def in_place(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef):
             function, whole = node.name, False
         if isinstance(node, ast.With):
-            whole = whole or any(isinstance(part, ast.Name) and part.id == "whole_file" for part in ast.walk(node))
+            whole = whole or any(
+                isinstance(part, ast.Name) and part.id in ("whole_file", "whole_folder") for part in ast.walk(node)
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
             owner = getattr(getattr(node.func, "value", None), "id", "")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from diffprobe.data import ShapesDataset
+from diffprobe.data import ShapesDataset, shapes
 from diffprobe.data.shapes import (
     CAPTION_STYLES,
     COLOURS,
@@ -81,7 +82,24 @@ def test_placing_ends_where_nothing_fits() -> None:
     for radii in ([0.3, 0.3, 0.3], [0.6], [0.26] * 4):
         with pytest.raises(ValueError, match="do not fit into the image apart from each other"):
             place(rng, radii)
-    assert len(place(rng, [0.21] * 4)) == 4, "four large objects always find a place"
+    assert len(place(rng, [0.21] * 4)) == 4, "four large objects nearly always find a place"
+
+
+def test_a_scene_whose_objects_find_no_place_has_the_smallest_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scene in some 100,000; a dataset of that many images must not end there."""
+    smallest = {size: low for size, (low, _) in SIZES.items()}
+
+    def unlucky(rng: np.random.Generator, radii: Sequence[float], clear_axis: bool = False) -> list[tuple[float, float]]:
+        if set(radii) - set(smallest.values()):
+            raise ValueError("no place")
+        return place(rng, radii, clear_axis)
+
+    before = [random_scene(0, index, n_objects=4) for index in range(20)]
+    monkeypatch.setattr(shapes, "place", unlucky)
+    for index, lucky in enumerate(before):
+        scene = random_scene(0, index, n_objects=4)
+        assert [o.pair for o in scene.objects] == [o.pair for o in lucky.objects]
+        assert all(o.radius == smallest[o.size] for o in scene.objects)
 
 
 # --- pixels ---------------------------------------------------------------------------------------

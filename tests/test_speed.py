@@ -22,7 +22,7 @@ def run() -> Any:
 
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("storage", 4), ("stall", 1), ("probes", 2), ("captions", 1), ("training", 1)],
+    [("storage", 4), ("streams", 3), ("stall", 1), ("probes", 2), ("captions", 1), ("training", 1)],
 )
 def test_a_benchmark_runs(run: Any, tmp_path: Path, name: str, rows: int) -> None:
     subject = run.MODELS["tiny"]("cpu", torch.float32, True)

@@ -146,7 +146,10 @@ def test_paired_test_is_uniform_under_the_hypothesis_and_never_zero():
     rng = np.random.default_rng(0)
     p = np.array([stats.paired_permutation_test(*rng.normal(size=(2, 20)), n_resamples=199, seed=i)[1] for i in range(400)])
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
-    assert stats.paired_permutation_test(np.ones(50), np.zeros(50), n_resamples=99)[1] == 1 / 100
+    assert stats.paired_permutation_test(np.arange(1, 51), np.zeros(50), n_resamples=99)[1] == 1 / 100
+    right, wrong = np.repeat([1, 0, 1], [30, 12, 40]), np.repeat([0, 1, 1], [30, 12, 40])  # McNemar's, exact: 30 of 42 changes
+    expected = scipy.stats.binomtest(30, 42).pvalue
+    assert stats.paired_permutation_test(right, wrong, n_resamples=99) == (pytest.approx(18 / 82), pytest.approx(expected))
     with pytest.raises(ValueError, match="one shape"):
         stats.paired_permutation_test([1, 2], [1])
 

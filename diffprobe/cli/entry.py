@@ -26,7 +26,18 @@ from diffprobe.cli.options import PANELS, numbers, option, parts
 from diffprobe.console import visible
 
 GROUPS = RECORD, KEEP, MEASURE, SHOW, HELP = "Record", "Look after a store", "Measure", "Show", "The installation"
-RESUMED = {"extract", "repair", "probe alignment", "reproduce", "leakage run", "mllm train", "mllm eval"}
+RESUMED = {
+    "extract",
+    "extend",
+    "merge",
+    "subset",
+    "repair",
+    "probe alignment",
+    "reproduce",
+    "leakage run",
+    "mllm train",
+    "mllm eval",
+}
 # Spellings of the last release and today's, which is nothing where the default was spelled out; to go with the next one.
 OLD_SPELLINGS = {f"--no-{name}": "" for name in ("allow-pickle", "checkpointing", "compress", "dry-run", "force")}
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, for what was typed; typer has it under one name or another

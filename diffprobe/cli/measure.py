@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 import diffprobe
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import SHOW, app, plot_app, prepare, probe_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "flatten", "patches"]
 Metric = Literal["cosine", "euclidean", "manhattan"]
 LABEL_HELP = "Labels to read; 'mask:shape' is what covers each patch. 'diffprobe info' names the store's."
-LABELS = several(["colour"], LABEL_HELP, "--label")
-SITES = several([], "Sites by name; all that can be measured by default.")
+LABELS = several([], LABEL_HELP, "--label", show_default="the only one")
+LABEL_FILE = option(None, "Labels by id or file (CSV, JSON lines, Parquet), joined to the store's.", "--labels", metavar="FILE")
+SPLIT = option("", "A label that says train, validation or test, in place of a drawn split.", metavar="LABEL")
+COMPLETED = {"autocompletion": completes(shared.stored_sites)}
+SITES = several([], "Sites by name; all that can be measured by default.", **COMPLETED)
 CONDITIONINGS = several([], "Conditionings; all by default.", "--conditioning")
 POOL = option("mean", "Average the places, lay them side by side, or read each on its own.")
 TABLE_OUT = option("", "The table (CSV), a path or an fsspec URL.", "--out", "-o", show_default="beside the store")
@@ -47,35 +51,41 @@ FIGURE_NAME = option("", "Name of the figure's files.", show_default="the store'
 def _probe(
     name: str, probe: Callable[..., Any], options: dict[str, Any], *, lazy: bool = False, store: str = shared.STORE,
     label: list[str] = LABELS, sites: list[str] = SITES, conditioning: list[str] = CONDITIONINGS, pool: Pooling = POOL,
-    out: str = TABLE_OUT,
+    labels: Path | None = LABEL_FILE, split: str = SPLIT, out: str = TABLE_OUT,
 ) -> None:  # fmt: skip
     """Probe a store for labels of samples and of patches, save the table and its origin, show the best rows."""
     import pandas as pd
 
     from diffprobe.probes.fitting import probe_table, save_table
-    from diffprobe.probes.labels import PREFIX, with_mask_labels
+    from diffprobe.probes.labels import PREFIX, only_label, with_labels, with_mask_labels
     from diffprobe.probes.task import pool_features
+    from diffprobe.rundir import file_digest
     from diffprobe.store import features, open_store, provenance, site_names
 
     tree = open_store(store)
+    if labels is not None:
+        tree = with_labels(tree, labels)
     target = shared.table_place(out, store, name)
+    label = label or [only_label(tree, [split])]
     names = sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]
     masks = [x for x in label if x.startswith(PREFIX)]
     frames = []
     kinds: list[tuple[list[str], Any]] = [([x for x in label if x not in masks], pool), (masks, "patches")]
-    for labels, pooling in kinds:
-        if not labels:
+    options |= {"split": split} if split else {}
+    for read, pooling in kinds:
+        if not read:
             continue
 
-        def get(site: str, labels: list[str] = labels, pooling: Any = pooling) -> xr.DataArray:
+        def get(site: str, read: list[str] = read, pooling: Any = pooling) -> xr.DataArray:
             found: xr.DataArray = features(tree, site, conditioning=conditioning or None)
-            for one in labels if pooling == "patches" else []:
+            for one in read if pooling == "patches" else []:
                 found = with_mask_labels(found, tree, one) if one in masks else found
             return found if lazy else pool_features(found, pooling).compute()
 
-        frames.append(probe_table(get, names, labels, probe, pool=pooling, **options))
+        frames.append(probe_table(get, names, read, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
     asked = {"probe": name, "label": ",".join(label), "sites": names, "conditioning": ",".join(conditioning), "pool": pool}
+    asked |= {"labels": labels.name, "labels_sha256": file_digest(labels.expanduser())} if labels is not None else {}
     save_table(frame, target, store, provenance(tree), asked | options)
     columns = {"label": "{label}", "conditioning": "{conditioning}", "best site": "{site}", "timestep": "{timestep}",
                "score": "{value:.3f}", **shared.INTERVAL, "chance": "{chance:.3f}", "control": "{control_value:.3f}",
@@ -126,6 +136,103 @@ def probe_knn(
     _probe("knn", knn_probe, options, **asked)
 
 
+@probe_app.command("sae")
+def probe_sae(
+    store: str = shared.STORE,
+    site: str = option("", "The site; the store's first by default."),
+    timestep: int | None = TIMESTEP,
+    conditioning: str = option("", "The store's first by default.", "--conditioning", "-c"),
+    sae: Path | None = option(None, "Score this one (cfg.json, sae.safetensors) in place of training."),
+    latents: int = option(0, "Latents; 0 is --expansion times the channels.", min=0),
+    expansion: int = option(4, "Latents for each channel.", min=1),
+    k: int = option(16, "Latents that a token uses.", "--k", "-k", min=1),
+    epochs: int = option(20, "Passes over the training samples.", min=1),
+    learning_rate: float = option(1e-3, "Of Adam."),
+    batch: int = option(1024, "Tokens of a step.", min=1),
+    draw: int = option(6, "Latents whose top images are drawn; 0 for none.", min=0),
+    data: str = IMAGES,
+    out: str = option("", "Folder for the autoencoder, its scores and the figure.", "--out", "-o", show_default="STORE.sae"),
+    device: str | None = shared.DEVICE,
+    seed: int = option(0, "Seed of split, order, first weights and bootstrap."),
+) -> None:
+    """Train a sparse autoencoder (TopK, AuxK) on a site's tokens; scores beside random directions.
+
+    A fifth of the samples is kept for the scores. The files are those of EleutherAI's sparsify.
+    """
+    import numpy as np
+    import torch
+
+    from diffprobe.console import Console
+    from diffprobe.probes import sae as coders
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.rundir import is_remote
+    from diffprobe.store import features, open_store, provenance, site_names
+    from diffprobe.torch import StoreStream
+
+    folder = Path(out or f"{Path(store).name if is_remote(store) else store.rstrip('/')}.sae")
+    if sae is None and (folder / "cfg.json").exists():
+        raise ValueError(f"{folder} has an autoencoder; give another --out, or score that one with --sae {folder}.")
+    tree = open_store(store)
+    names = [n for n in site_names(tree) if "features" in tree[n].data_vars]
+    request = provenance(tree)["request"]
+    site = site or (names or [""])[0]
+    chosen: Any = {
+        "timestep": request["timesteps"][0] if timestep is None else timestep,
+        "conditioning": conditioning or request["conditionings"][0],
+    }
+    array = features(tree, site, **chosen)
+    ids = tree.to_dataset()["sample"].values.astype(str)
+    if len(ids) < 5:
+        raise ValueError(f"{store} has {len(ids)} complete samples; five are needed to train on some and score others.")
+    test, train = np.split(np.random.default_rng(seed).permutation(ids), [max(1, len(ids) // 5)])
+    stream = lambda samples, **more: StoreStream(  # noqa: E731
+        store, site, rows="tokens", samples=samples.tolist(), seed=seed, **{"batch_size": batch, **chosen, **more}
+    )
+    if sae is None:
+        config = coders.SparseConfig(array.sizes["channel"], latents, expansion, k)
+        settings = coders.SparseTraining(epochs, learning_rate, seed=seed)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with Console(stderr=True).progress("train", "epochs", epochs) as advance:
+            coder = coders.train_sae(config, stream(train), settings, where, advance)
+        coders.save_sae(coder, folder)
+    else:
+        coder = coders.load_sae(sae)
+    if coder.config.d_in != array.sizes["channel"]:
+        raise ValueError(f"{sae} is of {coder.config.d_in} channels, and {site} has {array.sizes['channel']}.")
+    seen = torch.cat([part["features"] for part, _ in zip(stream(train, batch_size=4096), range(16), strict=False)])
+    both = {"trained": coder, "random directions": coders.random_directions(coder.config, seen, seed + 1)}
+    frame = coders.score_sae(both, stream(test, shuffle=False), seed=seed).assign(site=site, **chosen)
+    options = {
+        "probe": "sae",
+        "site": site,
+        **chosen,
+        "sae": str(sae or folder),
+        "epochs": epochs,
+        "batch": batch,
+        "seed": seed,
+    }
+    save_table(frame, str(folder / "scores.csv"), store, provenance(tree), options)
+    columns = {
+        "score": "{score}",
+        "coder": "{coder}",
+        "value": "{value:.3f}",
+        **shared.INTERVAL,
+        "samples": "{n}",
+        "tokens": "{tokens}",
+    }
+    show(frame.sort_values(["score", "coder"], ascending=[True, False], kind="stable"), columns)
+    say(f"Autoencoder in {sae or folder}, scores in {folder / 'scores.csv'}")
+    if draw and {"y", "x"} <= set(array.dims):
+        from diffprobe.latents import choose_latents, latent_figure
+
+        grid = (array.sizes["y"], array.sizes["x"])
+        every = stream(ids, shuffle=False, batch_size=16 * grid[0] * grid[1])
+        activations = lambda: coders.latent_activations(coder, every, grid[0] * grid[1])  # noqa: E731
+        drawn = choose_latents(activations, draw)
+        say(f"Figure {latent_figure(store, data, activations, every.ids, grid, drawn, folder, options)}")
+    say_next(["probe", "sae", store, "--sae", str(sae or folder), "--site", site, "--out", f"{folder}.again"])
+
+
 @probe_app.command("alignment")
 def probe_alignment(
     model: str = shared.MODEL,
@@ -143,6 +250,10 @@ def probe_alignment(
     batch_rows: int = shared.BATCH_ROWS,
     seed: int = SEED,
     revision: str | None = shared.REVISION,
+    allow_pickle: bool = shared.ALLOW_PICKLE,
+    variant: str | None = shared.VARIANT,
+    lora: list[str] = shared.LORA,
+    config: str | None = shared.CONFIG,
     device: str | None = shared.DEVICE,
     dtype: str = option("auto", "float32, float16, bfloat16; auto is float32 on a CPU, else bfloat16."),
 ) -> None:
@@ -157,8 +268,11 @@ def probe_alignment(
     if baseline and baseline not in names:
         raise ValueError(f"--baseline {baseline!r} is not one of the scores {', '.join(names)}.")
     benchmark = load_benchmark(data)  # before the model: a slip in the spec should not cost a minute
+    loaded = load_model(
+        model, device, dtype, revision, use_safetensors=not allow_pickle, variant=variant, loras=lora, config=config
+    )
     found = alignment_score(
-        load_model(model, device, dtype, revision), benchmark, scores=names, timesteps=timesteps, draws=draws, seed=seed,
+        loaded, benchmark, scores=names, timesteps=timesteps, draws=draws, seed=seed,
         batch_rows=batch_rows, site=site, train=train, clip=clip, out=out,
     )  # fmt: skip
     frame = alignment_table(found, found.attrs["protocol"], seed=seed)
@@ -175,6 +289,51 @@ def probe_alignment(
     say(f"Scores in {out}, every pattern in {target}")
 
 
+@probe_app.command("causal")
+def probe_causal(
+    model: str = shared.MODEL,
+    attribute: str = option("colour", "Pattern of drawn twins: colour, state, structure, orientation, text."),
+    sites: list[str] = several(["blocks"], "Sites with a (y, x) grid; the last block, where the logit is followed, is added."),
+    timesteps: list[int] = several([50, 250, 500], "Noise levels.", "--timesteps", "-t"),
+    pairs: int = option(16, "Twins that are patched.", min=2),
+    train_pairs: int = option(120, "Other twins, for the linear probes.", min=20),
+    out: str = option("runs/causal.csv", "The table (CSV).", "--out", "-o"),
+    batch_rows: int = shared.BATCH_ROWS,
+    seed: int = SEED,
+    revision: str | None = shared.REVISION,
+    device: str | None = shared.DEVICE,
+) -> None:
+    """Patch one twin's activation into the other's pass: where an attribute is used, beside where a probe reads it."""
+    from diffprobe.models import load_model
+    from diffprobe.patching import causal_map
+    from diffprobe.probes.fitting import save_table
+
+    target = shared.table_place(out, "", "causal")
+    loaded = load_model(model, device, "auto", revision)
+    found = causal_map(
+        loaded, attribute, sites, timesteps, pairs=pairs, train_pairs=train_pairs, seed=seed, batch_rows=batch_rows
+    )
+    request = {
+        "model": loaded.model_id,
+        "revision": revision,
+        "weights": loaded.weights_hash(),
+        "dataset": f"twins {attribute}",
+    }
+    options = {"probe": "causal", "attribute": attribute, "sites": sites, "timesteps": timesteps, "pairs": pairs,
+               "train_pairs": train_pairs, "seed": seed, "agreement": found.agreement}  # fmt: skip
+    save_table(found.table, target, "", {"request": request}, options)
+    columns = {"what": "{label}", "best site": "{site}", "timestep": "{timestep}", "score": "{score}", "value": "{value:.3f}",
+               **shared.INTERVAL, "control": "{control_value:.3f}", "n": "{n}"}  # fmt: skip
+    show(shared.best(found.table, ["label"]), columns)
+    for outcome, row in found.agreement.items():
+        say(
+            f"Rank correlation of the patch's effect on the {outcome} with the probe's accuracy, over {row['n']} cells: "
+            f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        )
+    say(f"{len(found.table)} cells in {target}")
+    say_next(["plot", "probe", target])
+
+
 @probe_app.command("similarity")
 def probe_similarity(
     store: str = shared.STORE,
@@ -185,6 +344,7 @@ def probe_similarity(
     guidance: list[float] = several([1, 1.5, 4, 7], "Scales s to compare with f_u."),
     conditioning: str = option("caption", "f_c of the guidance."),
     groups: str = option("", "A label of samples that belong together, such as pair."),
+    labels: Path | None = LABEL_FILE,
     pool: Pooling = option("flatten", "A row is the whole map (flatten) or its mean."),
     k: int = option(10, "Neighbours of mutual_knn.", "--k", "-k"),
     out: str = TABLE_OUT,
@@ -192,10 +352,11 @@ def probe_similarity(
 ) -> None:
     """Compare features: cosine, CKA, mutual neighbours, each with interval and chance."""
     from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.labels import with_labels
     from diffprobe.probes.similarity import store_similarity
     from diffprobe.store import open_store, provenance
 
-    tree = open_store(store)
+    tree = open_store(store) if labels is None else with_labels(open_store(store), labels)
     target = shared.table_place(out, store, f"similarity-{between}")
     options: dict[str, Any] = {"sites": sites, "conditioning": conditioning, "guidance": guidance, "groups": groups or None,
                                "measures": measures, "pool": pool, "k": k, "seed": seed}  # fmt: skip
@@ -339,7 +500,7 @@ def _samples(wanted: list[str], count: int) -> Callable[[xr.DataTree], list[int]
 def plot_pca(
     store: str = shared.STORE,
     data: str = IMAGES,
-    sites: list[str] = several([], "Sites by name; all that have a grid by default."),
+    sites: list[str] = several([], "Sites by name; all that have a grid by default.", **COMPLETED),
     timestep: int | None = TIMESTEP,
     conditioning: str = option("null", "One conditioning."),
     samples: list[str] = SAMPLES,
@@ -358,7 +519,7 @@ def plot_heatmaps(
     store: str = shared.STORE,
     words: list[str] = several([], "Words of the prompt; all its words by default."),
     data: str = IMAGES,
-    site: list[str] = several([], "Map sites by name; the mean of all by default."),
+    site: list[str] = several([], "Map sites by name; the mean of all by default.", **COMPLETED),
     timestep: int | None = TIMESTEP,
     conditioning: str = option("caption", "One conditioning."),
     samples: list[str] = SAMPLES,
@@ -376,13 +537,14 @@ def plot_heatmaps(
 @plot_app.command("probe")
 def plot_probe(
     table: str = argument(..., "A table that 'diffprobe probe' wrote.", "TABLE"),
+    beside: list[str] = several([], "Tables of other models, drawn beside it over log-SNR, which all families share."),
     out: Path = FIGURES,
     name: str = FIGURE_NAME,
 ) -> None:
     """Probe scores by site and timestep, chance marked."""
     from diffprobe.figures import probe_figures
 
-    for path in probe_figures(table, out, name):
+    for path in probe_figures(table, out, name, beside):
         say(f"Drew {path}")
 
 
@@ -413,14 +575,8 @@ def plot_localization(
         say(f"Drew {path}")
 
 
-@app.command(
-    rich_help_panel=SHOW,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def reproduce(
-    context: typer.Context,
-) -> None:
-    """Measure, judge and draw every figure and table."""
+def _experiments() -> Any:
+    """The command of the checkout's experiments, which has the options of `reproduce`."""
     root = Path(diffprobe.__file__).resolve().parents[1]
     if not (root / "experiments" / "framework.py").is_file():
         raise ValueError(
@@ -431,6 +587,28 @@ def reproduce(
         sys.path.insert(0, str(root))
     command = typer.main.get_command(importlib.import_module("experiments.__main__").app)
     prepare(command)
+    return command
+
+
+class _Reproduce(TyperCommand):
+    """Asks the command of the experiments what the shell can complete."""
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> list[Any]:  # type: ignore[override]
+        command = _experiments()
+        asked = next((one for one in command.params if ctx.args and ctx.args[-1] in one.opts), command)
+        return list(asked.shell_complete(typer.Context(command, parent=ctx.parent), incomplete))
+
+
+@app.command(
+    cls=_Reproduce,
+    rich_help_panel=SHOW,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def reproduce(
+    context: typer.Context,
+) -> None:
+    """Measure, judge and draw every figure and table."""
+    command = _experiments()
     with command.make_context(context.info_name, context.args, parent=context.parent) as inner:
         command.invoke(inner)
 

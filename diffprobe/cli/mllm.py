@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import leakage_app, mllm_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,6 +81,57 @@ def leakage_run(
     )  # fmt: skip
     if not dry_run and shared.is_first_process():
         say_next(["leakage", "report", str(out)])
+
+
+@leakage_app.command("audit")
+def leakage_audit(
+    features: str = argument(..., "A store, or an .npz with the arrays features (sample, ...) and ids.", "FEATURES"),
+    captions: Path | None = option(None, "What the model was told, by id: CSV, JSON lines, Parquet; a store has it."),
+    null: Path | None = option(None, "An .npz of the same samples' features without a prompt; a store may have them."),
+    sites: list[str] = several(
+        [], "Sites of a store; all that have features by default.", autocompletion=completes(shared.stored_sites)
+    ),
+    conditioning: list[str] = several([], "Conditionings of a store; all with a text by default."),
+    permutations: int = option(199, "Of texts over samples.", min=1),
+    out: str = option("", "The table (CSV).", "--out", "-o", show_default="beside the features"),
+    seed: int = option(0, "Of folds, permutations and bootstrap."),
+) -> None:
+    """What of its prompt can be read off features from anywhere, by linear readers: no model, weaker evidence than a run."""
+    import pandas as pd
+
+    from diffprobe.mllm.audit import WEAKER, audit, cells_of_file, cells_of_store
+    from diffprobe.rundir import write_whole
+
+    target = shared.table_place(out, features, "audit")
+    cells = (
+        cells_of_file(features, captions, null) if features.endswith(".npz") else cells_of_store(features, sites, conditioning)
+    )
+    frames = []
+    for place, values, texts, reference in cells:
+        frames.append(audit(values, texts, reference, n_permutations=permutations, seed=seed).assign(**place))
+    frame = pd.concat(frames, ignore_index=True)
+    write_whole(target, frame.to_csv(index=False))
+    places = {name: f"{{{name}}}" for name in ("site", "timestep", "conditioning") if name in frame}
+    ranks = [{str(name): value for name, value in row.items()} for row in frame[frame["kind"] == "rank"].to_dict("records")]
+    for row in ranks:
+        row["adds"] = (
+            "" if pd.isna(row.get("gain")) else f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+        )
+    columns = {
+        "own text's rank": "{value:.3f}",
+        **shared.INTERVAL,
+        "chance": "{chance:.1f}",
+        "permuted": "{control:.3f}",
+        "p": "{p:.3g}",
+    }
+    show(ranks, {**places, **columns, "over no prompt": "{adds}", "n": "{n}"})
+    found = frame[(frame["kind"] != "rank") & (frame["p"] < 0.05)].sort_values("value", ascending=False)
+    named = list(dict.fromkeys(found["name"]))
+    say(
+        f"{len(named)} words can be read ({', '.join(named[:8]) or 'none'}); every word's area under the ROC curve is in {target}"
+    )
+    say("Under an image's own caption they may be seen in the image; under another's ('mismatched') they are the prompt's.")
+    say(WEAKER)
 
 
 @leakage_app.command("report")

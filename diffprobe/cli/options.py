@@ -5,8 +5,10 @@ A list is an option that may be repeated and whose values may be parted by comma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import json
 import os
 import shlex
 import sys
@@ -31,9 +33,9 @@ def option(default: Any, help: str, *spellings: str, **more: Any) -> Any:
     return typer.Option(default, *spellings, help=help, **more)
 
 
-def several(default: Any, help: str, *spellings: str) -> Any:
+def several(default: Any, help: str, *spellings: str, **more: Any) -> Any:
     """An option that is a list: it may be repeated, and commas part its values."""
-    return typer.Option(default, *spellings, help=help, parser=parts)
+    return typer.Option(default, *spellings, help=help, parser=parts, **more)
 
 
 def argument(default: Any, help: str, metavar: str | None = None) -> Any:
@@ -61,6 +63,47 @@ def numbers(texts: Iterable[str], kind: type[int] | type[float], name: str) -> l
     except ValueError:
         example = "10,50,100" if kind is int else "1.5,4"
         raise ValueError(f"{name} takes numbers parted by commas, such as {example}; got {','.join(given)!r}.") from None
+
+
+# --- what the shell completes -----------------------------------------------------------------------
+
+
+def completes(names: Callable[[typer.Context], Iterable[str]]) -> Callable[[typer.Context, str], list[str]]:
+    """Completes the last value of a list from the names that `names` gives; what is wrong with them is no matter here."""
+
+    def offered(context: typer.Context, incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        with contextlib.suppress(Exception):
+            return [f"{before}{comma}{name}" for name in names(context) if name.startswith(last)]
+        return []
+
+    return offered
+
+
+def model_sites(context: typer.Context) -> list[str]:
+    """Presets and, of a UNet in a folder or embedded, its sites from the names of its weights: torch is not imported."""
+    from diffprobe.sites import PRESETS, list_sites
+    from diffprobe.zoo import WEIGHTS
+
+    model = str(context.params.get("model") or "shapes-sd")
+    folder = next((place for place in (WEIGHTS / model, Path(model)) if (place / "unet").is_dir()), None)
+    named: set[str] = set()
+    for file in (folder / "unet").glob("*.safetensors") if folder else ():
+        with file.open("rb") as weights:  # eight bytes say how long the header is, which names the tensors
+            named |= set(json.loads(weights.read(int.from_bytes(weights.read(8), "little")))) - {"__metadata__"}
+    parts = [name.split(".") for name in sorted(named)]
+    modules = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part)))
+    return [*PRESETS, *(site.name for site in (list_sites(modules) if modules else []))]
+
+
+def stored_sites(context: typer.Context) -> list[str]:
+    """The sites of the store that stands on the command line, from its root's object alone."""
+    store = Path(context.params.get("store") or context.args[0])  # behind an option without a value, words are not sorted yet
+    request = json.loads((store / "zarr.json").read_text("utf-8"))["attributes"]["diffprobe"]["request"]
+    return [*request["sites"], *request["maps"]]
+
+
+# --- options of many commands -----------------------------------------------------------------------
 
 
 def takes(shared: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -91,6 +134,9 @@ STORE = argument(..., "A store that 'diffprobe extract' wrote.", "STORE")
 MODEL = option("shapes-sd", "Hub id, folder, or embedded name.", "--model", "-m")
 REVISION = option(None, "Hub revision of the model.")
 ALLOW_PICKLE = option(False, "Load weights that are not safetensors. Pickle files can run code.", "--allow-pickle")
+VARIANT = option(None, "Which of several files of weights, such as fp16.", metavar="NAME")
+LORA = option([], "A LoRA adapter. May be repeated.", "--lora", metavar="FILE[:SCALE]")
+CONFIG = option(None, "For a single .safetensors file: a folder of configs and tokenizers of such a model.", metavar="FOLDER")
 LANGUAGE_MODEL = option("shapes-lm", "shapes-lm, smollm2, a folder or a hub id.", "--language-model", "-l")
 DEVICE = option(None, "cpu, cuda, cuda:1; CUDA where there is one.")
 BATCH_ROWS = option(16, "Rows of one forward pass of the diffusion model.", min=1)

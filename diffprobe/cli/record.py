@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import typer
 
 from diffprobe.cli import options as shared
 from diffprobe.cli.entry import HELP, KEEP, RECORD, app, zoo_app
-from diffprobe.cli.options import argument, option, say, say_next, several, show
+from diffprobe.cli.options import argument, completes, option, say, say_next, several, show
 
+COMPLETED = {"autocompletion": completes(shared.model_sites)}
 NotFinite = Literal["raise", "mark", "float32"]
 CONDITIONINGS = "null, caption[:N|:STYLE], question[:N], mismatched, hard, words, fixed:TEXT."
 
@@ -44,21 +47,27 @@ def sites(
 
 @app.command(rich_help_panel=RECORD)
 @shared.in_panels(
-    what="data sites maps heads map_tokens timesteps conditioning guidance noise_draws reduce seed resolution fit latent_rule",
+    what="data sites maps heads map_tokens timesteps sigmas log_snr conditioning guidance noise_draws reduce seed resolution fit latent_rule",
     where="out store_dtype compress",
-    how="model revision random_weights allow_pickle device dtype batch_rows on_nonfinite",
-    start="dry_run force",
+    how="model variant lora config revision random_weights network_guidance allow_pickle device dtype batch_rows on_nonfinite",
+    start="shard dry_run force",
 )
 def extract(
     out: str = option(..., "The store: a path or an fsspec URL. The same command resumes it.", "--out", "-o"),
     model: str = shared.MODEL,
     data: str = option("shapes:256?split=test", "A folder of images, or shapes:N (?split=, seed=, objects=).", "--data", "-d"),
-    sites: list[str] = several(["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none."),
-    maps: list[str] = several([], "Attention maps likewise (presets: cross, self)."),
+    sites: list[str] = several(
+        ["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none.", **COMPLETED
+    ),
+    maps: list[str] = several([], "Attention maps likewise (presets: cross, self, joint).", **COMPLETED),
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
-    timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
-    conditioning: list[str] = option(["null", "caption"], CONDITIONINGS, "--conditioning", "-c"),
+    timesteps: list[int] = several([], "Training timesteps; 10,50,100,250,500 by default.", "--timesteps", "-t"),
+    sigmas: list[float] = several([], "Instead, the timesteps nearest to these sigmas (s of a flow, else noise over signal)."),
+    log_snr: list[float] = several([], "Instead, those nearest to these log signal-to-noise ratios, which all families share."),
+    conditioning: list[str] = option(
+        [], CONDITIONINGS, "--conditioning", "-c", show_default="null, caption (where there are any)"
+    ),
     guidance: list[float] = several([], "Store f_u + s (f_c - f_u) for these s too, such as 1.5,4."),
     noise_draws: int = option(1, "Average over this many noise tensors."),
     reduce: list[str] = option(["none"], "none, mean, grid:HxW or project:K; or PATTERN=RULE. May be repeated."),
@@ -74,7 +83,14 @@ def extract(
     compress: bool = option(False, "Compress with zstd (for maps; features gain little).", "--compress"),
     revision: str | None = shared.REVISION,
     allow_pickle: bool = shared.ALLOW_PICKLE,
+    variant: str | None = shared.VARIANT,
+    lora: list[str] = shared.LORA,
+    config: str | None = shared.CONFIG,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
+    shard: str = option("", "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
+    network_guidance: float | None = option(
+        None, "The guidance that a distilled network is given (Flux, LCM); its own by default."
+    ),
     dry_run: bool = shared.DRY_RUN,
     force: bool = shared.FORCE,
 ) -> None:
@@ -92,13 +108,20 @@ def extract(
     sides = shared.numbers(resolution.split("x"), int, "--resolution")
     if len(sides) > 2:
         raise ValueError(f"--resolution takes one side or HEIGHTxWIDTH; got {resolution!r}.")
+    part = shared.numbers(shard.split("/"), int, "--shard")
+    if shard and len(part) != 2:
+        raise ValueError(f"--shard takes i/n, such as 3/8 for the third of eight jobs; got {shard!r}.")
     dataset = load_dataset(data)
     summary = run(
-        load_extractor(model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights), dataset, out,
-        sites=sites, maps=maps, heads=heads, map_tokens=map_tokens, timesteps=timesteps, conditionings=conditionings,
+        load_extractor(
+            model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights, variant=variant,
+            loras=lora, config=config, guidance=network_guidance,
+        ), dataset, out, sites=sites, maps=maps, heads=heads, map_tokens=map_tokens,
+        timesteps=timesteps or None, sigmas=sigmas, log_snr=log_snr, conditionings=conditionings or None,
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
         batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
+        shard=(part[0], part[1]) if shard else None,
     )  # fmt: skip
     if not shared.is_first_process():
         return
@@ -120,7 +143,7 @@ def _say_skipped(skipped: dict[str, str]) -> None:
 
 def _uses(out: str) -> list[list[str]]:
     """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
-    from diffprobe.store import open_store, provenance, site_names
+    from diffprobe.store import open_store, provenance, site_names, word_sites
 
     tree = open_store(out)
     if tree.sizes["sample"] == 0:
@@ -130,7 +153,7 @@ def _uses(out: str) -> list[list[str]]:
     grids = [features for features in read if {"y", "x"} <= set(features.dims) and features.sizes["channel"] >= 3]
     lines, root = [], tree.to_dataset()
     labels = [str(name) for name, values in root.coords.items() if values.dims == ("sample",)] if read else []
-    for label in sorted(labels, key=lambda name: name != "colour"):
+    for label in sorted(labels, key=lambda name: (name == "split", name != "colour")):
         counts = Counter(str(value) for value in root[label].values)
         # Enough of two classes for every fold of a probe; a missing entry is no class.
         if sum(n >= 5 for value, n in counts.items() if value not in ("", "nan")) >= 2:
@@ -140,7 +163,7 @@ def _uses(out: str) -> list[list[str]]:
     texts = dict(zip(provenance(tree)["request"]["conditionings"], map(str, first), strict=True))
     if grids:
         lines.append(["plot", "pca", out, *_other("null", texts)])
-    if any(tree[name].attrs.get("kind") == "cross_map" for name in site_names(tree)):
+    if word_sites(tree):
         from diffprobe.figures import words_of  # with matplotlib, which takes a while
 
         worded = [c for c, text in texts.items() if c != "null" and words_of(text)]
@@ -164,13 +187,22 @@ def info(
     request = found["request"]
     say(f"{store}: format {found['format_version']}, {found['bytes_on_disk'] / 1e6:.1f} MB on disk")
     say(f"{found['samples']} samples: {', '.join(f'{n} {word}' for word, n in found['status'].items())}")
+    _say_progress(found)
     drawn = found.get("random_weights")
     say(
         f"model {request['model']} ({found['pipeline']}, {found['prediction_type']}), weights {request['weights']}"
         + ("" if drawn is None else f", drawn at random from seed {drawn}")
+        + "".join(
+            f", {name} {', '.join([value] if isinstance(value, str) else value)}"
+            for name, value in found.get("loading", {}).items()
+        )
     )
     say(f"data {request['dataset']} ({request['fingerprint']}), seed {request['seed']}, {request['noise_draws']} noise draw(s)")
+    if (given := request.get("network_guidance")) is not None:
+        say(f"guidance given to the network {given:g}")
     say(f"timesteps {', '.join(map(str, request['timesteps']))}; conditionings {', '.join(request['conditionings'])}")
+    for name, values in found["levels"].items():
+        say(f"{name} {', '.join(f'{value:.3g}' for value in values)}")
     rows = [
         site | {"site": name, "axes": " x ".join(f"{d} {n}" for d, n in zip(site["dims"], site["shape"], strict=True)),
                 "mb": site["bytes"] / 1e6}
@@ -180,6 +212,33 @@ def info(
     say(f"written with {', '.join(f'{k} {v}' for k, v in found['versions'].items())}; commit {found['commit'] or 'unknown'}")
     if STATUS_WORDS[UNREADABLE] in found["status"]:
         say_next(["repair", store, "--retry-unreadable"])
+
+
+def _say_progress(found: dict[str, Any]) -> None:
+    """The share of an unfinished store that is done, its rate, and the shards that are behind."""
+    units, written, step = found["units"], found["written"], found["unit_samples"]
+    if len(written) == units:
+        return
+    times = sorted(mark for mark in written.values() if mark == mark)[-32:]  # of its present pace
+    seconds = times[-1] - times[0] if times else 0.0
+    rate = f", {(len(times) - 1) * step / seconds:.3g} samples/s" if seconds > 0 else ""
+    last = f", the last {_ago(times[-1])}" if times else ""
+    say(f"{len(written)} of {units} units done ({len(written) / units:.0%}){rate}{last}")
+    shards = found.get("shards", 1)
+    own = {shard: range(shard - 1, units, shards) for shard in range(1, shards + 1)} if shards > 1 else {}
+    behind = {shard: [u for u in mine if u in written] for shard, mine in own.items() if not set(mine) <= set(written)}
+    for shard, there in sorted(behind.items(), key=lambda item: len(item[1]) / len(own[item[0]]))[:10]:
+        marks = [written[unit] for unit in there if written[unit] == written[unit]]
+        say(
+            f"  shard {shard}/{shards}: {len(there)} of {len(own[shard])} units"
+            + (f", the last {_ago(max(marks))}" if marks else "")
+        )
+    if len(behind) > 10:
+        say(f"  and {len(behind) - 10} more unfinished shards, which are further")
+
+
+def _ago(mark: float) -> str:
+    return f"{timedelta(seconds=round(max(0.0, time.time() - mark)))} ago"
 
 
 @app.command(rich_help_panel=KEEP)
@@ -232,6 +291,97 @@ def repair(
     units = len({fault.unit for fault in faults})
     say(f"{units} faulty units computed again; {summary.complete} of {summary.samples} samples are complete.")
     _say_skipped(summary.skipped)
+
+
+@app.command(rich_help_panel=KEEP)
+def extend(
+    store: str = shared.STORE,
+    data: str | None = option(None, "A dataset with the store's samples and more, such as its folder, grown.", "--data", "-d"),
+    sites: list[str] = several([], "Sites to add, as for extract."),
+    maps: list[str] = several([], "Attention maps to add, as for extract."),
+    timesteps: list[int] = several([], "Timesteps to add.", "--timesteps", "-t"),
+    conditioning: list[str] = option([], "Conditionings to add, as for extract.", "--conditioning", "-c"),
+    reduce: str = option("", "The rule of new sites; that of the store's sites by default."),
+    model: str | None = option(None, "Instead of the store's own model id."),
+    device: str | None = shared.DEVICE,
+    dtype: str | None = option(None, "The model's number type; that of the store by default."),
+    allow_pickle: bool = shared.ALLOW_PICKLE,
+    batch_rows: int | None = option(None, "Rows of one forward pass; as the store was recorded by default.", min=1),
+) -> None:
+    """Add timesteps, sites, conditionings or samples to a store.
+
+    Only what is new is computed. Until it is there as a whole, the store stays as it is; the same command goes on.
+    """
+    from diffprobe.conditioning import parse_conditionings
+    from diffprobe.extend import extend as run
+
+    added = run(
+        store, dataset=data, sites=sites, maps=maps, timesteps=timesteps, reduce=reduce, model=model, device=device, dtype=dtype,
+        conditionings=[one for text in conditioning for one in parse_conditionings(text)], use_safetensors=not allow_pickle, batch_rows=batch_rows,
+    )  # fmt: skip
+    for axis, values in added.items():
+        say(f"{len(values)} {axis} were added: {', '.join(map(str, values[:10]))}{', ...' if len(values) > 10 else ''}.")
+    if not added:
+        say("The store has all of that; nothing was added.")
+    say_next(["info", store], *_uses(store))
+
+
+@app.command(rich_help_panel=KEEP)
+def merge(
+    stores: list[str] = argument(..., "Two stores or more, which differ in one of these.", "STORE..."),
+    out: str = option(..., "The new store. The same command resumes it.", "--out", "-o"),
+) -> None:
+    """Join stores of other samples, sites or timesteps into one."""
+    from diffprobe.compose import merge as run
+
+    say(f"The {run(stores, out)} of {len(stores)} stores are in {out}.")
+    say_next(["info", out], *_uses(out))
+
+
+@app.command(rich_help_panel=KEEP)
+def subset(
+    store: str = shared.STORE,
+    out: str = option(..., "The new store. The same command resumes it.", "--out", "-o"),
+    samples: list[str] = several([], "Sample ids."),
+    where: list[str] = option([], "LABEL=VALUE that a sample has to have. May be repeated."),
+    limit: int | None = option(None, "The first so many samples of those.", min=1),
+    sites: list[str] = several([], "Sites by name."),
+    timesteps: list[int] = several([], "Timesteps.", "--timesteps", "-t"),
+    conditioning: list[str] = several([], "Conditionings.", "--conditioning", "-c"),
+) -> None:
+    """Copy a part of a store into a new one.
+
+    What is not given is kept whole.
+    """
+    from diffprobe.compose import subset as run
+
+    if wrong := [text for text in where if "=" not in text]:
+        raise ValueError(f"--where takes LABEL=VALUE, such as colour=red; got {wrong[0]!r}.")
+    labels = dict(text.split("=", 1) for text in where)
+    count = run(
+        store, out, samples=samples, where=labels, limit=limit, sites=sites, timesteps=timesteps, conditionings=conditioning
+    )  # fmt: skip
+    say(f"{count} samples are in {out}.")
+    say_next(["info", out], *_uses(out))
+
+
+@app.command(rich_help_panel=KEEP)
+def export(
+    store: str = shared.STORE,
+    out: str = option(..., "A new file, or a new folder for safetensors and hf.", "--out", "-o"),
+    format: Literal["npz", "safetensors", "parquet", "hf"] = option("npz", "hf is a folder for datasets.load_from_disk."),
+    sites: list[str] = several([], "Sites by name."),
+    timesteps: list[int] = several([], "Timesteps.", "--timesteps", "-t"),
+    conditioning: list[str] = several([], "Conditionings.", "--conditioning", "-c"),
+) -> None:
+    """Write a store for other tools, with ids, labels and prompts.
+
+    What is not given is written whole.
+    """
+    from diffprobe.export import export as run
+
+    count = run(store, out, format, sites=sites, timesteps=timesteps, conditionings=conditioning)
+    say(f"{count} samples are in {out}.")
 
 
 @app.command(rich_help_panel=HELP)

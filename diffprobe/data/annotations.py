@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,16 @@ class AnnotatedDataset(IndexedDataset):
 
     def content(self) -> Iterator[bytes]:
         """Names, contents, texts, categories and segmentations."""
+        for r, content in zip(self.records, self.image_digests, strict=True):
+            texts = [caption.text for caption in r.captions]
+            yield json.dumps([r.id, r.file, content, texts, r.categories, r.segmentations]).encode()
+
+    @cached_property
+    def image_digests(self) -> list[str]:
+        """A hash of each sample's image file, by which a store can say which image was changed."""
         found = {file: path.relative_to(self.root).as_posix() for file, path in self._paths.items()}
         contents = dict(zip(found, content_digests(self.root, list(found.values())), strict=True))
-        for r in self.records:
-            texts = [caption.text for caption in r.captions]
-            yield json.dumps([r.id, r.file, contents[r.file], texts, r.categories, r.segmentations]).encode()
+        return [contents[r.file] for r in self.records]
 
 
 def _faults(record: Record) -> list[str]:

@@ -1,39 +1,27 @@
 """A folder of photographs as a dataset, with or without captions.
 
-Captions come from the file that is named, else from `captions.jsonl` or `captions.csv` in the folder, else from a text file
-beside each image (`cat.jpg`, `cat.txt`; one caption a line).  Hidden files are left out.  The invariant: nothing outside
-the folder is read, except a captions file that the caller names.
+Captions come from the file that is named, else from `captions.jsonl` or `captions.csv` in the folder, else from the hub's
+`metadata.csv`, `.jsonl` or `.parquet` in it or in its subfolders, else from a text file beside each image (`cat.jpg`,
+`cat.txt`; one caption a line).  Subfolders say an image's class and its part of a split.  Hidden files are left out.  The
+invariant: nothing outside the folder is read, except a captions file that the caller names.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import copy
 import json
-import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-from diffprobe.data.files import content_digests, inside, listed, numbered_lines, parse_json, read_text, real_path, spellings
+from diffprobe.data.files import content_digests, listed, numbered_lines, real_path, spellings
 from diffprobe.data.images import read_image
-from diffprobe.data.samples import Caption, IndexedDataset, Sample
+from diffprobe.data.labels import CAPTION_COLUMNS, FORMATS, Known, folder_labels, read_known
+from diffprobe.data.samples import Caption, IndexedDataset, Sample, join_spec
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
-NOTHING = ("none", "null", "na", "n/a", "<na>")  # no value in a column of numbers; among words, "none" may be a class
-Label = str | int | float
-
-
-@dataclass
-class _Known:
-    """Captions and labels of one image."""
-
-    captions: list[str] = field(default_factory=list)
-    labels: dict[str, Label] = field(default_factory=dict)
+METADATA_FILES = tuple(f"metadata{suffix}" for suffix in FORMATS)
 
 
 class FolderDataset(IndexedDataset):
@@ -42,30 +30,51 @@ class FolderDataset(IndexedDataset):
     Args:
         root: The folder.
         captions: A `.jsonl` file of ``{"file": ..., "caption": ...}`` (or ``"captions": [...]``) or a `.csv` file
-            with columns file and caption; other keys and columns become labels.  An image does not have a label that is
-            empty, null or NaN or, among numbers, inf or a word such as NA.
+            with columns file and caption, or a `.parquet` file of the same; other keys and columns become labels.  In the
+            hub's metadata files the image is called file_name, its place is that in the metadata file's own folder, and a
+            text is a caption.  An image does not have a label that is empty, null or NaN or, among numbers, inf or a word
+            such as NA.  Labels of a file go before those of folders (`class`, `split`).
+        limit: Take only the first so many images.
 
     Raises:
         ValueError: the folder is missing or has no images, or its captions do not fit it.
     """
 
-    def __init__(self, root: str | Path, captions: str | Path | None = None) -> None:
+    origin = ""  # the URL that the folder is a copy of
+
+    def __init__(self, root: str | Path, captions: str | Path | None = None, limit: int | None = None) -> None:
         self.root = real_path(root)
         if not self.root.is_dir():
             found = "is a file" if self.root.exists() else "does not exist"
             raise ValueError(f"A folder of images was asked for, but '{root}' {found}; name an existing folder.")
         self.name = f"folder-{self.root.name}"
+        self._sources: list[Path] = []
         self.files = self._scan()
         if not self.files:
             raise ValueError(
                 f"'{root}' and its subfolders hold no images ({', '.join(SUFFIXES)}); add some, or name another folder."
             )
-        source = self._captions_file() if captions is None else Path(captions).expanduser()
-        self._known = self._sidecars() if source is None else self._read_captions(source)
+        if captions is None:
+            self._check_sources()
+        else:
+            self._sources = [Path(captions).expanduser()]
+        self._known = self._read_captions() if self._sources else self._sidecars()
+        self.limit, self.files = limit, self.files[:limit]
+        self._folders = folder_labels(self.files)
 
     @property
     def spec(self) -> str:
-        return str(self.root)
+        place = self.origin or str(self.root)
+        return place if self.limit is None else f"{join_spec('', place, {})[1:]}?limit={self.limit}"
+
+    def only(self, names: Iterable[str]) -> FolderDataset:
+        """The same folder with these images alone, so that what they are can be compared with what they were."""
+        part, wanted = copy.copy(self), set(names)
+        kept = [(name, labels) for name, labels in zip(self.files, self._folders, strict=True) if name in wanted]
+        part.files, part._folders = [name for name, _ in kept], [labels for _, labels in kept]
+        for cached in ("_fingerprint", "image_digests"):
+            part.__dict__.pop(cached, None)
+        return part
 
     def _scan(self) -> list[str]:
         found, nowhere = [], []
@@ -74,11 +83,14 @@ class FolderDataset(IndexedDataset):
             if any(part.startswith(".") for part in place.parts):
                 continue
             image = path.suffix.lower() in SUFFIXES
+            source = path.name in METADATA_FILES or place.as_posix() in CAPTION_FILES
             if path.is_symlink() and (path.is_dir() or image):
                 self._refuse_outside(path)
             if image and path.is_file():
                 found.append(place.as_posix())
-            elif path.is_symlink() and not path.exists() and (image or path.suffix == ".txt" or path.name in CAPTION_FILES):
+            elif source and path.is_file():
+                self._sources.append(path)
+            elif path.is_symlink() and not path.exists() and (image or source or path.suffix == ".txt"):
                 nowhere.append(f"'{place.as_posix()}'")
         if nowhere:
             raise ValueError(
@@ -95,188 +107,75 @@ class FolderDataset(IndexedDataset):
                 "or remove the link."
             )
 
-    def _captions_file(self) -> Path | None:
-        found = [self.root / name for name in CAPTION_FILES if (self.root / name).is_file()]
-        if len(found) > 1:
-            raise ValueError(
-                f"'{self.root}' holds both {' and '.join(CAPTION_FILES)}; remove one, or say which with `captions`."
-            )
-        for path in found:
+    def _check_sources(self) -> None:
+        """Raises ValueError where it is not known which of several files holds the captions."""
+        order = (*CAPTION_FILES, *METADATA_FILES)
+        self._sources.sort(key=lambda path: (path.parent, order.index(path.name)))
+        own = [path for path in self._sources if path.name in CAPTION_FILES]
+        for path in self._sources:
+            beside = [other for other in self._sources if other.parent == path.parent or own]
+            if len(beside) > 1:
+                names = " and ".join(other.relative_to(self.root).as_posix() for other in beside)
+                raise ValueError(f"'{self.root}' holds both {names}; remove one, or say which with `captions`.")
             self._refuse_outside(path)
-        return found[0] if found else None
 
-    def _sidecars(self) -> dict[str, _Known]:
+    def _sidecars(self) -> dict[str, Known]:
         known = {}
         for name in self.files:
             beside = [(self.root / form).with_suffix(".txt") for form in spellings(name)]
             if path := next((path for path in beside if path.is_file()), None):
                 self._refuse_outside(path)
-                known[name] = _Known([line.strip() for _, line in numbered_lines(path)])
+                known[name] = Known([line.strip() for _, line in numbered_lines(path)])
         return known
 
-    def _read_captions(self, source: Path) -> dict[str, _Known]:
-        """Captions and labels by image; the file may name only images of this folder."""
-        if not source.is_file():
-            raise ValueError(f"The captions file '{source}' does not exist; check its name, or leave it out.")
-        readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-        if source.suffix.lower() not in readers:
-            raise ValueError(f"The captions file '{source}' ends in {source.suffix!r}; write it as .jsonl or .csv.")
-        files, known, missing = set(self.files), dict[str, _Known](), []
-        faults: list[str] = []
-        rows = list(readers[source.suffix.lower()](source, faults))
-        columns: dict[str, list[Any]] = {key: [row.labels.get(key) for row in rows] for row in rows for key in row.labels}
-        columns = {key: known_values(column, source.suffix.lower() == ".csv") for key, column in columns.items()}
-        for number, row in enumerate(rows):
-            name = next((form for form in spellings(row.file) if form in files), None)
-            if name is None:
-                missing.append(f"'{row.file}'")
-                continue
-            entry = known.setdefault(name, _Known())
-            for key, column in columns.items():
-                value = column[number]
-                if value is not None and entry.labels.setdefault(key, value) != value:
-                    faults.append(f"{row.where}: '{name}' has {key} {entry.labels[key]!r} and {value!r}; keep one of them")
-            entry.captions += row.captions
-        if faults:
-            raise ValueError(f"{listed(faults)}.")
-        if missing:
-            raise ValueError(
-                f"'{source}' names {len(missing)} file(s) that are no images of '{self.root}': {listed(missing)}. "
-                f"It has {len(files)} images, the first '{self.files[0]}'. Correct the names (they are relative to the "
-                "folder), or remove those lines."
-            )
-        return known
+    def _read_captions(self) -> dict[str, Known]:
+        """Captions and labels by image; files of them may name only images of this folder."""
+        files, found = set(self.files), dict[str, Known]()
+        for source in self._sources:
+            if not source.is_file():
+                raise ValueError(f"The captions file '{source}' does not exist; check its name, or leave it out.")
+            hub = source.name in METADATA_FILES and real_path(source).is_relative_to(self.root)
+            before = source.parent.relative_to(self.root).as_posix() if hub else "."
+
+            def find(name: str, before: str = before) -> str | None:
+                placed = name if before == "." else f"{before}/{name}"
+                return next((form for form in spellings(placed) if form in files), None)
+
+            known, missing = read_known(source, find, captions=(*CAPTION_COLUMNS, *["text"] * hub))
+            if missing:
+                raise ValueError(
+                    f"'{source}' names {len(missing)} file(s) that are no images of '{self.root}': {listed(missing)}. "
+                    f"It has {len(files)} images, the first '{self.files[0]}'. Correct the names (they are relative to the "
+                    "folder), or remove those lines."
+                )
+            found |= known
+        return found
 
     def __len__(self) -> int:
         return len(self.files)
 
     def sample(self, index: int) -> Sample:
         name = self.files[index]
-        known = self._known.get(name, _Known())
+        known = self._known.get(name, Known())
         return Sample(
             id=name,
             load=partial(read_image, self.root / name),
             captions=tuple(Caption(text) for text in known.captions),
-            labels=dict(known.labels),
+            labels=self._folders[index] | known.labels,
         )
+
+    @property
+    def captioned(self) -> bool:
+        """Whether any image has a caption."""
+        return any(known.captions for known in self._known.values())
 
     def content(self) -> Iterator[bytes]:
-        """Names, contents, captions and labels; no times, which a copy changes."""
-        rows = []
-        for name, content in zip(self.files, content_digests(self.root, self.files), strict=True):
-            known = self._known.get(name, _Known())
-            rows.append([name, content, known.captions, sorted(known.labels.items())])
+        """Names, contents and captions; no labels, which decide no feature, and no times, which a copy changes."""
+        texts = (self._known.get(name, Known()).captions for name in self.files)
+        rows = [[*row, []] for row in zip(self.files, self.image_digests, texts, strict=True)]
         yield json.dumps(rows).encode()
 
-
-# --- captions files -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One line of a captions file, and its place."""
-
-    where: str
-    file: str
-    captions: list[str]
-    labels: dict[str, Any]
-
-
-def _jsonl_rows(source: Path, faults: list[str]) -> Iterator[_Row]:
-    for where, line in numbered_lines(source):
-        try:
-            entry = parse_json(line, where, partial(_once, where))
-            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-                raise ValueError(f'{where} names no image; write {{"file": "NAME", "caption": "TEXT"}}.')
-            name, captions = inside(where, entry.pop("file")), [entry.pop("caption", None)]
-            several = entry.pop("captions", None)
-            captions = [c for c in captions + (several if isinstance(several, list) else [several]) if not _absent(c)]
-            if not all(isinstance(text, str) for text in captions):
-                raise ValueError(f"{where}: a caption is a string, and 'captions' a list of strings; found {captions!r}.")
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        labels = {key: value for key, value in entry.items() if isinstance(value, str | int | float)}
-        yield _Row(where, name, [text.strip() for text in captions if text.strip()], labels)
-
-
-def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise ValueError(f'{where} has {twice!r} twice; give several captions as a list, "captions".')
-    return found
-
-
-def _csv_rows(source: Path, faults: list[str]) -> Iterator[_Row]:
-    text = read_text(source)
-    limit = csv.field_size_limit(len(text) + 1)  # 131,072 characters by default
-    # strict: otherwise a quote that is not closed takes in the rest of the file
-    reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
-    try:
-        lines = [(reader.line_num, cells) for cells in reader if cells]
-    except csv.Error as error:
-        raise ValueError(
-            f"'{source}', line {reader.line_num} has a stray quote ({error}); a quote within a quoted cell is written as two quotes."
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    header = [name.strip() for name in lines[0][1]] if lines else []
-    if "file" not in header:
-        raise ValueError(f"'{source}' has the columns {', '.join(header) or 'none'}; its first line must name a column 'file'.")
-    if twice := [name for number, name in enumerate(header) if name and name in header[:number]]:
-        raise ValueError(
-            f"'{source}' has two columns {twice[0]!r}; name each otherwise, and give each further caption a line of its own."
-        )
-    for number, cells in lines[1:]:
-        where = f"'{source}', line {number}"
-        row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-        try:
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{where} does not have {len(header)} columns; put quotes around a caption with a comma in it."
-                )
-            name, caption = inside(where, row.pop("file")), row.pop("caption", "")
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        yield _Row(where, name, [caption] if caption else [], row)
-
-
-def _absent(value: object) -> bool:
-    """Whether a value is null, NaN or an empty text."""
-    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
-
-
-def known_values(values: Sequence[Any], table: bool = False) -> list[Any]:
-    """One label of all images, None where an image lacks it; words for nothing (`NOTHING`) do not make numbers words.
-
-    Args:
-        values: Texts and numbers; None, NaN or an empty text where there is none.
-        table: Whether the values are cells of a table, where numbers are texts too.
-
-    >>> known_values(["3", "", "inf"], True), known_values(["1", "2.5", "NA"], True), known_values(["1", "two", "none"], True)
-    ([3, None, None], [1.0, 2.5, None], ['1', 'two', 'none'])
-    """
-    known = [None if _absent(value) else value for value in values]
-    try:
-        numbers = [None if value is None else _number(value, table) for value in known]
-    except (ValueError, OverflowError):
-        return known
-    if all(value is None for value in numbers):
-        return known if any(isinstance(value, str) for value in known) else numbers
-    if table and any(isinstance(value, float) for value in numbers):
-        return [None if value is None else float(value) for value in numbers]
-    return numbers
-
-
-def _number(value: Label, table: bool) -> int | float | None:
-    """A number, or None for a word of `NOTHING`; ValueError for other words."""
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in NOTHING:
-            return None
-        if not table or "_" in text:  # Python reads 1_2 as 12
-            raise ValueError(value)
-        value = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else float(text)
-    return value if isinstance(value, int) or math.isfinite(value) else None
+    @cached_property
+    def image_digests(self) -> list[str]:
+        """A hash of each sample's image file, by which a store can say which image was changed."""
+        return content_digests(self.root, self.files)

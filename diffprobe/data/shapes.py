@@ -219,7 +219,11 @@ def random_scene(seed: int, index: int, split: str = "train", n_objects: int | N
     objects = [random_object(rng, pair, size) for pair, size in zip(pairs, sizes, strict=True)]
     if alike:
         objects = [replace(o, fill=objects[0].fill, direction=objects[0].direction) for o in objects]
-    centres = place(rng, [o.radius for o in objects], clear_axis=count == 2)
+    try:
+        centres = place(rng, [o.radius for o in objects], clear_axis=count == 2)
+    except ValueError:  # four objects of nearly the largest radius: about one scene in 100,000
+        objects = [replace(o, radius=SIZES[o.size][0]) for o in objects]
+        centres = place(rng, [o.radius for o in objects], clear_axis=count == 2)
     objects = [replace(o, x=x, y=y) for o, (x, y) in zip(objects, centres, strict=True)]
     return Scene(
         objects=tuple(objects),

@@ -205,8 +205,11 @@ def read_texts(folder: str | Path, tests: Sequence[Test] | None = None) -> pd.Da
     if absent := [path for path in paths if not path.exists()]:
         if not (Path(folder) / "request.json").exists():
             raise LeakageError(f"{folder} is no folder that 'diffprobe leakage run' filled; its --out names one.")
+        kinds = {"stores of features": "stores/*.zarr", "projectors": "projectors/*", "files of texts": "texts/*.csv"}
+        there = ", ".join(f"{len(list(Path(folder).glob(pattern)))} {kind}" for kind, pattern in kinds.items())
         raise LeakageError(
-            f"{absent[0]} does not exist: 'diffprobe leakage run --out {folder}' makes it, and goes on where it was cut off."
+            f"{absent[0]} does not exist: 'diffprobe leakage run --out {folder}' makes it, and goes on where it was cut off. "
+            f"So far there are {there}."
         )
     return pd.concat([read_table(path) for path in paths], ignore_index=True)
 

@@ -133,6 +133,9 @@ def judge_leakage(
 
     Raises:
         ValueError: A column is missing, a value unknown, a cell incomplete, or a reference is the fed text.
+
+    >>> judge_leakage(pd.read_csv("texts.csv", keep_default_na=False)).verdicts["verdict"].tolist()  # doctest: +SKIP
+    ['sees', 'leaks']
     """
     if condition not in JUDGED:
         raise ValueError(

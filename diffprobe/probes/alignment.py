@@ -24,7 +24,7 @@ from sklearn.linear_model import RidgeCV
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, holm, paired_permutation_test, wilson_interval
 
 Bools = NDArray[np.bool_]
-ALL, MACRO = "all", "macro"
+ALL, MACRO, ONE_IMAGE = "all", "macro", "one image"
 PENALTIES = tuple(10.0**k for k in range(-1, 6))
 DIMS = ("item", "image", "text")
 PAPER, DISCFFUSION = "attention_lse_paper", "attention_lse_discffusion"
@@ -206,12 +206,33 @@ def item_hits(scores: xr.Dataset, protocol: str) -> dict[str, xr.DataArray]:
     return found
 
 
+def concentration(scores: xr.Dataset, *, level: float = 0.95) -> pd.DataFrame:
+    """How often one image of an item is chosen by every text: a score that measures the image, and not the match, does that.
+
+    Returns:
+        Columns score, metric ("one image"), pattern ("all"), value, low, high, n, chance (of random scores).
+    """
+    rows = []
+    for name, values in scores.data_vars.items():
+        if not set(DIMS) <= set(values.dims) or min(values.sizes["image"], values.sizes["text"]) < 2:
+            continue
+        pooled = _over_draws(values)
+        chosen = pooled.argmax(1)  # (item, text)
+        strict = (pooled == pooled.max(1, keepdims=True)).sum(1) == 1
+        same = (chosen == chosen[:, :1]).all(1) & strict.all(1)
+        low, high = wilson_interval(int(same.sum()), len(same), level)
+        chance = pooled.shape[1] ** (1.0 - pooled.shape[2])
+        row = {"score": str(name), "metric": ONE_IMAGE, "pattern": ALL, "value": same.mean(), "low": low, "high": high}
+        rows.append({**row, "n": len(same), "chance": chance})
+    return pd.DataFrame(rows)
+
+
 def compare_scores(scores: xr.Dataset, protocol: str, baseline: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """Each score against a baseline on the same items: difference of the shares right, paired by item.
 
     Returns:
         Columns score, baseline, metric, value, low, high, p, p_holm, n, seed: the mean difference with its
-        bootstrap interval, the p value of a sign-flip test, and the same after Holm over the rows.
+        bootstrap interval, the p value of an exact test (McNemar's), and the same after Holm over the rows.
 
     Raises:
         ValueError: the baseline is not among the scores.

@@ -273,12 +273,18 @@ def save_table(
 ) -> str | Path:
     """Writes a table and, beside it as .json, where it comes from: store, request, options, versions.
 
+    Timesteps get their ``log_snr`` beside them, where the store has it.
+
     Args:
         path: A path or an fsspec URL.
         store: Path of the store that the features came from; only its name is kept.
         attributes: The store's provenance, as `diffprobe.store.provenance` gives it.
         options: Options of the probe.
     """
+    if "timestep" in frame and "log_snr" not in frame and "log_snr" in attributes:
+        at = int(frame.columns.get_loc("timestep")) + 1  # type: ignore[arg-type]
+        frame = frame.copy()
+        frame.insert(at, "log_snr", frame["timestep"].map(attributes["log_snr"]))
     request = attributes.get("request", {})
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     kept = {name: request.get(name) for name in ("model", "revision", "weights", "dataset", "fingerprint")}

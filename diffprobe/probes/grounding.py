@@ -25,7 +25,17 @@ from diffprobe.data import load_dataset
 from diffprobe.data.images import fit_masks
 from diffprobe.data.samples import Caption, Dataset, Sample, Span, iterate
 from diffprobe.probes.localization import enlarge, localization_score, with_holm
-from diffprobe.store import StoreError, features, known, prompt_texts, provenance, read_maps, site_names
+from diffprobe.store import (
+    NO_WORD_MAPS,
+    StoreError,
+    features,
+    known,
+    prompt_texts,
+    provenance,
+    read_maps,
+    site_names,
+    word_sites,
+)
 
 Bools = NDArray[np.bool_]
 
@@ -63,6 +73,7 @@ def attention_localization(
     grid: tuple[int, int] | None = None,
     seed: int = 0,
     n_resamples: int = 2000,
+    keep_rows: bool = False,
 ) -> pd.DataFrame:
     """Scores the cross-attention of a caption's words against the masks of the objects that they name.
 
@@ -81,7 +92,7 @@ def attention_localization(
         against_timestep: Add the control "timestep N", the word's own map at that timestep; `lead` is then the gain over
             that timestep, paired by word.
         grid: (height, width) of the scores; by default the images' resolution, at most `MOST_PIXELS` a side.
-        seed, n_resamples: As in `localization_score`.
+        seed, n_resamples, keep_rows: As in `localization_score`.
 
     Returns:
         As `localization_score`, with the columns role, conditioning, site, timestep and head ("mean", "0", ...) in
@@ -91,9 +102,9 @@ def attention_localization(
         StoreError: there are no such maps, the dataset lacks samples, or the texts are not its captions.
         ValueError: no word of these roles has a mask.
     """
-    there = [n for n in site_names(tree) if tree[n].attrs.get("kind") == "cross_map"]
+    there = word_sites(tree)
     if not there:
-        raise StoreError("This store has no cross-attention maps; record them with --maps cross.")
+        raise StoreError(NO_WORD_MAPS.format("This store"))
     names = [known(name, there, "map site") for name in sites or there]
     steps = _timesteps(tree, names[0], timesteps)
     targets, left_out = _words(tree, dataset, conditioning, roles, grid or _grid(tree))
@@ -133,7 +144,8 @@ def attention_localization(
             if against_timestep is not None:
                 again = found.isel(row=mine).sel(timestep=[against_timestep] * len(steps))
                 ordered = xr.concat([ordered, again.assign_coords(timestep=ordered["timestep"])], "row")
-            frame = _score(ordered, chosen, controls, groups, seed=seed, n_resamples=n_resamples)
+            options: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples, "keep_rows": keep_rows}
+            frame = _score(ordered, chosen, controls, groups, **options)
             frames.append(frame.assign(role=role, conditioning=conditioning, site=name))
     return _tidy(frames, ["role", "conditioning", "site", "timestep", "head"], left_out)
 

@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from diffprobe.probes.fitting import ProbeResult, run_probes
-from diffprobe.probes.task import Ids, Pool, Problem, Settings, Task, as_features, pool_features
+from diffprobe.probes.task import Ids, Pool, Problem, Settings, Task, as_features, check_split, pool_features
 
 Metric = Literal["cosine", "euclidean", "manhattan"]
 
@@ -73,6 +73,7 @@ def knn_probe(
     problem = Problem.of(given, label, task=task, pool=pool, types=types, groups=groups, split=split, seed=seed)
     choices = tuple(sorted(map(int, k), reverse=True))
     settings = Settings("model__n_neighbors", choices, control, seed, n_resamples, cross_fit, keep_rows)
+    check_split(problem, settings, split)
     fewest = min(int(problem.parts(turn)[0].sum()) for turn in range(settings.turns))
     if not choices or choices[-1] < 1 or choices[0] > fewest:
         raise ValueError(

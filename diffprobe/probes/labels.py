@@ -1,11 +1,13 @@
-"""Labels of patches: an attribute of the object that covers each place of a feature map.
+"""Labels that join features after they were recorded: of samples from a file, of patches from the masks of their objects.
 
 Masks come from the dataset that the store names, fitted to the model's size as the images were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -13,11 +15,67 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.data import fit_masks, load_dataset
+from diffprobe.data.labels import label_arrays, read_labels
 from diffprobe.data.samples import Dataset, Sample, did_you_mean, iterate
 from diffprobe.store import provenance
 
 BACKGROUND = "background"
 PREFIX = "mask:"
+Labelled = TypeVar("Labelled", xr.DataTree, xr.DataArray)
+
+
+def with_labels(recorded: Labelled, labels: str | Path | Mapping[str, Mapping[str, Any]]) -> Labelled:
+    """A store's tree, or features of it, with labels of samples from elsewhere as coordinates.
+
+    They go before labels of the same name that are there.  A sample that is not named has NaN or "", which probes leave out.
+
+    Args:
+        recorded: With the coordinate ``sample``.
+        labels: A .csv, .jsonl or .parquet file with a column id, sample, file or file_name and any others, which are the
+            labels; or labels by sample id.
+
+    Raises:
+        ValueError: the file cannot be read, or names none of the samples.
+
+    >>> features = xr.DataArray(np.ones((2, 3)), dims=("sample", "channel"), coords={"sample": ["a.jpg", "b.jpg"]})
+    >>> with_labels(features, {"b.jpg": {"mood": "glad"}})["mood"].values.tolist()
+    ['', 'glad']
+    """
+    ids = [str(name) for name in recorded.coords["sample"].values]
+    known = labels if isinstance(labels, Mapping) else read_labels(labels, ids)
+    arrays = label_arrays([known.get(name, {}) for name in ids])
+    coords = {name: ("sample", values) for name, values in arrays.items()}
+    if not isinstance(recorded, xr.DataTree):
+        return recorded.assign_coords(coords)
+    tree = recorded.copy()
+    tree.dataset = recorded.to_dataset().assign_coords(coords)
+    return tree
+
+
+def only_label(tree: xr.DataTree, besides: Sequence[str] = ()) -> str:
+    """The label of a store's samples that a probe can read, where there is one alone.
+
+    Args:
+        besides: Labels that are not meant, such as that of a split.
+
+    Raises:
+        ValueError: there are none or several, which the message lists.
+    """
+    there = [str(n) for n, c in tree.coords.items() if c.dims == ("sample",) and n not in ("sample", "status", *besides)]
+    # a label can be read where it is a number, or a word that recurs, and differs between samples
+    varied = {name: np.unique(tree.coords[name].values) for name in there}
+    readable = [
+        n
+        for n, values in varied.items()
+        if len(values) > 1 and (len(values) < tree.sizes["sample"] or values.dtype.kind in "if")
+    ]
+    if len(readable) == 1:
+        return readable[0]
+    if readable:
+        raise ValueError(f"Which label is to be read? There are {', '.join(sorted(readable))}; name one with --label.")
+    raise ValueError(
+        f"There is no label to read (of the samples there are: {', '.join(sorted(there)) or 'none'}); join some with --labels FILE."
+    )
 
 
 def with_mask_labels(features: xr.DataArray, tree: xr.DataTree, attribute: str, dataset: Dataset | None = None) -> xr.DataArray:

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from diffprobe.probes.fitting import ProbeResult, run_probes
-from diffprobe.probes.task import Floats, Ids, Pool, Problem, Settings, Task, as_features, pool_features
+from diffprobe.probes.task import Floats, Ids, Pool, Problem, Settings, Task, as_features, check_split, pool_features
 
 TOLERANCE = 1e-6  # scikit-learn's default of 1e-4 stops early enough to fake a best timestep
 
@@ -82,7 +82,8 @@ def fit_probe(
             than `diffprobe.probes.task.MOST_CLASSES` distinct values.
         penalties: Strengths of the squared norm on standardised features: alpha of ridge, 1/C of logistic regression.
         pool: "mean" over y and x, "flatten" to channel * y * x columns, or "patches": every place is a row.
-        split: In place of the drawn split "train", "validation" or "test" per sample; other samples are left out.
+        split: In place of the drawn split a coordinate's name, or "train", "validation" or "test" per sample (or another
+            word of `diffprobe.data.labels.PARTS`, such as val); other samples are left out.
         control: Whether to fit the control task.
         types: One id per sample for the control task, or a coordinate's name.
         groups: One id per sample, or a coordinate's name; a group is never split (twin scenes, views of one object).
@@ -133,13 +134,8 @@ def fit_probe(
     parameter, values = next(iter(choices.items())) if choices else (None, ())
     if choices and not len(values):
         raise ValueError(f"There is no value of {parameter!r} to choose from; give at least one.")
-    if split is not None and (cross_fit or (len(values) > 1 and not problem.parts()[1].any())):
-        raise ValueError(
-            "cross_fit=True deals the folds itself; leave out `split`."
-            if cross_fit
-            else f"`split` has no 'validation' rows to choose {parameter!r} on; add some, or give one value."
-        )
     settings = Settings(parameter, tuple(values), control, seed, n_resamples, cross_fit, keep_rows)
+    check_split(problem, settings, split)
     return run_probes(pooled, problem, settings, estimator, pool=pool, n_jobs=n_jobs, keep_estimators=keep_estimators)
 
 

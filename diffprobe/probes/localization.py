@@ -59,6 +59,7 @@ def localization_score(
     own: str = OWN,
     seed: int = 0,
     n_resamples: int = 2000,
+    keep_rows: bool = False,
 ) -> pd.DataFrame:
     """Scores every map against its row's mask, with controls, chance and intervals.
 
@@ -79,6 +80,8 @@ def localization_score(
         own: Name of the lines of the rows' own maps.
         seed: Seed of the bootstrap and of the halves that thresholds are tuned on.
         n_resamples: Bootstrap resamples.
+        keep_rows: Keep each line's scores (row,) in the column rows (NaN where a row has none), and the groups' ids (row,)
+            in the column row_groups: differences of differences are taken row by row.
 
     Returns:
         One line per combination, map (`own`, then controls) and score (`SCORES`): its coordinates, map, score, value,
@@ -114,7 +117,10 @@ def localization_score(
         chance = _chance(scored, plan, own)
         places += [{**place, "map": name} for name in plan.names]
         parts += [(scored[name], chance) for name in plan.names]
-    frame = _summary(places, parts, plan, own, images, kinds, seed, n_resamples)
+    frame = _summary(places, parts, plan, own, images, kinds, seed, n_resamples, keep_rows)
+    if keep_rows:
+        ids: Any = np.arange(count) if groups is None else np.asarray(groups)
+        frame = frame.assign(row_groups=[ids] * len(frame))
     return with_holm(frame.assign(seed=seed))
 
 
@@ -376,6 +382,7 @@ def _summary(
     classes: NDArray[np.int64],
     seed: int,
     n_resamples: int,
+    keep_rows: bool,
 ) -> pd.DataFrame:
     """One line per place and score; each is a column of the (row, cell) tables below."""
     best = [_tuned(scored.scores, plan.halves) for scored, _ in parts]
@@ -401,6 +408,8 @@ def _summary(
     used[:, names.index("iou_fixed")] = FIXED_THRESHOLD
     used[:, names.index("iou_otsu")] = [column_means(scored.otsu[:, None])[0] for scored, _ in parts]
     used[:, names.index("iou_tuned")] = [column_means(np.where(b >= 0, THRESHOLDS[b], np.nan)[:, None])[0] for b in best]
+    if keep_rows:
+        rows = rows.assign(rows=list(table.T))
     return rows.assign(
         value=column_means(table), low=low, high=high, macro=macro, macro_low=macro_low, macro_high=macro_high,
         chance=column_means(np.where(known, chance, np.nan)), lead=column_means(lead), lead_low=lead_low, lead_high=lead_high,

@@ -55,7 +55,7 @@ def pca_rgb(features: xr.DataArray, shared: bool = True, percentiles: tuple[floa
     return result.assign_coords(rgb=["r", "g", "b"]).assign_attrs(explained=[float(e) for e in explained], shared=shared)
 
 
-def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFrame:
+def outlier_tokens(features: xr.DataArray, threshold: float = 6.0, marked: xr.DataArray | None = None) -> pd.DataFrame:
     """Counts register-like tokens: positions whose norm is far above the map's median (Darcet et al. 2024).
 
     A token is an outlier when the robust z-score of its norm over channels, `(norm - median) / (1.4826 * MAD)` with median
@@ -65,10 +65,12 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFra
     Args:
         features: (..., channel, y, x).
         threshold: The robust z-score from which a token is an outlier.
+        marked: Booleans over y, x and dimensions in front: positions whose outliers are counted apart, such as objects.
 
     Returns:
         One row per map: the coordinates of the dimensions in front, n_tokens, n_outliers, share, median_norm,
-        max_norm, max_z, and the position (y, x) of the largest norm as y_max and x_max.
+        max_norm, max_z, and the position (y, x) of the largest norm as y_max and x_max; with `marked` also n_marked_tokens
+        and n_marked, the outliers among these.
 
     >>> maps = np.random.default_rng(0).normal(size=(8, 6, 6))
     >>> maps[:, 2, 5] *= 20
@@ -81,7 +83,11 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFra
     outer, tokens = _tokens(features)
     norms = np.linalg.norm(tokens, axis=-1)
     rows = []
-    for (place, _), norm in zip(combinations(features, MAP), norms, strict=True):
+    marks = np.zeros_like(norms, bool)
+    if marked is not None:
+        wide = marked.broadcast_like(features.isel(channel=0, drop=True))
+        marks = wide.transpose(*outer, "y", "x").to_numpy().reshape(norms.shape)
+    for (place, _), norm, mark in zip(combinations(features, MAP), norms, marks, strict=True):
         median = float(np.median(norm))
         spread = max(MAD_TO_SIGMA * float(np.median(np.abs(norm - median))), 1e-6 * median, float(np.finfo(np.float32).tiny))
         scores = (norm - median) / spread
@@ -98,6 +104,11 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0) -> pd.DataFra
                 "max_z": float(scores.max()),
                 "y_max": int(y_max),
                 "x_max": int(x_max),
+                **(
+                    {}
+                    if marked is None
+                    else {"n_marked_tokens": int(mark.sum()), "n_marked": int((mark & (scores > threshold)).sum())}
+                ),
             }
         )
     return pd.DataFrame(rows)

@@ -24,7 +24,7 @@ from diffprobe.probes.measures import (
 )
 from diffprobe.probes.task import SPACE, Floats, Pool, finite, one_per, pool_features, sample_coordinate
 from diffprobe.stats import bootstrap_interval
-from diffprobe.store import features, site_names
+from diffprobe.store import LEVELS, features, site_names
 
 Measure = Literal["cosine", "cosine_standardised", "cka", "cka_biased", "mutual_knn"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -207,7 +207,7 @@ def store_similarity(
     Args:
         tree: An opened store.
         between: "pair" (the two images of a pair), "conditioning" or "timestep" (every two), "guidance" (f_u + s (f_c - f_u)
-            with f_u), "site" (every two), or "store" (every site of `tree` with every site of `other`).
+            with f_u), "site" (every two), or "store" (every site of `tree` with every site of `other`, at the same noise).
         other: The second store, over the same samples.
         sites: By default all that have features.
         conditioning: f_c of the guidance.
@@ -243,10 +243,44 @@ def store_similarity(
         frames = [similarity(features(tree, a), features(tree, b), **settings) for a, b in pairs]
     else:
         assert other is not None
-        frames = [similarity(features(tree, a), features(other, b), **settings) for a in names for b in _sites(other)]
+        pairs = [(a, b) for a in names for b in _sites(other)]
+        frames = [similarity(*same_noise(features(tree, a), features(other, b)), **settings) for a, b in pairs]
     if not frames:
         raise ValueError(f"Similarity between {between}s needs at least two; there is only {', '.join(names) or 'nothing'}.")
     return pd.concat(frames, ignore_index=True)
+
+
+SAME_NOISE = 0.25  # of log-SNR; neighbours among the usual timesteps are 1 and more apart
+
+
+def same_noise(a: xr.DataArray, b: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """The timesteps of two models at which the noise is the same, under the first one's timesteps.
+
+    A timestep means another noise in another schedule; the logarithm of the signal-to-noise ratio is what they share.
+
+    Raises:
+        ValueError: there is none; the message has both models' noise levels.
+
+    >>> a = xr.DataArray(np.zeros(2), dims="timestep", coords={"timestep": [10, 50], "log_snr": ("timestep", [4.6, 3.0])})
+    >>> b = xr.DataArray(np.ones(1), dims="timestep", coords={"timestep": [184], "log_snr": ("timestep", [2.98])})
+    >>> [side["timestep"].values.tolist() for side in same_noise(a, b)]
+    [[50], [50]]
+    """
+    if not all("timestep" in side.dims and "log_snr" in side.coords for side in (a, b)):
+        return a, b
+    mine, theirs = (side["log_snr"].values for side in (a, b))
+    equal = mine[:, None] == theirs[None]  # pure noise, too, whose logarithm is infinite
+    with np.errstate(invalid="ignore"):
+        apart = np.where(equal, 0, np.abs(mine[:, None] - theirs[None]))
+    pairs = [(row, int(apart[row].argmin())) for row in range(len(mine)) if apart[row].min() <= SAME_NOISE]
+    if not pairs:
+        raise ValueError(
+            f"The two stores share no noise level: their log-SNRs are {', '.join(f'{v:.3g}' for v in mine)} and "
+            f"{', '.join(f'{v:.3g}' for v in theirs)}. Extract both with the same --log-snr."
+        )
+    rows, columns = ([pair[side] for pair in pairs] for side in (0, 1))
+    left, right = a.isel(timestep=rows), b.isel(timestep=columns)
+    return left, right.assign_coords(timestep=left["timestep"].values)
 
 
 def _sites(tree: xr.DataTree) -> list[str]:
@@ -313,7 +347,7 @@ def _place(a: xr.DataArray, b: xr.DataArray) -> dict[str, Any]:
     """Scalar coordinates and sites of two blocks: NAME where they agree or one has none, NAME_a and NAME_b where not."""
     left, right = (
         # the site is an attribute of what a store gives: a coordinate of that name may be a label of the samples
-        {str(n): c.item() for n, c in block.coords.items() if c.ndim == 0}
+        {str(n): c.item() for n, c in block.coords.items() if c.ndim == 0 and n not in LEVELS}
         | {k: block.attrs[k] for k in ("site",) if k in block.attrs}
         for block in (a, b)
     )

@@ -23,6 +23,7 @@ from diffprobe.probes.task import (
     Task,
     as_features,
     check_rows,
+    check_split,
     combinations,
     matrix,
     outer_dimensions,
@@ -173,9 +174,8 @@ def stream_probe(
     given = as_features(features)
     pool_features(given.isel(sample=slice(0, 1)), pool)  # refuses a pooling that does not fit
     problem = Problem.of(given, label, task=task, pool=pool, types=types, groups=groups, split=split, seed=seed)
-    if not problem.parts()[1].any():
-        raise ValueError("`split` has no 'validation' rows to choose the penalty on; add some.")
     settings = Settings("penalty", tuple(sorted(penalties, reverse=True)), control, seed, n_resamples)
+    check_split(problem, settings, split)
     with threadpool_limits(limits=1):
         done = [_stream_place(part, problem, settings, pool, block, place) for place, part in combinations(given)]
     places = tuple({str(d): row[str(d)] for d in outer_dimensions(given)} for row, _ in done)
@@ -207,9 +207,11 @@ def _stream_place(
             if mask.any():
                 gram.update(x[mask], targets(rows)[mask])
     width = classes or 1
-    errors = [fitted.squared_error(p, held_out)[:width].sum() for p in settings.choices]
-    penalty = settings.choices[int(np.argmin(errors))]
-    fitted.merge(held_out)
+    penalty = settings.choices[0]
+    if held_out.n:
+        errors = [fitted.squared_error(p, held_out)[:width].sum() for p in settings.choices]
+        penalty = settings.choices[int(np.argmin(errors))]
+        fitted.merge(held_out)
     weights, intercept = fitted.solve(penalty)
     answers = np.concatenate([_answers(x @ weights + intercept, width) for _, x in blocks()])  # (row, task)
     control = (np.nan, np.nan)

@@ -17,7 +17,9 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from diffprobe.data.labels import PARTS
 from diffprobe.data.samples import did_you_mean
+from diffprobe.store import LEVELS
 
 Task = Literal["classification", "regression"]
 Pool = Literal["mean", "flatten", "patches"]
@@ -26,7 +28,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.bool_]
 
 FOLDS = 5  # one to test, one to validate, three to train
-PARTS = {"test": 0, "validation": 1, "train": 2}  # the folds of a split by name
+FOLD_OF = {"test": 0, "validation": 1, "train": 2}  # the folds of a split by name
 MOST_CLASSES = 20  # whole numbers with more distinct values than this are measured, not classified
 SPACE = ("y", "x")
 INNER = ("sample", "channel", "patch", *SPACE)  # the dimensions of what one probe is fitted on
@@ -113,7 +115,7 @@ def outer_dimensions(features: xr.DataArray, inner: Sequence[str] = INNER) -> li
 def combinations(features: xr.DataArray, inner: Sequence[str] = INNER) -> Iterator[tuple[dict[str, Any], xr.DataArray]]:
     """Every block along the outer dimensions, with the scalar coordinates that say where it lies."""
     outer = outer_dimensions(features, inner)
-    fixed = {str(n): c.item() for n, c in features.coords.items() if c.ndim == 0}
+    fixed = {str(n): c.item() for n, c in features.coords.items() if c.ndim == 0 and n not in LEVELS}
     for index in np.ndindex(*(features.sizes[d] for d in outer)):
         block = features.isel(dict(zip(outer, index, strict=True)))
         here = {str(d): block[d].item() if d in block.coords else i for d, i in zip(outer, index, strict=True)}
@@ -270,6 +272,15 @@ class Problem:
         )
 
 
+def check_split(problem: Problem, settings: Settings, split: Ids | None) -> None:
+    """Raises ValueError where a split of one's own does not go with the settings."""
+    if split is not None and settings.cross_fit:
+        raise ValueError("cross_fit=True deals the folds itself; leave out `split`.")
+    if split is not None and len(settings.choices) > 1 and not problem.parts()[1].any():
+        parameter = str(settings.parameter).rpartition("__")[2]
+        raise ValueError(f"`split` has no 'validation' rows to choose {parameter!r} on; add some, or give one value.")
+
+
 def sample_coordinate(
     features: xr.DataArray, name: str, dimensions: Sequence[tuple[str, ...]] = (("sample",),)
 ) -> xr.DataArray:
@@ -342,10 +353,11 @@ def _encode(
 
 
 def _given_folds(features: xr.DataArray, split: Ids, units: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Fold numbers of a split by name; samples that are in no part get -1."""
+    """Fold numbers of a split by the names that `PARTS` knows; samples that are in no part get -1."""
     values = _values(features, split, "split")
-    folds = np.array([PARTS.get(str(value), -1) for value in values.tolist()], np.int64)
-    if missing := [part for part in ("train", "test") if not (folds == PARTS[part]).any()]:
+    parts_named = [PARTS.get(str(value).strip().lower()) for value in values.tolist()]
+    folds = np.array([FOLD_OF[part] if part else -1 for part in parts_named], np.int64)
+    if missing := [part for part in ("train", "test") if not (folds == FOLD_OF[part]).any()]:
         raise ValueError(
             f"`split` says 'train', 'validation' or 'test' of each sample; none is {missing[0]!r}, "
             f"it holds {', '.join(sorted({str(v) for v in values.tolist()})[:5])}."
