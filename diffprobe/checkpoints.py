@@ -1,4 +1,4 @@
-"""Checkpoints of one's own: a single file in place of a folder, LoRA adapters with their scales, weights in pickle files.
+"""Checkpoints: a single file in place of a folder, LoRA adapters with their scales, pickle files, and hashes of weights.
 
 diffusers and peft do the loading.  Adapters are not merged into the weights, so that their scales stay numbers that
 `DiffusionModel.weights_hash` counts.
@@ -6,20 +6,26 @@ diffusers and peft do the loading.  Adapters are not merged into the weights, so
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+_DIGESTS: dict[bool, WeakTensorKeyDictionary] = {False: WeakTensorKeyDictionary(), True: WeakTensorKeyDictionary()}
 TRUST = "can run code when it is read: if you trust it, --allow-pickle (use_safetensors=False) loads it."
 
 
@@ -116,3 +122,47 @@ def adapters_of(network: nn.Module) -> list[tuple[str, dict[str, float]]]:
             active = {name: float(scaling[name]) for name in getattr(module, "active_adapters", ()) if name in scaling}
             found += [(path, active)] if active else []
     return found
+
+
+# --- hashes -------------------------------------------------------------------------------------------
+
+
+def weights_hash(network: nn.Module, portable: bool = False) -> str:
+    """A short hash of a network's parameters and buffers: names, shapes, types and every value.
+
+    Args:
+        portable: of the values in bfloat16, so that a CPU's float32 and a GPU's bfloat16 of the same weights agree.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict(keep_vars=True).items()):
+        kind = "" if portable else f"{tensor.dtype} "
+        digest.update(f"{name} {kind}{tuple(tensor.shape)} ".encode() + _digest(tensor, portable))
+    return digest.hexdigest()[:16]
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """A hash of a tokenizer's words and their numbers, kept until it has more."""
+    known = _VOCABULARIES.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        known = _VOCABULARIES[tokenizer] = (len(tokenizer), hashlib.sha256(words).hexdigest())
+    return known[1]
+
+
+def _digest(tensor: Tensor, portable: bool) -> bytes:
+    """Digest of a tensor's values, kept for as long as the tensor is the same.
+
+    That is told from its memory, torch's count of writes and, since writes through ``.data`` are not counted, 64 values.
+    """
+    flat = tensor.detach().flatten()
+    some = _bytes(flat[:: max(1, flat.numel() // 64)], portable)
+    now = (tensor.data_ptr(), tensor._version, some)
+    known = _DIGESTS[portable].get(tensor)
+    if known is None or known[0] != now:
+        known = _DIGESTS[portable][tensor] = (now, hashlib.sha256(_bytes(flat, portable)).digest())
+    return bytes(known[1])
+
+
+def _bytes(flat: Tensor, portable: bool) -> bytes:
+    values = flat.to(torch.bfloat16) if portable and flat.is_floating_point() else flat
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()

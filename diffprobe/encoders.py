@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from diffprobe.checkpoints import weights_hash
 from diffprobe.models import (
     DiffusionModel,
     as_dtype,
@@ -40,7 +41,6 @@ from diffprobe.models import (
     out_of_memory,
     quiet,
     resolve,
-    weights_hash,
 )
 from diffprobe.prompts import EncodedText
 from diffprobe.sites import Site

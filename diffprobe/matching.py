@@ -50,13 +50,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from diffprobe.checkpoints import weights_hash
 from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.images import fit_image, normalised_pixels
 from diffprobe.data.samples import Dataset
 from diffprobe.extraction import NotFiniteError
-from diffprobe.models import DiffusionModel, load_model, quiet, resolve, weights_hash
+from diffprobe.models import DiffusionModel, load_model, quiet, resolve
 from diffprobe.noise import sample_noise
 from diffprobe.probes.alignment import (
     CLIP,

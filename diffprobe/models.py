@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary
 
 import diffusers
 import diffusers.utils.logging
@@ -29,9 +28,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffprobe.checkpoints import adapters_of, add_loras, guess_config, load_single_file, parse_lora, pickle_hint, refuse_pickle
+from diffprobe.checkpoints import (
+    adapters_of,
+    add_loras,
+    guess_config,
+    load_single_file,
+    parse_lora,
+    pickle_hint,
+    refuse_pickle,
+    vocabulary_hash,
+    weights_hash,
+)
 from diffprobe.families import (
     FAMILIES,
     SUPPORTED,
@@ -59,8 +67,6 @@ Network: TypeAlias = ModelMixin
 SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
 )  # fmt: skip
-_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
-_DIGESTS: dict[bool, WeakTensorKeyDictionary] = {False: WeakTensorKeyDictionary(), True: WeakTensorKeyDictionary()}
 
 
 class DiffusionModel:
@@ -420,7 +426,7 @@ class DiffusionModel:
             part: Any = getattr(self.pipeline, name)
             if isinstance(part, nn.Module) and (adapters := adapters_of(part)):  # their weights are among the part's
                 digest.update(f"{name} {adapters}\n".encode())
-            found = weights_hash(part, portable) if isinstance(part, nn.Module) else _vocabulary_hash(plain_tokenizer(part))
+            found = weights_hash(part, portable) if isinstance(part, nn.Module) else vocabulary_hash(plain_tokenizer(part))
             digest.update(f"{name} {found}\n".encode())
         config = self.pipeline.scheduler.config
         digest.update(json.dumps({name: config.get(name) for name in SCHEDULE}, default=list).encode())
@@ -462,47 +468,6 @@ def stated_size(network: nn.Module, name: str) -> tuple[int, int]:
 
 
 # --- weights ----------------------------------------------------------------------------------------
-
-
-def weights_hash(network: nn.Module, portable: bool = False) -> str:
-    """A short hash of a network's parameters and buffers: names, shapes, types and every value.
-
-    Args:
-        portable: of the values in bfloat16, so that a CPU's float32 and a GPU's bfloat16 of the same weights agree.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict(keep_vars=True).items()):
-        kind = "" if portable else f"{tensor.dtype} "
-        digest.update(f"{name} {kind}{tuple(tensor.shape)} ".encode() + _digest(tensor, portable))
-    return digest.hexdigest()[:16]
-
-
-def _vocabulary_hash(tokenizer: Any) -> str:
-    """A hash of a tokenizer's words and their numbers, kept until it has more."""
-    known = _VOCABULARIES.get(tokenizer)
-    if known is None or known[0] != len(tokenizer):
-        words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-        known = _VOCABULARIES[tokenizer] = (len(tokenizer), hashlib.sha256(words).hexdigest())
-    return known[1]
-
-
-def _digest(tensor: Tensor, portable: bool) -> bytes:
-    """Digest of a tensor's values, kept for as long as the tensor is the same.
-
-    That is told from its memory, torch's count of writes and, since writes through ``.data`` are not counted, 64 values.
-    """
-    flat = tensor.detach().flatten()
-    some = _bytes(flat[:: max(1, flat.numel() // 64)], portable)
-    now = (tensor.data_ptr(), tensor._version, some)
-    known = _DIGESTS[portable].get(tensor)
-    if known is None or known[0] != now:
-        known = _DIGESTS[portable][tensor] = (now, hashlib.sha256(_bytes(flat, portable)).digest())
-    return bytes(known[1])
-
-
-def _bytes(flat: Tensor, portable: bool) -> bytes:
-    values = flat.to(torch.bfloat16) if portable and flat.is_floating_point() else flat
-    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def predicted_noise(

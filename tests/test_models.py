@@ -637,13 +637,13 @@ def test_weights_hash_is_kept_until_a_value_changes(
     model = DiffusionModel(fresh_pipeline("sd2"))
     before = model.weights_hash()
     read: list[int] = []
-    whole = diffprobe.models._bytes
+    whole = diffprobe.checkpoints._bytes
 
     def counted(flat: Tensor, portable: bool) -> bytes:
         read.append(flat.numel())
         return whole(flat, portable)
 
-    monkeypatch.setattr(diffprobe.models, "_bytes", counted)
+    monkeypatch.setattr(diffprobe.checkpoints, "_bytes", counted)
     assert model.weights_hash() == before and max(read) < 128, "of each tensor some values are read again"
     half = DiffusionModel(fresh_pipeline("sd2").to(torch.bfloat16))
     assert half.weights_hash() != before and half.weights_hash(portable=True) == model.weights_hash(portable=True)

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffprobe.checkpoints import weights_hash
 from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
 from diffprobe.mllm.config import FusedConfig, Tuned, read_config
@@ -36,7 +37,7 @@ from diffprobe.mllm.streams import (
     Streams,
     TruthEncoder,
 )
-from diffprobe.models import DiffusionModel, kept_name, load_model, quiet, weights_hash
+from diffprobe.models import DiffusionModel, kept_name, load_model, quiet
 from diffprobe.rundir import file_digest, whole_file, write_json
 
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"

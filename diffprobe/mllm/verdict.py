@@ -385,7 +385,10 @@ def _tested(table: pd.DataFrame, margin: float, alpha: float) -> pd.DataFrame:
     together = {"score": table["score"].where(~table["score"].isin(LEAKS), "leak")}
     together["condition"] = table["condition"].where(table["condition"] != HARD, "mismatched")
     # A control's cell is a family of its own.
-    alone = ["" if row["control"] == "" else _place(row) for row in table.to_dict("records")]
+    alone = [
+        "" if row["control"] == "" else _place({str(name): value for name, value in row.items()})
+        for row in table.to_dict("records")
+    ]
     family = table.assign(**together, alone=alone).groupby(["arm", "alone", "condition", "score"], sort=False)["p"]
     table["p_holm"] = family.transform(lambda p: holm(p.to_numpy()))
     size = family.transform("size")
@@ -411,8 +414,8 @@ def _verdict(
 
     leak, sight = rows[_name({**cell.key, "score": "leak"})], rows[_name({**cell.key, "score": "sight"})]
     conditions = (cell.key["condition"], HARD) if cell.key["condition"] == "mismatched" else (cell.key["condition"],)
-    leaks = {f"{score}{' (hard)' * (c == HARD)}": measured(score, c) for c in conditions for score in LEAKS}
-    leaks = {name: row for name, row in leaks.items() if row}
+    kinds = ((f"{score}{' (hard)' * (c == HARD)}", measured(score, c)) for c in conditions for score in LEAKS)
+    leaks = {name: row for name, row in kinds if row}
     steering = measured("steering")
     controls = {name: _control(cell, cells, name) for name in (NEGATIVE, POSITIVE)}
     negative, positive = controls.values()
