@@ -78,7 +78,7 @@ def extract(
     maps: str | Sequence[str] = (),
     heads: Literal["mean", "all"] = "mean",
     map_tokens: Literal["prompt", "all"] | int = "prompt",
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[int] = TIMESTEPS,
     sigmas: Sequence[float] = (),
     log_snr: Sequence[float] = (),
     conditionings: Sequence[str] | None = None,
@@ -110,7 +110,7 @@ def extract(
         sites, maps: patterns for `select_sites`; either may be empty.
         map_tokens: "prompt" keeps the token positions up to the longest prompt of the run, "all" the padding too, a number
             that many.
-        timesteps: training timesteps, `TIMESTEPS` by default; 1000 s of a flow.
+        timesteps: training timesteps; 1000 s of a flow.
         sigmas, log_snr: in their place, the noise; the nearest training timestep is taken (`diffprobe.noise.Levels`).
         conditionings: names that `diffprobe.conditioning` explains; by default null and, where there are captions, caption.
         guidance: store f_u + s (f_c - f_u) too, for each s and each conditioning but "null", which must be there.
@@ -141,9 +141,8 @@ def extract(
     started = time.perf_counter()
     console = Console(stderr=True, quiet=not progress)
     log = lambda text: console.print(text)  # noqa: E731
-    if sum(map(bool, (timesteps, sigmas, log_snr))) > 1:
+    if sum((tuple(timesteps) != TIMESTEPS, bool(sigmas), bool(log_snr))) > 1:
         raise ValueError("Give one of timesteps, sigmas and log-SNR.")
-    levels = TIMESTEPS if timesteps is None else timesteps
     dataset = load_dataset(dataset) if isinstance(dataset, str) else dataset
     if conditionings is None:
         conditionings = (NULL, "caption") if getattr(dataset, "captioned", True) else (NULL,)
@@ -151,13 +150,14 @@ def extract(
             log(
                 f"{dataset.name} has no captions, so that the conditioning is null alone; 'fixed:TEXT' gives all images one text."
             )
-    _check_arguments(sigmas or log_snr or levels, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
+    _check_arguments(sigmas or log_snr or timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     model = load_extractor(model) if isinstance(model, str) else model
-    timesteps = levels if isinstance(model, VisionEncoder) else _nearest(model, sigmas, log_snr) or levels
     if isinstance(model, VisionEncoder):
         sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
         timesteps, conditionings = (0,), (NULL,)
         log(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
+    else:
+        timesteps = _nearest(model, sigmas, log_snr) or timesteps
     if shard and not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"Shard {shard[0]}/{shard[1]} does not exist; give i/n with i from 1 to n.")
     for timestep in timesteps:

@@ -62,7 +62,7 @@ def extract(
     maps: list[str] = several([], "Attention maps likewise (presets: cross, self, joint).", **COMPLETED),
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
-    timesteps: list[int] = several([], "Training timesteps; 10,50,100,250,500 by default.", "--timesteps", "-t"),
+    timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
     sigmas: list[float] = several([], "Instead, the timesteps nearest to these sigmas (s of a flow, else noise over signal)."),
     log_snr: list[float] = several([], "Instead, those nearest to these log signal-to-noise ratios, which all families share."),
     conditioning: list[str] = option(
@@ -87,7 +87,7 @@ def extract(
     lora: list[str] = shared.LORA,
     config: str | None = shared.CONFIG,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
-    shard: str = option("", "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
+    shard: str | None = option(None, "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
     network_guidance: float | None = option(
         None, "The guidance that a distilled network is given (Flux, LCM); its own by default."
     ),
@@ -108,7 +108,7 @@ def extract(
     sides = shared.numbers(resolution.split("x"), int, "--resolution")
     if len(sides) > 2:
         raise ValueError(f"--resolution takes one side or HEIGHTxWIDTH; got {resolution!r}.")
-    part = shared.numbers(shard.split("/"), int, "--shard")
+    part = shared.numbers((shard or "").split("/"), int, "--shard")
     if shard and len(part) != 2:
         raise ValueError(f"--shard takes i/n, such as 3/8 for the third of eight jobs; got {shard!r}.")
     dataset = load_dataset(data)
@@ -117,7 +117,7 @@ def extract(
             model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights, variant=variant,
             loras=lora, config=config, guidance=network_guidance,
         ), dataset, out, sites=sites, maps=maps, heads=heads, map_tokens=map_tokens,
-        timesteps=timesteps or None, sigmas=sigmas, log_snr=log_snr, conditionings=conditionings or None,
+        timesteps=timesteps, sigmas=sigmas, log_snr=log_snr, conditionings=conditionings or None,
         guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
         resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
         batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
