@@ -8,6 +8,9 @@ description finds a model that already looks there for its answers.
 A row holds one description and many branches, each a question that does not see the others: as turns of one talk, a name
 asked about before would pass for one described, and short descriptions would be read again for every question.
 
+What belongs to one object is learnt first, from descriptions that are said again object by object, then two by two: there
+nearly every word is settled by finding an object.  Questions follow.
+
 Every assistant turn ends with the end token; the padding token is another one.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +55,24 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "count": ("Count the objects and name them.",),
     "web": ("Write a caption of the image.", "Describe the image."),
 }
-RELATIONAL = ("relation", "position", "comparison")  # learnt by themselves first
+RELATIONAL = ("relation", "position", "comparison")
 HARD = ("existence", "relation", "comparison", "mark")  # learnt last
 HARD_WEIGHT = 3.0  # how much more often these are asked
 DRAWS = 3  # of each category's questions, for a scene
-ASKED, LOOKUPS = 10, 5  # branches of a talk
+ASKED, LOOKUPS = 10, 4  # branches of a talk
 LOOKUP_FORMS = {
     # what is named: how it is asked for, and which attribute is the answer
     "{colour}": ("What is {}?", "shape"),
     "{shape}": ("Which {} is there?", "colour"),
     "{colour} {shape}": ("How large is the {}?", "size"),
 }
+NAMING = ("size", "fill", "colour", "shape", "place")  # attributes that a name is made of, in the order in which they are said
 NOTHING = "nothing"
 BETWEEN = (" ", "\n", " \n")  # description and question; the last is what stands after a projector's soft tokens
 REPEAT = "Repeat the description."
+RESTATE = "Describe the objects one by one."
+COMPARE = "Compare the objects two by two."
+STUDIED = 0.2  # of the talks have a branch of either kind
 TWIN_SEED = 2**20  # the twins trained on; benchmarks count their seeds from 0
 
 
@@ -73,13 +81,15 @@ class Config:
     """Everything that decides the weights."""
 
     seed: int = 0
-    plan: Plan = field(default_factory=lambda: Plan(steps=2500, decay_share=0.4))
+    plan: Plan = field(default_factory=lambda: Plan(steps=12000, decay_share=0.4))
+    start: str = ""  # a folder of weights to begin from
     batch: int = 12
-    one_until: int = 50  # at steps below this a scene has one object
-    relations_until: int = 350  # below this two, whose relation alone is asked about
-    two_until: int = 800  # below this one or two
-    easy_repeats: float = 0.15  # of these descriptions are to be repeated: looking back into the text is learnt there
-    repeats: float = 0.05  # of all others
+    width: int = 128
+    layers: int = 5
+    two_until: int = 400  # at steps below this a scene has one object or two
+    restated_until: int = 3000  # below this objects are restated, and nothing is asked
+    compared_until: int = 5000  # below this they are compared two by two
+    repeats: float = 0.05  # of the descriptions are to be repeated
     captions: float = 0.05  # of the texts are a caption alone
     peak: float = 2e-3
     muon_peak: float = 3e-3
@@ -147,7 +157,7 @@ def captioned(scene: shapes.Scene, rng: Rng) -> list[Turn]:
     ]
 
 
-def scene_and_questions(index: int, seed: int, rng: Rng, n_objects: int | None = None) -> tuple[shapes.Scene, list[Question]]:
+def scene_and_questions(index: int, seed: int, rng: Rng) -> tuple[shapes.Scene, list[Question]]:
     """A training scene with the questions that suit it; a quarter are twins, whose benchmark's questions come first."""
     own: tuple[Question, ...] = ()
     if rng.random() < 0.25:
@@ -155,7 +165,7 @@ def scene_and_questions(index: int, seed: int, rng: Rng, n_objects: int | None =
         side = int(rng.integers(2))
         scene, own = pair.scenes[side], pair.questions[side]
     else:
-        scene = shapes.random_scene(seed, index, "train", n_objects) if n_objects else train_scene(index, seed)
+        scene = train_scene(index, seed)
     # Drawn again, the same question comes again; taking it out would leave more "no" than "yes", for absent things are many.
     more = [q for number in rng.integers(2**31, size=DRAWS) for q in questions(scene, int(number))]
     return scene, [*own, *(q for q in more if not own or q.category != "mark")]  # twins have marks for a reason, or none
@@ -185,6 +195,56 @@ def lookup(scene: shapes.Scene, rng: Rng) -> tuple[str, str]:
     crossed = absent([o.colour for o in scene.objects], [o.shape for o in scene.objects])
     choices = crossed if crossed and rng.random() < 0.5 else absent(shapes.COLOURS, shapes.SHAPES)
     return asked.format(pick(rng, choices)), NOTHING
+
+
+def facts(obj: shapes.Obj) -> dict[str, str]:
+    """Everything that a description says of an object, by attribute."""
+    found = {"size": obj.size, "fill": obj.fill, "colour": obj.colour, "shape": obj.shape, "place": shapes.place_words(obj)}
+    found |= {"direction": obj.direction} if obj.shape in shapes.DIRECTED else {}
+    return found | ({"mark": obj.mark} if obj.mark != "none" else {})
+
+
+def _name(every: Sequence[dict[str, str]], index: int, rng: Rng) -> tuple[str, ...]:
+    """Two attributes that name one object of a scene, mostly colour and shape; none where the drawn ones name several."""
+    for _ in range(6):
+        named = ("colour", "shape") if rng.random() < 0.6 else tuple(rng.choice(NAMING, 2, replace=False))
+        if sum(all(other[key] == every[index][key] for key in named) for other in every) == 1:
+            return named
+    return ()
+
+
+def _said(obj: dict[str, str], keys: Iterable[str]) -> str:
+    """Some attributes of an object in the order in which a sentence has them."""
+    forms = {"direction": "pointing {}", "mark": "with a dot" if obj.get("mark") == "dot" else "with the letter {}"}
+    return " ".join(forms.get(key, "{}").format(obj[key]) for key in (*NAMING[:4], "direction", "mark", "place") if key in keys)
+
+
+def restated(scene: shapes.Scene, rng: Rng) -> str:
+    """Every object that two attributes name, with all its others.
+
+    Nearly every word is settled by the description, and only by finding the object there.  An answer to a question is one
+    such word in twenty tokens: from questions alone the same was not learnt in thousands of steps.
+    """
+    every = [facts(o) for o in scene.objects]
+    parts = []
+    for index in rng.permutation(len(every)):
+        if named := _name(every, int(index), rng):
+            own = every[int(index)]
+            parts.append(f"the {_said(own, named)}: {_said(own, own.keys() - set(named))}")
+    return "; ".join(parts)
+
+
+def compared(scene: shapes.Scene, rng: Rng, most: int = 6) -> str:
+    """Pairs of objects that their colour and shape name: where the first is, seen from the second, and whether it is larger."""
+    names = [o.pair for o in scene.objects]
+    pairs = [(a, b) for a, b in permutations(scene.objects, 2) if names.count(a.pair) == names.count(b.pair) == 1]
+    parts = []
+    for index in rng.permutation(len(pairs))[:most]:
+        a, b = pairs[int(index)]
+        where = shapes.relation(a, b) or "askew"
+        size = "as large" if a.size == b.size else "larger" if a.size == "large" else "smaller"
+        parts.append(f"the {a.colour} {a.shape} to the {b.colour} {b.shape}: {where}, {size}")
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -219,6 +279,9 @@ def talk(scene: shapes.Scene, asked: Sequence[Question], rng: Rng, repeats: floa
     branches.append([(request["content"], said["content"])])
     if rng.random() < repeats:
         branches.append([(REPEAT, described)])
+    for request, told in ((RESTATE, restated(scene, rng)), (COMPARE, compared(scene, rng))):
+        if told and rng.random() < STUDIED:
+            branches.append([(request, told)])
     return Talk(described, branches)
 
 
@@ -258,11 +321,13 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_lm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_lm(tokenizer: PreTrainedTokenizerFast, config: Config) -> LlamaForCausalLM:
+    if config.start:
+        return LlamaForCausalLM.from_pretrained(config.start, dtype=torch.float32)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
-            num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+            vocab_size=len(tokenizer), hidden_size=config.width, intermediate_size=3 * config.width,
+            num_hidden_layers=config.layers, num_attention_heads=config.width // 32, num_key_value_heads=config.width // 32, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
@@ -317,7 +382,7 @@ class Packed:
 Token = tuple[int, int, int, bool, float]  # its number, position, branch, whether spoken, weight
 
 
-def _said(ids: Sequence[int], position: int, branch: int, weight: float, spoken: bool = False) -> list[Token]:
+def _tokens(ids: Sequence[int], position: int, branch: int, weight: float, spoken: bool = False) -> list[Token]:
     """Tokens one after the other from `position` on."""
     return [(number, position + i, branch, spoken, weight) for i, number in enumerate(ids)]
 
@@ -347,9 +412,9 @@ def pack(tokenizer: PreTrainedTokenizerFast, talks: Sequence[Talk | str], rng: R
         first = next(numbers)
         if isinstance(one, str):
             share = (len(first) + 1) ** -0.5
-            rows.append([*_said([bos], 0, 0, 0.0), *_said([*first, eos], 1, 0, share, spoken=True)])
+            rows.append([*_tokens([bos], 0, 0, 0.0), *_tokens([*first, eos], 1, 0, share, spoken=True)])
             continue
-        row = _said([bos, user, *first], 0, 0, other_weight)
+        row = _tokens([bos, user, *first], 0, 0, other_weight)
         end = len(row)
         for branch, exchanges in enumerate(one.branches, 1):
             place, begins = end, len(row)
@@ -357,9 +422,9 @@ def pack(tokenizer: PreTrainedTokenizerFast, talks: Sequence[Talk | str], rng: R
                 request = next(numbers)
                 request = [user, *request] if number else request[len(stop) :]  # as it stands after a description's full stop
                 answer = [*next(numbers), eos]
-                row += _said([*request, assistant], place, branch, other_weight)
+                row += _tokens([*request, assistant], place, branch, other_weight)
                 place += len(request) + 1
-                row += _said(answer, place, branch, len(answer) ** -0.5, spoken=True)
+                row += _tokens(answer, place, branch, len(answer) ** -0.5, spoken=True)
                 place += len(answer)
             row[begins] = (*row[begins][:4], 0.0)  # what stands before it in the row is not what it follows
         rows.append(row)
@@ -368,34 +433,36 @@ def pack(tokenizer: PreTrainedTokenizerFast, talks: Sequence[Talk | str], rng: R
     return Packed(*(torch.tensor([[token[k] for token in row] for row in padded]) for k in range(5)))
 
 
-def most_objects(step: int, config: Config) -> int | None:
-    """How many objects a scene has at most at this step; None when scenes are as they come.
-
-    >>> config = Config(one_until=10, relations_until=50, two_until=90)
-    >>> [most_objects(step, config) for step in (9, 10, 89, 90)]
-    [1, 2, 2, None]
-    """
-    return None if step >= config.two_until else 1 if step < config.one_until else 2
+def studied(scene: shapes.Scene, rng: Rng, compare: bool) -> Talk:
+    """A description whose objects are restated, or restated or compared."""
+    pairs = [Question("", "", (), "relation", pair) for pair in permutations(range(len(scene.objects)), 2)]
+    described = describe(scene, pairs if compare else (), rng)
+    told = compared(scene, rng) if compare and rng.random() < 0.75 else ""
+    return Talk(described, [[(COMPARE, told) if told else (RESTATE, restated(scene, rng))]])
 
 
 def talks_of(indices: Sequence[int], step: int, config: Config, rng: Rng) -> list[Talk | str]:
-    """The texts of one step: talks, and now and then a caption alone; relations by themselves first."""
-    most = most_objects(step, config)
-    relations = config.one_until <= step < config.relations_until
+    """The texts of one step: objects restated, then compared, then talks in which half of the questions are of two objects."""
     found: list[Talk | str] = []
-    for index in indices:
-        if relations:
-            scene = shapes.random_scene(config.seed, index, "train", 2)
+    for number, index in enumerate(indices):
+        if step < config.compared_until:
+            compare = step >= config.restated_until
+            most = 2 if step < config.two_until else 4
+            scene = shapes.random_scene(config.seed, index, "train", int(rng.integers(1 + compare, most + 1)))
+            found.append(studied(scene, rng, compare))
+            continue
+        if number % 2:
+            scene = shapes.random_scene(config.seed, index, "train", int(rng.integers(2, 5)))
             asked = [q for k in rng.integers(2**31, size=12) for q in questions(scene, int(k)) if q.category in RELATIONAL]
             if len(asked) > 2:
                 found.append(talk(scene, asked, rng, 0.0))
-            continue
-        scene, asked = scene_and_questions(index, config.seed, rng, most and int(rng.integers(1, most + 1)))
+                continue
+        scene, asked = scene_and_questions(index, config.seed, rng)
         if rng.random() < config.captions:
             order = [int(i) for i in rng.permutation(len(scene.objects))]
             found.append(shapes.caption(scene, pick(rng, shapes.CAPTION_STYLES), order).text)
         else:
-            found.append(talk(scene, asked, rng, config.easy_repeats if most else config.repeats))
+            found.append(talk(scene, asked, rng, config.repeats))
     return found
 
 
@@ -404,10 +471,10 @@ def train_lm(config: Config, folder: Path) -> tuple[PreTrainedTokenizerFast, Lla
     torch.manual_seed(config.seed + 4)
     device = config.plan.device
     kept = folder / "lm_tokenizer"
-    if not kept.exists():  # learning the same words again can number them otherwise
+    if not kept.exists() and not config.start:  # learning the same words again can number them otherwise
         build_tokenizer(config).save_pretrained(kept)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
-    model = build_lm(tokenizer).to(device)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.start or kept)
+    model = build_lm(tokenizer, config).to(device)
 
     def batch_of(step: int) -> dict[str, Tensor]:
         rng = step_rng(config.seed, 5, step)

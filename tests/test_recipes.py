@@ -84,7 +84,11 @@ STAGES: list[tuple[str, Callable[[Any, Path], object], Any]] = [
     ("text", sd.train_text, sd.Config(text_batch=4, text_relation_steps=2, text=common.Plan(steps=4, save_every=2))),
     ("unet", sd.train_unet, sd.Config(scenes=64, unet_batch=4, unet=common.Plan(steps=4, save_every=2))),
     ("clip", clip.train_clip, clip.Config(batch=4, plan=common.Plan(steps=4, save_every=2))),
-    ("lm", lm.train_lm, lm.Config(batch=2, one_until=2, plan=common.Plan(steps=4, save_every=2))),
+    (
+        "lm",
+        lm.train_lm,
+        lm.Config(batch=2, two_until=1, restated_until=2, compared_until=3, plan=common.Plan(steps=4, save_every=2)),
+    ),
     ("reader", reader.train_reader, reader.Config(batch=4, plan=common.Plan(steps=4, save_every=2))),
 ]
 
@@ -306,12 +310,34 @@ def test_what_a_lookup_finds_is_in_the_scene() -> None:
     assert 0.4 < nothing / 300 < 0.7
 
 
+def test_what_is_restated_and_compared_is_true_and_settled() -> None:
+    rng = np.random.default_rng(0)
+    parts = 0
+    for index in range(200):
+        scene = shapes.random_scene(0, index)
+        for part in filter(None, lm.restated(scene, rng).split("; ")):
+            name, rest = part.removeprefix("the ").split(": ")
+            said = f" {name} {rest} "
+            fits = [obj for obj in scene.objects if all(f" {value} " in said for value in lm.facts(obj).values())]
+            assert fits, (scene, part)
+            assert sum(set(name.split()) <= set(" ".join(lm.facts(obj).values()).split()) for obj in scene.objects) >= 1
+            parts += 1
+        for part in filter(None, lm.compared(scene, rng).split("; ")):
+            names, (where, size) = part.split(": ")[0], part.split(": ")[1].split(", ")
+            one, other = names.removeprefix("the ").split(" to the ")
+            (a,), (b,) = ([o for o in scene.objects if f"{o.colour} {o.shape}" == name] for name in (one, other))
+            assert where == (shapes.relation(a, b) or "askew")
+            assert size == ("as large" if a.size == b.size else "larger" if a.size == "large" else "smaller")
+            parts += 1
+    assert parts > 500
+
+
 def test_answers_asked_in_training_are_balanced() -> None:
     """Yes as often as no where that is all there is to say, also after drawing again and weighting."""
     rng = np.random.default_rng(0)
     yes: dict[str, list[bool]] = {}
     for index in range(400):
-        scene, asked = lm.scene_and_questions(index, 0, rng, int(rng.integers(1, 3)))
+        scene, asked = lm.scene_and_questions(index, 0, rng)
         texts = [pair for branch in lm.talk(scene, asked, rng).branches for pair in branch]
         for question in asked:
             if (question.text, question.answer) in texts and question.options == YES_NO and question.category in CATEGORIES:
