@@ -63,8 +63,8 @@ def extract(
     heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
     timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
-    sigmas: list[float] = several([], "Instead, the timesteps nearest to these sigmas (s of a flow, else noise over signal)."),
-    log_snr: list[float] = several([], "Instead, those nearest to these log signal-to-noise ratios, which all families share."),
+    sigmas: list[float] = several([], "Instead: noise over signal (a flow: s), nearest timesteps."),
+    log_snr: list[float] = several([], "Instead: log-SNR, the axis that all families share."),
     conditioning: list[str] = option(
         [], CONDITIONINGS, "--conditioning", "-c", show_default="null, caption (where there are any)"
     ),
@@ -88,9 +88,7 @@ def extract(
     config: str | None = shared.CONFIG,
     random_weights: int | None = option(None, "Draw the network's weights from this seed, as a baseline.", metavar="SEED"),
     shard: str | None = option(None, "Compute part i of n, as 3/8; n independent jobs write one store.", metavar="i/n"),
-    network_guidance: float | None = option(
-        None, "The guidance that a distilled network is given (Flux, LCM); its own by default."
-    ),
+    network_guidance: float | None = option(None, "Guidance as an input of Flux or LCM; else their own."),
     dry_run: bool = shared.DRY_RUN,
     force: bool = shared.FORCE,
 ) -> None:
