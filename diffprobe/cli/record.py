@@ -60,7 +60,7 @@ def extract(
         ["paper"], "Names, paths, globs, presets (paper, blocks), or Noised-Latent; '' for none.", **COMPLETED
     ),
     maps: list[str] = several([], "Attention maps likewise (presets: cross, self, joint).", **COMPLETED),
-    heads: Literal["mean", "all"] = option("mean", "Average a map's heads or keep them."),
+    heads: Literal["mean", "all"] = option("mean", "A map's heads: averaged or kept."),
     map_tokens: Literal["prompt", "all"] = option("prompt", "Positions up to the longest prompt, or with the padding."),
     timesteps: list[int] = several([10, 50, 100, 250, 500], "Training timesteps.", "--timesteps", "-t"),
     sigmas: list[float] = several([], "Instead: noise over signal (a flow: s), nearest timesteps."),
