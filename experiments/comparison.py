@@ -119,8 +119,10 @@ class Comparison:
     def __init__(
         self, folder: str | Path, settings: Settings, device: str | None = None, log: Callable[[str], None] = print
     ) -> None:
+        from diffprobe.checkpoints import weights_hash
         from diffprobe.data.conversations import load_conversations
         from diffprobe.encoders import load_encoder
+        from diffprobe.mllm.language import load_language_model
         from diffprobe.mllm.streams import FeatureCache
         from diffprobe.models import load_model
 
@@ -132,11 +134,13 @@ class Comparison:
                 "'diffprobe mllm eval' judges the others."
             )
         self.folder, self.settings, self.device, self.log = Path(folder), settings, device, log
+        language = load_language_model(settings.language_model, device)
         self.encoder, self.diffusion = load_encoder(settings.encoder, device), load_model(settings.diffusion, device)
         self.captions, self.instructions = load_conversations(settings.captions), load_conversations(settings.instructions)
         self.cache = FeatureCache(self.folder / "features")
         request = {
             **asdict(settings), "encoder_weights": self.encoder.weights_hash(), "diffusion_weights": self.diffusion.weights_hash(),
+            "language_weights": weights_hash(language.model),
             "captions_data": self.captions.fingerprint(), "instructions_data": self.instructions.fingerprint(),
         }  # fmt: skip
         check_or_write_request(self.folder / "request.json", request, "holds another run; give another folder.")

@@ -12,6 +12,7 @@ import pytest
 
 from diffprobe.data.question_benchmarks import load_questions
 from diffprobe.data.twins import PATTERNS
+from diffprobe.mllm import language
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.stages import train_stage
 from diffprobe.rundir import BusyError
@@ -213,7 +214,7 @@ def test_the_table_has_a_floor_and_both_chances() -> None:
 # --- a run --------------------------------------------------------------------------------------------
 
 
-def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(
         diffusion=str(tiny_folder), captions="shapes-captions:8", instructions="shapes-instruct:8", steps=(1, 1), batch=4, grid=3,
         benchmarks=("shapes-vqa:4", "shapes-mmvp:9"), max_new_tokens=2,
@@ -243,3 +244,13 @@ def test_a_run_does_each_piece_once(tiny_folder: Path, tmp_path: Path) -> None:
     assert Comparison(tmp_path, settings, "cpu", told.append).complete(pieces, [0]).equals(answers) and told == []
     with pytest.raises(ValueError, match=r"holds another run.*batch: the store has 4, you ask for 8"):
         Comparison(tmp_path, Settings(**{**settings.__dict__, "batch": 8}), "cpu")
+
+    def trained_on(*given: Any, **more: Any) -> Any:
+        found = load_language_model(*given, **more)
+        next(found.model.parameters()).data[0] += 1
+        return found
+
+    load_language_model = language.load_language_model
+    monkeypatch.setattr(language, "load_language_model", trained_on)  # the same name, other weights
+    with pytest.raises(ValueError, match=r"holds another run.*language_weights: the store has"):
+        Comparison(tmp_path, settings, "cpu")

@@ -250,6 +250,10 @@ def test_another_run_in_the_folder_is_refused(finished: Path, tiny_model: Any, l
     changed = Settings(**{**vars(SETTINGS), "steps": 3})
     with pytest.raises(RequestError, match="steps: the store has 2, you ask for 3"):
         Run(finished, changed, model=tiny_model, language=language())
+    other = language()
+    next(other.model.parameters()).data[0] += 1
+    with pytest.raises(RequestError, match="language_weights: the store has"):
+        Run(finished, SETTINGS, model=tiny_model, language=other)
     both = Settings(data="shapes:24?split=test", test="shapes:12?split=test")
     with pytest.raises(LeakageError, match="'shapes-test-0-000000' is in training and test"):
         Run(finished.parent / "other", both, model=tiny_model, language=language())

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diffprobe.checkpoints import weights_hash
 from diffprobe.conditioning import NULL, current
 from diffprobe.data import BlankDataset, Dataset, iterate, load_dataset
 from diffprobe.mllm.captions import words
@@ -91,7 +92,8 @@ class Run:
             settings.language_model, device, settings.language_dtype, template=settings.template
         )
         datasets = {"data_fingerprint": self.data.fingerprint(), "test_fingerprint": self.test.fingerprint()}
-        about = datasets | {"weights": self.model.weights_hash(), "n_test": len(self.test)}
+        weights = {"weights": self.model.weights_hash(), "language_weights": weights_hash(self.language.model)}
+        about = datasets | weights | {"n_test": len(self.test)}
         check_or_write_request(self.folder / "request.json", asdict(settings) | about)
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         where = self.folder / "stores"
