@@ -522,7 +522,7 @@ def draw(result: Result) -> dict[str, Figure]:
         ]
         figures["samples"] = plot_samples(result.pictures["samples"], texts)
     for part in ("clip", "lm"):
-        found = rows[(rows["part"] == part) & (rows["high"] <= 1)]
+        found = rows[(rows["part"] == part) & (rows["high"] <= 1) & ~rows["what"].str.contains("cosine")]  # shares alone
         if len(found):
             figures[part] = plot_scores(found, width=WIDTH)
     return figures
@@ -531,7 +531,7 @@ def draw(result: Result) -> dict[str, Figure]:
 ALT = {
     "": "Share of correct answers of shapes-sd by test (pointing: its best site), with 95% intervals and chance.",
     "samples": "Pictures that shapes-sd generated from held-out prompts, each with its prompt and what the reader saw.",
-    "clip": "shapes-clip: retrieval, cosines of pairs and choices between their images by pattern, with intervals and chance.",
+    "clip": "shapes-clip: retrieval, and choices between the images of a pair by pattern, with intervals and chance.",
     "lm": "shapes-lm: share of right answers by category of question, with 95% intervals and chance.",
 }
 
