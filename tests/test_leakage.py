@@ -251,9 +251,14 @@ def test_another_run_in_the_folder_is_refused(finished: Path, tiny_model: Any, l
     with pytest.raises(RequestError, match="steps: the store has 2, you ask for 3"):
         Run(finished, changed, model=tiny_model, language=language())
     other = language()
-    next(other.model.parameters()).data[0] += 1
-    with pytest.raises(RequestError, match="language_weights: the store has"):
-        Run(finished, SETTINGS, model=tiny_model, language=other)
+    weight = next(other.model.parameters())  # all of these tests share it
+    kept = weight.data.clone()
+    weight.data[0] += 1
+    try:
+        with pytest.raises(RequestError, match="language_weights: the store has"):
+            Run(finished, SETTINGS, model=tiny_model, language=other)
+    finally:
+        weight.data.copy_(kept)
     both = Settings(data="shapes:24?split=test", test="shapes:12?split=test")
     with pytest.raises(LeakageError, match="'shapes-test-0-000000' is in training and test"):
         Run(finished.parent / "other", both, model=tiny_model, language=language())
