@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffprobe.data import shapes
@@ -653,6 +654,14 @@ def test_a_damaged_file_of_the_cache_is_found(tmp_path: Path) -> None:
     flipped(path, end - 3, 1)
     other = FeatureCache(tmp_path)
     assert len(other.read(encoder, "shade", keys[:2])) == 2  # rows that are as they were
+    path.write_bytes(whole)
+    first, second = (json.dumps(key) for key in json.loads(safe_open(path, "pt").metadata()["keys"])[:2])
+    mark = first.replace('"', "").encode(), second.replace('"', "").encode()
+    swapped = whole.replace(mark[0], b"~" * len(mark[0])).replace(mark[1], mark[0]).replace(b"~" * len(mark[0]), mark[1])
+    assert len(mark[0]) == len(mark[1]) and swapped != whole
+    path.write_bytes(swapped)  # two pictures' names exchanged: each row's bytes are as they were
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged; remove it"):
+        FeatureCache(tmp_path).read(encoder, "shade", keys)
     path.unlink()
     assert FeatureCache(tmp_path).lacking(encoder, keys) == keys
 

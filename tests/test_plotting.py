@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -316,3 +317,17 @@ def test_a_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_path,
     with pytest.raises(OSError, match="full"):
         save_figure(figure, tmp_path, "a", frame, {"seed": 1}, "Other scores.")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_sidecar_of_a_figure_takes_its_place_last(tmp_path, monkeypatch):
+    """A run that is cut off there has the old origin beside new rows, and never a new origin beside old ones."""
+    placed, replace = [], Path.replace
+
+    def noted(self, target):
+        placed.append(Path(target).suffix)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    frame = probes()
+    save_figure(plot_probe_grid(frame), tmp_path, "a", frame, {"seed": 0}, "Scores.")
+    assert placed[-1] == ".json" and sorted(placed) == [".csv", ".json", ".pdf", ".png"]
