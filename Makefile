@@ -32,7 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes, for on one core the tests take half an hour; a file stays in one of them, with the models that it loads.
+# Two processes, for in one the tests take 20 minutes; a file stays in one of them, with the models that it loads.
 # One thread a process: the tests start processes of their own, and threads that share cores wait for each other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
