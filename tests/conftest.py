@@ -233,19 +233,11 @@ LANGUAGE_TEMPLATE = (
 )
 
 
-def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
-    """A language model of random weights that spells any text in bytes, and some words as a whole.
-
-    Its padding token is its end token, as SmolLM2's.
-    """
-    import torch
+def byte_spelling(special: tuple[str, ...], words: tuple[str, ...]) -> Any:
+    """A tokenizer that spells any text in bytes and some words as a whole; special tokens have the first numbers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from diffprobe.mllm.language import LanguageModel
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate(["<|end|>", "<|user|>", "<|assistant|>", *letters])}
+    vocab = {token: number for number, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     merges = []
     for word in words:
         for cut in range(1, len(word)):
@@ -254,13 +246,27 @@ def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
     spelling = Tokenizer(models.BPE(vocab=vocab, merges=list(dict.fromkeys(merges))))
     spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     spelling.decoder = decoders.ByteLevel()
+    return spelling
+
+
+def build_language(words: tuple[str, ...] = (), width: int = 32) -> Any:
+    """A language model of random weights that spells any text in bytes, and some words as a whole.
+
+    Its padding token is its end token, as SmolLM2's.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from diffprobe.mllm.language import LanguageModel
+
+    spelling = byte_spelling(("<|end|>", "<|user|>", "<|assistant|>"), words)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=spelling, eos_token="<|end|>", pad_token="<|end|>", extra_special_tokens=["<|user|>", "<|assistant|>"]
     )
     tokenizer.chat_template = LANGUAGE_TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=spelling.get_vocab_size(), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2, eos_token_id=0,
         pad_token_id=0,
     )  # fmt: skip

@@ -13,9 +13,9 @@ import torch
 import transformers
 from diffusers.pipelines.kolors import ChatGLMModel
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 
-from tests.conftest import clip_encoder, clip_tokenizer, t5_tokenizer
+from tests.conftest import byte_spelling, clip_encoder, clip_tokenizer, t5_tokenizer
 
 FLOWS = ("flux", "flux2-klein", "flux2", "qwen-image", "sd3", "z-image", "sana", "lumina2", "aura-flow", "chroma", "cogview4")
 DIFFUSIONS = ("hunyuan-dit", "kolors", "lcm")
@@ -28,16 +28,7 @@ CHAT = (
 
 def language_tokenizer(side: str = "right", start: bool = False) -> Any:
     """A language model's tokenizer that spells in bytes, and some words as a whole."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: n for n, token in enumerate(["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|start|>", *letters])}
-    merges = []
-    for word in WORDS:
-        for cut in range(1, len(word)):
-            merges.append((word[:cut], word[cut]))
-            vocab.setdefault(word[: cut + 1], len(vocab))
-    spelling = Tokenizer(models.BPE(vocab=vocab, merges=list(dict.fromkeys(merges))))
-    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    spelling.decoder = decoders.ByteLevel()
+    spelling = byte_spelling(("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|start|>"), WORDS)
     if start:
         spelling.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 4)])
     tokenizer = transformers.PreTrainedTokenizerFast(
