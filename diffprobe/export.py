@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from diffprobe.rundir import StoreError, is_remote, whole_file, whole_folder
-from diffprobe.store import SHARD_BYTES, known, open_store, provenance, site_names
+from diffprobe.store import SHARD_BYTES, known, open_store, provenance, sample_labels, site_names
 
 Format = Literal["npz", "safetensors", "parquet", "hf"]
 
@@ -70,9 +70,7 @@ def export(
 def _samples(tree: xr.DataTree) -> pd.DataFrame:
     """Ids, labels and the prompts of each conditioning; one row a sample."""
     root = tree.to_dataset()
-    labels = {
-        str(name): c.values for name, c in root.coords.items() if c.dims == ("sample",) and name not in ("sample", "status")
-    }
+    labels = {name: root[name].values for name in sample_labels(root)}
     texts = tree["prompts"].to_dataset()["text"].values
     prompts = {f"prompt/{name}": texts[:, n] for n, name in enumerate(provenance(tree)["request"]["conditionings"])}
     return pd.DataFrame({"id": root["sample"].values, **labels, **prompts})

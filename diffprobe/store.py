@@ -441,6 +441,11 @@ def word_sites(tree: xr.DataTree) -> list[str]:
     return [name for name in site_names(tree) if tree[name].attrs.get("kind") in WORD_MAPS]
 
 
+def sample_labels(tree: xr.DataTree | xr.Dataset) -> list[str]:
+    """The names of the labels that a store's samples have."""
+    return [str(name) for name, c in tree.coords.items() if c.dims == ("sample",) and name not in ("sample", "status")]
+
+
 def known(name: str, there: Sequence[str], what: str) -> str:
     """Returns the name; raises StoreError, which lists all names and the closest one, if it is unknown."""
     if name not in there:

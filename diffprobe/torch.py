@@ -19,7 +19,7 @@ import xarray as xr
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from diffprobe.data.samples import did_you_mean
-from diffprobe.store import COMPLETE, StoreError, features, known, open_store, provenance
+from diffprobe.store import COMPLETE, StoreError, features, known, open_store, provenance, sample_labels
 
 Rows = Literal["none", "mean", "tokens"]
 Batch = dict[str, torch.Tensor]
@@ -56,8 +56,7 @@ class _Reader:
 
     def _encode(self, root: xr.Dataset, label: str) -> tuple[torch.Tensor, list[str]]:
         """One number a sample: a quantity, or the number of its class."""
-        there = [str(name) for name, c in root.coords.items() if c.dims == ("sample",) and name not in ("sample", "status")]
-        values = root[known(label, there, "label")].values  # of all samples: a part of them has the same classes
+        values = root[known(label, sample_labels(root), "label")].values  # of all samples: a part of them has the same classes
         if values.dtype.kind == "f":
             return torch.from_numpy(values[self._places].astype(np.float32)), []
         classes, codes = np.unique(values.astype(str) if values.dtype.kind in "UO" else values, return_inverse=True)

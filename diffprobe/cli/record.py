@@ -141,7 +141,7 @@ def _say_skipped(skipped: dict[str, str]) -> None:
 
 def _uses(out: str) -> list[list[str]]:
     """The commands that can be typed next, by what is in the store: grids to draw, a label to read, words to find."""
-    from diffprobe.store import open_store, provenance, site_names, word_sites
+    from diffprobe.store import open_store, provenance, sample_labels, site_names, word_sites
 
     tree = open_store(out)
     if tree.sizes["sample"] == 0:
@@ -150,7 +150,7 @@ def _uses(out: str) -> list[list[str]]:
     read = [d["features"] for d in recorded if "features" in d]
     grids = [features for features in read if {"y", "x"} <= set(features.dims) and features.sizes["channel"] >= 3]
     lines, root = [], tree.to_dataset()
-    labels = [str(name) for name, values in root.coords.items() if values.dims == ("sample",)] if read else []
+    labels = sample_labels(root) if read else []
     for label in sorted(labels, key=lambda name: (name == "split", name != "colour")):
         counts = Counter(str(value) for value in root[label].values)
         # Enough of two classes for every fold of a probe; a missing entry is no class.

@@ -17,7 +17,7 @@ from PIL import Image
 from diffprobe.data import fit_masks, load_dataset
 from diffprobe.data.labels import label_arrays, read_labels
 from diffprobe.data.samples import Dataset, Sample, did_you_mean, iterate
-from diffprobe.store import provenance
+from diffprobe.store import provenance, sample_labels
 
 BACKGROUND = "background"
 PREFIX = "mask:"
@@ -61,7 +61,7 @@ def only_label(tree: xr.DataTree, besides: Sequence[str] = ()) -> str:
     Raises:
         ValueError: there are none or several, which the message lists.
     """
-    there = [str(n) for n, c in tree.coords.items() if c.dims == ("sample",) and n not in ("sample", "status", *besides)]
+    there = [name for name in sample_labels(tree) if name not in besides]
     # a label can be read where it is a number, or a word that recurs, and differs between samples
     varied = {name: np.unique(tree.coords[name].values) for name in there}
     readable = [
