@@ -159,9 +159,13 @@ class Recorder:
     @property
     def last(self) -> dict[str, Tensor]:
         """The tensors of the newest complete forward pass, by site name."""
+        return self.kept_steps()[-1].tensors
+
+    def kept_steps(self) -> list[Step]:
+        """The kept forward passes; ValueError where there are none."""
         if not self.steps:
             raise ValueError("Nothing was recorded: no forward pass has ended inside the 'with' block.")
-        return self.steps[-1].tensors
+        return self.steps
 
     def __getitem__(self, name: str) -> Tensor:
         found = select_sites(self.sites, name)
@@ -194,7 +198,7 @@ class Recorder:
         Raises:
             ValueError: no maps of words were recorded, the prompt does not have the word, or is not known.
         """
-        return word_attention(self, word, image, steps, site=site, size=size, occurrence=occurrence, text=text)
+        return word_attention(self, word, image, steps, site, size, occurrence, text)
 
     def to_xarray(self) -> xr.DataTree:
         """All that was kept, one node a site: ``features`` (step, row, channel, y, x) or ``maps`` (step, row, head, token, y, x)."""

@@ -107,25 +107,17 @@ def find_word(text: str, word: str, spans: Sequence[tuple[int, int]], occurrence
 
 
 def word_attention(
-    recorder: Recorder,
-    word: str,
-    image: int = 0,
-    steps: Literal["mean"] | int | Sequence[int] = "mean",
-    *,
-    site: str | Sequence[str] | None = None,
-    size: tuple[int, int] | None = None,
-    occurrence: int = 0,
-    text: EncodedText | None = None,
-) -> xr.DataArray:
+    recorder: Recorder, word: str, image: int, steps: Literal["mean"] | int | Sequence[int], site: str | Sequence[str] | None,
+    size: tuple[int, int] | None, occurrence: int, text: EncodedText | None,
+) -> xr.DataArray:  # fmt: skip
     """As `Recorder.attention`."""
-    if not recorder.steps:
-        raise ValueError("Nothing was recorded: no forward pass has ended inside the 'with' block.")
+    passes = recorder.kept_steps()
     sites = _worded_sites(recorder, site)
-    count = len(recorder.steps)
+    count = len(passes)
     chosen = list(range(count)) if steps == "mean" else [steps] if isinstance(steps, int) else list(steps)
     if not chosen or not all(-count <= number < count for number in chosen):
         raise ValueError(f"Steps {steps} were asked for, where {count} were kept, counted from 0.")
-    kept = [recorder.steps[number] for number in chosen]
+    kept = [passes[number] for number in chosen]
     apart = kept[0].told.negative and "negative" not in kept[0].rows
     if steps == "mean" and apart and any(a.timesteps == b.timesteps for a, b in pairwise(kept)):
         raise ValueError(
@@ -226,17 +218,16 @@ def _sequences(
 
 def as_tree(recorder: Recorder) -> xr.DataTree:
     """As `Recorder.to_xarray`."""
-    if not recorder.steps:
-        raise ValueError("Nothing was recorded: no forward pass has ended inside the 'with' block.")
-    rows = {step.rows for step in recorder.steps}
+    steps = recorder.kept_steps()
+    rows = {step.rows for step in steps}
     if len(rows) > 1:
         raise ValueError(
             f"Passes of this recording have {', '.join(str(len(names)) for names in rows)} rows; take them from `steps`."
         )
-    coords = {"timestep": ("step", [_time(step) for step in recorder.steps]), "row": list(recorder.steps[0].rows)}
+    coords = {"timestep": ("step", [_time(step) for step in steps]), "row": list(steps[0].rows)}
     nodes = {}
     for site in recorder.sites:
-        values = np.stack([step.tensors[site.name].float().cpu().numpy() for step in recorder.steps])
+        values = np.stack([step.tensors[site.name].float().cpu().numpy() for step in steps])
         fixed = ("head", "token") if site.is_map else ("channel", "token") if site.over_tokens else ("channel",)
         places = values.ndim - 2 - len(fixed)
         if not 0 <= places <= 3:

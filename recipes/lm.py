@@ -104,14 +104,6 @@ def _place(obj: shapes.Obj) -> tuple[int, int]:
     return min(2, int(obj.y * 3)), min(2, int(obj.x * 3))
 
 
-def _sentence(obj: shapes.Obj) -> str:
-    """An object in flowing words."""
-    words = [obj.size, obj.fill, obj.colour, obj.shape]
-    words += ["pointing", obj.direction] if obj.shape in shapes.DIRECTED else []
-    words += {"none": [], "dot": ["with a dot"]}.get(obj.mark, [f"with the letter {obj.mark}"])
-    return f"{' '.join(words)} {shapes.place_words(obj)}"
-
-
 def _note(obj: shapes.Obj, rng: Rng) -> str:
     """An object as its attributes in any order, as soft tokens may bring them."""
     words = [obj.size, obj.fill, obj.colour, obj.shape, shapes.place_words(obj)]
@@ -126,7 +118,7 @@ def describe(scene: shapes.Scene, asked: Sequence[Question], rng: Rng) -> str:
     if rng.random() < 0.5:
         parts = [_note(scene.objects[i], rng) for i in order]
     else:
-        parts = [_sentence(scene.objects[i]) for i in order]
+        parts = [_said(every, every) for every in (facts(scene.objects[i]) for i in order)]
     wanted = {tuple(sorted(q.objects)) for q in asked if q.category in ("relation", "position")}
     for i in order:
         for j in order[order.index(i) + 1 :]:

@@ -23,13 +23,13 @@ from scipy.stats import rankdata
 
 from diffprobe.conditioning import FUNCTION_WORDS, NULL
 from diffprobe.data.labels import ID_COLUMNS, read_known
+from diffprobe.mllm.captions import NUMBERS
 from diffprobe.probes.task import FOLDS
 from diffprobe.stats import bootstrap_interval
 from diffprobe.store import features, open_store, prompt_texts, site_names
 
 Floats = NDArray[np.float64]
 WEAKER = "Weaker evidence than 'diffprobe leakage run': linear readers alone, and one that finds nothing shows no absence."
-COUNTS = frozenset({"one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"})
 RELATIONS = frozenset(
     {
         "left", "right", "above", "below", "under", "over", "behind", "front", "beside", "between", "near", "inside", "outside",
@@ -116,7 +116,7 @@ def audit(
         drawn_auc[number], drawn_rank[number] = _auc(weights @ moved, moved), _ranks(weights @ moved, moved).mean()
     # against the largest of all words in each permutation (Westfall & Young 1993), so that many words need no more permutations
     p = (1 + (drawn_auc.max(1)[:, None] >= own).sum(0)) / (n_permutations + 1)
-    kind = lambda word: "relation" if word in RELATIONS else "count" if word in COUNTS or word.isdigit() else "word"  # noqa: E731
+    kind = lambda word: "relation" if word in RELATIONS else "count" if word in NUMBERS or word.isdigit() else "word"  # noqa: E731
     rows = [
         {"kind": kind(word), "name": word, "value": own[k], "control": drawn_auc[:, k].mean(), "p": p[k]}
         for k, word in enumerate(words)
