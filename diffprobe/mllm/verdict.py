@@ -238,18 +238,13 @@ def score_matrix(texts: pd.DataFrame, score: str, similarity: Similarity) -> tup
     """
     names, sources = texts["sample"].to_numpy(dtype=str), texts["source"].to_numpy(dtype=str)
     describes = names[:, None] == sources[None, :]  # (sample, fed text)
-    outputs, fed, told = list(texts["output"]), list(texts["fed"]), list(texts["references"])
+    outputs, fed, told = (list(texts[column]) for column in ("output", "fed", "references"))
     if score == "sight":
         matrix, excluded = similarity(outputs, told), describes.T
-    elif score == "leak":
-        matrix, excluded = (
-            np.concatenate([_false_words(*row, fed, similarity) for row in zip(outputs, told, strict=True)]),
-            describes,
-        )
     else:
-        compare = {"leak_count": _false_number, "leak_order": _false_order, "steering": _chosen}[score]
-        rows = [[compare(output, own, text) for text in fed] for output, own in zip(outputs, told, strict=True)]
-        matrix, excluded = np.array(rows, np.float64), describes
+        compare = {"leak": _false_words, "leak_count": _false_numbers, "leak_order": _false_orders, "steering": _chosen}[score]
+        rows = [compare(output, own, fed, similarity) for output, own in zip(outputs, told, strict=True)]
+        matrix, excluded = np.array(rows), describes
     unknown = np.isnan(matrix)
     if unknown.all():
         return np.empty((0, 0)), np.empty((0, 0))
@@ -259,27 +254,32 @@ def score_matrix(texts: pd.DataFrame, score: str, similarity: Similarity) -> tup
     return matrix, centre(matrix, excluded | unknown)
 
 
+def _true_words(references: Sequence[str]) -> set[str]:
+    return set[str]().union(*map(content_words, references))
+
+
 def _false_words(output: str, references: Sequence[str], fed: Sequence[str], similarity: Similarity) -> Floats:
-    """Similarity of an output with what each fed text says falsely of its image, (1, text); NaN where it says nothing false."""
-    true = {word for text in references for word in content_words(text)}
+    """Similarity of an output with what each fed text says falsely of its image, (text,); NaN where it says nothing false."""
+    true = _true_words(references)
     false = [" ".join(word for word in content_words(text) if word not in true) for text in fed]
-    found = similarity([output], [[text] for text in false])
-    return np.where([not text for text in false], np.nan, found)
+    return np.where([not text for text in false], np.nan, similarity([output], [[text] for text in false])[0])
 
 
-def _false_number(output: str, references: Sequence[str], fed: str) -> float:
+def _false_numbers(output: str, references: Sequence[str], fed: Sequence[str], similarity: Similarity) -> Floats:
     """1 where an output names as many things as a text that names a wrong number of them, else 0; NaN where the number is right."""
-    number, true = number_of_things(fed), {number_of_things(text) for text in references} - {0}
-    if number == 0 or number in true or (references and not true):
-        return np.nan
-    return float(number_of_things(output) == number)
+    true, said = {number_of_things(text) for text in references} - {0}, number_of_things(output)
+    if references and not true:
+        return np.full(len(fed), np.nan)
+    numbers = map(number_of_things, fed)
+    return np.array([np.nan if number == 0 or number in true else float(said == number) for number in numbers])
 
 
-def _false_order(output: str, references: Sequence[str], fed: str) -> float:
+def _false_orders(output: str, references: Sequence[str], fed: Sequence[str], similarity: Similarity) -> Floats:
     """Of the pairs of words in an output and a text, in whose order no reference has them: the share in the text's order."""
-    shared = _ordered_pairs(fed).difference(*map(_ordered_pairs, references))
-    same, turned = (len(shared & {(b, a) if back else (a, b) for a, b in _ordered_pairs(output)}) for back in (False, True))
-    return same / (same + turned) if same + turned else np.nan
+    true, said = frozenset[tuple[str, str]]().union(*map(_ordered_pairs, references)), _ordered_pairs(output)
+    turned = {(b, a) for a, b in said}
+    counts = [(len(pairs & said), len(pairs & turned)) for pairs in (_ordered_pairs(text) - true for text in fed)]
+    return np.array([same / (same + other) if same + other else np.nan for same, other in counts])
 
 
 @lru_cache(2**14)
@@ -288,12 +288,12 @@ def _ordered_pairs(text: str) -> frozenset[tuple[str, str]]:
     return frozenset(combinations(dict.fromkeys(content_words(text)), 2))
 
 
-def _chosen(output: str, references: Sequence[str], fed: str) -> float:
+def _chosen(output: str, references: Sequence[str], fed: Sequence[str], similarity: Similarity) -> Floats:
     """Share of an image's true words that an output says, among those in the text, less the share among the others."""
-    true, said = {word for text in references for word in content_words(text)}, set(content_words(output))
-    named = true & set(content_words(fed))
-    others = true - named
-    return len(named & said) / len(named) - len(others & said) / len(others) if named and others else np.nan
+    true, said = _true_words(references), set(content_words(output))
+    split = [(named, true - named) for named in (true & set(content_words(text)) for text in fed)]
+    share = lambda words: len(words & said) / len(words)  # noqa: E731
+    return np.array([share(named) - share(others) if named and others else np.nan for named, others in split])
 
 
 def _crossed(key: Mapping[str, Any], group: pd.DataFrame) -> list[Any]:
