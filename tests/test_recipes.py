@@ -87,7 +87,9 @@ STAGES: list[tuple[str, Callable[[Any, Path], object], Any]] = [
     (
         "lm",
         lm.train_lm,
-        lm.Config(batch=2, two_until=1, restated_until=2, compared_until=3, plan=common.Plan(steps=4, save_every=2)),
+        lm.Config(
+            batch=2, two_until=1, restated_until=1, pairs_until=2, compared_until=3, plan=common.Plan(steps=4, save_every=2)
+        ),
     ),
     ("reader", reader.train_reader, reader.Config(batch=4, plan=common.Plan(steps=4, save_every=2))),
 ]
@@ -322,12 +324,22 @@ def test_what_is_restated_and_compared_is_true_and_settled() -> None:
             assert fits, (scene, part)
             assert sum(set(name.split()) <= set(" ".join(lm.facts(obj).values()).split()) for obj in scene.objects) >= 1
             parts += 1
-        for part in filter(None, lm.compared(scene, rng).split("; ")):
-            names, (where, size) = part.split(": ")[0], part.split(": ")[1].split(", ")
-            one, other = names.removeprefix("the ").split(" to the ")
+        talk = lm.studied(scene, rng, compare=True)
+        if talk.branches[0][0][0] != lm.COMPARE:
+            continue
+        for part in talk.branches[0][0][1].split("; "):
+            names, (*sides, size) = part.split(": ")[0], part.split(": ")[1].split(", ")
+            one, other = (" ".join(name.split()[:2]) for name in names.removeprefix("the ").split(" to the "))
             (a,), (b,) = ([o for o in scene.objects if f"{o.colour} {o.shape}" == name] for name in (one, other))
-            assert where == (shapes.relation(a, b) or "askew")
             assert size == ("as large" if a.size == b.size else "larger" if a.size == "large" else "smaller")
+            for side in sides:
+                axis, less = ("x", "left of") if side in ("left of", "right of") else ("y", "above")
+                assert (side == less) == (getattr(a, axis) < getattr(b, axis))
+                stated = any(
+                    text in talk.described for text in (f"{one} {side} {other}", f"{other} {shapes.RELATIONS[side]} {one}")
+                )
+                cells = [int(getattr(o, axis) * 3) for o in (a, b)]
+                assert stated or cells[0] != cells[1], "nothing is asked that the description leaves open"
             parts += 1
     assert parts > 500
 
