@@ -1,7 +1,8 @@
 """What a multimodal language model is taught with: images, and conversations about them.
 
 ``llava:FILE.json?images=FOLDER`` reads the layout of LLaVA: {"id", "image", "conversations": [{"from", "value"}]} in a list, or
-one a line, where "image" or "images" is a name or a list of names.  ``shapes-captions:N`` and ``shapes-instruct:N`` are drawn.
+one a line, where "image" or "images" is a name or a list of names.  ``shapes-captions:N``, ``shapes-details:N`` and
+``shapes-instruct:N`` are drawn.
 Drawn instructions are about training scenes, twins and several images, of seeds that no benchmark reaches; their answers never
 follow from the text.  Images are read only when asked for.
 """
@@ -33,7 +34,7 @@ from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.samples import Fingerprinted, check_options, split_spec, whole_number
 from diffprobe.data.several import several_images
-from diffprobe.data.shapes import picture
+from diffprobe.data.shapes import DIRECTED, Obj, picture, place_words
 from diffprobe.data.tables import collected
 from diffprobe.data.twins import KINDS
 
@@ -45,6 +46,7 @@ REQUESTS = {  # the question of a drawn caption, by its style
     "relation": "Say how the objects stand to each other.",
     "count": "Count the objects and name them.",
 }
+DETAILS = "Describe the objects one by one."
 TURNS = 8  # at most, of a drawn conversation about one scene
 FORMS = ("scene",) * 4 + ("mmvp",) * 3 + ("naturalbench",) * 2 + ("several",)  # of drawn instructions, in turn
 
@@ -120,6 +122,36 @@ class DrawnCaptions(_Drawn):
         style = list(REQUESTS)[index % len(REQUESTS)]
         text = next(caption.text for caption in sample.captions if caption.style == style)
         return Conversation(sample.id, (sample.load,), ((REQUESTS[style], text),))
+
+
+@dataclass(frozen=True)
+class DrawnDetails(_Drawn):
+    """Everything about each object of `count` training scenes that its colour and shape name, in any order.
+
+    Nearly every word depends on the image: a caption of `DrawnCaptions` says a direction or a letter once in thirty words.
+
+    >>> DrawnDetails(4)[2].turns[0][1]
+    'the cyan triangle: small dotted at the left'
+    """
+
+    kind = "shapes-details"
+
+    def __getitem__(self, index: int) -> Conversation:
+        scenes = ShapesDataset(self.count, "train", self.seed)
+        sample, objects, rng = scenes[index], scenes.scene(index).objects, np.random.default_rng([self.seed, index, 12])
+        pairs = [obj.pair for obj in objects]
+        named = [obj for obj in objects if pairs.count(obj.pair) == 1]
+        if not named:
+            return DrawnCaptions(self.count, self.seed)[index]
+        parts = [f"the {obj.colour} {obj.shape}: {_rest(obj)}" for obj in (named[i] for i in rng.permutation(len(named)))]
+        return Conversation(sample.id, (sample.load,), ((DETAILS, "; ".join(parts)),))
+
+
+def _rest(obj: Obj) -> str:
+    """All that can be said of an object whose colour and shape are known."""
+    said = [obj.size, obj.fill] + [f"pointing {obj.direction}"] * (obj.shape in DIRECTED)
+    said += {"none": [], "dot": ["with a dot"]}.get(obj.mark, [f"with the letter {obj.mark}"])
+    return " ".join([*said, place_words(obj)])
 
 
 @dataclass(frozen=True)
@@ -258,8 +290,8 @@ def _texts(where: str, turns: list[Any]) -> list[str]:
 
 # --- by name ----------------------------------------------------------------------------------------
 
-SPECS = "shapes-captions:N, shapes-instruct:N (with seed), or llava:FILE.json?images=FOLDER (with limit)"
-_DRAWN = {"shapes-captions": DrawnCaptions, "shapes-instruct": DrawnInstructions}
+SPECS = "shapes-captions:N, shapes-details:N, shapes-instruct:N (with seed), or llava:FILE.json?images=FOLDER (with limit)"
+_DRAWN = {drawn.kind: drawn for drawn in (DrawnCaptions, DrawnDetails, DrawnInstructions)}
 
 
 def load_conversations(spec: str) -> Conversations:
