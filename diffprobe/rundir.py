@@ -11,6 +11,7 @@ import ctypes
 import errno
 import glob
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -353,7 +354,20 @@ def check_or_write_request(
     check_request(path.parent, kept, asked, fault)
 
 
-# --- provenance -----------------------------------------------------------------------------------
+# --- packages, and where numbers come from --------------------------------------------------------
+
+
+def optional(module: str, extra: str, what: str) -> Any:
+    """Imports a module that comes with an extra of this package.
+
+    Raises:
+        ValueError: it is not installed; the message says that `what` needs it, and how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise ValueError(f"{what} needs {library}; install it with: pip install 'diffprobe[{extra}]'") from error
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:
