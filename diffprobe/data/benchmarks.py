@@ -202,13 +202,17 @@ def read_winoground(folder: Path, images: Path | None = None) -> Makers:
         raise ValueError(
             f"'{folder}' has neither Parquet files nor an examples.jsonl; it should be a copy of facebook/winoground."
         )
-    pictures = _Pictures(found[0].parent)
+    pictures = _pictures(found[0].parent)
     return (partial(_winoground_line, pictures, where, line) for where, line in numbered_lines(found[0]))
 
 
-def _winoground_line(pictures: _Pictures, where: str, line: str) -> Item:
+def _winoground_line(pictures: Mapping[str, Loader], where: str, line: str) -> Item:
     row = json_object(line, where, WINOGROUND_COLUMNS)
-    return _winoground_item(row | {name: pictures.loader(where, str(row[name])) for name in ("image_0", "image_1")})
+    for name in ("image_0", "image_1"):
+        if (stem := Path(inside(where, str(row[name]))).stem) not in pictures:
+            raise ValueError(f"{where}: there is no image {row[name]!r} in 'images' or 'images.zip' beside it; copy it there.")
+        row[name] = pictures[stem]
+    return _winoground_item(row)
 
 
 def _winoground_item(row: Mapping[str, Any]) -> Item:
@@ -221,26 +225,16 @@ def _winoground_item(row: Mapping[str, Any]) -> Item:
     )
 
 
-class _Pictures:
-    """Images that are named by their stem: files of the folder ``images``, or entries of ``images.zip``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.archive = folder / "images", folder / "images.zip"
-        self.files = {path.stem: path for path in sorted(self.folder.rglob("*")) if path.suffix} if self.folder.is_dir() else {}
-        self.entries: dict[str, str] = {}
-        if not self.files and self.archive.is_file():
-            with zipfile.ZipFile(self.archive) as opened:
-                # what the system that packed it adds (__MACOSX/._ex_0_img_0.png) begins with a dot
-                entries = [name for name in opened.namelist() if not Path(name).name.startswith(".")]
-            self.entries = {Path(name).stem: name for name in entries}
-
-    def loader(self, where: str, name: str) -> Loader:
-        stem = Path(inside(where, name)).stem
-        if stem in self.files:
-            return partial(read_image, self.files[stem])
-        if stem in self.entries:
-            return partial(_read_entry, self.archive, self.entries[stem])
-        raise ValueError(f"{where}: there is no image {name!r} in '{self.folder}' or '{self.archive}'; copy it there.")
+def _pictures(folder: Path) -> dict[str, Loader]:
+    """Images by their stem: files of the folder ``images``, or entries of ``images.zip``."""
+    files, archive = (folder / "images").rglob("*"), folder / "images.zip"
+    found: dict[str, Loader] = {path.stem: partial(read_image, path) for path in sorted(files) if path.suffix}
+    if not found and archive.is_file():
+        with zipfile.ZipFile(archive) as opened:
+            # what the system that packed it adds (__MACOSX/._ex_0_img_0.png) begins with a dot
+            names = [name for name in opened.namelist() if not Path(name).name.startswith(".")]
+        found = {Path(name).stem: partial(_read_entry, archive, name) for name in names}
+    return found
 
 
 def _read_entry(archive: Path, name: str) -> Image.Image:

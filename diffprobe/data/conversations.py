@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from diffprobe.data.drawn import ShapesDataset, spread
 from diffprobe.data.files import (
+    check_inside,
     check_unicode,
     content_digests,
     file_inside,
@@ -31,7 +32,7 @@ from diffprobe.data.files import (
 )
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
-from diffprobe.data.samples import Fingerprinted, check_options, split_spec, whole_number
+from diffprobe.data.samples import Fingerprinted, check_options, limit_of, split_spec, whole_number
 from diffprobe.data.several import several_images
 from diffprobe.data.shapes import picture
 from diffprobe.data.tables import collected
@@ -58,29 +59,23 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-@runtime_checkable
-class Conversations(Protocol):
+class Conversations(Fingerprinted):
     """An indexable collection of conversations with an identity."""
 
-    @property
-    def name(self) -> str:
-        """A short name for provenance."""
-        ...
+    name: str
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Conversation: ...
-
-    def fingerprint(self) -> str:
-        """A short hash that changes when a conversation does."""
-        ...
+    def __getitem__(self, index: int) -> Conversation:
+        raise NotImplementedError
 
 
 # --- drawn ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Drawn(Fingerprinted):
+class _Drawn(Conversations):
     """`count` drawn conversations."""
 
     count: int
@@ -88,14 +83,11 @@ class _Drawn(Fingerprinted):
     kind: ClassVar[str]
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"{self.kind}-{self.seed}"
 
     def __len__(self) -> int:
         return self.count
-
-    def __getitem__(self, index: int) -> Conversation:
-        raise NotImplementedError
 
     def content(self) -> Iterator[bytes]:
         """The parameters, and turns and pixels of some conversations from the first to the last."""
@@ -155,13 +147,12 @@ class DrawnInstructions(_Drawn):
 _Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
-class LlavaConversations(Fingerprinted):
+class LlavaConversations(Conversations):
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:
         path: The file, JSON or JSON lines.
         images: The folder that image names are relative to; names that leave it are refused.
-        limit: Conversations at most, the first ones.
 
     Raises:
         ValueError: The file is not of this layout, or images are missing; the message lists the entries.
@@ -169,6 +160,7 @@ class LlavaConversations(Fingerprinted):
 
     def __init__(self, path: str | Path, images: str | Path, limit: int | None = None) -> None:
         self.path, self.folder = Path(path), real_path(images)
+        self.name = self.path.stem
         if not self.path.is_file():
             raise ValueError(f"'{self.path}' does not exist; give a JSON file in LLaVA's layout.")
         if not self.folder.is_dir():
@@ -184,10 +176,6 @@ class LlavaConversations(Fingerprinted):
         read = (partial(self._read, number, entry) for number, entry in enumerate(entries[:limit]))
         self._entries: list[_Entry] = collected(f"'{self.path}'", read)
 
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -200,10 +188,8 @@ class LlavaConversations(Fingerprinted):
         yield json.dumps([self._entries, contents], ensure_ascii=False).encode()
 
     def _load(self, name: str) -> Image.Image:
-        path = self._files[name]
-        if not real_path(path).is_relative_to(self.folder):
-            raise ValueError(f"'{path}' is a link to '{real_path(path)}', outside the folder of images.")
-        return read_image(path)
+        check_inside(self.folder, self._files[name])
+        return read_image(self._files[name])
 
     def _read(self, number: int, entry: Any) -> _Entry:
         """An entry's id, images and turns; its images are there."""
@@ -278,7 +264,6 @@ def load_conversations(spec: str) -> Conversations:
     if kind in _DRAWN:
         count = whole_number(spec, "the number after ':'", target, at_least=1)
         return _DRAWN[kind](count, whole_number(spec, "seed", options.get("seed", "0")))
-    limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
     if "images" not in options:
         raise ValueError(f"{spec!r} does not say where the images are; add ?images=FOLDER.")
-    return LlavaConversations(target, options["images"], limit)
+    return LlavaConversations(target, options["images"], limit_of(spec, options))

@@ -132,12 +132,19 @@ def file_inside(root: Path, name: str) -> Path | None:
         ValueError: the file is a link that leaves the folder.
     """
     path = next((path for form in spellings(name) if (path := root / form).is_file()), None)
-    if path is None:
-        return None
-    target = real_path(path) if path.is_symlink() else _real_folder(path.parent) / path.name
-    if not target.is_relative_to(root):
-        raise ValueError(f"'{path}' is a link to '{target}', outside the folder of images; copy the file into the folder.")
+    if path is not None and (path.is_symlink() or not _real_folder(path.parent).is_relative_to(root)):
+        check_inside(root, path)
     return path
+
+
+def check_inside(root: Path, path: Path) -> None:
+    """Raises ValueError where a link leads from a folder, whose own links are followed, to a path outside it."""
+    target = real_path(path)
+    if not target.is_relative_to(root):
+        raise ValueError(
+            f"'{path}' is a link to '{target}', outside the folder '{root}'; copy what it points to into the folder, "
+            "or remove the link."
+        )
 
 
 @lru_cache(maxsize=1024)  # some folders have 100,000 files
