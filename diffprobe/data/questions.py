@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import permutations
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from diffprobe.data.samples import Question
 from diffprobe.data.shapes import (
+    ATTRIBUTES,
     COLOURS,
     COUNT_WORDS,
     DIRECTED,
@@ -135,31 +137,21 @@ def _count(scene: Scene, rng: Rng) -> Iterator[Question]:
         yield Question(text, COUNT_WORDS[number], COUNT_WORDS[2:], "count", everyone)
 
 
-def _colour(scene: Scene, rng: Rng) -> Iterator[Question]:
-    times = Counter(o.shape for o in scene.objects)
-    indices = [i for i, o in enumerate(scene.objects) if times[o.shape] == 1 and not held_out(*o.pair)]
+def _either(scene: Scene, rng: Rng, asked: str, by: str) -> Iterator[Question]:
+    """Which of two colours (or shapes) an object has that its shape (or colour) tells from all others."""
+    times = Counter(getattr(o, by) for o in scene.objects)
+    indices = [i for i, o in enumerate(scene.objects) if times[getattr(o, by)] == 1 and not held_out(*o.pair)]
     if not indices:
         return
     index = pick(rng, indices)
-    obj = scene.objects[index]
-    others = [c for c in COLOURS if c != obj.colour and not held_out(c, obj.shape)]
-    nearby = [c for c in others if any(o.colour == c for o in scene.objects)]
-    options = _shuffled(rng, obj.colour, pick(rng, nearby if nearby and _toss(rng) else others))
-    yield Question(f"Is the {obj.shape} {options[0]} or {options[1]}?", obj.colour, options, "colour", (index,))
-
-
-def _shape(scene: Scene, rng: Rng) -> Iterator[Question]:
-    times = Counter(o.colour for o in scene.objects)
-    indices = [i for i, o in enumerate(scene.objects) if times[o.colour] == 1 and not held_out(*o.pair)]
-    if not indices:
-        return
-    index = pick(rng, indices)
-    obj = scene.objects[index]
-    others = [s for s in SHAPES if s != obj.shape and not held_out(obj.colour, s)]
-    nearby = [s for s in others if any(o.shape == s for o in scene.objects)]
-    options = _shuffled(rng, obj.shape, pick(rng, nearby if nearby and _toss(rng) else others))
-    text = f"Is the {obj.colour} object {article(options[0])} or {article(options[1])}?"
-    yield Question(text, obj.shape, options, "shape", (index,))
+    obj, own = scene.objects[index], getattr(scene.objects[index], asked)
+    others = [v for v in ATTRIBUTES[asked] if v != own and not held_out(**{by: getattr(obj, by), asked: v})]
+    nearby = [v for v in others if any(getattr(o, asked) == v for o in scene.objects)]
+    options = _shuffled(rng, own, pick(rng, nearby if nearby and _toss(rng) else others))
+    text = f"Is the {obj.shape} {options[0]} or {options[1]}?"
+    if asked == "shape":
+        text = f"Is the {obj.colour} object {article(options[0])} or {article(options[1])}?"
+    yield Question(text, own, options, asked, (index,))
 
 
 def _size(scene: Scene, rng: Rng) -> Iterator[Question]:
@@ -194,15 +186,14 @@ def _comparison(scene: Scene, rng: Rng) -> Iterator[Question]:
         return
     i, j = pick(rng, pairs)
     a, b = scene.objects[i], scene.objects[j]
-    if _toss(rng):
-        word, size = pick(rng, (("larger", "large"), ("smaller", "small")))
+    alone = _toss(rng)
+    word, size = pick(rng, (("larger", "large"), ("smaller", "small")))
+    if alone:
         text = f"Is the {name(a)} {word} than the {name(b)}?"
         yield Question(text, YES_NO[a.size != size], YES_NO, "comparison", (i, j))
     else:
-        word, size = pick(rng, (("larger", "large"), ("smaller", "small")))
-        answer = name(a if a.size == size else b)
         text = f"Which is {word}, the {name(a)} or the {name(b)}?"
-        yield Question(text, answer, (name(a), name(b)), "comparison", (i, j))
+        yield Question(text, name(a if a.size == size else b), (name(a), name(b)), "comparison", (i, j))
 
 
 def _orientation(scene: Scene, rng: Rng) -> Iterator[Question]:
@@ -235,8 +226,8 @@ def _mark(scene: Scene, rng: Rng) -> Iterator[Question]:
 CATEGORIES: dict[str, Callable[[Scene, Rng], Iterator[Question]]] = {
     "existence": _existence,
     "count": _count,
-    "colour": _colour,
-    "shape": _shape,
+    "colour": partial(_either, asked="colour", by="shape"),
+    "shape": partial(_either, asked="shape", by="colour"),
     "size": _size,
     "relation": _relation,
     "comparison": _comparison,

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from diffprobe.data.questions import YES_NO, article, between, name, pick, plural, side
-from diffprobe.data.samples import Caption, Fingerprinted, Question, Sample
+from diffprobe.data.samples import Caption, IndexedDataset, Question, Sample
 from diffprobe.data.shapes import (
     COLOURS,
     COUNT_WORDS,
@@ -108,11 +108,6 @@ def _edited(scene: Scene, **changes: object) -> Scene:
     return replace(scene, objects=(replace(scene.objects[0], **changes), *scene.objects[1:]))  # type: ignore[arg-type]
 
 
-def _swapped_places(scene: Scene) -> Scene:
-    a, b = scene.objects
-    return replace(scene, objects=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
-
-
 def _one_or_two(rng: Rng) -> int:
     return int(rng.integers(1, 3))
 
@@ -151,10 +146,10 @@ def _presence(rng: Rng) -> _Contrast:
     return _Contrast(scenes, _described(scenes, "count"), ask, YES_NO, (ask, f"Is the {first} the only object?"), ())
 
 
-def _state(rng: Rng) -> _Contrast:
+def _fill(rng: Rng, fills: tuple[str, str]) -> _Contrast:
     scene = _stage(rng, _cast(rng, _one_or_two(rng), ROOMY, size="large"))
     subject = name(scene.objects[0])
-    return _vary(scene, "fill", ("filled", "hollow"), "web", f"Is the {subject} {{0}} or {{1}}?", f"Is the {subject} {{0}}?")
+    return _vary(scene, "fill", fills, "web", f"Is the {subject} {{0}} or {{1}}?", f"Is the {subject} {{0}}?")
 
 
 def _quantity(rng: Rng) -> _Contrast:
@@ -175,7 +170,9 @@ def _mirrored(rng: Rng) -> tuple[tuple[Scene, Scene], str]:
     """Two objects of one size, then with their places exchanged; and where the first is in the first scene."""
     first, second = _cast(rng, 2, size=pick(rng, list(SIZES)))
     scene = _stage(rng, [first, replace(second, radius=first.radius)])
-    return (scene, _swapped_places(scene)), str(relation(*scene.objects))
+    a, b = scene.objects
+    swapped = replace(scene, objects=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+    return (scene, swapped), str(relation(a, b))
 
 
 def _position(rng: Rng) -> _Contrast:
@@ -193,12 +190,6 @@ def _colour(rng: Rng) -> _Contrast:
     other = pick(rng, [c for c in COLOURS if c not in taken and not held_out(c, first.shape)])
     ask = f"Is the {first.shape} {{0}} or {{1}}?"
     return _vary(scene, "colour", (first.colour, other), "list", ask, f"Is the {first.shape} {{0}}?")
-
-
-def _structure(rng: Rng) -> _Contrast:
-    scene = _stage(rng, _cast(rng, _one_or_two(rng), ROOMY, size="large"))
-    subject = name(scene.objects[0])
-    return _vary(scene, "fill", ("striped", "dotted"), "web", f"Is the {subject} {{0}} or {{1}}?", f"Is the {subject} {{0}}?")
 
 
 def _text(rng: Rng) -> _Contrast:
@@ -220,11 +211,11 @@ def _viewpoint(rng: Rng) -> _Contrast:
 _BUILDERS: dict[str, Callable[[Rng], _Contrast]] = {
     "orientation": _orientation,
     "presence": _presence,
-    "state": _state,
+    "state": partial(_fill, fills=("filled", "hollow")),
     "quantity": _quantity,
     "position": _position,
     "colour": _colour,
-    "structure": _structure,
+    "structure": partial(_fill, fills=("striped", "dotted")),
     "text": _text,
     "viewpoint": _viewpoint,
 }
@@ -307,7 +298,7 @@ KINDS: dict[str, Callable[[int, int], Pair]] = {
 
 
 @dataclass(frozen=True)
-class TwinsDataset(Fingerprinted):
+class TwinsDataset(IndexedDataset):
     """The images of `count` pairs, a and b in turn; ``shapes-mmvp:90`` on the command line.
 
     A sample has the caption that is true of it; `pair` gives both.
@@ -340,9 +331,7 @@ class TwinsDataset(Fingerprinted):
         """Pair `index`, whose images are samples 2 * index and 2 * index + 1."""
         return KINDS[self.kind](self.seed, index)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Image {index} of a dataset of {len(self)}.")
+    def sample(self, index: int) -> Sample:
         number, image = divmod(index, 2)
         pair = self.pair(number)
         scene = pair.scenes[image]
