@@ -414,6 +414,11 @@ def test_unknown_label_names_the_closest():
     message = r"Label 'color' is not among the samples' labels \(area, colour, one\)\. Did you mean 'colour'\?"
     with pytest.raises(ValueError, match=message):
         fit_probe(planted(), "color")
+    told = planted()
+    told = told.assign_coords(status=("sample", np.ones(told.sizes["sample"], np.uint8)))  # as a store has it beside its labels
+    for name in ("color", "status"):
+        with pytest.raises(ValueError, match=r"samples' labels \(area, colour, one\)"):
+            fit_probe(told, name)
 
 
 def test_other_refusals():
