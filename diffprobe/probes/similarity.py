@@ -116,7 +116,7 @@ def similarity(
     return pd.DataFrame(rows)
 
 
-def split_pairs(both: xr.DataArray, pair: str = "pair", side: str = "side") -> tuple[xr.DataArray, xr.DataArray]:
+def split_pairs(both: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """Splits image pairs into two arrays, one per side, whose samples are the pairs; incomplete pairs are left out.
 
     Args:
@@ -131,27 +131,23 @@ def split_pairs(both: xr.DataArray, pair: str = "pair", side: str = "side") -> t
     >>> a.values.tolist(), b.values.tolist(), a["sample"].values.tolist()
     ([[1.0]], [[2.0]], [7])
     """
-    if absent := [name for name in (pair, side) if name not in both.coords]:
+    if absent := [name for name in ("pair", "side") if name not in both.coords]:
         raise ValueError(
-            f"Pairs are told by the labels {pair!r} and {side!r}; {absent[0]!r} is not among this store's. "
+            f"Pairs are told by the labels 'pair' and 'side'; {absent[0]!r} is not among this store's. "
             "Datasets such as shapes-mmvp:N have them; for photographs write them into captions.jsonl."
         )
-    known = [not (pd.isna(value) or value == "") for name in (pair, side) for value in both[name].values.tolist()]
-    both = both.isel(sample=np.reshape(known, (2, -1)).all(axis=0))
-    sides = sorted(set(both[side].values.tolist()))
+    labels = pd.DataFrame({name: both[name].values for name in ("pair", "side")})
+    labels = labels[labels.notna().all(axis=1) & (labels != "").all(axis=1)].rename_axis("row").reset_index()
+    sides = sorted(set(labels["side"]))
     if len(sides) != 2:
-        raise ValueError(f"Pairs have two sides; the label {side!r} has {', '.join(map(str, sides))}.")
-    numbers = [both[pair].values[both[side].values == s] for s in sides]
-    if any(len(set(n.tolist())) < len(n) for n in numbers):
-        raise ValueError(f"A pair has one image of each side; some value of {pair!r} has several.")
-    shared = [n for n in numbers[0].tolist() if n in set(numbers[1].tolist())]
-    halves = []
-    for name in sides:
-        where = {
-            n: row for row, (n, s) in enumerate(zip(both[pair].values.tolist(), both[side].values, strict=True)) if s == name
-        }
-        halves.append(both.isel(sample=[where[n] for n in shared]).assign_coords(sample=shared).drop_vars([pair, side]))
-    return halves[0], halves[1]
+        raise ValueError(f"Pairs have two sides; the label 'side' has {', '.join(map(str, sides))}.")
+    if labels.duplicated(["pair", "side"]).any():
+        raise ValueError("A pair has one image of each side; some value of 'pair' has several.")
+    first, second = (labels[labels["side"] == side] for side in sides)
+    pairs = first.merge(second, on="pair")  # in the order of the first side
+    kept = both.drop_vars(["pair", "side"])
+    a, b = (kept.isel(sample=pairs[row]).assign_coords(sample=pairs["pair"].tolist()) for row in ("row_x", "row_y"))
+    return a, b
 
 
 def _cosine_row(a: xr.DataArray, b: xr.DataArray, members: NDArray[Any], standardise: bool, seed: int) -> dict[str, float]:
