@@ -9,7 +9,6 @@ The invariant: both directions of a pair, and all that was measured of it, are r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +164,3 @@ def fit_leace(x: ArrayLike, z: ArrayLike) -> Eraser:
     span = left[:, sizes > 1e-9 * max(1e-300, float(sizes[0]))]
     projection = (axes * root) @ axes.T @ span @ span.T @ (axes / root) @ axes.T
     return Eraser(mean, np.asarray(projection))
-
-
-def random_labels(labels: Sequence[object], seed: int = 0) -> NDArray[np.object_]:
-    """The same labels, dealt anew: erasing them takes out as many directions, which say nothing."""
-    return np.random.default_rng(seed).permutation(np.array(labels, object))
