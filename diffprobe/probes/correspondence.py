@@ -49,7 +49,6 @@ def correspondence(
         standardise: Bring channels to mean 0 and deviation 1 over all samples and positions first, because a few with
             large means decide a raw cosine.  Published scores of diffusion features (DIFT) do not.
         by_category: Adds rows for each category.
-        seed: Seed of the bootstrap.
 
     Returns:
         The coordinates of the dimensions in between, per ("point" or "image"), category ("all" or one), alpha, value,
