@@ -44,6 +44,7 @@ from diffprobe.models import (
 )
 from diffprobe.prompts import EncodedText
 from diffprobe.sites import Site
+from diffprobe.tokens import first_of
 
 ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
 
@@ -78,12 +79,15 @@ class VisionEncoder:
             raise ValueError(f"{model_id or type(model).__name__} takes no images, so it is no vision encoder.")
         self._settings = _settings(processor, model_id or type(model).__name__)
         self.size, scale, mean, std = self._settings
+        self.resolution = self.size  # (height, width) in pixels that the image processor gives
         self._scale, self._mean, self._std = scale, *(torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._grid = (0, 0)
         modules = dict(self.network.named_modules())
         stacks = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
         if not stacks or not getattr(self.network.config, "patch_size", None):
             self._refuse("it has no patches and layers")
+        patch = self.network.config.patch_size
+        self._patch = int(patch if isinstance(patch, int) else patch[0])
         stack = max(stacks, key=lambda name: len(modules[name]))
         self._layers = [f"{stack}.{number}" for number in range(len(modules[stack]))]
         self._norm = _final_norm(self.network, stack)
@@ -96,11 +100,6 @@ class VisionEncoder:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """The (height, width) in pixels that the image processor gives."""
-        return self.size
 
     @property
     def sites(self) -> list[Site]:
@@ -126,11 +125,6 @@ class VisionEncoder:
             )
         return height, width
 
-    @property
-    def _patch(self) -> int:
-        patch = self.network.config.patch_size
-        return int(patch if isinstance(patch, int) else patch[0])
-
     def weights_hash(self, portable: bool = False) -> str:
         """A short hash of what decides the features: the image tower's weights, and size, mean and deviation of its input."""
         return hashlib.sha256(f"{weights_hash(self.network, portable)} {self._settings}".encode()).hexdigest()[:16]
@@ -152,7 +146,7 @@ class VisionEncoder:
             images[1, :, y : y + patch, x : x + patch] = 1
         tokens: list[Tensor] = []
         layers = [self.network.get_submodule(path) for path in self._layers]
-        handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(_hidden(a, k)), with_kwargs=True)]
+        handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(first_of(a, k)), with_kwargs=True)]
         handles += [layer.register_forward_hook(lambda m, a, output: tokens.append(_first_of(output))) for layer in layers]
         try:
             self.forward(images)
@@ -250,11 +244,6 @@ class EncoderRecorder:
     def _keep(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         patches = self._encoder.patches(site, _first_of(output))
         self.last[site.name] = patches if self._reduce is None else self._reduce(site, patches)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A layer's input: its first argument, by position or by any name."""
-    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
 def _first_of(output: Any) -> Tensor:

@@ -24,7 +24,6 @@ from diffprobe.data.files import parse_json
 from diffprobe.rundir import whole_file, write_json
 from diffprobe.stats import bootstrap_sums
 
-_TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 _NEEDED = {"activation": "topk", "skip_connection": False, "transcode": False}  # of a file's settings, where it has them
 
 
@@ -106,13 +105,11 @@ def load_sae(folder: str | Path) -> SparseCoder:
     for name, value in _NEEDED.items():
         if told.get(name, value) != value:
             raise ValueError(f"{folder} is a coder with {name} {told[name]!r}; those with {value!r} are read here.")
-    if sorted(tensors) != sorted(_TENSORS):
-        raise ValueError(f"{folder} holds the tensors {', '.join(sorted(tensors))}; expected are {', '.join(_TENSORS)}.")
     coder = SparseCoder(SparseConfig(**{name: told[name] for name in SparseConfig.__dataclass_fields__ if name in told}))
     try:
         coder.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"The tensors of {folder} do not have the shapes that its cfg.json says: {error}") from error
+        raise ValueError(f"The tensors of {folder} do not have the shapes or names that its cfg.json says: {error}") from error
     return coder.float()
 
 
@@ -279,8 +276,3 @@ def latent_activations(
         values, numbers = coder.encode(batch["features"].float())
         dense = torch.zeros(len(values), coder.config.latents).scatter_(1, numbers, values)
         yield batch["sample"][::places].numpy(), dense.unflatten(0, (-1, places)).numpy()
-
-
-__all__ = [
-    "SparseCoder", "SparseConfig", "SparseTraining", "latent_activations", "load_sae", "random_directions", "save_sae", "score_sae", "train_sae",
-]  # fmt: skip
