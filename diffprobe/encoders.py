@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ from diffprobe.prompts import EncodedText
 from diffprobe.sites import Site
 from diffprobe.tokens import first_of
 
-ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+ABSENT = (OSError, ValueError, KeyError, SafetensorError)  # what the hub raises are kinds of the first two
 
 
 class VisionEncoder:

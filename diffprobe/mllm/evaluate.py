@@ -64,18 +64,20 @@ def _groups(names: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _share(hits: Floats, clusters: NDArray[Any] | None = None, seed: int = 0) -> dict[str, float]:
+def _share(hits: Floats, level: float, clusters: NDArray[Any] | None = None, seed: int = 0) -> dict[str, float]:
     """A share with its interval: Wilson's; by bootstrap where several rows make a cluster, unless all rows are alike."""
     n = len(hits) if clusters is None else len(np.unique(clusters))
     value = float(hits.mean())
     if clusters is not None and 0 < value < 1:
-        low, high = bootstrap_interval(hits, clusters, seed=seed)
+        low, high = bootstrap_interval(hits, clusters, level, seed=seed)
     else:
-        low, high = wilson_interval(value * n, n)
+        low, high = wilson_interval(value * n, n, level)
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _from_sums(columns: Floats, statistic: Callable[[Floats], Floats], seed: int, n: int | None = None) -> dict[str, float]:
+def _from_sums(
+    columns: Floats, statistic: Callable[[Floats], Floats], level: float, seed: int, n: int | None = None
+) -> dict[str, float]:
     """A statistic of column sums with its bootstrap interval; resamples in which it is undefined are left out."""
 
     def quiet(sums: Floats) -> Floats:
@@ -85,7 +87,7 @@ def _from_sums(columns: Floats, statistic: Callable[[Floats], Floats], seed: int
     value = float(quiet(columns.sum(0, keepdims=True))[0])
     if np.isnan(value):
         return {"value": value, "low": np.nan, "high": np.nan, "n": n or len(columns)}
-    low, high = bootstrap_sums(columns, quiet, seed=seed)
+    low, high = bootstrap_sums(columns, quiet, level=level, seed=seed)
     return {"value": value, "low": low, "high": high, "n": n or len(columns)}
 
 
@@ -96,7 +98,7 @@ def _table(benchmark: str, rows: Sequence[Mapping[str, Any]], seed: int) -> pd.D
 # --- multiple choice ------------------------------------------------------------------------------
 
 
-def score_mmvp(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_mmvp(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """MMVP (Tong et al. 2024): items 2k and 2k + 1 are a pair, which counts when both are right.
 
     Records, in the benchmark's order: options ("(a) Open (b) Closed" or a list), answer ("(a)"), output.
@@ -111,13 +113,13 @@ def score_mmvp(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
         raise ValueError(f"MMVP: items come in pairs; got {len(hits)} records.")
     pairs = hits.reshape(-1, 2)
     rows = [
-        {"score": "pair", **_share(pairs.all(1).astype(float)), "chance": chances.reshape(-1, 2).prod(1).mean()},
-        {"score": "item", **_share(hits, np.arange(len(hits)) // 2, seed), "n": len(hits), "chance": chances.mean()},
+        {"score": "pair", **_share(pairs.all(1).astype(float), level), "chance": chances.reshape(-1, 2).prod(1).mean()},
+        {"score": "item", **_share(hits, level, np.arange(len(hits)) // 2, seed), "n": len(hits), "chance": chances.mean()},
     ]
     return _table("MMVP", [{**row, "unparsed": unparsed} for row in rows], seed)
 
 
-def score_naturalbench(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """NaturalBench (Li et al. 2024): groups of two questions and two images, with opposite answers.
 
     Records, four a group in the hub's order, question 0 on images 0 and 1, then question 1 on images 0 and 1: answer
@@ -133,15 +135,15 @@ def score_naturalbench(records: Sequence[Record], *, seed: int = 0) -> pd.DataFr
         raise ValueError(f"NaturalBench: a group has four records; got {len(hits)}.")
     right = hits.reshape(-1, 2, 2)  # (group, question, image)
     groups = np.arange(len(right))
-    rows: list[dict[str, Any]] = [{"score": "group", **_share(right.all((1, 2)).astype(float)), "chance": 1 / 16}]
+    rows: list[dict[str, Any]] = [{"score": "group", **_share(right.all((1, 2)).astype(float), level), "chance": 1 / 16}]
     for score, each, chance in (("question", right.all(2), 1 / 4), ("image", right.all(1), 1 / 4), ("item", right, 1 / 2)):
         flat = each.reshape(len(right), -1)
-        share = _share(flat.ravel().astype(float), np.repeat(groups, flat.shape[1]), seed)
+        share = _share(flat.ravel().astype(float), level, np.repeat(groups, flat.shape[1]), seed)
         rows.append({"score": score, **share, "n": flat.size, "chance": chance})
     return _table("NaturalBench", [{**row, "unparsed": unparsed} for row in rows], seed)
 
 
-def score_blink(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """BLINK (Fu et al. 2024): accuracy of each task, and their mean ("macro"), which is the benchmark's score.
 
     Records: task, options, answer ("(A)"), output.  The official script has a language model match outputs to options.
@@ -155,13 +157,13 @@ def score_blink(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
     tasks = np.array([str(record["task"]) for record in records])
     names = list(dict.fromkeys(tasks))
     shown = (tasks[:, None] == np.array(names)).astype(np.float64)
-    macro = _from_sums(np.c_[shown * hits[:, None], shown], _mean_share, seed)
+    macro = _from_sums(np.c_[shown * hits[:, None], shown], _mean_share, level, seed)
     chance = float(_mean_share(np.r_[(shown * chances[:, None]).sum(0), shown.sum(0)][None])[0])
     rows: list[dict[str, Any]] = [{"group": MACRO, **macro, "chance": chance, "unparsed": unparsed}]
     for name in names:
         mine = [record for record, task in zip(records, tasks, strict=True) if task == name]
         right, guessed, lost = _choice_hits(mine, "BLINK")
-        rows.append({"group": name, **_share(right), "chance": guessed.mean(), "unparsed": lost})
+        rows.append({"group": name, **_share(right, level), "chance": guessed.mean(), "unparsed": lost})
     return _table("BLINK", [{"score": "accuracy", **row} for row in rows], seed)
 
 
@@ -174,7 +176,7 @@ def _mean_share(sums: Floats) -> Floats:
 CV_SOURCES = ("ADE20K", "COCO", "Omni3D")
 
 
-def score_cv_bench(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_cv_bench(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """CV-Bench (Tong et al. 2024, Cambrian-1): the mean of 2D, itself the mean of ADE20K and COCO, and 3D (Omni3D).
 
     Records: source (of `CV_SOURCES`), options, answer ("(A)"), output.  Groups: all, 2D, and the three sources (Omni3D is 3D).
@@ -200,17 +202,17 @@ def score_cv_bench(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
         kept = shown[:, np.array(weights) > 0].any(1)
         n, columns = int(kept.sum()), np.c_[shown * hits[:, None], shown]
         chance = float(combined(weights)(np.r_[(shown * chances[:, None]).sum(0), shown.sum(0)][None])[0])
-        rows.append({"group": group, **_from_sums(columns, combined(weights), seed, n), "chance": chance})
+        rows.append({"group": group, **_from_sums(columns, combined(weights), level, seed, n), "chance": chance})
     for k, source in enumerate(CV_SOURCES):
         mine = shown[:, k] > 0
-        rows.append({"group": source, **_share(hits[mine]), "chance": chances[mine].mean()})
+        rows.append({"group": source, **_share(hits[mine], level), "chance": chances[mine].mean()})
     return _table("CV-Bench", [{"score": "accuracy", "unparsed": unparsed, **row} for row in rows], seed)
 
 
 # --- short answers --------------------------------------------------------------------------------
 
 
-def score_gqa(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_gqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """GQA (Hudson & Manning 2019): exact match, case and punctuation ignored.
 
     Records: answer, output, and optionally image (records of one image are resampled together).  An empty output is
@@ -223,7 +225,7 @@ def score_gqa(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
     truths, said = ([_plain(str(record[name])) for record in records] for name in ("answer", "output"))
     hits = np.array([a == b for a, b in zip(truths, said, strict=True)], np.float64)
     chance = Counter(truths).most_common(1)[0][1] / len(truths)
-    share = {**_share(hits, _images(records), seed), "n": len(hits)}
+    share = {**_share(hits, level, _images(records), seed), "n": len(hits)}
     return _table("GQA", [{"score": "accuracy", **share, "chance": chance, "unparsed": sum(not s for s in said)}], seed)
 
 
@@ -310,7 +312,7 @@ def _spaced(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def score_vqav2(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_vqav2(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """VQAv2 (Antol et al. 2015, Goyal et al. 2017).
 
     Records: answers (ten texts), output, and optionally image and answer_type (then also scored by it).  Chance is what the
@@ -319,15 +321,17 @@ def score_vqav2(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
     >>> score_vqav2([{"answers": ["cat"] * 9 + ["dog"], "output": "a cat"}]).value.tolist()
     [1.0]
     """
-    return _score_vqa(records, "VQAv2", None, seed)
+    return _score_vqa(records, "VQAv2", None, level, seed)
 
 
-def score_textvqa(records: Sequence[Record], *, seed: int = 0) -> pd.DataFrame:
+def score_textvqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """TextVQA (Singh et al. 2019); fields as for `score_vqav2`, normalised always."""
-    return _score_vqa(records, "TextVQA", normalise_textvqa, seed)
+    return _score_vqa(records, "TextVQA", normalise_textvqa, level, seed)
 
 
-def _score_vqa(records: Sequence[Record], benchmark: str, normalise: Callable[[str], str] | None, seed: int) -> pd.DataFrame:
+def _score_vqa(
+    records: Sequence[Record], benchmark: str, normalise: Callable[[str], str] | None, level: float, seed: int
+) -> pd.DataFrame:
     _given(records, benchmark, ("answers", "output"))
     answers = [[str(answer) for answer in record["answers"]] for record in records]
     for index, given in enumerate(answers):
@@ -346,16 +350,18 @@ def _score_vqa(records: Sequence[Record], benchmark: str, normalise: Callable[[s
         clusters = None if images is None else images[mine]
         value, chance = scores[mine].mean(), constant[mine].mean()
         n = int(mine.sum()) if clusters is None else len(np.unique(clusters))
-        low, high = bootstrap_interval(scores[mine], clusters, seed=seed)
+        low, high = bootstrap_interval(scores[mine], clusters, level, seed=seed)
         if value in (0, 1):  # all alike: the bootstrap knows no other outcome
-            low, high = wilson_interval(value * n, n)
+            low, high = wilson_interval(value * n, n, level)
         lost = sum(not _plain(output) for output, kept in zip(outputs, mine, strict=True) if kept)
         row = {"score": "accuracy", "group": group, "value": value, "low": low, "high": high, "n": int(mine.sum())}
         rows.append({**row, "chance": chance, "unparsed": lost})
     return _table(benchmark, rows, seed)
 
 
-def score_pope(records: Sequence[Record], read: Callable[[str], str | None] = read_yes_no, *, seed: int = 0) -> pd.DataFrame:
+def score_pope(
+    records: Sequence[Record], read: Callable[[str], str | None] = read_yes_no, *, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
     """POPE (Li et al. 2023): accuracy, precision, recall and F1 of "yes", and the share of yes among the model's ANSWERS.
 
     Records: answer ("yes" or "no"), output, and optionally image and category (random, popular, adversarial; then also
@@ -395,11 +401,11 @@ def score_pope(records: Sequence[Record], read: Callable[[str], str | None] = re
         }
         about = {"group": group, "unparsed": int(unparsed[mine].sum())}
         n = int(mine.sum())
-        rows.append({**about, "score": "accuracy", **_share(right[mine], clusters, seed), "n": n, "chance": 0.5})
+        rows.append({**about, "score": "accuracy", **_share(right[mine], level, clusters, seed), "n": n, "chance": 0.5})
         for score, (ratio, chance) in ratios.items():
             sums = columns if clusters is None else _by_cluster(columns, clusters)
-            rows.append({**about, "score": score, **_from_sums(sums, ratio, seed, n), "chance": chance})
-        rows.append({**about, "score": "yes_share", **_share(yes[mine], clusters, seed), "n": n, "chance": 0.5})
+            rows.append({**about, "score": score, **_from_sums(sums, ratio, level, seed, n), "chance": chance})
+        rows.append({**about, "score": "yes_share", **_share(yes[mine], level, clusters, seed), "n": n, "chance": 0.5})
     return _table("POPE", rows, seed)
 
 
@@ -411,7 +417,7 @@ def _by_cluster(columns: Floats, clusters: NDArray[Any]) -> Floats:
 
 
 def score_llava_bench(
-    records: Sequence[Record], judge: Callable[[Record], tuple[float, float]], *, seed: int = 0
+    records: Sequence[Record], judge: Callable[[Record], tuple[float, float]], *, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
     """LLaVA-Bench (Liu et al. 2023): the judge's points for the model over those for the reference answer.
 
@@ -422,7 +428,8 @@ def score_llava_bench(
     Args:
         records: The answers.
         judge: Gives the points of the reference answer and of the output, in this order, each above 0.
-        seed: Of the bootstrap, which resamples items.
+        level: Coverage; items are resampled.
+        seed: Of the bootstrap.
 
     Raises:
         ValueError: The judge's points are not two positive numbers.
@@ -442,7 +449,7 @@ def score_llava_bench(
     categories = np.array([str(record["category"]) for record in records])
     rows = []
     for group, mine in _groups(categories):
-        row = {"score": "relative", "group": group} | _from_sums(table[mine], lambda sums: sums[:, 1] / sums[:, 0], seed)
+        row = {"score": "relative", "group": group} | _from_sums(table[mine], lambda sums: sums[:, 1] / sums[:, 0], level, seed)
         empty = sum(not str(record["output"]).strip() for record, kept in zip(records, mine, strict=True) if kept)
         rows.append({**row, "chance": np.nan, "unparsed": empty})
     return _table("LLaVA-Bench", rows, seed)

@@ -228,15 +228,12 @@ class _Scored:
     otsu: Floats  # (row,) Otsu's threshold as a share of the map's range
     reasons: NDArray[np.int64]  # (row,) number in `_REASONS`: why the row has no scores
 
-    @classmethod
-    def empty(cls, n: int) -> _Scored:
-        missing = np.full(n, _REASONS.index("no such map"))
-        return cls(np.full((n, _OTSU_COLUMN + 1), np.nan), np.full(n, np.nan), missing)
-
 
 def _score_maps(maps: NDArray[np.float32], plan: _Plan, pairs: Pairs) -> dict[str, _Scored]:
     """Scores maps (map, y, x) against the masks that `pairs` names, by line of the table."""
-    found = {name: _Scored.empty(len(plan.area)) for name in [*plan.names, MOVED]}
+    n = len(plan.area)
+    empty = np.full((n, _OTSU_COLUMN + 1), np.nan), np.full(n, np.nan), np.full(n, _REASONS.index("no such map"))
+    found = {name: _Scored(*(column.copy() for column in empty)) for name in [*plan.names, MOVED]}
     wanted = sorted(pairs)
     for start in range(0, len(wanted), _BLOCK):
         part = wanted[start : start + _BLOCK]
