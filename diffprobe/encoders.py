@@ -330,15 +330,12 @@ def load_extractor(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
-    *,
-    use_safetensors: bool = True,
-    random_weights: int | None = None,
     **loading: Any,
 ) -> DiffusionModel | VisionEncoder:
     """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of.
 
     Args:
-        **loading: options that only `load_model` has: variant, loras, config.
+        **loading: the other options of `load_model`; a vision encoder takes use_safetensors and random_weights of them.
     """
     source = resolve(id_or_dir)
     loading = {name: value for name, value in loading.items() if value is not None and value != []}
@@ -351,7 +348,7 @@ def load_extractor(
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         except ABSENT:
             raise nothing from None
-        if loading:
-            raise ValueError(f"{id_or_dir} is a vision encoder, which is not loaded with {', '.join(loading)}.") from None
+        if other := [name for name in loading if name not in ("use_safetensors", "random_weights")]:
+            raise ValueError(f"{id_or_dir} is a vision encoder, which is not loaded with {', '.join(other)}.") from None
         load = load_encoder
-    return load(id_or_dir, device, dtype, revision, use_safetensors=use_safetensors, random_weights=random_weights, **loading)
+    return load(id_or_dir, device, dtype, revision, **loading)
