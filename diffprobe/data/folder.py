@@ -155,6 +155,11 @@ class FolderDataset(IndexedDataset):
             labels=self._folders[index] | known.labels,
         )
 
+    @property
+    def captioned(self) -> bool:
+        """Whether any image has a caption."""
+        return any(known.captions for known in self._known.values())
+
     def content(self) -> Iterator[bytes]:
         """Names, contents and captions; no labels, which decide no feature, and no times, which a copy changes."""
         texts = (self._known.get(name, Known()).captions for name in self.files)
