@@ -27,7 +27,7 @@ import regex
 from numpy.typing import ArrayLike, NDArray
 
 from diffprobe.rundir import optional
-from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
+from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, share_interval
 
 # Similarity of each output with each candidate, a candidate being one or several texts that say the same: (output, candidate).
 Similarity = Callable[[Sequence[str], Sequence[Sequence[str]]], Floats]
@@ -375,9 +375,7 @@ def caption_table(
         else:
             values = caption_scores(metric, outputs, references, frequencies)
             value = float(values.mean())
-            low, high = bootstrap_interval(values, clusters, seed=seed)
-            if metric == "exact" and value in (0, 1):  # all alike: the bootstrap knows no other outcome
-                low, high = wilson_interval(value * len(first), len(first))
+            low, high = (share_interval if metric == "exact" else bootstrap_interval)(values, clusters, seed=seed)
             if metric == "cider_d" and frequencies is not None:
                 chance = _mean_of_others(outputs, references, np.sort(first), frequencies)
             else:

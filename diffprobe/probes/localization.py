@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from diffprobe.probes.cells import column_means, macro_mean, mean_interval, p_above_zero, resampling_weights
 from diffprobe.probes.task import Floats, combinations, need_dimensions, number_ids
-from diffprobe.stats import holm, wilson_interval
+from diffprobe.stats import holm, share_interval
 
 Bools = NDArray[np.bool_]
 
@@ -387,8 +387,7 @@ def _summary(
     for cell in np.flatnonzero(rows["score"] == "pointing"):
         hits = table[known[:, cell], cell]
         if len(hits) and hits.min() == hits.max() and hits[0] in (0, 1):  # resampling equal values says nothing
-            groups = len(np.unique(images[known[:, cell]]))
-            low[cell], high[cell] = wilson_interval(groups * hits[0], groups)
+            low[cell], high[cell] = share_interval(hits, images[known[:, cell]])
     used = np.full((len(places), len(SCORES)), np.nan)
     names = list(SCORES)
     used[:, names.index("iou_fixed")] = FIXED_THRESHOLD
