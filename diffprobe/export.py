@@ -125,7 +125,9 @@ def _cells(arrays: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
 
 
 def _parquet(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> None:
-    pa, parquet = (optional(name, "hub", "Writing Parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    pa, parquet = (
+        optional(name, "Writing Parquet takes: pip install 'diffprobe[hub]'") for name in ("pyarrow", "pyarrow.parquet")
+    )
     cells, fields = _cells(arrays), list(pa.Schema.from_pandas(samples, preserve_index=False))
     for name, cell in cells.items():
         kind = pa.list_(pa.float32(), int(np.prod(cell.shape[1:], dtype=np.int64)))
@@ -143,7 +145,7 @@ def _parquet(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) 
 
 
 def _hf(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> None:
-    datasets = optional("datasets", "scale", "Writing a dataset of the hub")
+    datasets = optional("datasets", "Writing a dataset of the hub takes: pip install 'diffprobe[scale]'")
     cells = _cells(arrays)
     kinds = {"i": "int64", "f": "float64"}
     features: dict[str, Any] = {

@@ -354,20 +354,7 @@ def check_or_write_request(
     check_request(path.parent, kept, asked, fault)
 
 
-# --- packages, and where numbers come from --------------------------------------------------------
-
-
-def optional(module: str, extra: str, what: str) -> Any:
-    """Imports a module that comes with an extra of this package.
-
-    Raises:
-        ValueError: it is not installed; the message says that `what` needs it, and how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise ValueError(f"{what} needs {library}; install it with: pip install 'diffprobe[{extra}]'") from error
+# --- provenance -----------------------------------------------------------------------------------
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:
@@ -396,6 +383,14 @@ def code_commit() -> str | None:
     top, _, commit = found.stdout.strip().partition("\n")
     # A virtual environment may lie in somebody else's repository, whose commit says nothing of this code.
     return commit if found.returncode == 0 and Path(top) == checkout else None
+
+
+def optional(library: str, need: str) -> Any:
+    """A library that is not required; raises ValueError with `need`, which says how to install it, where it is not there."""
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(need) from error
 
 
 def file_digest(path: Path, algorithm: str | Callable[[], Any] = "sha256") -> str:

@@ -234,7 +234,7 @@ def test_every_bad_entry_of_a_file_is_listed(coco: Path) -> None:
 def test_run_lengths_need_no_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     assert decode_masks([{"size": [1, 3], "counts": [1, 2]}], (1, 3), "x").tolist() == [[[False, True, True]]]
-    with pytest.raises(ValueError, match="COCO's polygons needs pycocotools; install it"):
+    with pytest.raises(ValueError, match="COCO's polygons need pycocotools"):
         decode_masks([[[0, 0, 2, 0, 2, 2]]], (3, 3), "x")
 
 

@@ -43,7 +43,7 @@ class RowsDataset(IndexedDataset):
     """
 
     def __init__(self, kind: str, source: str, split: str | None = None, limit: int | None = None) -> None:
-        datasets = optional("datasets", "scale", f"{kind}:{source}")
+        datasets = optional("datasets", f"{kind}:{source} takes the library datasets: pip install 'diffprobe[scale]'")
         try:
             if kind == "hf":
                 found: Any = datasets.load_from_disk(str(Path(source).expanduser()))

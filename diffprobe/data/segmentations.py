@@ -33,7 +33,9 @@ def decode_masks(segmentations: Sequence[Any], size: tuple[int, int], where: str
         if segmentation:
             counts = checked_runs(segmentation, size, where)
             if counts is None:
-                coco = optional("pycocotools.mask", "coco", "A mask of COCO's polygons")
+                coco = optional(
+                    "pycocotools.mask", "COCO's polygons need pycocotools; install it with: pip install 'diffprobe[coco]'"
+                )
                 mask[:] = coco.decode(coco.merge(coco.frPyObjects(segmentation, *size)))
             else:  # columns of pixels, outside first
                 mask[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T

