@@ -18,18 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from diffprobe.data import files
 from diffprobe.data.drawn import ShapesDataset, spread
-from diffprobe.data.files import (
-    check_inside,
-    check_unicode,
-    content_digests,
-    file_inside,
-    inside,
-    numbered_lines,
-    parse_json,
-    read_text,
-    real_path,
-)
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.samples import Fingerprinted, check_options, limit_of, split_spec, whole_number
@@ -159,17 +149,17 @@ class LlavaConversations(Conversations):
     """
 
     def __init__(self, path: str | Path, images: str | Path, limit: int | None = None) -> None:
-        self.path, self.folder = Path(path), real_path(images)
+        self.path, self.folder = Path(path), files.real_path(images)
         self.name = self.path.stem
         if not self.path.is_file():
             raise ValueError(f"'{self.path}' does not exist; give a JSON file in LLaVA's layout.")
         if not self.folder.is_dir():
             raise ValueError(f"'{images}' is no folder; give the folder that the image names are relative to.")
-        text = read_text(self.path)
+        text = files.read_text(self.path)
         if text.lstrip()[:1] in ("{", ""):
-            entries = [parse_json(line, where) for where, line in numbered_lines(self.path)]
+            entries = [files.parse_json(line, where) for where, line in files.numbered_lines(self.path)]
         else:
-            entries = parse_json(text, f"'{self.path}'")
+            entries = files.parse_json(text, f"'{self.path}'")
         if not isinstance(entries, list) or not entries:
             raise ValueError(f"'{self.path}' must hold a list of conversations, or one a line, at least one.")
         self._files: dict[str, Path] = {}
@@ -184,11 +174,13 @@ class LlavaConversations(Conversations):
         return Conversation(name, tuple(partial(self._load, image) for image in images), turns)
 
     def content(self) -> Iterator[bytes]:
-        contents = content_digests(self.folder, [path.relative_to(self.folder).as_posix() for path in self._files.values()])
+        contents = files.content_digests(
+            self.folder, [path.relative_to(self.folder).as_posix() for path in self._files.values()]
+        )
         yield json.dumps([self._entries, contents], ensure_ascii=False).encode()
 
     def _load(self, name: str) -> Image.Image:
-        check_inside(self.folder, self._files[name])
+        files.check_inside(self.folder, self._files[name])
         return read_image(self._files[name])
 
     def _read(self, number: int, entry: Any) -> _Entry:
@@ -197,10 +189,10 @@ class LlavaConversations(Conversations):
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise ValueError(f'{where} has no list "conversations".')
         where = f"{where} (id {entry.get('id', number)!r})"
-        check_unicode(f"{where}: its id", entry.get("id", number))
+        files.check_unicode(f"{where}: its id", entry.get("id", number))
         names, texts = _image_names(where, entry), _texts(where, entry["conversations"])
         for kind, text in (("image", "".join(names)), *((f"text {k}", text) for k, text in enumerate(texts))):
-            check_unicode(f"{where}: its {kind}", text)
+            files.check_unicode(f"{where}: its {kind}", text)
         marks = sum(text.count(MARK) for text in texts)
         if names and marks not in (0, len(names)):
             raise ValueError(f"{where} names {len(names)} images and speaks of {marks} ({MARK}).")
@@ -209,7 +201,7 @@ class LlavaConversations(Conversations):
         clean = [text.replace(MARK, "").strip() if names and MARK in text else text for text in texts]
         for name in names:
             if name not in self._files:
-                path = file_inside(self.folder, name)
+                path = files.file_inside(self.folder, name)
                 if path is None:
                     raise ValueError(
                         f"{where}: '{name}' is not in '{self.folder}'; copy it there, or name its folder with images=FOLDER."
@@ -226,7 +218,7 @@ def _image_names(where: str, entry: Mapping[str, Any]) -> list[str]:
         raise ValueError(f'{where}: "image" must be a name or a list of names; found {both[0] or both[1]!r}.')
     if names and more and names != more:
         raise ValueError(f'{where}: "image" and "images" name other files; keep one of them.')
-    return [inside(where, name) for name in names or more]
+    return [files.inside(where, name) for name in names or more]
 
 
 def _texts(where: str, turns: list[Any]) -> list[str]:
