@@ -29,23 +29,10 @@ from typing import Any
 
 from PIL import Image
 
-from diffprobe.data import load_dataset
+from diffprobe.data import load_dataset, tables
 from diffprobe.data.files import inside, numbered_lines, read_text
 from diffprobe.data.images import ImageError, decode_image, read_image
 from diffprobe.data.samples import did_you_mean, split_spec
-from diffprobe.data.tables import (
-    Loader,
-    benchmark_folder,
-    check_columns,
-    check_ids,
-    collected,
-    csv_rows,
-    image_file,
-    image_folder,
-    items_digest,
-    json_object,
-    parquet_rows,
-)
 from diffprobe.data.twins import TwinsDataset
 
 Label = str | int | float
@@ -68,7 +55,7 @@ class Item:
     """
 
     id: str
-    images: tuple[Loader, ...]
+    images: tuple[tables.Loader, ...]
     captions: tuple[str, ...]
     pattern: str
     labels: Mapping[str, Label] = field(default_factory=dict)
@@ -89,7 +76,7 @@ class Benchmark:
     def fingerprint(self) -> str:
         """Hash of every id, caption and pattern, and of the pictures."""
         texts = [(item.id, item.captions, item.pattern, len(item.images)) for item in self.items]
-        return items_digest(self.protocol, texts, [load for item in self.items for load in item.images])
+        return tables.items_digest(self.protocol, texts, [load for item in self.items for load in item.images])
 
 
 def load_benchmark(spec: str) -> Benchmark:
@@ -118,8 +105,8 @@ def load_benchmark(spec: str) -> Benchmark:
             given = f"{name}={value}"
             raise ValueError(f"{spec!r}: {given!r} is no option of {kind}; sugarcrepe takes images=FOLDER, the others none.")
     images = Path(options["images"]).expanduser() if options else None
-    items = tuple(collected(repr(spec), READERS[kind](benchmark_folder(source), images)))
-    check_ids(spec, [item.id for item in items])
+    items = tuple(tables.collected(repr(spec), READERS[kind](tables.benchmark_folder(source), images)))
+    tables.check_ids(spec, [item.id for item in items])
     return Benchmark(kind, kind, spec, items)
 
 
@@ -173,15 +160,21 @@ def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Makers:
             raise ValueError(f"'{source}': IDs {first} and {first + 1} are a pair of type {kind!r}, but {first + 1} {found}.")
         return first, first + 1
 
-    lines = csv_rows(source, ("Question ID", "Type", "Statement"))
-    collected(f"'{source}'", (partial(read, where, *cells) for where, cells in lines))
-    pairs = collected(f"'{source}'", (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows})))
+    lines = tables.csv_rows(source, ("Question ID", "Type", "Statement"))
+    tables.collected(f"'{source}'", (partial(read, where, *cells) for where, cells in lines))
+    pairs = tables.collected(
+        f"'{source}'", (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows}))
+    )
     paths = {number: folder / "MLLM_VLM Images" / kind / f"{number}.jpg" for number, (_, kind, _) in rows.items()}
-    loaders = collected(f"'{source}'", (partial(image_file, rows[number][0], path) for number, path in paths.items()))
+    loaders = tables.collected(
+        f"'{source}'", (partial(tables.image_file, rows[number][0], path) for number, path in paths.items())
+    )
     return (partial(_mmvp_pair, rows, dict(zip(paths, loaders, strict=True)), numbers) for numbers in pairs)
 
 
-def _mmvp_pair(rows: Mapping[int, tuple[str, str, str]], loaders: Mapping[int, Loader], numbers: tuple[int, int]) -> Item:
+def _mmvp_pair(
+    rows: Mapping[int, tuple[str, str, str]], loaders: Mapping[int, tables.Loader], numbers: tuple[int, int]
+) -> Item:
     kind = rows[numbers[0]][1]
     return Item(
         f"mmvp-vlm-{numbers[1] // 2:03d}",
@@ -194,8 +187,8 @@ def _mmvp_pair(rows: Mapping[int, tuple[str, str, str]], loaders: Mapping[int, L
 
 def read_winoground(folder: Path, images: Path | None = None) -> Makers:
     """The quadruples of Winoground, grouped by collapsed_tag (Object, Relation, Both)."""
-    if tables := sorted(folder.rglob("*.parquet")):
-        rows = parquet_rows(tables, folder, WINOGROUND_COLUMNS, ("image_0", "image_1"))
+    if found := sorted(folder.rglob("*.parquet")):
+        rows = tables.parquet_rows(found, folder, WINOGROUND_COLUMNS, ("image_0", "image_1"))
         return (partial(_winoground_item, row) for row in rows)
     found = [path for name in ("examples.jsonl", "metadata.jsonl") for path in sorted(folder.rglob(name))]
     if not found:
@@ -206,8 +199,8 @@ def read_winoground(folder: Path, images: Path | None = None) -> Makers:
     return (partial(_winoground_line, pictures, where, line) for where, line in numbered_lines(found[0]))
 
 
-def _winoground_line(pictures: Mapping[str, Loader], where: str, line: str) -> Item:
-    row = json_object(line, where, WINOGROUND_COLUMNS)
+def _winoground_line(pictures: Mapping[str, tables.Loader], where: str, line: str) -> Item:
+    row = tables.json_object(line, where, WINOGROUND_COLUMNS)
     for name in ("image_0", "image_1"):
         if (stem := Path(inside(where, str(row[name]))).stem) not in pictures:
             raise ValueError(f"{where}: there is no image {row[name]!r} in 'images' or 'images.zip' beside it; copy it there.")
@@ -225,10 +218,10 @@ def _winoground_item(row: Mapping[str, Any]) -> Item:
     )
 
 
-def _pictures(folder: Path) -> dict[str, Loader]:
+def _pictures(folder: Path) -> dict[str, tables.Loader]:
     """Images by their stem: files of the folder ``images``, or entries of ``images.zip``."""
     files, archive = (folder / "images").rglob("*"), folder / "images.zip"
-    found: dict[str, Loader] = {path.stem: partial(read_image, path) for path in sorted(files) if path.suffix}
+    found: dict[str, tables.Loader] = {path.stem: partial(read_image, path) for path in sorted(files) if path.suffix}
     if not found and archive.is_file():
         with zipfile.ZipFile(archive) as opened:
             # what the system that packed it adds (__MACOSX/._ex_0_img_0.png) begins with a dot
@@ -250,16 +243,16 @@ def read_sugarcrepe(folder: Path, images: Path | None = None) -> Makers:
     if absent := [name for name in SUGARCREPE_SUBSETS if not (root / f"{name}.json").is_file()]:
         raise ValueError(f"'{folder}' has no {', '.join(f'{name}.json' for name in absent)}; SugarCrepe has seven such files.")
     beside = [base / name for base in (folder, root) for name in ("val2017", "images")]
-    pictures = image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
+    pictures = tables.image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
     for subset in SUGARCREPE_SUBSETS:
         source = root / f"{subset}.json"
-        for key, row in json_object(read_text(source), f"'{source}'").items():
+        for key, row in tables.json_object(read_text(source), f"'{source}'").items():
             yield partial(_sugarcrepe_item, f"'{source}', entry {key!r}", f"{subset}-{key}", subset, pictures, row)
 
 
 def _sugarcrepe_item(where: str, name: str, subset: str, pictures: Path, row: Any) -> Item:
-    check_columns(where, row, ("filename", "caption", "negative_caption"))
-    image = image_file(where, pictures / inside(where, str(row["filename"])))
+    tables.check_columns(where, row, ("filename", "caption", "negative_caption"))
+    image = tables.image_file(where, pictures / inside(where, str(row["filename"])))
     return Item(name, (image,), (str(row["caption"]), str(row["negative_caption"])), subset)
 
 

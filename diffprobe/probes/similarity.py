@@ -5,6 +5,7 @@ Both sets of features describe the same samples, matched by id.  The measures ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -235,11 +236,10 @@ def store_similarity(
                 found = similarity(guided, plain, **settings).drop(columns=["conditioning_a", "conditioning_b"])
                 frames.append(found.assign(conditioning=conditioning, guidance=s))
     elif between == "site":
-        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        frames = [similarity(features(tree, a), features(tree, b), **settings) for a, b in pairs]
+        frames = [similarity(features(tree, a), features(tree, b), **settings) for a, b in itertools.combinations(names, 2)]
     else:
         assert other is not None
-        pairs = [(a, b) for a in names for b in _sites(other)]
+        pairs = itertools.product(names, _sites(other))
         frames = [similarity(*same_noise(features(tree, a), features(other, b)), **settings) for a, b in pairs]
     if not frames:
         raise ValueError(f"Similarity between {between}s needs at least two; there is only {', '.join(names) or 'nothing'}.")
@@ -301,9 +301,8 @@ Comparison = tuple[dict[str, Any], xr.DataArray, xr.DataArray, NDArray[np.int64]
 def _comparisons(first: xr.DataArray, other: xr.DataArray | None, along: str | None, ids: xr.DataArray) -> Iterator[Comparison]:
     """Pairs of blocks (sample, channel, y, x) to compare, with their place and their samples' groups."""
     if along is not None:
-        for i in range(first.sizes[along]):
-            for j in range(i + 1, first.sizes[along]):
-                yield from _comparisons(first.isel({along: i}), first.isel({along: j}), None, ids)
+        for i, j in itertools.combinations(range(first.sizes[along]), 2):
+            yield from _comparisons(first.isel({along: i}), first.isel({along: j}), None, ids)
         return
     assert other is not None
     a, b, ids = _aligned(first, other, ids)
