@@ -91,12 +91,10 @@ def _existence(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     if form == "pair":
         colour, shape = obj.pair if yes else _absent_pair(scene, obj, rng)
         text = f"Is there {article(f'{colour} {shape}')}?"
-    elif form == "colour":
-        absent = [c for c in world.COLOURS if all(o.colour != c for o in scene.objects)]
-        text = f"Is anything {obj.colour if yes else pick(rng, absent)}?"
     else:
-        absent = [s for s in world.SHAPES if all(o.shape != s for o in scene.objects)]
-        text = f"Is there {article(obj.shape if yes else pick(rng, absent))}?"
+        absent = [value for value in world.ATTRIBUTES[form] if all(getattr(o, form) != value for o in scene.objects)]
+        said = getattr(obj, form) if yes else pick(rng, absent)
+        text = f"Is anything {said}?" if form == "colour" else f"Is there {article(said)}?"
     yield Question(text, YES_NO[not yes], YES_NO, "existence", (index,) if yes else ())
 
 

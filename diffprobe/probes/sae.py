@@ -243,16 +243,12 @@ def score_sae(
         error, l0 = sums(torch.cat(errors)), sums(torch.cat(active))
         ratio = lambda s: s[:, 0] / s[:, 1]  # noqa: E731
         scored = {
-            "fvu": (
-                error.sum() / spread.sum(),
-                *bootstrap_sums(np.c_[error, spread], ratio, n_resamples=n_resamples, seed=seed),
-            ),
-            "l0": (l0.sum() / tokens.sum(), *bootstrap_sums(np.c_[l0, tokens], ratio, n_resamples=n_resamples, seed=seed)),
-            "dead": _dead(fires),
+            score: (top.sum() / below.sum(), *bootstrap_sums(np.c_[top, below], ratio, n_resamples=n_resamples, seed=seed))
+            for score, top, below in (("fvu", error, spread), ("l0", l0, tokens))
         }
         rows += [
             {"coder": name, "score": score, "value": value, "low": low, "high": high, "n": len(ids), "tokens": len(x)}
-            for score, (value, low, high) in scored.items()
+            for score, (value, low, high) in (scored | {"dead": _dead(fires)}).items()
         ]
     return pd.DataFrame(rows)
 
