@@ -522,13 +522,13 @@ def test_streaming_is_ridge_on_indicators_and_reads_blocks_only(monkeypatch):
 
     features = planted(side=3, strength=(6.0, 0.0))
     held = []
-    inner = streaming.matrix
+    inner = streaming.protocol.matrix
 
     def spy(block):
         held.append(block.sizes["sample"])
         return inner(block)
 
-    monkeypatch.setattr(streaming, "matrix", spy)
+    monkeypatch.setattr(streaming.protocol, "matrix", spy)
     frame = stream_probe(features, "colour", penalties=[20.0], block=16).table.set_index("timestep")
     assert max(held) == 16, "never more than a block is in memory"
     fitted, test = split(features, "colour")

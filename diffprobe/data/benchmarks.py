@@ -151,38 +151,23 @@ def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Makers:
             )
         rows[int(number)] = (where, inside(where, kind), statement)
 
-    def pair(first: int) -> tuple[int, int]:
+    def pair(first: int) -> Item:
         if first not in rows:
             raise ValueError(f"'{source}': ID {first} is missing, the other half of the pair of {first + 1}.")
         kind, other = rows[first][1], rows.get(first + 1)
         if other is None or other[1] != kind:
             found = f"has the type {other[1]!r}" if other else "is missing"
             raise ValueError(f"'{source}': IDs {first} and {first + 1} are a pair of type {kind!r}, but {first + 1} {found}.")
-        return first, first + 1
+        both = {f"{first + side}.jpg": rows[first + side] for side in (0, 1)}
+        shown = (partial(tables.image_file, row[0], folder / "MLLM_VLM Images" / kind / name) for name, row in both.items())
+        loaders = tuple(tables.collected(f"'{source}'", shown))
+        pattern = MMVP_PATTERNS.get(kind.replace("_", " ").split()[0].lower(), kind.lower())
+        captions = tuple(PHOTO + statement for *_, statement in both.values())
+        return Item(f"mmvp-vlm-{(first + 1) // 2:03d}", loaders, captions, pattern, {"type": kind})
 
     lines = tables.csv_rows(source, ("Question ID", "Type", "Statement"))
     tables.collected(f"'{source}'", (partial(read, where, *cells) for where, cells in lines))
-    pairs = tables.collected(
-        f"'{source}'", (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows}))
-    )
-    paths = {number: folder / "MLLM_VLM Images" / kind / f"{number}.jpg" for number, (_, kind, _) in rows.items()}
-    loaders = tables.collected(
-        f"'{source}'", (partial(tables.image_file, rows[number][0], path) for number, path in paths.items())
-    )
-    return (partial(_mmvp_pair, rows, dict(zip(paths, loaders, strict=True)), numbers) for numbers in pairs)
-
-
-def _mmvp_pair(
-    rows: Mapping[int, tuple[str, str, str]], loaders: Mapping[int, tables.Loader], numbers: tuple[int, int]
-) -> Item:
-    kind = rows[numbers[0]][1]
-    return Item(
-        f"mmvp-vlm-{numbers[1] // 2:03d}",
-        tuple(loaders[number] for number in numbers),
-        tuple(PHOTO + rows[number][2] for number in numbers),
-        MMVP_PATTERNS.get(kind.replace("_", " ").split()[0].lower(), kind.lower()),
-        {"type": kind},
-    )
+    return (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows}))
 
 
 def read_winoground(folder: Path, images: Path | None = None) -> Makers:
