@@ -166,7 +166,7 @@ class _Checked:
     def get(self, entry: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
         """A value of a type; another is noted as a fault, and the type's empty value returned."""
         value = entry.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer) if kind is int else kind):
+        if isinstance(value, bool) or not isinstance(value, kind):
             self.faults.append(f"'{self.path}': {key} is {value!r} where {kind.__name__} was expected")
             return kind()
         return kind(value)
