@@ -34,12 +34,12 @@ from numpy.typing import NDArray
 
 from diffprobe.figures import plot_probe_grid
 from diffprobe.plotting import OLD_COLUMNS
+from diffprobe.probes.codelength import label_bits
 from diffprobe.probes.labels import with_mask_labels
 from diffprobe.probes.linear import fit_probe
 from diffprobe.sites import LATENT
 from diffprobe.stats import bootstrap_interval
 from diffprobe.store import features, open_store, site_names
-from diffprobe.probes.codelength import label_bits
 from experiments.figures import plot_block_grid, plot_probe_bars, plot_probe_differences
 from experiments.framework import Claim, Experiment, Options, Result, joint
 
