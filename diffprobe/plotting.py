@@ -125,6 +125,8 @@ def save_figure(
         raise ValueError(f"A figure's name is a plain file stem; got {name!r}. Give the folder as `folder`.")
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}
     sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": package_versions()}
+    if title := figure.get_suptitle():
+        sidecar["title"] = title
     text = json.dumps(sidecar, indent=2, sort_keys=True, default=_plain, ensure_ascii=False)
     with contextlib.ExitStack() as held, style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; the rows have the words

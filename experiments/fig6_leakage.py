@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -265,7 +265,7 @@ def draw(result: Result) -> Mapping[str, Figure]:
     table = rows[rows["kind"] == "content-word F1"].fillna({"control": "", "arm": ""})
     from diffprobe.mllm.verdict import Leakage
 
-    wide = leak_against_sight(Leakage(table, pd.DataFrame()))
+    wide = leak_against_sight(Leakage(table, pd.DataFrame(), pd.DataFrame()))
     wide["label"] = np.where(wide["control"] == "", wide["label"], wide["control"] + " " + wide["label"])
     plane = pd.concat(
         [wide.rename(columns={s: "value", f"{s}_low": "low", f"{s}_high": "high"}).assign(score=s) for s in ("leak", "sight")]
@@ -285,6 +285,17 @@ def draw(result: Result) -> Mapping[str, Figure]:
     }  # fmt: skip
 
 
+def texts(result: Result) -> dict[str, dict[str, Any]]:
+    """What projectors wrote as a table: a row an image and what was fed in, a column a projector."""
+    shown = pd.DataFrame(result.config["examples"])
+    arms = [name for name in shown if name not in ("sample", "seen", "condition", "fed")]
+    rows = [
+        [f"{row['condition']}, {row['sample']}", *([str(row[name]) or "nothing"] for name in ("fed", "seen", *arms))]
+        for row in shown.to_dict("records")
+    ]
+    return {"texts": {"columns": ["", "fed to the diffusion model", "the image shows", *arms], "rows": rows, "best": []}}
+
+
 EXPERIMENT = Experiment(
     name="fig6_leakage",
     title="Does the language model see the image or read the prompt: recovery against guidance",
@@ -299,6 +310,7 @@ EXPERIMENT = Experiment(
         "plane": "Leak and sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
         "texts": "Texts side by side: what was fed in, what the image shows, and what projectors wrote.",
     },
+    tables=texts,
     reference="fig6_leakage",
 )
 

@@ -41,7 +41,7 @@ from experiments.comparison import (
     score_rows,
     table_rows,
 )
-from experiments.figures import plot_probe_differences, plot_score_table
+from experiments.figures import plot_probe_differences, plot_score_table, score_cells
 from experiments.framework import (
     MAIN_SITE,
     READER,
@@ -193,9 +193,21 @@ def published() -> pd.DataFrame:
     return paper.assign(label=names).set_index("label")
 
 
+def score_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of each figure that is a table."""
+    check = rows[
+        (rows["kind"] == "score") & (rows["group"] == "all") & rows["arm"].isin([CLIP.label, *(a.label for a in CHECKED)])
+    ]
+    found = {
+        "": table_rows(rows, published(), SCORES),
+        "patterns": pattern_rows(rows),
+        "leakage": check.assign(label=check["arm"] + ", " + check["condition"], published=np.nan),
+    }
+    return {suffix: frame for suffix, frame in found.items() if len(frame)}
+
+
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
-    table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
     changes = rows[(rows["kind"] == "change") & rows["group"].isin(["all", "blind"]) & rows["score"].isin([ACCURACY, "MMVP"])]
     against_clip = changes[changes["against"] == f"{CLIP.label}, own"]
     told = {"own": "its question", "irrelevant": "an irrelevant question", "unprompted": "nothing"}
@@ -203,29 +215,13 @@ def draw(result: Result) -> Mapping[str, Figure]:
         label=against_clip["score"] + np.where(against_clip["group"] == "blind", ", blind patterns", ""), site=against_clip["arm"],
         what=["told " + told[condition] for condition in against_clip["condition"]],
     )  # fmt: skip
-    check = rows[
-        (rows["kind"] == "score") & (rows["group"] == "all") & rows["arm"].isin([CLIP.label, *(a.label for a in CHECKED)])
-    ]
-    return {
-        "": plot_score_table(
-            table, title="CLIP and diffusion features fused (percent; in grey the paper's, whose VQA is LLaVA-Bench)"
-        ),
-        **(
-            {
-                "patterns": plot_score_table(
-                    patterns,
-                    title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
-                )
-            }
-            if len(patterns)
-            else {}
-        ),
-        "changes": plot_probe_differences(shown, title="Paired differences from CLIP alone"),
-        "leakage": plot_score_table(
-            check.assign(label=check["arm"] + ", " + check["condition"], published=np.nan),
-            title="What is left of the scores (percent) when prompt or image is taken away",
-        ),
+    titles = {
+        "": "CLIP and diffusion features fused (percent; in grey the paper's, whose VQA is LLaVA-Bench)",
+        "patterns": "Pairs right by pattern (percent); blind: orientation, quantity, position, text",
+        "leakage": "What is left of the scores (percent) when prompt or image is taken away",
     }
+    drawn = {suffix: plot_score_table(frame, title=titles[suffix]) for suffix, frame in score_tables(rows).items()}
+    return {**drawn, "changes": plot_probe_differences(shown, title="Paired differences from CLIP alone")}
 
 
 EXPERIMENT = Experiment(
@@ -242,6 +238,7 @@ EXPERIMENT = Experiment(
         "changes": "Paired differences between every fusion and CLIP alone with intervals, a panel a score, by what was told.",
         "leakage": "Table of scores of the fused models with irrelevant or no prompts, blank images and no image.",
     },
+    tables=lambda result: {suffix: score_cells(frame) for suffix, frame in score_tables(result.rows).items()},
     reference="table2_fusion",
     needs={"F": ("clip blind to direction", "clip blind to letters", "main direction", *READER)},
 )
