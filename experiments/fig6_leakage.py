@@ -62,7 +62,11 @@ if TYPE_CHECKING:
 TIMESTEP, SCALES, DROPPED = 50, (1.0, 1.5, 4.0), (1.5, 4.0)
 FED = ("none", "own", "mismatched")
 ARMS = {"M": "prompt: its caption", "M+drop30": "caption dropout 30%", "U": "no prompt"}
-PAPER = {"no_dropout": "M", "caption_dropout": "M+drop30"}
+PAPER = {
+    "no_dropout": ARMS["M"],
+    "caption_dropout": ARMS["M+drop30"],
+    "llava15_7b_pretrain": "paper: CLIP in place of diffusion",
+}
 
 
 def pieces(run: Run, seeds: int, smoke: bool) -> list[Test]:
@@ -240,9 +244,9 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     table = reference("fig6_leakage")
     for row in table[(table["metric"] == "cider") & table["training"].isin(list(PAPER))].to_dict("records"):
         condition = row["inference"].removesuffix("_caption")
-        for name in ("s1", "s1.5", "s4"):
+        for name in ("s0", "s1", "s1.5", "s4"):
             if not np.isnan(row[name]):
-                published.append({"panel": theirs[condition], "site": ARMS[PAPER[row["training"]]], "guidance": float(name[1:]),
+                published.append({"panel": theirs[condition], "site": PAPER[row["training"]], "guidance": float(name[1:]),
                                   "value": row[name], "low": np.nan, "high": np.nan, "chance": np.nan})  # fmt: skip
     order = {title: k for k, title in enumerate([names[c] for names in (titles, theirs) for c in FED])}
     both = pd.concat([ours, pd.DataFrame(published)], ignore_index=True)

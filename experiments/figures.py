@@ -97,6 +97,38 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @plotting.styled
+def plot_statements(frame: pd.DataFrame) -> Figure:
+    """One forest of statements, the primary ones on top and in colour: right of zero speaks for a statement, left against it.
+
+    Args:
+        frame: Rows with what, value, low, high, primary; one a statement.
+    """
+    frame = frame.sort_values("primary", ascending=False, kind="stable")
+    names = [plotting.wrap(str(what), 0.5 * plotting.PAGE, 6.5) for what in frame["what"]]
+    height = sum(0.09 + 0.11 * (name.count("\n") + 1) for name in names) + 0.75
+    figure, axes = plotting.grid(
+        1,
+        1,
+        plotting.PAGE,
+        height,
+        title="Statements on the fused model by one paired difference each; right of zero speaks for them",
+    )
+    axis = axes[0, 0]
+    looks: dict[str, Any] = {
+        "primary": {"color": COLOURS[1], "marker": MARKERS[1]},
+        "exploratory": {"color": "0.45", "marker": MARKERS[0]},
+    }
+    for line, row in enumerate(frame.to_dict("records")):
+        plotting.interval(axis, row, line, **looks["primary" if row["primary"] else "exploratory"])
+    axis.axvline(0, **plotting.DASHED)
+    axis.set_xlabel("difference in the share right, 95% interval")
+    plotting.forest(axis, names)
+    axis.tick_params(axis="y", labelsize=6.5)
+    plotting.legend(figure, looks, 2)
+    return figure
+
+
+@plotting.styled
 def plot_block_grid(frame: pd.DataFrame) -> Figure:
     """Accuracy by block and timestep: a column of panels a label, a row of panels a way to draw noise; a label has one scale.
 
