@@ -35,7 +35,6 @@ FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
 _MARKS = {"held": "✓", "not held": "✗", "undecided": "?", "not testable": "-"}
 CLAIM_COLUMNS = ("id", "kind", "statement", "verdict", "evidence", "p", "p_holm", "figure")
-_ORIGIN = ("model", "data", "count", "seed")
 _NUMBER = r"[-+]?\d+\.\d+"
 OPENS_AT = 50  # the timestep of the paper's maps
 MEAN = "mean over sites"
@@ -213,8 +212,7 @@ def _figures(run: Path) -> list[dict[str, Any]]:
     figures = []
     for source, (name, *others) in named.items():
         config = sidecars[name]["config"]
-        origin = {key: config.get(key) for key in _ORIGIN}
-        told = {*_ORIGIN, "claims", "title", "figures", "tables", "command", "commit", "seconds", "measured_with"}
+        told = {"claims", "title", "figures", "tables", "command", "seconds", "measured_with"}
         pictures = [name, *others] if others else config.get("figures", [name])
         figures.append(
             {
@@ -230,11 +228,6 @@ def _figures(run: Path) -> list[dict[str, Any]]:
                 ],
                 "command": config.get("command", ""),
                 "runtime": _duration(config["seconds"]) if "seconds" in config else "",
-                "commit": (config.get("commit") or "")[:10],
-                "origin": {
-                    key: "" if value is None else value or ("its own" if key == "data" else value)
-                    for key, value in origin.items()
-                },
                 "settings": {key: _text(value) for key, value in config.items() if key not in told},
                 "versions": config.get("measured_with") or sidecars[name].get("versions", {}),
                 "claims": config.get("claims", []),
