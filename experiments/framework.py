@@ -298,8 +298,9 @@ class Experiment:
             "claims": [asdict(claim) for claim in claims],
             "title": self.title,
             "figures": [_file_name(self.name, suffix) for suffix in drawn],
-            "tables": {_file_name(self.name, suffix): table for suffix, table in self.tables(result).items()},
         }
+        if tables := self.tables(result):
+            config["tables"] = {_file_name(self.name, suffix): table for suffix, table in tables.items()}
         out.mkdir(parents=True, exist_ok=True)
         arrays = out / f"{self.name}.npz"
         arrays.unlink(missing_ok=True)  # an earlier run's pictures do not belong to these rows
@@ -310,7 +311,8 @@ class Experiment:
             paths = save_figure(figure, out, _file_name(self.name, suffix), result.rows, config, self.alt[suffix])
             if suffix:  # rows and origin are kept once
                 paths["csv"].unlink()
-                told = {"alt": self.alt[suffix], "rows": f"{self.name}.csv", "title": figure.get_suptitle()}
+                told = {"alt": self.alt[suffix], "rows": f"{self.name}.csv"}
+                told |= {"title": title} if (title := figure.get_suptitle()) else {}
                 write_whole(paths["json"], json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         write_whole(out / "claims.csv", collect_claims(out).to_csv(index=False, lineterminator="\n"))
         return claims
