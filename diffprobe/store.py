@@ -688,6 +688,6 @@ def _resize(maps: xr.DataArray, height: int, width: int) -> xr.DataArray:
     """Bilinear interpolation that keeps pixel centres in place."""
     if (maps.sizes["y"], maps.sizes["x"]) == (height, width):
         return maps
-    factors = (1, 1, 1, height / maps.sizes["y"], width / maps.sizes["x"])
+    factors = (*[1] * (maps.ndim - 2), height / maps.sizes["y"], width / maps.sizes["x"])
     values = zoom(maps.values, factors, order=1, mode="nearest", grid_mode=True)
     return xr.DataArray(values, dims=maps.dims, coords={n: c for n, c in maps.coords.items() if not {"y", "x"} & set(c.dims)})
