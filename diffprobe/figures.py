@@ -372,9 +372,9 @@ def plot_localization_heads(frame: pd.DataFrame, score: str = "auc", *, title: s
     heads = sorted(dict.fromkeys(mine["head"]), key=lambda h: (h != "mean", h.zfill(4)))
     table = _table(mine, "value", "site", sites, "head", heads)
     figure, axes = plotting.grid(1, 1, plotting.COLUMN, 0.17 * len(sites) + 0.55, title=title)
-    names = ["mean", *(f"head {h}" for h in heads[1:])] if heads[0] == "mean" else heads
     limits, rows = plotting.limits_with(table, chance), [str(s).removesuffix("-Cross-Map") for s in sites]
-    drawn = plotting.cells(axes[0, 0], table, names, rows, limits)
+    drawn = plotting.cells(axes[0, 0], table, heads, rows, limits)
+    axes[0, 0].set_xlabel("head")
     plotting.chance_bar(figure, drawn, axes[0, 0], chance, fraction=0.06, pad=0.02, label=LOCALIZATION_NAMES[score])
     return figure
 

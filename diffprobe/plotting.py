@@ -110,6 +110,8 @@ def save_figure(
         raise ValueError(f"A figure's name is a plain file stem; got {name!r}. Give the folder as `folder`.")
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}
     sidecar = {"alt": alt, "config": dict(config), "rows": len(frame), "versions": package_versions()}
+    if title := figure.get_suptitle():
+        sidecar["title"] = title
     text = json.dumps(sidecar, indent=2, sort_keys=True, default=_plain, ensure_ascii=False)
     with contextlib.ExitStack() as held, style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; the rows have the words
@@ -304,6 +306,7 @@ def cells(
 ) -> AxesImage:
     """A table (row, column) as cells coloured by value, each with its number, dark on light or light on dark; NaN stays empty.
 
+    A dash stands for a number that rounds to zero, which is never bold.
     Columns and rows have no names where these are empty.  `limits` are the values of the lowest and the highest colour, the
     table's own by default; `bold` (row, column) says which numbers are bold; the other options are `imshow`'s.
     """
@@ -314,9 +317,10 @@ def cells(
         if np.isnan(value):
             continue
         colour = "white" if lightness[row, column] < 0.5 else "black"
-        weight = "bold" if bold is not None and bold[row, column] else "normal"
+        text = "-" if short(float(value)) == short(0.0) else short(float(value))
+        weight = "bold" if bold is not None and bold[row, column] and text != "-" else "normal"
         look: dict[str, Any] = {"fontsize": size, "color": colour, "fontweight": weight}
-        axis.text(column, row, short(float(value)), ha="center", va="center", **look)
+        axis.text(column, row, text, ha="center", va="center", **look)
     axis.set_xticks(range(table.shape[1]), x_names)
     axis.set_yticks(range(table.shape[0]), y_names)
     axis.tick_params(length=0)

@@ -2,7 +2,7 @@
 
 Everything that the page shows (captions, sample ids, file names, numbers) is text of others.  The invariant: it enters
 through the template, which escapes it, or through JSON in which ``<``, ``>``, ``&`` and line separators are escaped; and
-should that ever fail, the page's policy runs no script but the one whose hash it names, and loads nothing.
+should that ever fail, the page's policy runs no script but those whose hashes it names, and loads nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.conditioning import NULL
-from diffprobe.figures import open_with_images
+from diffprobe.figures import open_with_images, words_of
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.rundir import write_whole
 from diffprobe.stats import holm
-from diffprobe.store import NO_WORD_MAPS, StoreError, provenance, read_maps, store_info, word_sites
+from diffprobe.store import NO_WORD_MAPS, StoreError, mean_over_sites, provenance, read_maps, store_info, word_sites
 
 FIRST_ROWS = 20
 LARGEST = 20_000_000  # bytes of maps and images in one page; a phone still opens it
 _MARKS = {"held": "✓", "not held": "✗", "undecided": "?", "not testable": "-"}
 CLAIM_COLUMNS = ("id", "kind", "statement", "verdict", "evidence", "p", "p_holm", "figure")
-_ORIGIN = ("model", "data", "count", "seed")
+_NUMBER = r"[-+]?\d+\.\d+"
+OPENS_AT = 50  # the timestep of the paper's maps
+MEAN = "mean over sites"
 
 
 class Report(NamedTuple):
@@ -71,8 +73,15 @@ class _Shelf(NamedTuple):
     def bytes(self) -> int:
         """What this store will take in the page: base64 writes three bytes as four letters."""
         tokens = sum(len(prompt.tokens) for sample in self.prompts for prompt in sample)
-        cells = sum((maps.sizes["y"] * maps.sizes["x"] + 8) * maps.sizes["timestep"] for maps in self.maps.values())
+        cells = sum(height * width + 8 for _, height, width in self.sites) * next(iter(self.maps.values())).sizes["timestep"]
         return sum(map(len, self.images)) + tokens * cells * 4 // 3
+
+    @property
+    def sites(self) -> list[tuple[str, int, int]]:
+        """Name, height and width of what can be picked: the mean on the finest grid where there are several sites, then each."""
+        own = [(site, maps.sizes["y"], maps.sizes["x"]) for site, maps in self.maps.items()]
+        mean = (MEAN, max(height for _, height, _ in own), max(width for *_, width in own))
+        return [mean, *own] if len(own) > 1 else own
 
 
 def write_report(
@@ -120,7 +129,7 @@ def write_report(
         name=run.resolve().name,
         policy=_policy(source),
         figures=figures,
-        claims=claims.to_dict("records"),
+        claims=claims.assign(effect=claims["evidence"].map(effect)).to_dict("records"),
         counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in _MARKS},
         marks=_MARKS,
         versions=_versions(figures),
@@ -156,6 +165,16 @@ def collect_claims(out: Path) -> pd.DataFrame:
     return table
 
 
+def effect(evidence: str) -> str:
+    """The first number with an interval in a claim's evidence, and how many more there are.
+
+    >>> effect("accuracy +0.12 [+0.02, +0.22], n = 9; shape -0.10 [-0.20, 0.01]"), effect("n = 9")
+    ('+0.12 [+0.02, +0.22] and 1 more', '')
+    """
+    found = re.findall(rf"{_NUMBER} \[{_NUMBER}, {_NUMBER}\]", evidence)
+    return "" if not found else found[0] + (f" and {len(found) - 1} more" if found[1:] else "")
+
+
 def explorable(work: Path) -> list[Path]:
     """The stores below a folder that hold cross-attention maps."""
     found = []
@@ -167,53 +186,63 @@ def explorable(work: Path) -> list[Path]:
 
 
 def _policy(source: str) -> str:
-    """A Content-Security-Policy under which only the template's own script and style work, and images inside the page."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
-        assert text is not None
-        hashes[tag] = base64.b64encode(hashlib.sha256(text[1].encode()).digest()).decode()
-    return (
-        f"default-src 'none'; img-src data:; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    """A Content-Security-Policy under which only the template's own scripts and style work, and images inside the page."""
+    allowed = [
+        f"{tag}-src " + " ".join(f"'sha256-{_letters(hashlib.sha256(text.encode()).digest())}'" for text in found)
+        for tag in ("script", "style")
+        if (found := re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL))
+    ]
+    return "; ".join(["default-src 'none'; img-src data:", *allowed, "base-uri 'none'; form-action 'none'"])
 
 
 # --- figures ---------------------------------------------------------------------------------------------
 
 
 def _figures(run: Path) -> list[dict[str, Any]]:
-    """Every figure of a folder: its pictures, first rows and origin; those with verdicts come first."""
+    """Every figure of a folder: its pictures, first rows and origin; those with verdicts come first.
+
+    An experiment is one figure, and so are all pictures of one store or table.
+    """
     sidecars = read_sidecars(run)
-    named = {name: found.get("config", {}).get("figures", [name]) for name, found in sidecars.items() if "config" in found}
+    named: dict[str, list[str]] = {}
+    for name, found in sidecars.items():
+        if "config" in found:  # the other pictures of an experiment have none
+            source = "" if "title" in found["config"] else found["config"].get("store", found["config"].get("table", ""))
+            named.setdefault(Path(source).name or name, []).append(name)
     figures = []
-    for name, pictures in named.items():
+    for source, (name, *others) in named.items():
         config = sidecars[name]["config"]
-        origin = {key: config.get(key) for key in _ORIGIN}
-        told = {*_ORIGIN, "claims", "title", "figures", "command", "commit", "seconds", "measured_with"}
+        told = {"claims", "title", "figures", "tables", "command", "seconds", "measured_with"}
+        pictures = [name, *others] if others else config.get("figures", [name])
         figures.append(
             {
                 "name": name,
-                "title": config.get("title", name),
+                "title": config.get(
+                    "title", f"Pictures of {source}" if others else sidecars[name].get("title") or sidecars[name]["alt"]
+                ),
                 "pictures": [
-                    {"name": p, "alt": sidecars[p]["alt"], "url": _data_url((run / f"{p}.png").read_bytes(), "png")}
+                    {"name": p, "alt": sidecars[p]["alt"], "title": sidecars[p].get("title") or sidecars[p]["alt"]}
+                    | ({"table": config["tables"][p]} if p in config.get("tables", {}) else _picture(run / f"{p}.png"))
                     for p in pictures
                     if p in sidecars
                 ],
                 "command": config.get("command", ""),
                 "runtime": _duration(config["seconds"]) if "seconds" in config else "",
-                "commit": (config.get("commit") or "")[:10],
-                "origin": {
-                    key: "" if value is None else value or ("its own" if key == "data" else value)
-                    for key, value in origin.items()
-                },
                 "settings": {key: _text(value) for key, value in config.items() if key not in told},
                 "versions": config.get("measured_with") or sidecars[name].get("versions", {}),
                 "claims": config.get("claims", []),
-                "table": _table(run / f"{name}.csv"),
+                "rows": [table for part in (name, *others) if (table := _table(run / f"{part}.csv"))],
             }
         )
     return sorted(figures, key=lambda figure: not figure["claims"])
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    """A picture as a data URL, and its size; lossless WebP takes half of what matplotlib's PNG does."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.save(buffer, "WEBP", lossless=True, quality=50, method=2)
+        return {"url": _data_url(buffer.getvalue(), "webp"), "width": image.width, "height": image.height}
 
 
 def _table(path: Path) -> dict[str, Any] | None:
@@ -307,30 +336,45 @@ def _read_maps(shelf: _Shelf) -> dict[str, Any]:
     For every sample, prompt and site: ``values``, bytes (timestep, token, y, x) from the map's own lowest to its own highest
     value, and ``ends``, these two as float32 (timestep, token, 2).
     """
-    texts = [prompt.conditioning for prompt in shelf.prompts[0]]
-    blocks = {text: [_blocks(shelf, site, place) for site in shelf.maps] for place, text in enumerate(texts)}
+    blocks = [_blocks(shelf, place) for place in range(len(shelf.prompts[0]))]
     samples = []
     for number, (sample_id, image, own) in enumerate(zip(shelf.ids, shelf.images, shelf.prompts, strict=True)):
-        maps = [[block[number] for block in blocks[prompt.conditioning]] for prompt in own]
+        maps = [[_bytes(site[number].swapaxes(0, 1)) for site in block] for block in blocks]
         prompts = [{"conditioning": p.conditioning, "text": p.text, "tokens": p.tokens} for p in own]
         samples.append({"id": sample_id, "image": image, "prompts": prompts, "maps": maps})
-    first, model = next(iter(shelf.maps.values())), Path(provenance(shelf.tree)["request"]["model"])
+    model = Path(provenance(shelf.tree)["request"]["model"])
+    timesteps = next(iter(shelf.maps.values()))["timestep"].values.tolist()
+    nearest = int(np.argmin(np.abs(np.array(timesteps) - OPENS_AT)))
+    first = _told_apart([own[0] for own in shelf.prompts], [maps[:, nearest] for maps in blocks[0][0]])
     return {
         "name": shelf.name,
         "model": model.name if model.is_absolute() else str(model),
-        "timesteps": first["timestep"].values.tolist(),
-        "sites": [{"name": site, "height": a.sizes["y"], "width": a.sizes["x"]} for site, a in shelf.maps.items()],
+        "timesteps": timesteps,
+        "sites": [{"name": name, "height": height, "width": width} for name, height, width in shelf.sites],
         "samples": samples,
+        "opens": {"sample": first, "timestep": nearest},
     }
 
 
-def _blocks(shelf: _Shelf, site: str, place: int) -> list[dict[str, str]]:
-    """For each sample the maps of the tokens of its prompt at this place in the list, as `_bytes` writes them."""
+def _told_apart(prompts: Sequence[_Prompt], maps: Sequence[NDArray[np.float32]]) -> int:
+    """The sample whose words' maps (token, y, x) differ most from each other: the attention that two words do not share."""
+    apart = []
+    for prompt, own in zip(prompts, maps, strict=True):
+        words = [place for place, token in enumerate(prompt.tokens) if token in words_of(prompt.text)]
+        shares = own[words] / np.maximum(own[words].sum((1, 2), keepdims=True), np.finfo(np.float32).tiny)
+        apart.append(np.abs(shares - shares.mean(0)).sum((1, 2)).mean() if words else 0.0)
+    return int(np.argmax(apart))
+
+
+def _blocks(shelf: _Shelf, place: int) -> list[list[NDArray[np.float32]]]:
+    """For each of `_Shelf.sites` and sample the maps (token, timestep, y, x) of its prompt at this place in the list."""
     prompts = [own[place] for own in shelf.prompts]
     wanted = [(row, [position]) for row, prompt in zip(shelf.rows, prompts, strict=True) for position in prompt.positions]
-    maps = read_maps(shelf.tree, site, wanted, prompts[0].conditioning).isel(head=0).to_numpy()  # (token, timestep, y, x)
+    maps = [read_maps(shelf.tree, site, wanted, prompts[0].conditioning) for site in shelf.maps]
+    if len(maps) > 1:
+        maps.insert(0, mean_over_sites(maps))
     ends = np.cumsum([len(prompt.positions) for prompt in prompts])
-    return [_bytes(part.swapaxes(0, 1)) for part in np.split(maps, ends[:-1])]
+    return [np.split(site.isel(head=0).transpose("row", "timestep", "y", "x").to_numpy(), ends[:-1]) for site in maps]
 
 
 def _bytes(maps: NDArray[np.float32]) -> dict[str, str]:

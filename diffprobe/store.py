@@ -585,9 +585,7 @@ def attention_maps(
         read_maps(tree, name, wanted, conditioning, timestep, heads="mean" if head is None else head, merge=merge)
         for name in names
     ]
-    height, width = (max(m.sizes[d] for m in maps) for d in ("y", "x"))
-    merged = sum(_resize(m.isel(head=0, drop=True).rename(row="sample"), height, width) for m in maps) / len(maps)
-    assert isinstance(merged, xr.DataArray)
+    merged = mean_over_sites(maps).isel(head=0, drop=True).rename(row="sample")
     samples = {
         n: c.isel(sample=rows).variable for n, c in _site(tree, names[0], "maps").coords.items() if c.dims == ("sample",)
     }
@@ -678,10 +676,18 @@ def read_maps(
     )
 
 
+def mean_over_sites(maps: Sequence[xr.DataArray]) -> xr.DataArray:
+    """The mean of several sites' maps (row, timestep, head, y, x) of one head, on the finest of their grids."""
+    height, width = (max(m.sizes[d] for m in maps) for d in ("y", "x"))
+    total = sum(_resize(m, height, width) for m in maps)
+    assert isinstance(total, xr.DataArray)
+    return total / len(maps)
+
+
 def _resize(maps: xr.DataArray, height: int, width: int) -> xr.DataArray:
     """Bilinear interpolation that keeps pixel centres in place."""
     if (maps.sizes["y"], maps.sizes["x"]) == (height, width):
         return maps
-    factors = (1, 1, height / maps.sizes["y"], width / maps.sizes["x"])
+    factors = (*[1] * (maps.ndim - 2), height / maps.sizes["y"], width / maps.sizes["x"])
     values = zoom(maps.values, factors, order=1, mode="nearest", grid_mode=True)
     return xr.DataArray(values, dims=maps.dims, coords={n: c for n, c in maps.coords.items() if not {"y", "x"} & set(c.dims)})

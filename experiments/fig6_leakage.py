@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -62,7 +62,11 @@ if TYPE_CHECKING:
 TIMESTEP, SCALES, DROPPED = 50, (1.0, 1.5, 4.0), (1.5, 4.0)
 FED = ("none", "own", "mismatched")
 ARMS = {"M": "prompt: its caption", "M+drop30": "caption dropout 30%", "U": "no prompt"}
-PAPER = {"no_dropout": "M", "caption_dropout": "M+drop30"}
+PAPER = {
+    "no_dropout": ARMS["M"],
+    "caption_dropout": ARMS["M+drop30"],
+    "llava15_7b_pretrain": "paper: CLIP in place of diffusion",
+}
 
 
 def pieces(run: Run, seeds: int, smoke: bool) -> list[Test]:
@@ -240,9 +244,9 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     table = reference("fig6_leakage")
     for row in table[(table["metric"] == "cider") & table["training"].isin(list(PAPER))].to_dict("records"):
         condition = row["inference"].removesuffix("_caption")
-        for name in ("s1", "s1.5", "s4"):
+        for name in ("s0", "s1", "s1.5", "s4"):
             if not np.isnan(row[name]):
-                published.append({"panel": theirs[condition], "site": ARMS[PAPER[row["training"]]], "guidance": float(name[1:]),
+                published.append({"panel": theirs[condition], "site": PAPER[row["training"]], "guidance": float(name[1:]),
                                   "value": row[name], "low": np.nan, "high": np.nan, "chance": np.nan})  # fmt: skip
     order = {title: k for k, title in enumerate([names[c] for names in (titles, theirs) for c in FED])}
     both = pd.concat([ours, pd.DataFrame(published)], ignore_index=True)
@@ -265,7 +269,7 @@ def draw(result: Result) -> Mapping[str, Figure]:
     table = rows[rows["kind"] == "content-word F1"].fillna({"control": "", "arm": ""})
     from diffprobe.mllm.verdict import Leakage
 
-    wide = leak_against_sight(Leakage(table, pd.DataFrame()))
+    wide = leak_against_sight(Leakage(table, pd.DataFrame(), pd.DataFrame()))
     wide["label"] = np.where(wide["control"] == "", wide["label"], wide["control"] + " " + wide["label"])
     plane = pd.concat(
         [wide.rename(columns={s: "value", f"{s}_low": "low", f"{s}_high": "high"}).assign(score=s) for s in ("leak", "sight")]
@@ -285,6 +289,17 @@ def draw(result: Result) -> Mapping[str, Figure]:
     }  # fmt: skip
 
 
+def texts(result: Result) -> dict[str, dict[str, Any]]:
+    """What projectors wrote as a table: a row an image and what was fed in, a column a projector."""
+    shown = pd.DataFrame(result.config["examples"])
+    arms = [name for name in shown if name not in ("sample", "seen", "condition", "fed")]
+    rows = [
+        [f"{row['condition']}, {row['sample']}", *([str(row[name]) or "nothing"] for name in ("fed", "seen", *arms))]
+        for row in shown.to_dict("records")
+    ]
+    return {"texts": {"columns": ["", "fed to the diffusion model", "the image shows", *arms], "rows": rows, "best": []}}
+
+
 EXPERIMENT = Experiment(
     name="fig6_leakage",
     title="Does the language model see the image or read the prompt: recovery against guidance",
@@ -299,6 +314,7 @@ EXPERIMENT = Experiment(
         "plane": "Leak and sight of every projector kind and guidance under mismatched prompts, with intervals and controls.",
         "texts": "Texts side by side: what was fed in, what the image shows, and what projectors wrote.",
     },
+    tables=texts,
     reference="fig6_leakage",
 )
 

@@ -97,6 +97,38 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @plotting.style()
+def plot_statements(frame: pd.DataFrame) -> Figure:
+    """One forest of statements, the primary ones on top and in colour: right of zero speaks for a statement, left against it.
+
+    Args:
+        frame: Rows with what, value, low, high, primary; one a statement.
+    """
+    frame = frame.sort_values("primary", ascending=False, kind="stable")
+    names = [plotting.wrap(str(what), 0.5 * plotting.PAGE, 6.5) for what in frame["what"]]
+    height = sum(0.09 + 0.11 * (name.count("\n") + 1) for name in names) + 0.75
+    figure, axes = plotting.grid(
+        1,
+        1,
+        plotting.PAGE,
+        height,
+        title="Statements on the fused model by one paired difference each; right of zero speaks for them",
+    )
+    axis = axes[0, 0]
+    looks: dict[str, Any] = {
+        "primary": {"color": COLOURS[1], "marker": MARKERS[1]},
+        "exploratory": {"color": "0.45", "marker": MARKERS[0]},
+    }
+    for line, row in enumerate(frame.to_dict("records")):
+        plotting.interval(axis, row, line, **looks["primary" if row["primary"] else "exploratory"])
+    axis.axvline(0, **plotting.DASHED)
+    axis.set_xlabel("difference in the share right, 95% interval")
+    plotting.forest(axis, names)
+    axis.tick_params(axis="y", labelsize=6.5)
+    plotting.legend(figure, looks, 2)
+    return figure
+
+
+@plotting.style()
 def plot_block_grid(frame: pd.DataFrame) -> Figure:
     """Accuracy by block and timestep: a column of panels a label, a row of panels a way to draw noise; a label has one scale.
 
@@ -366,17 +398,36 @@ def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
         for x, score in zip(places, scores, strict=True):
             if (label, score) not in rows.index:
                 continue
-            row = rows.loc[(label, score)]
-            value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
+            value, interval, *published = _cell(rows.loc[(label, score)])
             weight = "bold" if best.get(score) == label else "normal"
-            axis.text(x, top + 0.1, _percent(value) if value else "-", fontsize=6.5, fontweight=weight, **middle)
-            axis.text(x, top + 0.215, f"[{_percent(low)}, {_percent(high)}]", fontsize=5, color="0.25", **middle)
-            if not np.isnan(published):
-                axis.text(x, top + 0.33, f"{published:g}", fontsize=6, color="0.5", **middle)
+            axis.text(x, top + 0.1, value, fontsize=6.5, fontweight=weight, **middle)
+            axis.text(x, top + 0.215, interval, fontsize=5, color="0.25", **middle)
+            for number in published:
+                axis.text(x, top + 0.33, number, fontsize=6, color="0.5", **middle)
     axis.axhline(bottom, color="0.5", linewidth=0.7)
     axis.set(xlim=(0, 1), ylim=(bottom + 0.25 + 0.12 * blind, -0.35))
     plotting.bare(axis)
     return figure
+
+
+def score_cells(frame: pd.DataFrame) -> dict[str, Any]:
+    """The table of `plot_score_table` as a page writes it: columns, rows (a name, then the lines of each cell), the best (row, column)."""
+    labels, scores = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["score"]))
+    cells, best = frame.set_index(["label", "score"]), _clear_best(frame)
+    rows = [[name, *(_cell(cells.loc[(name, s)]) if (name, s) in cells.index else [] for s in scores)] for name in labels]
+    for kind, name in (("chance", "chance (a coin)"), ("blind", "chance (one answer)")):
+        if kind in frame:
+            means = frame.groupby("score")[kind].mean()
+            rows.append([name if "blind" in frame else "chance", *([_percent(float(means[s]))] for s in scores)])
+    marked = [[labels.index(best[score]), column] for column, score in enumerate(scores) if score in best]
+    return {"columns": ["", *map(str, scores)], "rows": rows, "best": marked}
+
+
+def _cell(row: pd.Series) -> list[str]:
+    """Value, interval and, where there is one, the published number."""
+    value, low, high, published = (float(row[name]) for name in ("value", "low", "high", "published"))
+    lines = [_percent(value) if value else "-", f"[{_percent(low)}, {_percent(high)}]"]
+    return lines if np.isnan(published) else [*lines, f"{published:g}"]
 
 
 def _clear_best(frame: pd.DataFrame) -> dict[Any, Any]:

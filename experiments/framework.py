@@ -239,6 +239,7 @@ class Experiment:
         judge: Verdicts, from the rows alone.
         draw: Figures by suffix: "" is NAME.png, "pca" is NAME_pca.png.
         alt: What each figure shows, by the same suffixes, for readers who cannot see it.
+        tables: By the same suffixes what a figure that is a table says, as `experiments.figures.score_cells` gives it.
         reference: CSV in ``experiments/reference/`` with the paper's numbers, or empty.
         needs: Gates of ``zoo_quality`` that a claim needs, by the beginning of the claim's id.
     """
@@ -251,6 +252,7 @@ class Experiment:
     judge: Callable[[pd.DataFrame], list[Claim]]
     draw: Callable[[Result], Mapping[str, Figure]]
     alt: Mapping[str, str]
+    tables: Callable[[Result], Mapping[str, Mapping[str, Any]]] = lambda result: {}
     reference: str = ""
     needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -297,6 +299,8 @@ class Experiment:
             "title": self.title,
             "figures": [_file_name(self.name, suffix) for suffix in drawn],
         }
+        if tables := self.tables(result):
+            config["tables"] = {_file_name(self.name, suffix): table for suffix, table in tables.items()}
         out.mkdir(parents=True, exist_ok=True)
         arrays = out / f"{self.name}.npz"
         arrays.unlink(missing_ok=True)  # an earlier run's pictures do not belong to these rows
@@ -308,6 +312,7 @@ class Experiment:
             if suffix:  # rows and origin are kept once
                 paths["csv"].unlink()
                 told = {"alt": self.alt[suffix], "rows": f"{self.name}.csv"}
+                told |= {"title": title} if (title := figure.get_suptitle()) else {}
                 write_whole(paths["json"], json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         write_whole(out / "claims.csv", collect_claims(out).to_csv(index=False, lineterminator="\n"))
         return claims

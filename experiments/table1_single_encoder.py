@@ -30,7 +30,7 @@ from experiments.comparison import (
     score_rows,
     table_rows,
 )
-from experiments.figures import plot_probe_differences, plot_score_table
+from experiments.figures import plot_probe_differences, plot_score_table, score_cells
 from experiments.framework import (
     MAIN_SITE,
     READER,
@@ -128,27 +128,24 @@ def published() -> pd.DataFrame:
     return paper.assign(label=names).set_index("label")
 
 
+def score_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of each figure that is a table."""
+    found = {"": table_rows(rows, published(), SCORES), "patterns": pattern_rows(rows)}
+    return {suffix: frame for suffix, frame in found.items() if len(frame)}
+
+
 def draw(result: Result) -> Mapping[str, Figure]:
     rows = result.rows
-    table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
     changes = rows[(rows["kind"] == "change") & (rows["group"] == "all") & rows["score"].isin([ACCURACY, "MMVP"])]
     shown = changes.assign(
         label=changes["score"], site=changes["against"].str.removesuffix(", own"), what=f"{MAIN.label} less the other"
     )
-    return {
-        "": plot_score_table(table, title="One frozen encoder (percent; in grey the paper's, whose VQA is LLaVA-Bench)"),
-        **(
-            {
-                "patterns": plot_score_table(
-                    patterns,
-                    title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
-                )
-            }
-            if len(patterns)
-            else {}
-        ),
-        "changes": plot_probe_differences(shown, title="Paired differences of scores"),
+    titles = {
+        "": "One frozen encoder (percent; in grey the paper's, whose VQA is LLaVA-Bench)",
+        "patterns": "Pairs right by pattern (percent); blind: orientation, quantity, position, text",
     }
+    drawn = {suffix: plot_score_table(frame, title=titles[suffix]) for suffix, frame in score_tables(rows).items()}
+    return {**drawn, "changes": plot_probe_differences(shown, title="Paired differences of scores")}
 
 
 EXPERIMENT = Experiment(
@@ -164,6 +161,7 @@ EXPERIMENT = Experiment(
         "patterns": "Table of pairs right by visual pattern: a row an encoder, a column a pattern, chance below.",
         "changes": "Paired differences between the main site and every other encoder with intervals, a panel a score.",
     },
+    tables=lambda result: {suffix: score_cells(frame) for suffix, frame in score_tables(result.rows).items()},
     reference="table1_diffusion_only",
     needs={"F1": ("main colour", "main shape", "main direction", *READER)},
 )

@@ -41,7 +41,7 @@ from experiments.comparison import (
     score_rows,
     table_rows,
 )
-from experiments.figures import plot_probe_differences, plot_score_table
+from experiments.figures import plot_score_table, plot_statements, score_cells
 from experiments.framework import (
     MAIN_SITE,
     READER,
@@ -106,10 +106,15 @@ def measure(options: Options) -> Result:
 
 
 def judge(rows: pd.DataFrame) -> list[Claim]:
+    return [claim for claim, _ in judged(rows)]
+
+
+def judged(rows: pd.DataFrame) -> list[tuple[Claim, dict[str, float]]]:
+    """Each claim, and the difference that decides it, turned so that above zero speaks for it; empty where none does."""
     changes: Any = rows[rows["kind"] == "change"].set_index(list(KEYS)).sort_index()
     scores: Any = rows[rows["kind"] == "score"].set_index(["arm", "condition", "score", "group"]).sort_index()
     paper: Any = reference("table2_fusion").set_index(["fusion", "s"])
-    claims = []
+    claims: list[tuple[Claim, dict[str, float]]] = []
 
     def say(
         number: str,
@@ -128,13 +133,15 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
             f"{key[3]} ({key[4]}) {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] of {key[0]}, {key[1]} against {key[2]}, "
             f"n = {row['n']:.0f} x {row['n_seeds']:.0f} trainings; {published}"
         )
-        decided, p = joint([(sign * float(row["value"]), low, high)])
+        value = sign * float(row["value"])
+        decided, p = joint([(value, low, high)])
         if chosen:  # whoever chooses on some questions and is judged on them judges the choice
             decided, evidence = (
                 "not testable",
                 f"the site was chosen on these questions, so that other seeds judge it; {evidence}",
             )
-        claims.append(Claim(number, statement, decided, evidence, p if primary else None, primary))
+        claim = Claim(number, statement, decided, evidence, p if primary else None, primary)
+        claims.append((claim, {"value": value, "low": low, "high": high}))
 
     clip = f"{CLIP.label}, own"
     alone = paper.loc["none (LLaVA-v1.5-7B)"].iloc[0]
@@ -179,14 +186,14 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         if key in scores.index:
             row = scores.loc[key]
             low, high = (float(row[end]) - float(row["chance"]) for end in ("low", "high"))
-            claims.append(
+            claims.append((
                 Claim(
                     "F2", f"{arm.label} reads no answer from the question: with blank images it is at most {MARGIN} above chance (ours)",
                     verdict(MARGIN - high, MARGIN - low),
                     f"VQA {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], chance {row['chance']:.3f}, n = {row['n']:.0f} x "
                     f"{row['n_seeds']:.0f} trainings; blank pairs are at most half right by construction",
-                )
-            )  # fmt: skip
+                ), {},
+            ))  # fmt: skip
     return claims
 
 
@@ -197,39 +204,31 @@ def published() -> pd.DataFrame:
     return paper.assign(label=names).set_index("label")
 
 
-def draw(result: Result) -> Mapping[str, Figure]:
-    rows = result.rows
-    table, patterns = table_rows(rows, published(), SCORES), pattern_rows(rows)
-    changes = rows[(rows["kind"] == "change") & rows["group"].isin(["all", "blind"]) & rows["score"].isin([ACCURACY, "MMVP"])]
-    against_clip = changes[changes["against"] == f"{CLIP.label}, own"]
-    told = {"own": "its question", "irrelevant": "an irrelevant question", "unprompted": "nothing"}
-    shown = against_clip.assign(
-        label=against_clip["score"] + np.where(against_clip["group"] == "blind", ", blind patterns", ""), site=against_clip["arm"],
-        what=["told " + told[condition] for condition in against_clip["condition"]],
-    )  # fmt: skip
+def score_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of each figure that is a table."""
     check = rows[
         (rows["kind"] == "score") & (rows["group"] == "all") & rows["arm"].isin([CLIP.label, *(a.label for a in CHECKED)])
     ]
-    return {
-        "": plot_score_table(
-            table, title="CLIP and diffusion features fused (percent; in grey the paper's, whose VQA is LLaVA-Bench)"
-        ),
-        **(
-            {
-                "patterns": plot_score_table(
-                    patterns,
-                    title="Pairs right by pattern (percent); blind: orientation, quantity, position, text",
-                )
-            }
-            if len(patterns)
-            else {}
-        ),
-        "changes": plot_probe_differences(shown, title="Paired differences from CLIP alone"),
-        "leakage": plot_score_table(
-            check.assign(label=check["arm"] + ", " + check["condition"], published=np.nan),
-            title="What is left of the scores (percent) when prompt or image is taken away",
-        ),
+    found = {
+        "": table_rows(rows, published(), SCORES),
+        "patterns": pattern_rows(rows),
+        "leakage": check.assign(label=check["arm"] + ", " + check["condition"], published=np.nan),
     }
+    return {suffix: frame for suffix, frame in found.items() if len(frame)}
+
+
+def draw(result: Result) -> Mapping[str, Figure]:
+    rows = result.rows
+    titles = {
+        "": "CLIP and diffusion features fused (percent; in grey the paper's, whose VQA is LLaVA-Bench)",
+        "patterns": "Pairs right by pattern (percent); blind: orientation, quantity, position, text",
+        "leakage": "What is left of the scores (percent) when prompt or image is taken away",
+    }
+    drawn = {suffix: plot_score_table(frame, title=titles[suffix]) for suffix, frame in score_tables(rows).items()}
+    differences = [
+        {"what": f"{claim.id}: {claim.statement}", "primary": claim.primary, **row} for claim, row in judged(rows) if row
+    ]
+    return {**drawn, **({"statements": plot_statements(pd.DataFrame(differences))} if differences else {})}
 
 
 EXPERIMENT = Experiment(
@@ -243,9 +242,10 @@ EXPERIMENT = Experiment(
     alt={
         "": "Table of scores with intervals: a row a fusion and guidance, a column a benchmark, the paper's numbers in grey.",
         "patterns": "Table of pairs right by visual pattern: a row a fusion, a column a pattern, chance below.",
-        "changes": "Paired differences between every fusion and CLIP alone with intervals, a panel a score, by what was told.",
+        "statements": "The paired difference behind each statement on the fused model with its interval, primary statements first.",
         "leakage": "Table of scores of the fused models with irrelevant or no prompts, blank images and no image.",
     },
+    tables=lambda result: {suffix: score_cells(frame) for suffix, frame in score_tables(result.rows).items()},
     reference="table2_fusion",
     needs={"F": ("clip blind to direction", "clip blind to letters", "main direction", *READER)},
 )

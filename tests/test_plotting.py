@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +13,12 @@ import xarray as xr
 from PIL import Image
 
 from diffprobe import plotting
-from diffprobe.figures import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid
+from diffprobe.data import load_dataset
+from diffprobe.figures import plot_heatmaps, plot_pca_grid, plot_probe_curves, plot_probe_grid, words_of
 from diffprobe.plotting import read_rows, save_figure
-from experiments import figures
+from experiments import fig6_leakage, figures
+from experiments.framework import reference
+from experiments.photographs import CAPTIONS
 
 SITES = ["D-L2-R1-B0-Cross-Q", "M", "U-L1-R1-B0-Cross-Q", "U-L1-R1-B0-Self-K"]
 STEPS = [1, 150, 500, 900]
@@ -44,11 +48,17 @@ def heat(words=("a", "red", "semi-transparent")):
     return xr.DataArray(values, dims=("word", "y", "x"), coords={"word": list(words)})
 
 
+def statements():
+    rows = [("F2: it beats CLIP alone on pairs of patterns that CLIP is blind to", 0.1, False), ("F3: it pays", -0.2, True)]
+    return pd.DataFrame([{"what": w, "value": v, "low": v - 0.05, "high": v + 0.1, "primary": p} for w, v, p in rows])
+
+
 FIGURES = {
     "grid": lambda: plot_probe_grid(probes(["null"], ["colour", "shape"]), title="probes"),
     "curves": lambda: plot_probe_curves(probes(), title="probes"),
     "pca": lambda: plot_pca_grid(*pictures(), title="pca"),
     "heatmaps": lambda: plot_heatmaps(pictures()[0][0], heat(), title="a red"),
+    "statements": lambda: figures.plot_statements(statements()),
     "heatmaps_shared": lambda: plot_heatmaps(pictures()[0][0], heat(), shared_scale=True, width=plotting.COLUMN),
 }
 
@@ -185,6 +195,45 @@ def test_grid_writes_each_number_where_it_belongs():
     assert len(plot_probe_grid(frame.rename(columns={"control_value": "control_accuracy"})).axes) == 3  # an older table
 
 
+def test_primary_statements_stand_on_top_in_their_own_colour():
+    axis = figures.plot_statements(statements()).axes[0]
+    dots = {line.get_xdata()[0]: (line.get_ydata()[0], line.get_color()) for line in axis.lines if line.get_marker() in "so"}
+    assert dots == {-0.2: (0, figures.COLOURS[1]), 0.1: (1, "0.45")}
+    assert axis.get_yticklabels()[0].get_text() == "F3: it pays"
+
+
+def test_what_rounds_to_zero_is_a_dash_and_never_bold():
+    _, axes = plotting.grid(1, 1, 3, 2)
+    plotting.cells(axes[0, 0], np.array([[0.004, -0.004, 0.0, 0.006, 1.0]]), list("abcde"), ["x"], bold=np.ones((1, 5), bool))
+    texts = [(text.get_text(), text.get_fontweight()) for text in axes[0, 0].texts]
+    assert texts == [("-", "normal")] * 3 + [(".01", "bold"), ("1.00", "bold")]
+
+
+def test_every_published_arm_of_the_leakage_figure_is_drawn_on_our_scale():
+    rows = read_rows(Path(figures.__file__).parents[1] / "figures" / "fig6_leakage.csv")
+    paper = fig6_leakage.curves(rows)
+    paper = paper[paper["panel"].str.startswith("paper")]
+    published = reference("fig6_leakage")
+    published = published[published["metric"] == "cider"][["s0", "s1", "s1.5", "s4"]]
+    assert len(paper) == published.count().sum()
+    clip = paper[paper["site"].str.contains("CLIP")]
+    assert (
+        set(clip["panel"]) == {"paper: nothing"}
+        and clip["guidance"].tolist() == [0, 1, 1.5, 4]
+        and set(clip["value"]) == {40.6}
+    )
+
+
+def test_heat_maps_of_photographs_are_of_words_that_the_drawn_world_has():
+    script = (Path(figures.__file__).parent / "demo.sh").read_text(encoding="utf-8")
+    asked = set(re.search(r"photographs.zarr --words (\S+)", script)[1].split(","))
+    scenes, spoken = load_dataset("shapes:400?split=train&objects=2"), set()
+    for number in range(400):
+        spoken |= {word for caption in scenes[number].captions for word in words_of(caption.text)}
+    told = {word for caption in CAPTIONS.values() for word in words_of(caption)}
+    assert asked == told & spoken
+
+
 def test_grid_leaves_missing_cells_empty():
     figure = plot_probe_grid(probes(conditionings=("null",)).iloc[1:].drop(columns="control_value"))
     assert len(figure.axes[0].texts) == len(SITES) * len(STEPS) - 1
@@ -297,6 +346,10 @@ def test_score_tables_hold_every_score_and_fit(tmp_path):
     figure = figures.plot_score_table(pd.DataFrame(rows), title="a table")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts.count("24.7") == 11 and texts.count("[0.0, 50.0]") == 22 and texts.count("25.0") == 11 and "100.0" in texts
+    cells = figures.score_cells(pd.DataFrame(rows))
+    assert cells["columns"] == ["", *(f"score {k}" for k in range(11))] and cells["best"] == []
+    assert cells["rows"][0][:3] == ["CLIP", ["-", "[0.0, 50.0]", "24.7"], ["10.0", "[0.0, 50.0]", "24.7"]]
+    assert cells["rows"][1][2] == ["10.0", "[0.0, 50.0]"] and cells["rows"][2] == ["chance", *[["25.0"]] * 11]
     figure.canvas.draw()
     boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text().startswith("[")][:11]
     assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
+import io
 import json
 import os
 import re
@@ -21,20 +23,23 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffprobe.cli import main
+from diffprobe.figures import words_of
 from diffprobe.plotting import heat_colours, save_figure
 from diffprobe.report import explorable, write_report
 from diffprobe.store import StoreError, attention_maps, open_store
 from experiments.framework import Claim, Experiment, Options, Result
 
+TABLE = {"columns": ["", "VQA"], "rows": [["CLIP", ["51.5", "[46.5, 56.4]", "66.5"]], ["concat", ["50.4"]]], "best": [[0, 0]]}
 HOSTILE = "</script><script>alert(1)</script>&\u2028<img src=x onerror=alert(2)>"
 ROWS = pd.DataFrame({"what": [HOSTILE, *"abcdefghijklmnopqrstuvwxyz"], "value": np.linspace(0, 1, 27), "n": 7})
 
 
 def draw(result: Result) -> dict[str, Figure]:
     figures = {}
-    for suffix in ("", "zoom"):
+    for suffix in ("", "zoom", "scores"):
         figures[suffix] = Figure(figsize=(3, 2))
         figures[suffix].subplots().plot(result.rows["value"])
+        figures[suffix].suptitle("Nearer" if suffix == "zoom" else "")
     return figures
 
 
@@ -45,12 +50,13 @@ FAKE = Experiment(
     smoke_count=2,
     measure=lambda options: Result(ROWS, config={"note": HOSTILE}),
     judge=lambda rows: [
-        Claim("A2", f"It is said that {HOSTILE}", "held", f"{len(rows)} rows [.1, .2]"),
+        Claim("A2", f"It is said that {HOSTILE}", "held", f"{len(rows)} rows +0.15 [+0.10, +0.20], 0.3 [0.2, 0.4]", 1e-4, True),
         Claim("A10", "Last", "undecided", ""),
         Claim("A1", "First", "not held", "n = 7"),
     ],
     draw=draw,
-    alt={"": f"A rising line {HOSTILE}", "zoom": "The same, nearer"},
+    alt={"": f"A rising line {HOSTILE}", "zoom": "The same, nearer", "scores": "A table of scores"},
+    tables=lambda result: {"scores": TABLE},
 )
 
 
@@ -59,6 +65,8 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of figures: one experiment with verdicts, one plain figure, and files that are no figures."""
     out = tmp_path_factory.mktemp("report") / "figures"
     FAKE.run(Options(seed=3), out)
+    for name in ("map_1", "map_2"):
+        save_figure(draw(Result(ROWS))[""], out, name, ROWS, {"store": "runs/some.zarr"}, f"Of a store: {name}")
     save_figure(draw(Result(ROWS))[""], out, "plain", ROWS, {"model": "shapes-sd"}, "A plain figure")
     (out / "notes.json").write_text("not JSON")
     (out / "other.json").write_text('{"alt": "a picture that is not there"}')
@@ -90,7 +98,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 def page(figures: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "report.html"
     made = write_report(figures, out, [str(store)])
-    assert (made.figures, made.claims, made.stores) == (3, 3, 1)
+    assert (made.figures, made.claims, made.stores) == (6, 3, 1)
     assert made.bytes == out.stat().st_size
     return out
 
@@ -114,7 +122,7 @@ class Reader(html.parser.HTMLParser):
 # --- what is in it --------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing_and_runs_one_script(page: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_scripts(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     seen = Reader(text)
     for tag, attributes in seen.tags:
@@ -124,10 +132,14 @@ def test_the_page_loads_nothing_and_runs_one_script(page: Path) -> None:
         assert not [name for name in attributes if name.startswith("on")]
     assert "url(" not in text
     assert "@import" not in text
-    assert [attributes for tag, attributes in seen.tags if tag == "script"] == [{"type": "application/json", "id": "maps"}, {}]
+    assert [attributes for tag, attributes in seen.tags if tag == "script"] == [
+        {},
+        {"type": "application/json", "id": "maps"},
+        {},
+    ]
     policy = next(a["content"] for t, a in seen.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
-    assert policy.startswith("default-src 'none'; img-src data:; script-src 'sha256-")
+    assert re.match(r"default-src 'none'; img-src data:; script-src 'sha256-\S+' 'sha256-\S+'; style-src 'sha256-\S+';", policy)
     assert "unsafe" not in policy
 
 
@@ -145,15 +157,65 @@ def test_figures_tables_verdicts_and_origin(page: Path) -> None:
     seen = Reader(page.read_text(encoding="utf-8"))
     text = " ".join(" ".join(seen.texts).split())
     shown = " ".join(HOSTILE.split())
-    assert [a["alt"] for t, a in seen.tags if t == "img" and a.get("alt")] == [FAKE.alt[""], FAKE.alt["zoom"], "A plain figure"]
+    alts = [FAKE.alt[""], FAKE.alt["zoom"], "Of a store: map_1", "Of a store: map_2", "A plain figure"]
+    assert [a["alt"] for t, a in seen.tags if t == "img" and a.get("alt")] == alts
     assert f"A figure called {shown}" in text
     assert "3 claims judged: ✓ 1 held, ✗ 1 not held, ? 1 undecided" in text
-    place = [text.index(words) for words in ("A1 ✗ not held First", "A2 ✓ held It is said", "A10 ? undecided Last")]
+    place = [text.index(words) for words in ("✓ held A2 It is said", "✗ not held A1 First", "? undecided A10 Last")]
     assert place == sorted(place)
     assert "Made by diffprobe reproduce fig9_fake --seed 3 in 0 s" in text
     assert "Its rows: the first 20 of 27" in text
-    assert "fig9_fake shapes-sd its own 5 3 0 s" in text
+    for setting in ("model shapes-sd", "count 5", "seed 3", "commit"):
+        assert setting in text
     assert f"numpy {np.__version__}" in text
+    assert [text.count(title) for title in ("Nearer", "Pictures of some.zarr")] == [1, 2], "by title; a store's are one figure"
+
+
+def test_claims_are_lines_with_their_evidence_folded_and_tables_are_no_pictures(page: Path) -> None:
+    source = page.read_text(encoding="utf-8")
+    lines = re.findall(r'<li class="([a-z-]+)"><details>\s*<summary>(.*?)</summary>(.*?)</details>', source, re.DOTALL)
+    assert [verdict for verdict, _, _ in lines] == ["held", "not-held", "undecided"], "the primary statement first"
+    summary, evidence = (" ".join("".join(Reader(part).texts).split()) for part in lines[0][1:])
+    assert summary.endswith("+0.15 [+0.10, +0.20] and 1 more") and "rows" not in summary
+    assert evidence.startswith("A2: 27 rows +0.15 [+0.10, +0.20]") and "p = 0.0001, 0.0001 after Holm." in evidence
+    assert 'href="#figure-1"' in lines[0][2]
+    table = re.search(r'<table class="scores">(.*?)</table>', source, re.DOTALL)
+    assert table is not None
+    words = "VQA CLIP 51.5 [46.5, 56.4] 66.5 concat 50.4"
+    assert " ".join(" ".join(Reader(table[1]).texts).split()) == f"{FAKE.alt['scores']} {words}"
+    assert re.findall(r"<td[^>]*>", table[1]) == ['<td class="best">', "<td>"]
+
+
+def test_pictures_keep_every_pixel_in_less_room_and_are_decoded_when_near(figures: Path, page: Path) -> None:
+    shown = [a for tag, a in Reader(page.read_text(encoding="utf-8")).tags if tag == "img" and a.get("src")]
+    files = [figures / f"{name}.png" for name in ("fig9_fake", "fig9_fake_zoom", "map_1", "map_2", "plain")]
+    for attributes, path in zip(shown, files, strict=True):
+        kind, _, letters = str(attributes["src"]).partition(",")
+        kept = Image.open(io.BytesIO(base64.b64decode(letters)))
+        assert kind == "data:image/webp;base64"
+        np.testing.assert_array_equal(np.asarray(kept.convert("RGB")), np.asarray(Image.open(path).convert("RGB")))
+        assert len(letters) * 3 / 4 < path.stat().st_size
+        assert (attributes["width"], attributes["height"]) == tuple(map(str, kept.size))
+        assert (attributes["loading"], attributes["decoding"]) == ("lazy", "async")
+
+
+def test_it_opens_on_the_mean_over_sites_of_the_sample_whose_words_differ_most(page: Path, store: Path) -> None:
+    inlined = re.search(r'id="maps">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert inlined is not None
+    shelf, tree = json.loads(inlined[1])["stores"][0], open_store(store)
+    assert shelf["sites"][0] == {"name": "mean over sites", "height": 8, "width": 12}
+    assert shelf["timesteps"][shelf["opens"]["timestep"]] == 50
+    apart = []
+    for number, sample in enumerate(shelf["samples"]):
+        tokens, text = sample["prompts"][0]["tokens"], sample["prompts"][0]["text"]
+        maps = [attention_maps(tree, token=k, timestep=50).isel(sample=number, timestep=0) for k in range(len(tokens))]
+        low, high = np.frombuffer(base64.b64decode(sample["maps"][0][0]["ends"]), "<f4").reshape(2, len(tokens), 2)[0].T
+        np.testing.assert_allclose(low, [m.min() for m in maps], rtol=1e-5)
+        np.testing.assert_allclose(high, [m.max() for m in maps], rtol=1e-5)
+        shares = [m / m.sum() for m, token in zip(maps, tokens, strict=True) if token in words_of(text)]
+        mean = sum(shares) / len(shares)
+        apart.append(sum(float(np.abs(share - mean).sum()) for share in shares) / len(shares))
+    assert len(apart) == 3 and shelf["opens"]["sample"] == apart.index(max(apart))
 
 
 def test_a_folder_without_figures_or_a_store_without_maps(figures: Path, tmp_path: Path, tiny_folder: Path) -> None:
@@ -174,9 +236,9 @@ def test_stores_that_can_be_explored_are_found(store: Path) -> None:
     assert explorable(store.parent) == [store]
 
 
-def test_a_page_without_stores_has_no_script(figures: Path, tmp_path: Path) -> None:
+def test_a_page_without_stores_has_only_the_script_that_enlarges(figures: Path, tmp_path: Path) -> None:
     write_report(figures, tmp_path / "r.html")
-    assert "<script" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert re.findall(r"<script[^>]*>", (tmp_path / "r.html").read_text(encoding="utf-8")) == ["<script>"]
 
 
 def test_size_is_forecast_and_bounded(figures: Path, store: Path, page: Path, tmp_path: Path) -> None:
@@ -199,7 +261,7 @@ def test_report_on_the_command_line(
         main()
     assert not stop.value.code
     output = capsys.readouterr().out
-    assert "pages/r.html: 3 figures, 3 claims, stores to explore: 0; 0." in output
+    assert "pages/r.html: 6 figures, 3 claims, stores to explore: 0; 0." in output
     assert "With --store" in output and "Next:" not in output, "STORE would have to be known to be typed"
     assert Path("pages/r.html").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", ["diffprobe", "report", "nowhere"])
@@ -289,7 +351,10 @@ class Browser:
         self._profile.cleanup()
 
 
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Escape": 27, " ": 32}
+PLACE = (
+    "(x => (x.scrollIntoView({block: 'center'}), (r => [r.x + r.width / 2, r.y + r.height / 2])(x.getBoundingClientRect())))"
+)
 SHOWN = """(() => {
   const heat = document.getElementById("heat"), image = heat.getContext("2d").getImageData(0, 0, heat.width, heat.height);
   return {said: document.getElementById("said").textContent, low: document.getElementById("low").textContent,
@@ -308,7 +373,7 @@ def browser(page: Path) -> Iterator[Browser]:
 @in_browser
 @pytest.mark.slow
 def test_hostile_text_is_shown_and_nothing_is_loaded(browser: Browser) -> None:
-    assert browser.ask("document.querySelectorAll('script').length") == 2
+    assert browser.ask("document.querySelectorAll('script').length") == 3
     assert browser.ask("document.querySelector('img[src=x]')") is None
     browser.pick("sample", "0")
     assert HOSTILE in browser.ask("document.getElementById('said').textContent")
@@ -343,7 +408,7 @@ def test_the_policy_refuses_a_script_that_slipped_in(browser: Browser) -> None:
 def test_the_map_shown_is_the_map_stored(browser: Browser, store: Path) -> None:
     tree = open_store(store)
     browser.pick("sample", "1")
-    browser.pick("site", "1")
+    browser.pick("site", "2")
     browser.pick("timestep", "1")
     browser.ask("document.querySelectorAll('#tokens label')[2].click()")
     shown = browser.ask(SHOWN)
@@ -369,7 +434,7 @@ def test_keys_reach_and_move_everything(browser: Browser) -> None:
         reached.append(browser.ask("document.activeElement.id || document.activeElement.name"))
         if reached[-1] == "stage":
             break
-    assert [name for name in reached if name] == ["sample", "prompt", "site", "stage"]
+    assert [name for name in reached if name] == ["only-all", "sample", "prompt", "site", "stage"]
     tokens = ["(start)", "a", "red", "circle", "left", "of", "a", "star", "(end)"]
     assert browser.ask("[...document.querySelectorAll('#tokens span')].map(x => x.textContent)") == tokens
     assert browser.ask(SHOWN)["token"] == "star", "the word of the sample before is kept"
@@ -395,11 +460,54 @@ def test_keys_reach_and_move_everything(browser: Browser) -> None:
 
 @in_browser
 @pytest.mark.slow
+def test_a_figure_is_enlarged_by_click_and_key_and_closed_by_escape_and_click(browser: Browser) -> None:
+    is_open = "document.getElementById('large').open"
+    x, y = browser.ask(f"{PLACE}(document.querySelector('.enlarge'))")
+
+    def click() -> None:
+        for kind in ("mousePressed", "mouseReleased"):
+            browser("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    assert not browser.ask(is_open)
+    click()
+    assert browser.ask(is_open)
+    assert browser.ask("document.querySelector('#large img').src === document.querySelector('.enlarge img').src")
+    assert browser.ask("document.querySelector('#large p').textContent") == FAKE.alt[""]
+    browser.press("Escape")
+    assert not browser.ask(is_open)
+    browser.press(" ")  # the focus is where it was
+    assert browser.ask(is_open)
+    click()
+    assert not browser.ask(is_open)
+
+
+@in_browser
+@pytest.mark.slow
+def test_claims_are_filtered_by_verdict_and_the_page_goes_dark(browser: Browser) -> None:
+    browser.ask("document.querySelectorAll('.kind').forEach(x => x.open = true)")
+    shown = "[...document.querySelectorAll('.claims li')].filter(x => x.offsetHeight).map(x => x.className)"
+    assert browser.ask(shown) == ["held", "not-held", "undecided"]
+    browser.ask("document.getElementById('only-not-held').click()")
+    assert browser.ask(shown) == ["not-held"]
+    colours = "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    light = browser.ask(colours)
+    browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    ink, paper = (sum(map(int, re.findall(r"\d+", colour))) for colour in browser.ask(colours))
+    assert ink > 600 > 150 > paper and light == ["rgb(28, 28, 28)", "rgb(255, 255, 255)"]
+
+
+@in_browser
+@pytest.mark.slow
 def test_a_phone_needs_no_sideways_scrolling(page: Path) -> None:
     browser = Browser(page.as_uri(), 360, 740)
     try:
         assert browser.ask("document.documentElement.scrollWidth") <= 360
         assert browser.ask("document.getElementById('stage').getBoundingClientRect().right") <= 360
-        assert browser.ask("getComputedStyle(document.querySelector('.claims td:nth-child(3)')).display") == "block"
+        assert browser.ask("getComputedStyle(document.querySelector('.claims .statement')).whiteSpace") == "normal"
+        x, y = browser.ask(f"{PLACE}(document.querySelector('.enlarge'))")
+        browser("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        browser("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        assert browser.ask("document.getElementById('large').open"), "a tap enlarges"
+        assert browser.ask("document.querySelector('#large img').getBoundingClientRect().width") > 900, "and it can be moved"
     finally:
         browser.close()
