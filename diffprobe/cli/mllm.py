@@ -20,7 +20,7 @@ ARMS = (
     "BASE[+dropNN][/MITIGATION]; BASE: U no prompt, M own caption, X mismatched, Q question; "
     "MITIGATION: centred, gated, erased, or a knock-out."
 )
-BENCHMARKS = "shapes-vqa:N, shapes-mmvp:N, KIND:SOURCE, ...; may be repeated."
+BENCHMARKS = "shapes-vqa:N, shapes-mmvp:N, KIND:SOURCE, jsonl:FILE?images=FOLDER, ...; may be repeated."
 CONDITIONS = "own, and without looking blank, text; unprompted and irrelevant test what the prompt does."
 RUN = argument(..., "A folder that 'diffprobe mllm train' filled.", "RUN")
 
