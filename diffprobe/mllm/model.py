@@ -24,9 +24,9 @@ from torch import Tensor
 from diffprobe.checkpoints import weights_hash
 from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
-from diffprobe.mllm.config import FusedConfig, Tuned, read_config
-from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
-from diffprobe.mllm.language import LanguageModel, build_inputs, generate, load_language_model
+from diffprobe.mllm.config import GREEDY, FusedConfig, Sampling, Tuned, read_config
+from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, TWICE, Fusion
+from diffprobe.mllm.language import LanguageModel, Turn, build_inputs, generate, load_language_model
 from diffprobe.mllm.streams import (
     DiffusionEncoder,
     Encoder,
@@ -98,14 +98,19 @@ class FusedMLLM:
         soft: Tensor = self.fusion({name: tokens.to(self.language.device) for name, tokens in features.items()})
         return soft
 
+    @property
+    def soft_tokens(self) -> int:
+        """Soft tokens of an image."""
+        return self.streams.grid**2 * (2 if self.fusion.kind in TWICE else 1)
+
     # --- answering --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def answer(
         self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str], *, max_new_tokens: int = 32, batch: int = 32,
-        prompts: Sequence[str | None] | None = None,
+        prompts: Sequence[str | None] | None = None, histories: Sequence[Sequence[Turn]] | None = None, sampling: Sampling = GREEDY,
     ) -> list[str]:  # fmt: skip
-        """Greedy answers to questions about images.
+        """Answers to questions about images, greedy by default.
 
         Args:
             images: the images of each question, in any of Pillow's modes; an empty list asks the language model alone.
@@ -113,15 +118,21 @@ class FusedMLLM:
             max_new_tokens: the longest answer.
             batch: questions answered together; the answers do not depend on it.
             prompts: the diffusion model's prompts in place of the questions; None is no prompt.
+            histories: the questions and answers before each question, whose images are those of the whole conversation.
+            sampling: where answers are drawn, each of them depends on the seed and on its own question alone.
 
         Raises:
-            ValueError: the numbers of images, questions and prompts differ.
+            ValueError: the numbers of images, questions, prompts and histories differ.
         """
         prompts = questions if prompts is None else prompts
         if not len(images) == len(questions) == len(prompts):
             raise ValueError(
                 f"{len(images)} lists of images, {len(questions)} questions and {len(prompts)} prompts do not match."
             )
+        histories = [()] * len(questions) if histories is None else histories
+        if len(histories) != len(questions):
+            raise ValueError(f"{len(questions)} questions and {len(histories)} histories do not match.")
+        batch = 1 if sampling.temperature else batch
         self.fusion.eval()
         self.language.model.eval()
         answers = [""] * len(questions)
@@ -131,8 +142,11 @@ class FusedMLLM:
             part = order[start : start + batch]
             pictures = [Picture.of(to_rgb(image)) for k in part for image in images[k]]
             soft = self.see(pictures, [prompts[k] for k in part for _ in images[k]])
-            inputs = build_inputs(self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part])
-            for k, text in zip(part, generate(self.language, inputs, max_new_tokens), strict=True):
+            inputs = build_inputs(
+                self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part],
+                histories=[histories[k] for k in part],
+            )  # fmt: skip
+            for k, text in zip(part, generate(self.language, inputs, max_new_tokens, sampling), strict=True):
                 answers[k] = text
         return answers
 
