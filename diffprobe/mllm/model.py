@@ -24,6 +24,7 @@ from torch import Tensor
 from diffprobe.checkpoints import weights_hash
 from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
+from diffprobe.mllm.card import OwnCard, model_card, write_card
 from diffprobe.mllm.config import GREEDY, FusedConfig, Sampling, Tuned, read_config
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, TWICE, Fusion
 from diffprobe.mllm.language import LanguageModel, Turn, build_inputs, generate, load_language_model
@@ -43,7 +44,7 @@ from diffprobe.rundir import file_digest, whole_file, write_json
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
 
 
-class FusedMLLM:
+class FusedMLLM(OwnCard):
     """Frozen encoders, a fusion, a language model.
 
     Args:
@@ -52,6 +53,10 @@ class FusedMLLM:
         fusion: trained or fresh.
         language: its language model.
         tuned: what was trained of the language model that the config names.
+
+    Attributes:
+        data: names of what it was trained on, one for each stage.
+        folder: where it was loaded from.
 
     >>> model = FusedMLLM.from_pretrained("runs/fused")  # doctest: +SKIP
     >>> model.answer([[image]], ["Which way does the red arrow point?"])  # doctest: +SKIP
@@ -63,6 +68,8 @@ class FusedMLLM:
     ) -> None:
         self.config, self.streams, self.language, self.tuned = config, streams, language, tuned
         self.fusion = fusion.to(language.device)
+        self.data: list[str] = []
+        self.folder: Path | None = None
 
     @classmethod
     def build(
@@ -158,19 +165,27 @@ class FusedMLLM:
 
     # --- keeping ----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None, *, max_shard_size: Any = None
+    ) -> None:
         """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` if the language model was tuned.
+
+        Beside them stand a page that describes the model, README.md, and what transformers' auto classes read.
 
         Args:
             folder: is made if it does not exist.
             weights: state dicts of "fusion" and "language" instead of the model's own, which may be spread over processes.
+            max_shard_size: the largest file of a language model that was tuned as a whole; transformers' own by default.
         """
+        from diffprobe.mllm.auto import write_auto_files
+
         folder, weights = Path(folder), weights or {}
         folder.mkdir(parents=True, exist_ok=True)
         if self.tuned:
             part = folder / {"full": "language", "lora": "adapter"}[self.tuned]
             with quiet(str(folder)):
-                self.language.model.save_pretrained(part, state_dict=weights.get("language"))
+                sharding = {"max_shard_size": max_shard_size} if max_shard_size and self.tuned == "full" else {}
+                self.language.model.save_pretrained(part, state_dict=weights.get("language"), **sharding)
             if self.tuned == "full":
                 self.language.tokenizer.save_pretrained(part)
         fusion = weights.get("fusion") or self.fusion.state_dict()
@@ -185,8 +200,14 @@ class FusedMLLM:
             "diffusion",
         ):  # folders by their whole path: a model is loaded from elsewhere too
             config[name] = kept_name(config[name])
-        kept = {"config": config, "tuned": self.tuned, "origins": self.origins(), "files": files}
+        write_auto_files(self, folder)
+        write_card(folder, self.card())
+        kept = {"config": config, "tuned": self.tuned, "origins": self.origins(), "files": files, "data": self.data}
         write_json(folder / CONFIG, kept)  # the last, because it says that all is there
+
+    def card(self) -> str:
+        """The page that describes the model."""
+        return model_card(self)
 
     @classmethod
     def from_pretrained(
@@ -223,7 +244,7 @@ class FusedMLLM:
         model = cls.build(config, device, language=language, encoder=encoder, diffusion=diffusion, cache=cache)
         model.fusion.load_state_dict(load_file(folder / WEIGHTS))
         model.fusion.eval()
-        model.tuned = tuned
+        model.tuned, model.data, model.folder = tuned, kept.get("data", []), folder
         here = model.origins(), model.origins(portable=False)  # the second is what earlier versions kept
         if differing := [name for name in here[0] if kept["origins"].get(name) not in [origins[name] for origins in here]]:
             name = {CLIP: config.encoder, DIFFUSION: config.diffusion}.get(differing[0], config.language_model)
