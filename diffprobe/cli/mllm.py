@@ -328,6 +328,22 @@ def mllm_chat(
         say(f"Drew {save_attention(model, images[0], question, answer, attention)}")
 
 
+@mllm_app.command("serve")
+def mllm_serve(
+    run: Path = RUN,
+    host: str = option("127.0.0.1", "Address that listens; 0.0.0.0 lets other machines in."),
+    port: int = option(7860, "Of the page.", min=1, max=65535),
+    max_new_tokens: int = option(64, "Of an answer.", min=1),
+    device: str | None = shared.DEVICE,
+) -> None:
+    """A page in the browser: upload, ask, see the attention, and the answer under an irrelevant prompt beside it."""
+    from diffprobe.mllm.model import FusedMLLM
+    from diffprobe.mllm.serve import library, serve
+
+    library()  # before the model is loaded, which takes a while
+    serve(FusedMLLM.from_pretrained(run, device), host, port, max_new_tokens, say)
+
+
 def _typed_lines() -> Iterator[str]:
     """What a person types, after a prompt and with the keys of readline, or the lines of a pipe."""
     if not sys.stdin.isatty():
