@@ -67,6 +67,8 @@ def test_generations_are_the_models_own_answers(
     assert spoken(processor, told, model.generate(**told, **SHORT)) == said
     one = processor(images=images[0][0], text=questions[0])
     assert spoken(processor, one, model.generate(**one, **SHORT)) == expected[:1]
+    whole = model.generate(**inputs, **SHORT, return_dict_in_generate=True)
+    assert torch.equal(whole.sequences, model.generate(**inputs, **SHORT))
     beams = model.generate(**inputs, **SHORT, num_beams=2, num_return_sequences=2)
     assert beams.shape[0] == 10 and torch.equal(beams[::2, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     loss = model(**inputs, labels=inputs["input_ids"].clamp(max=5)).loss
@@ -147,7 +149,7 @@ def test_the_page_says_what_the_model_is(run_folder: Path, tmp_path: Path) -> No
     model = FusedMLLM.from_pretrained(run_folder)
     model.save_pretrained(tmp_path / "copy")
     page = (tmp_path / "copy" / "README.md").read_text()
-    assert "| shapes-mmvp-0 | pair | own | 0.500 | 0.250 to 0.750 | 0.250 | 9 |" in page and "0.900" not in page
+    assert "| shapes-mmvp-0 | pair | own | 0.5 | 0.25 | 0.75 | 0.25 | 9 |" in page and "0.9" not in page
     (tmp_path / "copy" / "README.md").write_text("my own words")
     model.save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text() == "my own words"

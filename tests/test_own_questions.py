@@ -36,7 +36,7 @@ ROWS: list[dict[str, Any]] = [
     {"id": "second", "question": "Which?", "image": "blue.png", "options": ["left", "right", "up"], "answer": "(a)"},
     {"question": "Is it red?", "image": ["red.png", "blue.png"], "answer": "Yes", "source": "a note of one's own"},
     {"question": "What colour?", "image": "red.png", "answer": "dark red"},
-    {"question": "How many?", "image": "red.png", "answer": 3},
+    {"question": "How many?", "image": "red.png", "answer": 3, "options": None, "id": None, "category": None},
     {"question": "What colour?", "image": "red.png", "answers": ["red", "crimson"]},
     {"question": "What is it?", "image": "blue.png", "answers": ["cat"] * 9 + ["dog"]},
 ]
@@ -120,7 +120,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"question": "?", "image": "red.png", "options": ["up", "down"], "answer": ""}, "'' is none of the options up, down"),
     ({"question": "?", "image": "red.png", "options": ["up", "down"], "answers": ["up"]}, "needs answer, one of them"),
     ({"question": "?", "image": "red.png", "options": ["B", "A"], "answer": "A"}, "ask=plain shows no letters"),
-    ({"question": "?", "image": "red.png", "answer": "no", "category": ["a"]}, "category is ['a']; it must be a text"),
+    ({"question": "?", "image": "red.png", "answer": "no", "category": ["a"]}, "category is ['a']; it must be a text or a number"),
     ({"id": {}, "question": "?", "image": "red.png", "answer": "no"}, "id is {}; it must be a text or a number"),
     ({"id": "good", "question": "?", "image": "red.png", "answer": "no"}, "id 'good' stands in line 1 too"),
     ('{"question": "\\ud800", "image": "red.png", "answer": "no"}', "is no Unicode text"),

@@ -256,25 +256,26 @@ def own_questions(spec: str, source: str, options: dict[str, str]) -> QuestionBe
     places: dict[str, str] = {}
 
     def read(where: str, line: str) -> QuestionItem:
-        row = json_object(line, where)
+        row = {key: value for key, value in json_object(line, where).items() if value is not None}
         faults, loaders = _own_images(where, row.get("image"), folder)
-        question = row.get("question")
+        record, more = _own_record(row, ask)
+        faults += more
+        question, name = row.get("question"), str(row.get("id", where.rpartition(" ")[2]))
         if not isinstance(question, str) or not question.strip():
             faults.append(f"question is {question!r}; it must be a text")
-        name = str(row["id"]) if _is_word(row.get("id")) else where.rpartition(" ")[2]
-        if row.get("id") is not None and not _is_word(row["id"]):
-            faults.append(f"id is {row['id']!r}; it must be a text or a number")
-        elif (place := places.setdefault(name, where)) != where:
+        faults += [
+            f"{key} is {row[key]!r}; it must be a text or a number"
+            for key in ("id", "category")
+            if not _is_word(row.get(key, 0))
+        ]
+        if (place := places.setdefault(name, where)) != where:
             faults.append(f"id {name!r} stands in {place.rpartition(', ')[2]} too")
-        category = row.get("category")
-        if category is not None and not _is_word(category):
-            faults.append(f"category is {category!r}; it must be a text")
-        record, more = _own_record(row, ask)
-        if faults := faults + more:
+        if faults:
             raise ValueError(f"{where}: {', and '.join(faults)}.")
         check_unicode(where, json.dumps(row, ensure_ascii=False))
-        shown = row["image"] if isinstance(row["image"], str) else " ".join(row["image"])
-        record |= {"image": shown} | ({} if category is None else {"category": str(category)})
+        record["image"] = row["image"] if isinstance(row["image"], str) else " ".join(row["image"])
+        if "category" in row:
+            record["category"] = str(row["category"])
         return QuestionItem(name, loaders, _own_text(str(question), record, ask), record)
 
     items = collected(repr(spec), (partial(read, *line) for line in islice(numbered_lines(path), limit)))
@@ -295,14 +296,11 @@ def _own_images(where: str, given: Any, folder: Path) -> tuple[list[str], tuple[
     faults, found = [], []
     for name in names:
         try:
-            path = file_inside(folder, inside(where, name))
+            if (path := file_inside(folder, inside(where, name))) is None:
+                raise ValueError(f"there is no image {name!r} in '{folder}'")
+            found.append(partial(read_image, path))
         except ValueError as error:
             faults.append(str(error).removeprefix(f"{where}: ").rstrip("."))
-            continue
-        if path is None:
-            faults.append(f"there is no image {name!r} in '{folder}'")
-        else:
-            found.append(partial(read_image, path))
     return faults, tuple(found)
 
 
@@ -311,7 +309,7 @@ def _own_record(row: Row, ask: str) -> tuple[dict[str, Any], list[str]]:
     if ("answer" in row) == ("answers" in row):
         has = "has both" if "answer" in row else f"has neither (it has {', '.join(row) or 'nothing'})"
         return {}, [f"a line needs answer or answers, and this one {has}"]
-    if row.get("options") is None:
+    if "options" not in row:
         given = row.get("answers", [row.get("answer")])
         if not isinstance(given, list) or not given or not all(map(_is_word, given)):
             name, kind = ("answers", "a list of texts or numbers") if "answers" in row else ("answer", "a text or a number")

@@ -35,7 +35,7 @@ from transformers.image_utils import load_image
 from diffprobe.data.images import to_rgb
 from diffprobe.mllm.auto_config import FusedAutoConfig
 from diffprobe.mllm.card import OwnCard
-from diffprobe.mllm.language import ChatFormat, Turn, padded
+from diffprobe.mllm.language import IMAGE, ChatFormat, Turn, padded
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.streams import Picture
 
@@ -65,38 +65,29 @@ class FusedProcessor(ProcessorMixin):
         """The inputs of questions about images.
 
         Args:
-            images: of each question its image, or a list of them; none by default.
-            text: a question, or several.
+            images: of each question its image, or a list of them; a text is a path or URL.
+            text: a question, or several, whose rows are padded on the left to one length.
             histories: the questions and answers before each question.
             prompts: of each question the diffusion model's prompt instead of the question itself; None is no prompt.
-            return_tensors: "pt" alone.
-            padding: rows of one length, on the left; several rows are not taken otherwise.
 
         Raises:
             ValueError: the numbers of questions, lists of images, histories and prompts differ, or a text has image tokens.
         """
         questions = [text] if isinstance(text, str) else list(text or ())
-        shown = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+        shown = [[] for _ in questions] if images is None else list(images) if isinstance(images, list | tuple) else [images]
         if len(questions) == 1 and not any(isinstance(own, list | tuple) for own in shown):
             shown = [shown]
-        rows = (
-            [own if isinstance(own, list | tuple) else [own] for own in shown]
-            if images is not None
-            else [[] for _ in questions]
-        )
+        rows = [own if isinstance(own, list | tuple) else [own] for own in shown]
         told, said = questions if prompts is None else prompts, [()] * len(questions) if histories is None else histories
         if not questions or not len(questions) == len(rows) == len(told) == len(said):
+            counts = f"{len(questions)} texts, {len(rows)} lists of images, {len(told)} prompts and {len(said)} histories"
+            raise ValueError(f"{counts} do not match.")
+        if any(IMAGE in question for question in questions):
             raise ValueError(
-                f"{len(questions)} texts, {len(rows)} lists of images, {len(told)} prompts and {len(said)} histories do not match."
+                f"A text is a question alone: leave {IMAGE!r} out, or give messages to apply_chat_template(tokenize=True)."
             )
-        if any("<image>" in question for question in questions):
-            raise ValueError(
-                "A text is a question alone: leave '<image>' out, or give messages to apply_chat_template(tokenize=True)."
-            )
-        if return_tensors != "pt" or not (padding or len(questions) == 1):
-            raise ValueError(
-                "This processor makes PyTorch tensors of rows that are padded on the left: return_tensors='pt', padding=True."
-            )
+        if return_tensors != "pt" or not padding:
+            raise ValueError("This processor makes padded PyTorch tensors: return_tensors='pt', padding=True.")
         written = ChatFormat(self.tokenizer, template=self.template)
         lines = []
         for question, own, before in zip(questions, rows, said, strict=True):
@@ -142,13 +133,7 @@ class FusedProcessor(ProcessorMixin):
             texts = [written.text([*history, (question, "")], bool(images)) for images, history, question in parsed]
             return texts if several else texts[0]
         images, histories, questions = (list(part) for part in zip(*parsed, strict=True))
-        found = self(
-            [list(map(load_image, own)) for own in images],
-            questions,
-            histories=histories,
-            **(processor_kwargs or {}),
-            **options,
-        )
+        found = self(images, questions, histories=histories, **(processor_kwargs or {}), **options)
         return found if return_dict else found["input_ids"]
 
 
@@ -169,6 +154,7 @@ def _turns(messages: Sequence[Message]) -> tuple[list[Any], list[Turn], str]:
 
 
 def _pixels(image: Any) -> UInt8[Tensor, "channel y x"]:
+    image = load_image(image) if isinstance(image, str) else image
     rgb = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
@@ -214,11 +200,9 @@ class FusedForImageTextToText(OwnCard, PreTrainedModel, GenerationMixin):
             model.language_model.to(dtype)
         return model.eval()
 
-    def save_pretrained(self, save_directory: Any, *, push_to_hub: bool = False, **options: Any) -> None:
-        """As `FusedMLLM.save_pretrained`; `push_to_hub` uploads too, with `repo_id` and the other options of that method."""
-        self.fused.save_pretrained(save_directory)
-        if push_to_hub:
-            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
+    def save_pretrained(self, save_directory: Any, *, max_shard_size: Any = None) -> None:
+        """As `FusedMLLM.save_pretrained`."""
+        self.fused.save_pretrained(save_directory, max_shard_size=max_shard_size)
 
     def card(self) -> str:
         return self.fused.card()
@@ -251,32 +235,26 @@ class FusedForImageTextToText(OwnCard, PreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None, prompts: Sequence[str | None] | None = None, labels: Tensor | None = None, **options: Any,
+        image_sizes: Tensor | None = None, prompts: Sequence[str | None] | None = None, **options: Any,
     ) -> Any:  # fmt: skip
-        """The language model's output for what a processor made; with `labels` its loss."""
+        """The language model's output for what a processor made; with `labels`, its loss."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.language_model(
             inputs_embeds=self.embed(input_ids, pixel_values, image_sizes, prompts), attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0), labels=labels, **options,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0), **options,
         )  # fmt: skip
 
     @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None, prompts: Sequence[str | None] | None = None, generation_config: Any = None, **options: Any,
-    ) -> Any:  # fmt: skip
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The inputs' token numbers, and the answers' after them; greedy by default, with all options of transformers."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        seen = {name: options.pop(name, None) for name in ("pixel_values", "image_sizes", "prompts")}
         said = self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, pixel_values, image_sizes, prompts), attention_mask=mask,
-            generation_config=generation_config or self.generation_config, **options,
+            inputs_embeds=self.embed(input_ids, **seen), attention_mask=attention_mask,
+            **{"generation_config": self.generation_config} | options,
         )  # fmt: skip
         new = said if isinstance(said, Tensor) else said.sequences
         whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], 1)
-        if isinstance(said, Tensor):
-            return whole
-        said.sequences = whole
-        return said
+        return whole if isinstance(said, Tensor) else type(said)(**said | {"sequences": whole})
 
 
 def auto_config(fused: FusedMLLM) -> FusedAutoConfig:
@@ -289,12 +267,11 @@ def auto_config(fused: FusedMLLM) -> FusedAutoConfig:
 
 
 def write_auto_files(fused: FusedMLLM, folder: Path) -> None:
-    """Write what the auto classes read: ``config.json``, ``processor_config.json``, ``generation_config.json`` and a tokenizer."""
-    config = auto_config(fused)
+    """Write what the auto classes read: ``config.json``, ``processor_config.json`` and a tokenizer."""
+    config, language = auto_config(fused), fused.language
     config.save_pretrained(folder)
-    FusedProcessor(fused.language.tokenizer, fused.config.template, config.image_token_id, config.soft_tokens).save_pretrained(
-        folder
-    )
+    processor = FusedProcessor(language.tokenizer, fused.config.template, config.image_token_id, config.soft_tokens)
+    processor.save_pretrained(folder)
 
 
 AutoProcessor.register(FusedAutoConfig, FusedProcessor, exist_ok=True)

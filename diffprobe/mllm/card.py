@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from transformers.utils import PushToHubMixin
 
-from diffprobe.mllm.config import FusedConfig
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS
 from diffprobe.rundir import write_whole
 
@@ -61,11 +61,19 @@ def model_card(model: FusedMLLM) -> str:
     names = [config.language_model, *([config.encoder] * (CLIP in streams)), *([config.diffusion] * (DIFFUSION in streams))]
     bases = [name for name in names if name.count("/") == 1 and not Path(name).exists()]  # ids of the hub
     head = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["diffprobe"], "base_model": bases}
+    shown = {key: Path(value).name if Path(str(value)).is_dir() else value for key, value in asdict(config).items()}
+    made: dict[str, object] = {"language model": f"{shown['language_model']}, {TUNED[model.tuned]}", "fusion": config.fusion}
+    if CLIP in streams:
+        made["vision encoder"] = f"{shown['encoder']}, {config.layer or 'its second-to-last layer'}"
+    if DIFFUSION in streams:
+        made |= {"diffusion model": shown["diffusion"], "sites": ", ".join(config.sites), "timestep": config.timestep}
+        made["guidance"] = f"{config.guidance:g}"
+    made |= {"tokens": f"{config.grid} x {config.grid} of each stream", "template": config.template or "the tokenizer's"}
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items() if value), "---"]),
         "# A language model that sees through frozen encoders",
         "A fusion of image features, trained into a language model. The diffusion model reads each question as its prompt.",
-        _table([("part", "value"), *_made_of(config, streams, model.tuned)]),
+        _table([("part", "value"), *made.items()]),
         f"Trained on: {', then '.join(model.data)}." if model.data else "",
         _scores(model.folder),
         f"## Use\n\nIt takes `pip install diffprobe`, and the parts above, which are loaded by name.\n\n{USE}",
@@ -74,37 +82,18 @@ def model_card(model: FusedMLLM) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _made_of(config: FusedConfig, streams: tuple[str, ...], tuned: str) -> list[tuple[str, str]]:
-    """The settings that decide what a model sees; a folder is called by its own name, for its path says nothing elsewhere."""
-    shown = {key: Path(value).name if Path(str(value)).is_dir() else value for key, value in asdict(config).items()}
-    rows = [("language model", f"{shown['language_model']}, {TUNED[tuned]}"), ("fusion", config.fusion)]
-    if CLIP in streams:
-        rows.append(("vision encoder", f"{shown['encoder']}, {config.layer or 'its second-to-last layer'}"))
-    if DIFFUSION in streams:
-        rows += [("diffusion model", str(shown["diffusion"])), ("sites", ", ".join(config.sites))]
-        rows += [("timestep", str(config.timestep)), ("guidance", f"{config.guidance:g}")]
-    return [
-        *rows,
-        ("tokens", f"{config.grid} x {config.grid} of each stream"),
-        ("template", config.template or "the tokenizer's"),
-    ]
-
-
 def _scores(folder: Path | None) -> str:
     """The main scores of each benchmark, with intervals."""
     path = folder / "eval" / "scores.csv" if folder else None
     if path is None or not path.is_file():
         return ""
-    rows: list[tuple[str, ...]] = [("benchmark", "score", "shown", "value", "95% interval", "chance", "n")]
-    for row in pd.read_csv(path).to_dict("records"):
-        if row["group"] in ("all", "macro"):
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
-            told = (row["benchmark"], row["score"], row["condition"], f"{row['value']:.3f}", interval, f"{row['chance']:.3f}")
-            rows.append((*map(str, told), str(row["n"])))
+    frame = pd.read_csv(path)
+    frame = frame[frame["group"].isin(["all", "macro"])].round(3)
+    columns = ["benchmark", "score", "condition", "value", "low", "high", "chance", "n"]
     blind = "`own` is the image with its question; `blank`, an even image, and `text`, none, are blind baselines."
-    return f"## Scores\n\n{blind}\n\n{_table(rows)}"
+    return f"## Scores\n\n{blind}\n\n{_table([columns, *frame[columns].to_numpy().tolist()])}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+def _table(rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -38,29 +38,19 @@ def reply(
     """
     if image is None or not question.strip():
         raise ValueError("An image and a question are needed: give both, then ask.")
-    answer, other = model.answer(
-        [[image]] * 2, [question] * 2, prompts=[question, irrelevant], max_new_tokens=max_new_tokens
-    )  # fmt: skip
-    notes = []
-    if not isinstance(model.streams.encoders.get(DIFFUSION), DiffusionEncoder) or model.config.guidance == 0:
-        notes.append("This model never reads the prompt, so both answers are one.")
+    prompts = [question, irrelevant]
+    answer, other = model.answer([[image]] * 2, [question] * 2, prompts=prompts, max_new_tokens=max_new_tokens)
+    encoder = model.streams.encoders.get(DIFFUSION)
+    if not isinstance(encoder, DiffusionEncoder) or model.config.guidance == 0:
+        return answer, other, [], "This model never reads the prompt, so both answers are one."
     try:
-        maps = _maps(model, image, question)
+        heat = question_attention(model, image, question)
     except ValueError as error:
-        maps = []
-        notes.append(str(error))
-    return answer, other, maps, " ".join(notes)
-
-
-def _maps(model: FusedMLLM, image: Image.Image, question: str) -> Shown:
-    """Each word's map over the image as the diffusion model sees it."""
-    heat = question_attention(model, image, question)
-    encoder = model.streams.encoders[DIFFUSION]
-    assert isinstance(encoder, DiffusionEncoder)
+        return answer, other, [], str(error)
     height, width = encoder.model.size
     scale = -(-SHOWN // min(height, width))
-    seen = fit_image(image, (scale * height, scale * width), encoder.fit)
-    return [(overlay(seen, heat.sel(word=word)), str(word)) for word in heat["word"].values]
+    seen = fit_image(image, (scale * height, scale * width), encoder.fit)  # as the diffusion model sees it
+    return answer, other, [(overlay(seen, heat.sel(word=word)), str(word)) for word in heat["word"].values], ""
 
 
 def library() -> Any:
@@ -129,4 +119,4 @@ def serve(
         tell(f"The page is at {app.local_url}; Ctrl-C ends it.")
         threading.Event().wait()
     finally:
-        app.close()
+        app.close(verbose=False)
