@@ -147,6 +147,8 @@ def test_the_page_says_what_the_model_is(run_folder: Path, tmp_path: Path) -> No
     (run_folder / "eval").mkdir()
     pd.DataFrame([row, row | {"group": "colour", "value": 0.9}]).to_csv(run_folder / "eval" / "scores.csv", index=False)
     model = FusedMLLM.from_pretrained(run_folder)
+    AutoProcessor.from_pretrained(run_folder).save_pretrained(tmp_path / "copy")
+    assert "processor_class" not in json.loads((tmp_path / "copy" / "processor_config.json").read_text())
     model.save_pretrained(tmp_path / "copy")
     page = (tmp_path / "copy" / "README.md").read_text()
     assert "| shapes-mmvp-0 | pair | own | 0.5 | 0.25 | 0.75 | 0.25 | 9 |" in page and "0.9" not in page

@@ -99,6 +99,8 @@ def test_scores_are_those_of_the_published_benchmarks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(score_own(uncategorised)[VALUES], score_blink(alone)[VALUES].iloc[1:])
     by_hand = np.mean([text in ("A",) for text in said[:30]])
     assert found.loc[("choice", "all"), "value"] == by_hand and found.loc[("choice", "all"), "unparsed"] == said.count("maybe")
+    signs = {"options": ("+", "-"), "answer": "(A)"}
+    assert [hit({**signs, "output": text}) for text in ("", "A", "(B)")] == [0, 1, 0], "an empty text is no sign"
     assert [hit(record) for record in records[:30]] == [float(text == "A") for text in said[:30]]
 
 

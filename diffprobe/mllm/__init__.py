@@ -15,30 +15,27 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# What registers our classes, by the module of transformers after which it can.  Every auto class imports the first.
-_AFTER = {
-    "transformers.models.auto.configuration_auto": "diffprobe.mllm.auto_config",
-    "transformers.models.auto.processing_auto": "diffprobe.mllm.auto",
-}
+_AUTO = "transformers.models.auto.configuration_auto"  # every auto class imports it
 
 
 class _Watch(MetaPathFinder):
-    """Finds these modules as Python would, and imports ours after each of them ran."""
+    """Finds the module of `AutoConfig` as Python would, and registers our config after it ran."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path) if name in _AFTER else None
+        spec = PathFinder.find_spec(name, path) if name == _AUTO else None
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            import_module(_AFTER[name])
+            import_module("diffprobe.mllm.auto_config")
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 
-sys.meta_path.insert(0, _Watch())
-for _there in sys.modules.keys() & _AFTER.keys():
-    import_module(_AFTER[_there])
+if _AUTO in sys.modules:
+    import_module("diffprobe.mllm.auto_config")
+else:
+    sys.meta_path.insert(0, _Watch())

@@ -105,6 +105,15 @@ class FusedProcessor(ProcessorMixin):
             found["prompts"] = [prompt for prompt, own in zip(told, rows, strict=True) for _ in own]
         return BatchFeature(found)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without its class's name: transformers then asks the model's config, which registers the class."""
+        return {name: value for name, value in super().to_dict().items() if name != "processor_class"}
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write ``processor_config.json`` and the tokenizer, which would keep the class's name too."""
+        self.tokenizer.save_pretrained(save_directory)
+        self.to_json_file(Path(save_directory) / "processor_config.json")
+
     def apply_chat_template(
         self, conversation: Any, chat_template: None = None, *, tokenize: bool = False, return_dict: bool = False,
         add_generation_prompt: bool = True, continue_final_message: bool = False, processor_kwargs: Mapping[str, Any] | None = None,

@@ -1,7 +1,7 @@
 """The config by which transformers knows a saved `FusedMLLM`; `diffprobe.mllm` registers it when transformers is used.
 
-The invariant: this module imports no torch.  The model is registered by the first config that is made, which its auto class does
-before it looks for a class; the processor's auto class makes none.
+The invariant: this module imports nothing but transformers' configs, for it is imported in the middle of transformers.  The
+processor and the model are registered by the first config that is made, before their auto classes look for a class.
 """
 
 from __future__ import annotations
