@@ -1,6 +1,7 @@
 """Record, probe and reuse what text-to-image diffusion models know.
 
-Public names load on first use, so that opening a store needs no torch.
+Public names load on first use, so that opening a store needs no torch.  Transformers' auto classes know saved models
+(`diffprobe.mllm`).
 
 >>> from diffprobe import open_store, features
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+import diffprobe.mllm  # noqa: F401 (makes saved models known to transformers)
 
 if TYPE_CHECKING:
     from diffprobe.data import load_dataset

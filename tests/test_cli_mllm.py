@@ -66,6 +66,7 @@ def test_an_options_default_is_that_of_what_it_sets() -> None:
     """Options and fields are written twice, for `--help` imports no torch; they may not come to differ."""
     from diffprobe.extraction import extract
     from diffprobe.matching import alignment_score
+    from diffprobe.mllm.config import Sampling
     from diffprobe.mllm.judging import judge_all
     from diffprobe.mllm.leakage import Settings
     from diffprobe.mllm.model import FusedConfig
@@ -79,6 +80,7 @@ def test_an_options_default_is_that_of_what_it_sets() -> None:
         (("leakage", "run"), Settings, {"model", "data"}),  # those of a store where there is one
         (("mllm", "train"), FusedConfig, {"template"}),  # of two stages
         (("mllm", "eval"), judge_all, set()),
+        (("mllm", "chat"), Sampling, set()),
         (("probe", "alignment"), alignment_score, {"data", "model", "out"}),
     ):
         options = {name: one.default.default for name, one in inspect.signature(commands[words]).parameters.items()}

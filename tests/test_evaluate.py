@@ -520,6 +520,7 @@ EXAMPLE: dict[str, dict[str, Any]] = {
     "textvqa": {"answers": ["yes"] * 10},
     "pope": {"answer": "yes"},
     "llava-bench": {"category": "conv", "question": "?"},
+    "jsonl": {"options": ["one", "two"], "answer": "(A)"},
 }
 
 

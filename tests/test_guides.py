@@ -31,7 +31,12 @@ NO_RUN = {
     "docs/guides/cluster.md": ["a GPU and the hub", "a cluster", "a cluster", "a GPU and the hub"],
     "docs/guides/families.md": ["a GPU and the hub"],
     "docs/guides/leakage-audit.md": ["hours"],
-    "docs/guides/own-language-model.md": ["a GPU and the hub", "the harness"],
+    "docs/guides/own-language-model.md": [
+        "it waits for what you type",
+        "a GPU and the hub",
+        "the harness",
+        "a page that stays open",
+    ],
     "docs/guides/own-model.md": ["files of yours", "a GPU and the hub"],
     "docs/overview.md": ["one line each", "the hub", "a GPU and the hub"],
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,7 @@ ARMS = (
     "BASE[+dropNN][/MITIGATION]; BASE: U no prompt, M own caption, X mismatched, Q question; "
     "MITIGATION: centred, gated, erased, or a knock-out."
 )
-BENCHMARKS = "shapes-vqa:N, shapes-mmvp:N, KIND:SOURCE, ...; may be repeated."
+BENCHMARKS = "shapes-vqa:N, shapes-mmvp:N, KIND:SOURCE, jsonl:FILE?images=FOLDER, ...; may be repeated."
 CONDITIONS = "own, and without looking blank, text; unprompted and irrelevant test what the prompt does."
 RUN = argument(..., "A folder that 'diffprobe mllm train' filled.", "RUN")
 
@@ -289,25 +292,66 @@ def _show_scores(scores: pd.DataFrame) -> None:
 
 
 @mllm_app.command("chat")
+@shared.in_panels(what="more attention", how="temperature top_p seed max_new_tokens device")
 def mllm_chat(
     run: Path = RUN,
     image: Path = argument(..., "A photograph or drawing.", "IMAGE"),
-    question: str = argument(..., "What to ask about it.", "QUESTION"),
+    question: str = argument("", "What to ask about it; without one, a conversation begins.", "[QUESTION]"),
     more: list[Path] = option([], "More images, after the first. May be repeated.", "--image"),
     attention: Path | None = option(None, "Draw where the question's words attend over the first image: NAME.png."),
-    max_new_tokens: int = option(64, "Of the answer.", min=1),
+    temperature: float = option(0.0, "Draw tokens from softmax(logits / temperature); 0 takes the likeliest."),
+    top_p: float = option(1.0, "Draw among the fewest tokens that have this share together."),
+    seed: int = option(0, "Of the draws."),
+    max_new_tokens: int = option(64, "Of an answer.", min=1),
     device: str | None = shared.DEVICE,
 ) -> None:
-    """Answer a question about an image, and show where the attention went."""
+    """Answer questions about images, one after the other, and show where the attention went."""
     from diffprobe.data.images import read_image
-    from diffprobe.mllm.chat import save_attention
+    from diffprobe.mllm.chat import CUT, Chat, converse, save_attention
+    from diffprobe.mllm.config import Sampling
     from diffprobe.mllm.model import FusedMLLM
 
+    sampling = Sampling(temperature, top_p, seed)
+    if attention and not question:
+        raise ValueError("--attention draws the words of one QUESTION; in a conversation, type /attention NAME.png.")
     images = [read_image(path) for path in (image, *more)]
     model = FusedMLLM.from_pretrained(run, device)
-    (answer,) = model.answer([images], [question], max_new_tokens=max_new_tokens)
+    chat = Chat(model, images, sampling, max_new_tokens)
+    if not question:
+        converse(chat, _typed_lines(), say)
+        return
+    answer = chat.ask(question)
     say(answer)
     if model.cut_prompts:
-        say("The diffusion model's text encoder could not take the whole question; it was cut.")
+        say(CUT)
     if attention:
         say(f"Drew {save_attention(model, images[0], question, answer, attention)}")
+
+
+@mllm_app.command("serve")
+def mllm_serve(
+    run: Path = RUN,
+    host: str = option("127.0.0.1", "Address that listens; 0.0.0.0 lets other machines in."),
+    port: int = option(7860, "Of the page.", min=1, max=65535),
+    max_new_tokens: int = option(64, "Of an answer.", min=1),
+    device: str | None = shared.DEVICE,
+) -> None:
+    """A page in the browser: upload, ask, see the attention, and the answer under an irrelevant prompt beside it."""
+    from diffprobe.mllm.model import FusedMLLM
+    from diffprobe.mllm.serve import library, serve
+
+    library()  # before the model is loaded, which takes a while
+    serve(FusedMLLM.from_pretrained(run, device), host, port, max_new_tokens, say)
+
+
+def _typed_lines() -> Iterator[str]:
+    """What a person types, after a prompt and with the keys of readline, or the lines of a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    say("Ask about the image. /help shows what else can be typed.")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")

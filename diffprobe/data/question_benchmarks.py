@@ -28,11 +28,15 @@ GQA, VQAv2, TextVQA and POPE have no wording of their own; the sentence that LLa
 Drawn: ``shapes-mmvp:N`` (pairs) and ``shapes-naturalbench:N`` (groups) are `diffprobe.data.twins`; ``shapes-vqa:N`` asks one
 question each of N test scenes, ``shapes-blink:N`` is `diffprobe.data.several`; these two have BLINK's scorer, by category and by
 task.  Their options stand in the question itself.
+
+Your own: ``jsonl:FILE?images=FOLDER`` has a question a line (`own_questions`).
 """
 
 from __future__ import annotations
 
+import json
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,8 +46,9 @@ from pathlib import Path
 from typing import Any
 
 from diffprobe.data import ShapesDataset, TwinsDataset, iterate
-from diffprobe.data.files import inside, numbered_lines, read_text
-from diffprobe.data.questions import CATEGORIES
+from diffprobe.data.files import check_unicode, file_inside, inside, numbered_lines, read_text, real_path
+from diffprobe.data.images import read_image
+from diffprobe.data.questions import CATEGORIES, YES_NO
 from diffprobe.data.samples import check_options, did_you_mean, split_spec, whole_number
 from diffprobe.data.several import several_images
 from diffprobe.data.tables import (
@@ -66,6 +71,7 @@ NATURALBENCH = {
     "yes_no": " Please answer Yes or No.",
     "multiple_choice": " Please output the letter corresponding to the correct option.",
 }
+Row = Mapping[str, Any]
 _SCENES = 10**9  # as many as anybody asks for; they are drawn when their turn comes
 
 
@@ -110,7 +116,7 @@ def load_questions(spec: str) -> QuestionBenchmark:
     ``shapes-mmvp:N`` (N pairs), ``shapes-naturalbench:N`` (N groups), ``shapes-vqa:N`` and ``shapes-blink:N`` (N items) are
     drawn, with the option ``seed``.  ``KIND:SOURCE`` is a published one, SOURCE being a folder or a hub id; ``limit`` takes
     its first items (of each task or source where their mean is the score); ``images`` is the folder of the images where
-    official files only name them (VQAv2, TextVQA, POPE).
+    official files only name them (VQAv2, TextVQA, POPE).  ``jsonl:FILE`` holds your own (`own_questions`).
 
     Raises:
         ValueError: The text names no benchmark, or files, columns or entries of it are missing or wrong; the message names
@@ -123,6 +129,8 @@ def load_questions(spec: str) -> QuestionBenchmark:
     {'options': ('right', 'up'), 'answer': 'up'}
     """
     kind, source, options = split_spec(spec)
+    if kind == OWN and source:
+        return own_questions(spec, source, options)
     if kind in DRAWN and source:
         check_options(spec, kind, options, ("seed",))
         count = whole_number(spec, "the number after ':'", source, at_least=1)
@@ -130,7 +138,7 @@ def load_questions(spec: str) -> QuestionBenchmark:
         scorer, draw = DRAWN[kind]
         return QuestionBenchmark(f"{kind}-{seed}", scorer, f"{kind}:{count}?seed={seed}", tuple(draw(count, seed)))
     if kind not in LAYOUTS or not source:
-        hint = did_you_mean(kind, [*DRAWN, *LAYOUTS])
+        hint = did_you_mean(kind, [*DRAWN, *LAYOUTS, OWN])
         raise ValueError(f"{spec!r} names no benchmark of questions; valid are {FORMS}.{hint}")
     layout = LAYOUTS[kind]
     check_options(spec, kind, options, ("images", "limit") if kind in WITH_IMAGES else ("limit",))
@@ -214,9 +222,136 @@ DRAWN: dict[str, tuple[str, Callable[[int, int], Iterator[QuestionItem]]]] = {
 }
 
 
+# --- your own -------------------------------------------------------------------------------------
+
+OWN = "jsonl"
+ASKED = ("letters", "plain")
+
+
+def own_questions(spec: str, source: str, options: dict[str, str]) -> QuestionBenchmark:
+    """Questions of a file of JSON lines, each an object with these entries; others are left alone.
+
+    - ``question``: what is asked;
+    - ``image``: the name of a file inside the folder of images, or a list of names;
+    - ``options``: the possible answers, at least two, where it is a multiple choice;
+    - ``answer``: with options, one of them or its letter; "yes" or "no", which are options by themselves; or a short answer;
+      or ``answers``: a list, each of which is right; ten answers of people are scored as VQAv2's are;
+    - ``id``: a name of its own, by default the line's number; ``category``: is scored apart too.
+
+    Args:
+        options: ``images``, the folder, by default that of the file; ``limit``; ``ask``: "letters" shows options by letter and
+            adds the sentences of LLaVA-1.5, "plain" asks the question as it stands.
+
+    Raises:
+        ValueError: The file is missing or empty, or lines are wrong; the message names each of them.
+    """
+    check_options(spec, OWN, options, ("images", "limit", "ask"))
+    limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
+    if (ask := options.get("ask", ASKED[0])) not in ASKED:
+        raise ValueError(f"{spec!r}: ask is {ask!r}; it is one of {', '.join(ASKED)}.")
+    path = Path(source).expanduser()
+    folder = real_path(options.get("images", path.parent))
+    if not folder.is_dir():
+        raise ValueError(f"{spec!r}: the folder of images '{folder}' does not exist; name it: {OWN}:{source}?images=FOLDER.")
+    places: dict[str, str] = {}
+
+    def read(where: str, line: str) -> QuestionItem:
+        row = {key: value for key, value in json_object(line, where).items() if value is not None}
+        faults, loaders = _own_images(where, row.get("image"), folder)
+        record, more = _own_record(row, ask)
+        faults += more
+        question, name = row.get("question"), str(row.get("id", where.rpartition(" ")[2]))
+        if not isinstance(question, str) or not question.strip():
+            faults.append(f"question is {question!r}; it must be a text")
+        faults += [
+            f"{key} is {row[key]!r}; it must be a text or a number"
+            for key in ("id", "category")
+            if not _is_word(row.get(key, 0))
+        ]
+        if (place := places.setdefault(name, where)) != where:
+            faults.append(f"id {name!r} stands in {place.rpartition(', ')[2]} too")
+        if faults:
+            raise ValueError(f"{where}: {', and '.join(faults)}.")
+        check_unicode(where, json.dumps(row, ensure_ascii=False))
+        record["image"] = row["image"] if isinstance(row["image"], str) else " ".join(row["image"])
+        if "category" in row:
+            record["category"] = str(row["category"])
+        return QuestionItem(name, loaders, _own_text(str(question), record, ask), record)
+
+    items = collected(repr(spec), (partial(read, *line) for line in islice(numbered_lines(path), limit)))
+    check_ids(spec, [item.id for item in items])
+    return QuestionBenchmark(f"{OWN}-{path.stem}", OWN, spec, tuple(items))
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a JSON value is a text that is not empty, or a number."""
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _own_images(where: str, given: Any, folder: Path) -> tuple[list[str], tuple[Loader, ...]]:
+    """What is wrong with the images of a line, and what loads them."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        return [f"image is {given!r}; it must be the name of a file, or a list of names"], ()
+    faults, found = [], []
+    for name in names:
+        try:
+            if (path := file_inside(folder, inside(where, name))) is None:
+                raise ValueError(f"there is no image {name!r} in '{folder}'")
+            found.append(partial(read_image, path))
+        except ValueError as error:
+            faults.append(str(error).removeprefix(f"{where}: ").rstrip("."))
+    return faults, tuple(found)
+
+
+def _own_record(row: Row, ask: str) -> tuple[dict[str, Any], list[str]]:
+    """What the scorer wants of a line, and what is wrong with it."""
+    if ("answer" in row) == ("answers" in row):
+        has = "has both" if "answer" in row else f"has neither (it has {', '.join(row) or 'nothing'})"
+        return {}, [f"a line needs answer or answers, and this one {has}"]
+    if "options" not in row:
+        given = row.get("answers", [row.get("answer")])
+        if not isinstance(given, list) or not given or not all(map(_is_word, given)):
+            name, kind = ("answers", "a list of texts or numbers") if "answers" in row else ("answer", "a text or a number")
+            return {}, [f"{name} is {row[name]!r}; it must be {kind}"]
+        texts = [str(answer).strip() for answer in given]
+        if "answer" in row and texts[0].lower() in YES_NO:
+            return {"options": YES_NO, "answer": texts[0].lower()}, []
+        return {"answers": texts} if "answers" in row else {"answer": texts[0]}, []
+    if "answers" in row:
+        return {}, ["a line with options needs answer, one of them, and this one has answers"]
+    options, answer = row["options"], row["answer"]
+    if not isinstance(options, list) or not all(map(_is_word, options)):
+        return {}, [f"options are {options!r}; they must be a list of texts or numbers"]
+    texts = [str(option).strip() for option in options]
+    plain, letters = [text.lower() for text in texts], string.ascii_lowercase[: len(texts)]
+    if not 2 <= len(set(plain)) == len(plain) <= len(string.ascii_lowercase):
+        return {}, [f"options are {options!r}; there must be from 2 to 26 of them, each once"]
+    if ask == "letters" and set(plain) & set(letters) and plain != list(letters):
+        return {}, [f"options {', '.join(texts)} cannot be told from their letters; ask=plain shows no letters"]
+    said = str(answer).strip().lower()
+    if said in plain:
+        place = plain.index(said)
+    elif (letter := said.strip("().")) in [*letters]:  # a list, for a text holds the empty one
+        place = letters.index(letter)
+    else:
+        named = f"the options {', '.join(texts)}, nor a letter from A to {letters[-1].upper()}"
+        return {}, [f"answer {answer!r} is none of {named}"]
+    return {"options": tuple(texts), "answer": f"({letters[place].upper()})" if ask == "letters" else texts[place]}, []
+
+
+def _own_text(question: str, record: Row, ask: str) -> str:
+    """What is put to the model."""
+    if ask == "plain":
+        return question
+    if "options" not in record or record["options"] == YES_NO:
+        return question + SHORT
+    shown = zip(string.ascii_uppercase, record["options"], strict=False)
+    return question + "".join(f"\n({letter}) {option}" for letter, option in shown) + LETTER
+
+
 # --- published ------------------------------------------------------------------------------------
 
-Row = Mapping[str, Any]
 Maker = Callable[[], Row]  # makes a row, or raises ValueError where its entry is wrong
 Rows = Callable[[Path, Path | None], Iterable[Maker]]  # of a benchmark's folder and the folder of images
 
@@ -538,5 +673,5 @@ LAYOUTS: dict[str, Layout] = {  # the name is the scorer's too
 WITH_IMAGES = ("vqav2", "textvqa", "pope")
 FORMS = (
     ", ".join([*(f"{kind}:N" for kind in DRAWN), *(f"{kind}:SOURCE" for kind in LAYOUTS)])
-    + f" (SOURCE is a folder or a hub id; {', '.join(WITH_IMAGES)} take ?images=FOLDER)"
+    + f", {OWN}:FILE (SOURCE is a folder or a hub id; {', '.join([*WITH_IMAGES, OWN])} take ?images=FOLDER)"
 )

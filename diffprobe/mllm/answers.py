@@ -70,7 +70,7 @@ def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int
     letters = string.ascii_lowercase[: len(options)]
     folded = [_fold(option) for option in options]
     whole = _fold(text)
-    if whole in folded:
+    if whole and whole in folded:  # options of signs alone are folded to nothing, as an empty text is
         return folded.index(whole)
     if not lettered and all(len(option) == 1 and option.isalpha() for option in folded):
         said = {folded.index(letter) for letter in folded if letter not in "ai" and re.search(rf"\b{letter.upper()}\b", text)}

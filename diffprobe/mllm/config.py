@@ -1,4 +1,4 @@
-"""Settings of a fused model and of its trainings: frozen dataclasses of plain values, readable without torch.
+"""Settings of a fused model, of its answers and of its trainings: frozen dataclasses of plain values, readable without torch.
 
 `asdict` of a config is what a run folder keeps; a folder that holds other settings is refused.  A new field therefore needs a
 default that does what earlier versions did.
@@ -86,6 +86,35 @@ def read_config(given: Mapping[str, Any], source: str | Path) -> FusedConfig:
         raise ValueError(f"{source}: {unknown[0]!r} is no setting of a fused model; settings are {', '.join(known)}.")
     plain: dict[str, Any] = {name: tuple(value) if name == "sites" else value for name, value in given.items()}
     return FusedConfig(**plain)
+
+
+# --- answers ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest; above, tokens are drawn from softmax(logits / temperature).
+        top_p: they are drawn among the fewest that have this share together (nucleus sampling, Holtzman et al. 2020).
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < float("inf") and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"A temperature is at least 0 and top_p above 0, at most 1; got {self.temperature:g} and {self.top_p:g}."
+            )
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(f"top_p is {self.top_p:g}, but nothing is drawn at a temperature of 0; set one, such as 0.7.")
+
+
+GREEDY = Sampling()
 
 
 # --- trainings --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -221,12 +222,17 @@ def score_gqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) 
     >>> score_gqa([{"answer": "yes", "output": "Yes."}, {"answer": "left", "output": "to the left"}]).value.tolist()
     [0.5]
     """
-    _given(records, "GQA", ("answer", "output"))
-    truths, said = ([_plain(str(record[name])) for record in records] for name in ("answer", "output"))
-    hits = np.array([a == b for a, b in zip(truths, said, strict=True)], np.float64)
-    chance = Counter(truths).most_common(1)[0][1] / len(truths)
+    return _score_exact(_given(records, "GQA", ("answer", "output")), "GQA", level, seed)
+
+
+def _score_exact(records: Sequence[Record], benchmark: str, level: float, seed: int) -> pd.DataFrame:
+    """Exact match with the answer, or with one of several."""
+    truths = [{_plain(str(text)) for text in record.get("answers", [record.get("answer")])} for record in records]
+    said = [_plain(str(record["output"])) for record in records]
+    hits = np.array([output in right for right, output in zip(truths, said, strict=True)], np.float64)
+    chance = Counter(text for right in truths for text in right).most_common(1)[0][1] / len(truths)
     share = {**_share(hits, level, _images(records), seed), "n": len(hits)}
-    return _table("GQA", [{"score": "accuracy", **share, "chance": chance, "unparsed": sum(not s for s in said)}], seed)
+    return _table(benchmark, [{"score": "accuracy", **share, "chance": chance, "unparsed": sum(not s for s in said)}], seed)
 
 
 def _plain(text: str) -> str:
@@ -413,6 +419,44 @@ def _by_cluster(columns: Floats, clusters: NDArray[Any]) -> Floats:
     return np.stack([columns[clusters == name].sum(0) for name in np.unique(clusters)])
 
 
+# --- your own -------------------------------------------------------------------------------------
+
+
+def score_own(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """Questions of a file of your own: choices, exact matches and VQA's accuracy, each scored apart, and in each category.
+
+    Records: output, with options and answer (choice: as BLINK's tasks), with ten answers (vqa: as `score_vqav2`), or with answer
+    or answers (exact: as `score_gqa`, any of the answers is right); optionally category, and image (records of one image are
+    resampled together).
+
+    >>> own = [{"answer": "(A)", "options": ("left", "right"), "output": "Left."}, {"answers": ["cat", "kitten"], "output": "A cat"}]
+    >>> score_own(own)[["score", "value", "chance"]].values.tolist()
+    [['choice', 1.0, 0.5], ['exact', 0.0, 1.0]]
+    """
+    kinds = [
+        "choice" if "options" in record else "vqa" if len(record.get("answers", ())) == 10 else "exact"
+        for record in _given(records, "Questions", ("output",))
+    ]
+    scorers: dict[str, Callable[..., pd.DataFrame]] = {
+        "choice": _score_choice,
+        "exact": _score_exact,
+        "vqa": partial(_score_vqa, normalise=None),
+    }
+    frames = []
+    for kind in dict.fromkeys(kinds):
+        mine = [record for record, own in zip(records, kinds, strict=True) if own == kind]
+        for group, chosen in _groups(np.array([str(record.get("category", ALL)) for record in mine])):
+            part = [record for record, kept in zip(mine, chosen, strict=True) if kept]
+            frames.append(scorers[kind](part, "Questions", level=level, seed=seed).assign(score=kind, group=group))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _score_choice(records: Sequence[Record], benchmark: str, level: float, seed: int) -> pd.DataFrame:
+    hits, chances, unparsed = _choice_hits(records, benchmark)
+    share = {**_share(hits, level, _images(records), seed), "n": len(hits)}
+    return _table(benchmark, [{"score": "accuracy", **share, "chance": chances.mean(), "unparsed": unparsed}], seed)
+
+
 # --- judged answers -------------------------------------------------------------------------------
 
 
@@ -465,4 +509,5 @@ SCORERS: dict[str, Callable[..., pd.DataFrame]] = {
     "textvqa": score_textvqa,
     "pope": score_pope,
     "llava-bench": score_llava_bench,
+    "jsonl": score_own,
 }

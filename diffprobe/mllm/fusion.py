@@ -32,6 +32,7 @@ FUSIONS: dict[str, tuple[str, ...]] = {
     "interleave": (CLIP, DIFFUSION),
     "cross_attention": (CLIP, DIFFUSION),
 }
+TWICE = ("sequence", "interleave")  # as many tokens as both streams have
 MERGES = ("mean", "stack")
 # an optimizer that moves each weight by its learning rate would leave a plain gate shut for thousands of steps
 GATE_SPEED = 10.0

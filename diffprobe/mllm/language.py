@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from diffprobe.mllm.config import REQUEST
+from diffprobe.mllm.config import GREEDY, REQUEST, Sampling
 from diffprobe.mllm.projector import Projector
 from diffprobe.models import as_dtype, choose_device, quiet, resolve
 from diffprobe.rundir import first_line
@@ -31,6 +31,7 @@ from diffprobe.zoo import smollm2
 IMAGE = "<image>"  # stands for the soft tokens while a conversation is still text
 IGNORED = -100  # the label that cross-entropy leaves out
 _SOFT, _PADDING = -1, -2  # in place of token numbers
+Turn = tuple[str, str]  # a question and its answer
 
 # How LLaVA writes conversations (Liu et al. 2023, conversation.py and preprocess_v1, preprocess_plain of train.py): a template
 # as tokenizers have them, and the text that ends an answer ("" is the end token).  Tokens begin as the tokenizer's own texts do.
@@ -50,12 +51,11 @@ FORMATS = {
 }
 
 
-class LanguageModel:
-    """A frozen causal language model with its tokenizer.
+class ChatFormat:
+    """How conversations are written for a language model, whose tokenizer is all that is needed.
 
     Args:
-        model: any `AutoModelForCausalLM`; its parameters are frozen.
-        tokenizer: the model's tokenizer.
+        tokenizer: the language model's tokenizer.
         name: for messages and provenance.
         template: how conversations are written: "" is the tokenizer's chat template, "v1" LLaVA's for Vicuna, "plain" LLaVA's for
             captions, which asks nothing (`FORMATS`).
@@ -64,9 +64,8 @@ class LanguageModel:
         ValueError: the template is none of these, or the tokenizer has none of its own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str = "") -> None:
-        self.model, self.tokenizer, self.name, self.template = model.eval().requires_grad_(False), tokenizer, name, template
-        self.embeddings: nn.Embedding = model.get_input_embeddings()
+    def __init__(self, tokenizer: Any, name: str = "", template: str = "") -> None:
+        self.tokenizer, self.name, self.template = tokenizer, name, template
         if template and template not in FORMATS:
             raise ValueError(f"Template {template!r} is not one of {', '.join(FORMATS)}; '' is the tokenizer's own.")
         if not template and not tokenizer.chat_template:
@@ -75,31 +74,26 @@ class LanguageModel:
                 "name a template: v1 (Vicuna, and LLaVA-1.5 on it) or plain (captions alone, as in LLaVA's stage 1)."
             )
 
-    @property
-    def device(self) -> torch.device:
-        return self.embeddings.weight.device
+    def prompt(self, request: str, image: bool = True, history: Sequence[Turn] = ()) -> tuple[list[int], list[int]]:
+        """Token numbers before and after the soft tokens, up to where the answer begins; without an image all are "after".
 
-    @property
-    def width(self) -> int:
-        return int(self.embeddings.weight.shape[1])
-
-    @property
-    def rms(self) -> float:
-        """Root mean square of the token embeddings."""
-        return float(self.embeddings.weight.detach().float().square().mean().sqrt())
-
-    def prompt(self, request: str, image: bool = True) -> tuple[list[int], list[int]]:
-        """Token numbers before and after the soft tokens, up to where the answer begins; without an image all are "after"."""
-        before, after = self._around_image(self._write([(request, "")], image)[0], image)
+        Args:
+            history: questions and answers before the request.
+        """
+        before, after = self._around_image(self.text([*history, (request, "")], image), image)
         first = self.tokenizer("").input_ids if self.template else []  # a tokenizer's own template writes its first token
         first = first[: first[:1] == [self.tokenizer.bos_token_id]]
         return ([*first, *self._ids(before)], self._ids(after)) if image else ([], [*first, *self._ids(after)])
+
+    def text(self, turns: Sequence[Turn], image: bool = True) -> str:
+        """A conversation up to where its last answer begins."""
+        return self._write(turns, image)[len(turns) - 1]
 
     def answer(self, text: str, limit: int = 256) -> list[int]:
         """Token numbers of an answer, cut at `limit`, followed by the end token."""
         return [*self._ids(text)[:limit], self.tokenizer.eos_token_id]
 
-    def answers(self, turns: Sequence[tuple[str, str]], limit: int = 2048, image: bool = True) -> tuple[list[int], list[int]]:
+    def answers(self, turns: Sequence[Turn], limit: int = 2048, image: bool = True) -> tuple[list[int], list[int]]:
         """What follows the prompt of a conversation's first question: its answers, and the questions between them.
 
         The conversation is tokenised as one text, because many tokenizers write a word differently at the start of a text.
@@ -110,8 +104,6 @@ class LanguageModel:
         Raises:
             ValueError: the chat template rewrites earlier turns when the conversation goes on.
         """
-        if self.template == "plain" and len(turns) > 1:
-            raise ValueError(f"LLaVA's plain format has one caption an image; this conversation has {len(turns)} turns.")
         text, spans = self._answer_spans(turns, image)
         _, talk = self._around_image(text, image)
         shift = len(text) - len(talk)
@@ -127,7 +119,7 @@ class LanguageModel:
             labels[said] = ids[said]
         return ids[len(head) :][:limit], labels[len(head) :][:limit]
 
-    def _answer_spans(self, turns: Sequence[tuple[str, str]], image: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _answer_spans(self, turns: Sequence[Turn], image: bool) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text up to its last answer's end, and the (start, end) of each answer with its end token."""
         *prompts, whole = self._write(turns, image)
         close = (FORMATS[self.template][1] if self.template else "") or self.tokenizer.eos_token
@@ -146,8 +138,10 @@ class LanguageModel:
             place = end
         return text, spans
 
-    def _write(self, turns: Sequence[tuple[str, str]], image: bool) -> list[str]:
+    def _write(self, turns: Sequence[Turn], image: bool) -> list[str]:
         """The conversation as text up to where each answer begins, and then as a whole."""
+        if self.template == "plain" and len(turns) > 1:
+            raise ValueError(f"LLaVA's plain format has one caption an image; this conversation has {len(turns)} turns.")
         template = FORMATS[self.template][0] if self.template else None
         messages: list[dict[str, str]] = []
         texts = []
@@ -178,6 +172,33 @@ class LanguageModel:
         """Token numbers, and where in the text each token ends."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(found.input_ids), [end for _, end in found.offset_mapping]
+
+
+class LanguageModel(ChatFormat):
+    """A frozen causal language model with its tokenizer.
+
+    Args:
+        model: any `AutoModelForCausalLM`; its parameters are frozen.
+        tokenizer, name, template: as in `ChatFormat`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str = "") -> None:
+        super().__init__(tokenizer, name, template)
+        self.model = model.eval().requires_grad_(False)
+        self.embeddings: nn.Embedding = model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def width(self) -> int:
+        return int(self.embeddings.weight.shape[1])
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the token embeddings."""
+        return float(self.embeddings.weight.detach().float().square().mean().sqrt())
 
 
 def load_language_model(
@@ -237,6 +258,7 @@ def build_inputs(
     *,
     images: Sequence[int] | None = None,
     labels: Sequence[Sequence[int]] | None = None,
+    histories: Sequence[Sequence[Turn]] | None = None,
 ) -> Inputs:
     """Soft tokens inside their conversations, followed by the answers, if any.
 
@@ -246,22 +268,24 @@ def build_inputs(
         answers: token numbers of each row's answer, padded on the right.
         images: number of images of each row, whose tokens stand one after the other; one by default.
         labels: the answers with `IGNORED` for tokens that are not learnt; the answers themselves by default.
+        histories: what was said before each row's request; nothing by default.
     """
     counts = [1] * len(requests) if images is None else images
     prompt_of, rows = cache(language.prompt), []
-    for request, count in zip(requests, counts, strict=True):
-        before, after = prompt_of(request, count > 0)
+    for request, count, said in zip(requests, counts, histories or [()] * len(requests), strict=True):
+        before, after = prompt_of(request, count > 0, tuple(said))
         rows.append([*before, *[_SOFT] * (count * soft.shape[1]), *after])
-    prompts, nothing = _padded(rows, _PADDING, "left"), [()] * len(rows)
-    ids = torch.cat([prompts, _padded(answers or nothing, _PADDING)], 1)
-    wanted = torch.cat([torch.full_like(prompts, IGNORED), _padded(labels or answers or nothing, IGNORED)], 1)
+    prompts, nothing = padded(rows, _PADDING, "left"), [()] * len(rows)
+    ids = torch.cat([prompts, padded(answers or nothing, _PADDING)], 1)
+    wanted = torch.cat([torch.full_like(prompts, IGNORED), padded(labels or answers or nothing, IGNORED)], 1)
     ids, wanted = ids.to(language.device), wanted.to(language.device)
     embeddings = language.embeddings(ids.clamp(min=0))
     embeddings = embeddings.masked_scatter((ids == _SOFT)[..., None], soft.to(embeddings))
     return Inputs(embeddings, (ids != _PADDING).long(), wanted, ids.shape[1] - prompts.shape[1])
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "row position"]:
+def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "row position"]:
+    """Rows of numbers as one tensor, filled with `value`."""
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
 
 
@@ -281,14 +305,19 @@ def answer_losses(language: LanguageModel, inputs: Inputs) -> Float[Tensor, "row
 
 
 @torch.no_grad()
-def generate(language: LanguageModel, inputs: Inputs, max_new_tokens: int) -> list[str]:
-    """The greedy continuation of each row's prompt."""
-    tokenizer = language.tokenizer
+def generate(language: LanguageModel, inputs: Inputs, max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
+    """The continuation of each row's prompt, greedy by default; a drawn one depends on the other rows."""
+    tokenizer, draws = language.tokenizer, sampling.temperature > 0
+    # top_k is the library's own, which would leave out most tokens
+    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        do_sample=draws, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **drawing,
     )  # fmt: skip
-    said = language.model.generate(inputs_embeds=inputs.embeddings, attention_mask=inputs.mask, generation_config=settings)
+    with torch.random.fork_rng([language.device] if language.device.type == "cuda" else [], enabled=draws):
+        if draws:
+            torch.manual_seed(sampling.seed)
+        said = language.model.generate(inputs_embeds=inputs.embeddings, attention_mask=inputs.mask, generation_config=settings)
     return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
 
 
@@ -354,7 +383,7 @@ def _continuations(language: LanguageModel, inputs: Inputs, answers: Sequence[Se
         inputs_embeds=inputs.embeddings, attention_mask=inputs.mask, position_ids=inputs.positions, logits_to_keep=1,
         use_cache=True,
     )  # fmt: skip
-    ids = _padded(answers, _PADDING).to(language.device)
+    ids = padded(answers, _PADDING).to(language.device)
     said, width = (ids != _PADDING).long(), inputs.mask.shape[1]
     ids = ids.clamp(min=0)
     read.past_key_values.batch_repeat_interleave(len(answers))

@@ -24,9 +24,10 @@ from torch import Tensor
 from diffprobe.checkpoints import weights_hash
 from diffprobe.data.images import to_rgb
 from diffprobe.encoders import VisionEncoder, load_encoder
-from diffprobe.mllm.config import FusedConfig, Tuned, read_config
-from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
-from diffprobe.mllm.language import LanguageModel, build_inputs, generate, load_language_model
+from diffprobe.mllm.card import OwnCard, model_card, write_card
+from diffprobe.mllm.config import GREEDY, FusedConfig, Sampling, Tuned, read_config
+from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, TWICE, Fusion
+from diffprobe.mllm.language import LanguageModel, Turn, build_inputs, generate, load_language_model
 from diffprobe.mllm.streams import (
     DiffusionEncoder,
     Encoder,
@@ -43,7 +44,7 @@ from diffprobe.rundir import file_digest, whole_file, write_json
 CONFIG, WEIGHTS = "fused_mllm.json", "fusion.safetensors"
 
 
-class FusedMLLM:
+class FusedMLLM(OwnCard):
     """Frozen encoders, a fusion, a language model.
 
     Args:
@@ -52,6 +53,10 @@ class FusedMLLM:
         fusion: trained or fresh.
         language: its language model.
         tuned: what was trained of the language model that the config names.
+
+    Attributes:
+        data: names of what it was trained on, one for each stage.
+        folder: where it was loaded from.
 
     >>> model = FusedMLLM.from_pretrained("runs/fused")  # doctest: +SKIP
     >>> model.answer([[image]], ["Which way does the red arrow point?"])  # doctest: +SKIP
@@ -63,6 +68,8 @@ class FusedMLLM:
     ) -> None:
         self.config, self.streams, self.language, self.tuned = config, streams, language, tuned
         self.fusion = fusion.to(language.device)
+        self.data: list[str] = []
+        self.folder: Path | None = None
 
     @classmethod
     def build(
@@ -98,14 +105,19 @@ class FusedMLLM:
         soft: Tensor = self.fusion({name: tokens.to(self.language.device) for name, tokens in features.items()})
         return soft
 
+    @property
+    def soft_tokens(self) -> int:
+        """Soft tokens of an image."""
+        return self.streams.grid**2 * (2 if self.fusion.kind in TWICE else 1)
+
     # --- answering --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def answer(
         self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str], *, max_new_tokens: int = 32, batch: int = 32,
-        prompts: Sequence[str | None] | None = None,
+        prompts: Sequence[str | None] | None = None, histories: Sequence[Sequence[Turn]] | None = None, sampling: Sampling = GREEDY,
     ) -> list[str]:  # fmt: skip
-        """Greedy answers to questions about images.
+        """Answers to questions about images, greedy by default.
 
         Args:
             images: the images of each question, in any of Pillow's modes; an empty list asks the language model alone.
@@ -113,15 +125,21 @@ class FusedMLLM:
             max_new_tokens: the longest answer.
             batch: questions answered together; the answers do not depend on it.
             prompts: the diffusion model's prompts in place of the questions; None is no prompt.
+            histories: the questions and answers before each question, whose images are those of the whole conversation.
+            sampling: where answers are drawn, each of them depends on the seed and on its own question alone.
 
         Raises:
-            ValueError: the numbers of images, questions and prompts differ.
+            ValueError: the numbers of images, questions, prompts and histories differ.
         """
         prompts = questions if prompts is None else prompts
         if not len(images) == len(questions) == len(prompts):
             raise ValueError(
                 f"{len(images)} lists of images, {len(questions)} questions and {len(prompts)} prompts do not match."
             )
+        histories = [()] * len(questions) if histories is None else histories
+        if len(histories) != len(questions):
+            raise ValueError(f"{len(questions)} questions and {len(histories)} histories do not match.")
+        batch = 1 if sampling.temperature else batch
         self.fusion.eval()
         self.language.model.eval()
         answers = [""] * len(questions)
@@ -131,8 +149,11 @@ class FusedMLLM:
             part = order[start : start + batch]
             pictures = [Picture.of(to_rgb(image)) for k in part for image in images[k]]
             soft = self.see(pictures, [prompts[k] for k in part for _ in images[k]])
-            inputs = build_inputs(self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part])
-            for k, text in zip(part, generate(self.language, inputs, max_new_tokens), strict=True):
+            inputs = build_inputs(
+                self.language, soft, [questions[k] for k in part], images=[len(images[k]) for k in part],
+                histories=[histories[k] for k in part],
+            )  # fmt: skip
+            for k, text in zip(part, generate(self.language, inputs, max_new_tokens, sampling), strict=True):
                 answers[k] = text
         return answers
 
@@ -144,19 +165,27 @@ class FusedMLLM:
 
     # --- keeping ----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None, *, max_shard_size: Any = None
+    ) -> None:
         """Write ``fused_mllm.json``, ``fusion.safetensors``, and ``language/`` or ``adapter/`` if the language model was tuned.
+
+        Beside them stand a page that describes the model, README.md, and what transformers' auto classes read.
 
         Args:
             folder: is made if it does not exist.
             weights: state dicts of "fusion" and "language" instead of the model's own, which may be spread over processes.
+            max_shard_size: the largest file of a language model that was tuned as a whole; transformers' own by default.
         """
+        from diffprobe.mllm.auto import write_auto_files
+
         folder, weights = Path(folder), weights or {}
         folder.mkdir(parents=True, exist_ok=True)
         if self.tuned:
             part = folder / {"full": "language", "lora": "adapter"}[self.tuned]
             with quiet(str(folder)):
-                self.language.model.save_pretrained(part, state_dict=weights.get("language"))
+                sharding = {"max_shard_size": max_shard_size} if max_shard_size and self.tuned == "full" else {}
+                self.language.model.save_pretrained(part, state_dict=weights.get("language"), **sharding)
             if self.tuned == "full":
                 self.language.tokenizer.save_pretrained(part)
         fusion = weights.get("fusion") or self.fusion.state_dict()
@@ -171,8 +200,14 @@ class FusedMLLM:
             "diffusion",
         ):  # folders by their whole path: a model is loaded from elsewhere too
             config[name] = kept_name(config[name])
-        kept = {"config": config, "tuned": self.tuned, "origins": self.origins(), "files": files}
+        write_auto_files(self, folder)
+        write_card(folder, self.card())
+        kept = {"config": config, "tuned": self.tuned, "origins": self.origins(), "files": files, "data": self.data}
         write_json(folder / CONFIG, kept)  # the last, because it says that all is there
+
+    def card(self) -> str:
+        """The page that describes the model."""
+        return model_card(self)
 
     @classmethod
     def from_pretrained(
@@ -209,7 +244,7 @@ class FusedMLLM:
         model = cls.build(config, device, language=language, encoder=encoder, diffusion=diffusion, cache=cache)
         model.fusion.load_state_dict(load_file(folder / WEIGHTS))
         model.fusion.eval()
-        model.tuned = tuned
+        model.tuned, model.data, model.folder = tuned, kept.get("data", []), folder
         here = model.origins(), model.origins(portable=False)  # the second is what earlier versions kept
         if differing := [name for name in here[0] if kept["origins"].get(name) not in [origins[name] for origins in here]]:
             name = {CLIP: config.encoder, DIFFUSION: config.diffusion}.get(differing[0], config.language_model)

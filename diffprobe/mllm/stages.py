@@ -115,6 +115,7 @@ def train_stage(
             accelerate is set up for another engine than DDP and FSDP 2.
     """
     folder = Path(folder)
+    model.data = [*model.data, data.name]
     stage, count = _with_steps(stage, data), count_samples(stage, data)
     check_schedule(stage, count)
     about = {f"model.{name}": value for name, value in asdict(model.config).items()}
