@@ -379,6 +379,42 @@ def probe_causal(
     say_next(["plot", "probe", target])
 
 
+@probe_app.command("sinks")
+def probe_sinks(
+    model: str = shared.MODEL,
+    data: str = option("shapes:16?split=test", "Images with captions.", "--data", "-d"),
+    maps: list[str] = several(["words"], "Map sites: all that text takes part in; 'self' shows which places are sinks."),
+    timesteps: list[int] = several([50, 250, 500], "Noise levels.", "--timesteps", "-t"),
+    conditioning: list[str] = several(["caption"], "As for extract.", "--conditioning", "-c"),
+    draws: int = option(1, "Noise tensors at each timestep.", min=1),
+    resolution: int | None = option(None, "Image side in pixels; the model's own by default."),
+    out: str = option("runs/sinks.csv", "The table (CSV).", "--out", "-o"),
+    batch_rows: int = option(4, "Rows of one forward pass of the diffusion model.", min=1),
+    seed: int = SEED,
+    revision: str | None = shared.REVISION,
+    device: str | None = shared.DEVICE,
+    dtype: str = option("auto", "float32, float16, bfloat16; auto is float32 on a CPU, else bfloat16."),
+) -> None:
+    """Which share of the image's attention goes to start, words, end, padding and image, by block and noise level."""
+    from diffprobe.models import load_model
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.sinks import attention_mass
+
+    target = shared.table_place(out, "", "sinks")
+    loaded = load_model(model, device, dtype, revision)
+    options: dict[str, Any] = {"maps": maps, "conditionings": conditioning, "draws": draws, "seed": seed}
+    size = (resolution,) * 2 if resolution else None
+    frame = attention_mass(loaded, data, timesteps, size=size, batch_rows=batch_rows, **options)
+    request = {"model": loaded.model_id, "revision": revision, "weights": loaded.weights_hash(), "dataset": data}
+    kept = {"request": request, "random_weights": loaded.random_weights}
+    save_table(frame, target, "", kept, {"probe": "sinks", "timesteps": timesteps, "size": size, **options})
+    columns = {"class": "{label}", "conditioning": "{conditioning}", "most at": "{site}", "timestep": "{timestep}",
+               "share": "{value:.3f}", **shared.INTERVAL, "even": "{chance:.3f}", "strongest key": "{peak:.1f} x even"}  # fmt: skip
+    show(shared.best(frame, ["label", "conditioning"]), columns)
+    say(f"{len(frame)} shares in {target}")
+    say_next(["plot", "probe", target])
+
+
 @probe_app.command("similarity")
 def probe_similarity(
     store: str = shared.STORE,
