@@ -29,7 +29,6 @@ from diffprobe.sites import Site
 from diffprobe.tap import ALL, Call, Index, probabilities, take
 
 CLASSES = ("start", "words", "template", "end", "padding", "image", "other")
-SCORE = "attention mass"
 _AT_ONCE = 16  # images whose latents are held
 
 
@@ -76,7 +75,8 @@ def attention_mass(
     prompts, special = assign_prompts(samples, conditionings), special_tokens(model.pipeline)
     engine = Engine(model, seed=seed, batch_rows=batch_rows)
     recorder = _KeyMass(model, maps=maps, keep_steps=False, stop_early=True)
-    sites = [site.name for site in recorder.sites]
+    stages = "DMU"  # of a UNet, whose middle is listed last
+    sites = sorted((site.name for site in recorder.sites), key=lambda name: stages.find(name[0]))
     # (mass, number of keys, peak), each a mean over draws
     found = np.zeros((3, len(samples), len(sites), len(timesteps), len(conditionings), len(CLASSES)))
     total = len(samples) * len(timesteps) * len(conditionings) * draws
@@ -97,39 +97,25 @@ def attention_mass(
                     taken = [recorder.shares(site, batch.tensors[site][number], kinds) for site in sites]
                     found[next(place)] += np.stack(taken, axis=1) / draws
                 advance(len(batch.rows))
-    return _table(found, sites, timesteps, conditionings, model, seed, n_resamples)
-
-
-def _table(
-    found: NDArray[np.float64], sites: Sequence[str], timesteps: Sequence[int], conditionings: Sequence[str], model: DiffusionModel,
-    seed: int, n_resamples: int,
-) -> pd.DataFrame:  # fmt: skip
     mass, keys, peak = found
-    images = np.arange(len(mass))
-    weights = resampling_weights(len(mass), seed, n_resamples)
-    wide = mass.reshape(len(mass), -1)
-    low, high = mean_interval(wide, images, weights)
+    wide, weights = mass.reshape(len(mass), -1), resampling_weights(len(mass), seed, n_resamples)
+    low, high = mean_interval(wide, np.arange(len(mass)), weights)
     names = ("site", "timestep", "conditioning", "label")
     frame = pd.MultiIndex.from_product((sites, timesteps, conditionings, CLASSES), names=names).to_frame(index=False)
     frame.insert(2, "log_snr", frame["timestep"].map(model.levels.log_snr))
     frame = frame.assign(
-        score=SCORE, value=column_means(wide), low=low, high=high, chance=(keys / keys.sum(-1, keepdims=True)).mean(0).ravel(),
-        peak=peak.mean(0).ravel(), keys=keys.mean(0).ravel(), n=len(mass), seed=seed,
+        score="attention mass", value=column_means(wide), low=low, high=high, keys=keys.mean(0).ravel(), peak=peak.mean(0).ravel(),
+        chance=(keys / keys.sum(-1, keepdims=True)).mean(0).ravel(), n=len(mass), seed=seed,
     )  # fmt: skip
-    there = frame.groupby("label")["keys"].transform("max") > 0
-    return frame[there].reset_index(drop=True)
+    return frame[frame.groupby("label")["keys"].transform("max") > 0].reset_index(drop=True)
 
 
 def special_tokens(pipeline: Any) -> dict[str, set[int]]:
     """Numbers of the start, end and padding tokens of all of a pipeline's tokenizers, by those names."""
-    found: dict[str, set[int]] = {"start": set(), "end": set(), "padding": set()}
-    names = {"start": ("bos", "cls"), "end": ("eos", "sep"), "padding": ("pad",)}
-    for suffix in ("", "_2", "_3"):
-        tokenizer = plain_tokenizer(getattr(pipeline, f"tokenizer{suffix}", None))
-        for kind, words in names.items():
-            numbers = {getattr(tokenizer, f"{word}_token_id", None) for word in words}
-            found[kind] |= {int(number) for number in numbers if number is not None}
-    return found
+    tokenizers = [plain_tokenizer(getattr(pipeline, f"tokenizer{suffix}", None)) for suffix in ("", "_2", "_3")]
+    words = {"start": ("bos", "cls"), "end": ("eos", "sep"), "padding": ("pad",)}
+    numbers = lambda names: {getattr(one, f"{name}_token_id", None) for one in tokenizers for name in names}  # noqa: E731
+    return {kind: numbers(names) - {None} for kind, names in words.items()}
 
 
 def token_classes(text: EncodedText, special: Mapping[str, Collection[int]]) -> list[list[str]]:

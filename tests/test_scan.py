@@ -150,3 +150,10 @@ def test_a_unets_site_in_a_transformers_store_is_not_applicable() -> None:
     blocks = [f"T-B{number}-Out" for number in range(9)]
     with pytest.raises(NotApplicableError, match=r"U-L1-R1-B0-Cross-Q' is a place of a UNet.*--sites T-B6-Out"):
         known("U-L1-R1-B0-Cross-Q", blocks, "map site")
+
+
+def test_a_score_that_is_none_is_refused_before_the_work() -> None:
+    with pytest.raises(ValueError, match=r"Score 'acu' is not one that a scan can choose by: pointing.*[Dd]id you mean"):
+        scan_maps(xr.DataTree(), score="acu")
+    with pytest.raises(ValueError, match="'iou_tuned' is not one"):
+        scan_maps(xr.DataTree(), score="iou_tuned")

@@ -14,10 +14,11 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+from diffprobe.data.samples import did_you_mean
 from diffprobe.probes.cells import column_means, mean_interval, resampling_weights
 from diffprobe.probes.fitting import ProbeResult
 from diffprobe.probes.grounding import attention_localization
-from diffprobe.probes.localization import OWN
+from diffprobe.probes.localization import OWN, SCORES
 from diffprobe.probes.scoring import make_row
 from diffprobe.probes.task import FOLDS, Floats, number_ids, split_folds
 
@@ -93,11 +94,13 @@ def scan_maps(
         role; `validation`, `chosen`, `bold` and `held_out` as in `scan_probes`, and `held_out_lead` with its ends, over the wrong word.
 
     Raises:
-        ValueError: there are fewer images than folds.
+        ValueError: there are fewer images than folds, or no such score; "iou_tuned" has thresholds from the judging images.
     """
-    frame = attention_localization(
-        tree, dataset, merged=False, keep_rows=True, seed=seed, n_resamples=n_resamples, **options
-    )  # fmt: skip
+    if score not in set(SCORES) - {"iou_tuned"}:
+        fit = [name for name in SCORES if name != "iou_tuned"]
+        raise ValueError(f"Score {score!r} is not one that a scan can choose by: {', '.join(fit)}.{did_you_mean(score, fit)}")
+    options |= {"merged": False, "keep_rows": True, "seed": seed, "n_resamples": n_resamples}
+    frame = attention_localization(tree, dataset, **options)
     frame = frame[frame["score"] == score]
     frames = []
     for role, part in frame[frame["map"] == OWN].groupby("role", sort=False):
