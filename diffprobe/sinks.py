@@ -100,8 +100,8 @@ def attention_mass(
     mass, keys, peak = found
     wide, weights = mass.reshape(len(mass), -1), resampling_weights(len(mass), seed, n_resamples)
     low, high = mean_interval(wide, np.arange(len(mass)), weights)
-    names = ("site", "timestep", "conditioning", "label")
-    frame = pd.MultiIndex.from_product((sites, timesteps, conditionings, CLASSES), names=names).to_frame(index=False)
+    axes = {"site": sites, "timestep": timesteps, "conditioning": conditionings, "label": CLASSES}
+    frame = pd.MultiIndex.from_product(list(axes.values()), names=list(axes)).to_frame(index=False)
     frame.insert(2, "log_snr", frame["timestep"].map(model.levels.log_snr))
     frame = frame.assign(
         score="attention mass", value=column_means(wide), low=low, high=high, keys=keys.mean(0).ravel(), peak=peak.mean(0).ravel(),
@@ -114,7 +114,7 @@ def special_tokens(pipeline: Any) -> dict[str, set[int]]:
     """Numbers of the start, end and padding tokens of all of a pipeline's tokenizers, by those names."""
     tokenizers = [plain_tokenizer(getattr(pipeline, f"tokenizer{suffix}", None)) for suffix in ("", "_2", "_3")]
     words = {"start": ("bos", "cls"), "end": ("eos", "sep"), "padding": ("pad",)}
-    numbers = lambda names: {getattr(one, f"{name}_token_id", None) for one in tokenizers for name in names}  # noqa: E731
+    numbers: Any = lambda names: {getattr(one, f"{name}_token_id", None) for one in tokenizers for name in names}  # noqa: E731
     return {kind: numbers(names) - {None} for kind, names in words.items()}
 
 

@@ -131,7 +131,11 @@ def probe_scan(
         return _probe("scan", fit_probe, {"penalties": penalties, "seed": seed, "n_jobs": jobs}, scan=scan_probes, **asked)
     tree, store = open_store(asked["store"]), asked["store"]
     target = shared.table_place(asked["out"], store, "scan-localization")
-    options = {"sites": asked["sites"] or None, "conditioning": ",".join(asked["conditioning"]) or "caption", "roles": roles}
+    options: dict[str, Any] = {
+        "sites": asked["sites"] or None,
+        "conditioning": ",".join(asked["conditioning"]) or "caption",
+        "roles": roles,
+    }
     frame = scan_maps(tree, data or None, score=score, seed=seed, **options)
     save_table(frame, target, store, provenance(tree), {"probe": "scan", "of": of, "score": score, "seed": seed, **options})
     _show_scan(frame)

@@ -61,9 +61,9 @@ def scan_probes(
     for results in found.values():
         table = pd.concat([one.table.assign(site=site) for site, one in results], ignore_index=True)
         table = table[["site", *table.columns.drop("site")]]
-        turns = [turns for _, one in results for turns in one.turns_]
-        problem, settings = results[0][1].problem, results[0][1].settings
-        if any(one.problem is None or len(one.problem.target) != len(problem.target) for _, one in results):
+        probes: list[Any] = [one for _, one in results]
+        turns = [turns for one in probes for turns in one.turns_]
+        if len({len(one.problem.target) for one in probes}) > 1:
             raise ValueError(
                 "A scan compares sites on the same rows, and these have different numbers of patches; pool them by mean or flatten."
             )
@@ -75,7 +75,9 @@ def scan_probes(
         kinds = table["conditioning"] if "conditioning" in table else pd.Series("", table.index)
         for rows in (np.flatnonzero(kinds == kind) for kind in dict.fromkeys(kinds)):
             chosen = rows[validated[rows].argmax(0)]
-            judged = make_row(problem, settings, [turns[cell][turn] for turn, cell in enumerate(chosen)], {}, 0)
+            judged = make_row(
+                probes[0].problem, probes[0].settings, [turns[cell][turn] for turn, cell in enumerate(chosen)], {}, 0
+            )
             frames.append(_marked(table.iloc[rows].assign(validation=validated[rows].mean(1)), rows, chosen, judged))
     return pd.concat(frames, ignore_index=True)
 
