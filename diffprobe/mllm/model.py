@@ -241,6 +241,10 @@ def _encoders(
         if config.sites == TruthEncoder.sites:
             found[DIFFUSION] = TruthEncoder()
             return found
+        kind, _, name = config.sites[0].partition(":")
+        if kind == "encoder":
+            found[DIFFUSION] = ImageEncoder(load_encoder(name, device), fit=config.fit)
+            return found
         model = diffusion or load_model(config.diffusion, device)
         if config.sites in (("latent",), ("text",)):
             found[DIFFUSION] = InputEncoder(model, config.sites[0], config.fit)
