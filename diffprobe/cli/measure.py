@@ -261,14 +261,8 @@ def probe_sae(
         "seed": seed,
     }
     save_table(frame, str(folder / "scores.csv"), store, provenance(tree), options)
-    columns = {
-        "score": "{score}",
-        "coder": "{coder}",
-        "value": "{value:.3f}",
-        **shared.INTERVAL,
-        "samples": "{n}",
-        "tokens": "{tokens}",
-    }
+    columns = {"score": "{score}", "coder": "{coder}", "value": "{value:.3f}", **shared.INTERVAL}
+    columns |= {"samples": "{n}", "tokens": "{tokens}"}
     show(frame.sort_values(["score", "coder"], ascending=[True, False], kind="stable"), columns)
     say(f"Autoencoder in {sae or folder}, scores in {folder / 'scores.csv'}")
     if draw and {"y", "x"} <= set(array.dims):
@@ -362,12 +356,8 @@ def probe_causal(
     found = causal_map(
         loaded, attribute, sites, timesteps, pairs=pairs, train_pairs=train_pairs, seed=seed, batch_rows=batch_rows
     )
-    request = {
-        "model": loaded.model_id,
-        "revision": revision,
-        "weights": loaded.weights_hash(),
-        "dataset": f"twins {attribute}",
-    }
+    request = {"model": loaded.model_id, "revision": revision, "weights": loaded.weights_hash()}
+    request |= {"dataset": f"twins {attribute}"}
     options = {"probe": "causal", "attribute": attribute, "sites": sites, "timesteps": timesteps, "pairs": pairs,
                "train_pairs": train_pairs, "seed": seed, "agreement": found.agreement}  # fmt: skip
     save_table(found.table, target, "", {"request": request}, options)
