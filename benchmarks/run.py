@@ -31,7 +31,7 @@ from benchmarks.compute import caption_scores, probe_grid, training
 from benchmarks.measure import FOLDER, Row, alternate, detail_of, provenance, row_of, update_results, write_report
 from benchmarks.models import MODELS, Subject
 from benchmarks.storage import stall, storage, streams, words
-from benchmarks.transformers import transformers
+from benchmarks.transformers import joint_peers, transformers
 from diffprobe import extract
 from diffprobe.data import fit_image, load_dataset
 from diffprobe.data.samples import Dataset
@@ -347,7 +347,7 @@ def growth(setting: Setting) -> Iterator[Row]:
 
 
 BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    "recorder": recorder, "transformers": transformers, "early_exit": early_exit, "end_to_end": end_to_end, "stall": stall, "peers": peers, "storage": storage,
+    "recorder": recorder, "transformers": transformers, "joint_peers": joint_peers, "early_exit": early_exit, "end_to_end": end_to_end, "stall": stall, "peers": peers, "storage": storage,
     "words": words, "streams": streams, "probes": probe_grid, "captions": caption_scores, "training": training, "growth": growth,
 }  # fmt: skip
 

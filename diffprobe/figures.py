@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from diffprobe import plotting
-from diffprobe.data import load_dataset
+from diffprobe.data import iterate, load_dataset
 from diffprobe.data.images import fit_image
 from diffprobe.plotting import check_table
 from diffprobe.probes.pca import pca_rgb
@@ -35,7 +35,6 @@ LOCALIZATION_NAMES = {
     "iou_otsu": "IoU, Otsu", "iou_tuned": "IoU, tuned", "auc": "ROC-AUC", "ap": "average precision", "nss": "NSS",
 }  # fmt: skip
 NOISE_AXIS = "timestep (noise grows to the right)"
-SNR_AXIS = "log-SNR (noise grows to the right)"
 
 
 # --- pictures ------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def plot_probe_curves(frame: pd.DataFrame, *, x: str = "timestep", title: str = 
     scores = list(dict.fromkeys(score for _, score, _ in parts))
     several = len(scores) > 1
     rows = pd.concat([part.assign(panel=f"{heading}: {score}" if several else heading) for heading, score, part in parts])
-    x_label = SNR_AXIS if x == "log_snr" else NOISE_AXIS
+    x_label = "log-SNR (noise grows to the right)" if x == "log_snr" else NOISE_AXIS
     return plot_site_curves(
         rows, x=x, x_label=x_label, y_label="" if several else scores[0], columns=2, title=title, width=width
     )
@@ -276,13 +275,12 @@ def plot_similarity_matrix(frame: pd.DataFrame, between: str) -> Figure:
     cell = plotting.PAGE / min(3, len(names))
     texts = [plotting.wrap(str(entry), cell / 4) for entry in entries]
     figure, shown = plotting.panels(len(names), 3, plotting.PAGE, 0.8 * cell + 0.2)
-    low = min(0.0, float(frame["value"].min()))
     place = {entry: index for index, entry in enumerate(entries)}
     for (axis, _, _), name in zip(shown, names, strict=True):
         table = np.full((len(entries), len(entries)), np.nan)
         for a, b, value in frame.loc[frame["panel"] == name, [*sides, "value"]].itertuples(index=False):
             table[place[a], place[b]] = table[place[b], place[a]] = value
-        drawn = plotting.cells(axis, table, texts, texts, limits=(low, 1), aspect="equal")
+        drawn = plotting.cells(axis, table, texts, texts, limits=(min(0.0, float(frame["value"].min())), 1), aspect="equal")
         axis.tick_params(axis="x", labelrotation=0 if max(map(len, texts)) < 6 else 90)
         axis.set_title(plotting.wrap(str(name), cell, 5.5), pad=4)
     figure.colorbar(drawn, ax=figure.axes, fraction=0.03, pad=0.01).outline.set_visible(False)
@@ -308,14 +306,13 @@ def plot_localization_grid(frame: pd.DataFrame, *, against: str = "wrong word", 
     sites, steps = list(dict.fromkeys(mine["site"])), sorted(dict.fromkeys(mine["timestep"]))
     height, names = 0.145 * len(sites) + 0.42, [str(s).removesuffix("-Cross-Map") for s in sites]
     figure, shown = plotting.panels(len(scores), 3, plotting.PAGE, height, 0.15, title=title, pad=(0.02, 0.02))
-    framed: dict[str, Any] = {"fill": False, "edgecolor": plotting.COLOURS[1], "linewidth": 1}
     for (axis, leftmost, lowest), score in zip(shown, scores, strict=True):
         part = mine[mine["score"] == score]
         table = _table(part, "value", "site", sites, "timestep", steps)
         plotting.cells(axis, table, [str(s) for s in steps] if lowest else (), names if leftmost else ())
         for (y, site), (x, step) in itertools.product(enumerate(sites), enumerate(steps)):
             if (score, site, step) in beaten:
-                axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **framed))
+                axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, color=plotting.COLOURS[1], linewidth=1))
         axis.set_title(f"{LOCALIZATION_NAMES[score]} (chance {plotting.short(float(part['chance'].mean()))})", pad=3)
         axis.tick_params(labelsize=6.5)
     figure.supxlabel(f"{NOISE_AXIS}; framed: above the control “{against}”, p < .05 (Holm)")
@@ -489,8 +486,7 @@ def open_with_images(store: str, data: str, choose: Choose) -> tuple[xr.DataTree
     request = provenance(tree)["request"]
     dataset = load_dataset(data or provenance(tree)["data"])
     wanted, images = set(ids), {}
-    for index in range(len(dataset)):
-        sample = dataset[index]
+    for sample in iterate(dataset):
         if sample.id in wanted:
             images[sample.id] = np.asarray(fit_image(sample.load(), tuple(request["resolution"]), request["fit"]))
         if len(images) == len(wanted):
@@ -500,10 +496,6 @@ def open_with_images(store: str, data: str, choose: Choose) -> tuple[xr.DataTree
             f"The dataset {data or provenance(tree)['data']!r} has no sample {sorted(missing)[0]!r}; give the one that was extracted with --data."
         )
     return tree, np.stack([images[name] for name in ids]), rows, ids
-
-
-def _timestep(tree: xr.DataTree, timestep: int | None) -> int:
-    return int(provenance(tree)["request"]["timesteps"][0]) if timestep is None else timestep
 
 
 def _save(figure: Figure, out: Path, name: str, frame: pd.DataFrame, config: Mapping[str, Any], alt: str) -> Path:
@@ -538,7 +530,7 @@ def pca_figure(
         The PNG's path; PDF, CSV and JSON lie beside it.
     """
     tree, images, rows, ids = open_with_images(store, data, choose)
-    timestep = _timestep(tree, timestep)
+    timestep = int(provenance(tree)["request"]["timesteps"][0]) if timestep is None else timestep
     grids = {}
     for site in sites or [n for n in site_names(tree) if "features" in tree[n].data_vars]:
         values = features(tree, site, timestep=timestep, conditioning=conditioning)
@@ -579,7 +571,7 @@ def heatmap_figures(
 ) -> list[Path]:
     """One strip a sample: the image, then each word's cross-attention over it."""
     tree, images, rows, ids = open_with_images(store, data, choose)
-    timestep = _timestep(tree, timestep)
+    timestep = int(provenance(tree)["request"]["timesteps"][0]) if timestep is None else timestep
     prompts = prompt_texts(tree, conditioning)["text"].values
     paths = []
     for number, (row, sample_id) in enumerate(zip(rows, ids, strict=True)):
@@ -629,11 +621,17 @@ def probe_figures(table: str, out: Path, name: str, beside: Sequence[str] = ()) 
         frame = pd.concat([part.assign(site=f"{which} " + part["site"].astype(str)) for part, which in read])
         frame = frame[np.isfinite(frame["log_snr"])]
         alt = f"Scores of {len(frame)} probes of {len(read)} models by log-SNR, with chance marked."
-        config = {"table": table, "beside": list(beside)}
-        return [_save(plot_probe_curves(frame, x="log_snr"), out, f"{name or stem}_beside", frame, config, alt)]
+        figure, config = plot_probe_curves(frame, x="log_snr"), {"table": table, "beside": list(beside)}
+        return [_save(figure, out, f"{name or stem}_beside", frame, config, alt)]
+    if "peak" in frame:  # of `diffprobe probe sinks`
+        depth = frame["site"].map({site: place for place, site in enumerate(frame["site"].unique(), 1)})
+        panel = "t = " + frame["timestep"].astype(str) + ", " + frame["conditioning"]
+        rows, alt = frame.assign(panel=panel, depth=depth, site=frame["label"]), "Attention by class of tokens and block."
+        drawn = plot_site_curves(rows, x="depth", x_label="block, in order", y_label="share of attention", chance_name="even")
+        return [_save(drawn, out, name or stem, frame, {"table": table}, alt)]
     alt = f"Scores of {len(frame)} probes by site and timestep, with chance marked."
-    drawn = {"": plot_probe_grid(frame), "_curves": plot_probe_curves(frame)}
-    return [_save(figure, out, f"{name or stem}{suffix}", frame, {"table": table}, alt) for suffix, figure in drawn.items()]
+    figures = {"": plot_probe_grid(frame), "_curves": plot_probe_curves(frame)}
+    return [_save(figure, out, f"{name or stem}{suffix}", frame, {"table": table}, alt) for suffix, figure in figures.items()]
 
 
 def draw_localization(frame: pd.DataFrame, score: str = "auc") -> dict[str, Figure]:

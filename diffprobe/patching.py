@@ -191,10 +191,13 @@ def activation_patching(
 def own_output(model: DiffusionModel, batch: Batch, prediction: Tensor | None) -> Float[Tensor, "row channel y x"]:
     """What the network itself gives: a velocity is turned back from the predicted noise, which holds the input too."""
     assert prediction is not None
-    alpha = model.alphas_cumprod[batch.timesteps].to(prediction.device).view(-1, 1, 1, 1)
+    levels = (model.levels.signal, model.levels.spread)
+    signal, spread = (level[batch.timesteps].to(prediction.device).view(-1, 1, 1, 1) for level in levels)
+    if model.kind.flow:
+        return (prediction.float() - batch.inputs.float()) / (signal * model.kind.sign)
     if model.prediction_type != "v_prediction":
         return prediction.float()
-    return (prediction.float() - (1 - alpha).sqrt() * batch.inputs.float()) / alpha.sqrt()
+    return (prediction.float() - spread * batch.inputs.float()) / signal
 
 
 class _Outcome:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
+from itertools import pairwise
 from typing import Any
 
 import diffusers.utils.logging
@@ -134,7 +135,7 @@ class Heard:
         ids = torch.cat(given).cpu().long() if given else torch.zeros(0, 0, dtype=torch.long)
         if given and not getattr(self.tokenizer, "is_fast", True):
             real = torch.cat(masks).cpu() > 0 if masks else torch.ones_like(ids, dtype=torch.bool)
-            return ids, torch.zeros(*ids.shape, 2, dtype=torch.long), real, [0] * len(ids)
+            return ids, self._spelled(prompts, ids), real, [0] * len(ids)
         made = defaultdict(list)
         for text, encoding in reversed(self.said):
             made[tuple(encoding.ids)].append((text, encoding))
@@ -155,6 +156,17 @@ class Heard:
             spans[row, before:] = torch.tensor(self._spans(typed, text, empty, encoding)).view(-1, 2)
             real[row, before:] = torch.tensor(encoding.attention_mask) > 0
         return ids, spans, real, [sum(p.special_tokens_mask.count(0) for p in e.overflowing) for _, e in rows]
+
+    def _spelled(self, prompts: Sequence[str], ids: Tensor) -> Tensor:
+        """Spans of tokens whose tokenizer gives no offsets, from the text that they spell one after the other."""
+        found = torch.zeros(*ids.shape, 2, dtype=torch.long)
+        for row, (typed, numbers) in enumerate(zip(prompts, ids.tolist(), strict=False)):
+            text, spans = spelled(self.tokenizer, numbers)
+            places = typed_places(text, typed)
+            for token, (start, end) in enumerate(spans):
+                if at := [place for place in places[start:end] if place]:
+                    found[row, token] = torch.tensor([at[0][0], max(place[1] for place in at)])
+        return found
 
     def _spans(self, typed: str, given: str, empty: str, encoding: Any) -> list[tuple[int, int]]:
         """For each token its start and end in the prompt as typed; `empty` is what is given for the empty prompt."""
@@ -200,6 +212,16 @@ def _put_in(typed: str, given: str, empty: str) -> tuple[int, int]:
 def _alike(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of token numbers, and for each token its start and end in it; (0, 0) for start, end and padding tokens."""
+    texts = [
+        tokenizer.decode(list(ids[:n]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for n in range(len(ids) + 1)
+    ]
+    spans = [(len(a), len(b)) if len(b) > len(a) else (0, 0) for a, b in pairwise(texts)]
+    return texts[-1], spans
 
 
 def typed_places(given: str, typed: str) -> list[tuple[int, int] | None]:

@@ -178,7 +178,8 @@ def transformer_sites(modules: Mapping[str, Any]) -> list[Site]:
             found.append(Site(f"{prefix}-Out", f"{block}.text", "text_output", ""))
             continue
         found.append(Site(f"{prefix}-Out", block, "transformer_block", ""))
-        if "Joint" in roles.values() and not getattr(modules[block], "context_pre_only", False):
+        asked = any(role == "Joint" and not _gives_keys_alone(modules, attention) for attention, role in roles.items())
+        if asked and not getattr(modules[block], "context_pre_only", False):
             found.append(Site(f"{prefix}-Text-Out", f"{block}.text", "text_output", ""))
         seen: dict[str, int] = {}
         for attention, role in roles.items():
@@ -191,6 +192,8 @@ def transformer_sites(modules: Mapping[str, Any]) -> list[Site]:
             found.append(Site(f"{name}-Out", attention, f"{kind}_output", ""))
             if not is_linear(modules[attention]):
                 forms = JOINT_MAPS if role == "Joint" else {"Map": "map"}
+                if role == "Joint" and _gives_keys_alone(modules, attention):
+                    forms = {form: end for form, end in forms.items() if form not in ("Back-Map", "Output-Map")}
                 found += [Site(f"{name}-{form}", f"{attention}.{end}", f"{kind}_{end}", "") for form, end in forms.items()]
             for part in parts:
                 found.append(Site(f"{name}-{_PARTS[part][0]}", f"{attention}.{part}", f"{kind}_{_PARTS[part][1]}", ""))
@@ -205,6 +208,13 @@ def attentions_of(modules: Mapping[str, Any]) -> list[str]:
     """Paths of a network's attention modules; where one holds another, of the inner one."""
     every = [path for path, m in modules.items() if hasattr(m, "processor") or type(m).__name__.endswith("Attention")]
     return [path for path in every if not any(other.startswith(f"{path}.") for other in every)]
+
+
+def _gives_keys_alone(modules: Mapping[str, Any], attention: str) -> bool:
+    """Whether the text is attended to and does not attend itself (PRX, Nucleus), by which projections of it there are."""
+    own = [path.removeprefix(f"{attention}.") for path in modules if path.startswith(f"{attention}.")]
+    text = [name for name in own if name.startswith(("add_", "txt_")) and name.endswith("_proj")]
+    return bool(text) and not any("q" in name for name in text)
 
 
 def is_linear(attention: Any) -> bool:
@@ -261,27 +271,47 @@ def select_sites(available: Sequence[Site], patterns: str | Iterable[str]) -> li
         found = {pattern: _hits(available, pattern) for pattern in PRESETS.get(given, (given,))}
         missing = [pattern for pattern, names in found.items() if not names]
         if missing and (given not in _EITHER or len(missing) == len(found)):
+            refuse_unet_sites([site.name for site in available], given, missing)
             raise ValueError(_nothing_matched(available, given, missing[0]))
         chosen = chosen.union(*found.values())
     return [site for site in available if site.name in chosen]
 
 
-def same_depth(available: Sequence[Site], name: str) -> str | None:
+class NotApplicableError(ValueError):
+    """A place of a UNet was asked for in a transformer, which has none like it."""
+
+
+def same_depth(available: Iterable[str], name: str) -> str | None:
     """The block of a transformer that is as deep among its blocks as a UNet's level among four down, a middle and four up.
 
     None where the name is not of a UNet, or the sites are not of a transformer.
 
-    >>> blocks = [Site(f"T-B{n}-Out", f"transformer_blocks.{n}", "transformer_block", "") for n in range(24)]
+    >>> blocks = [f"T-B{n}-Out" for n in range(24)]
     >>> same_depth(blocks, "U-L1-R1-B0-Cross-Q"), same_depth(blocks, "T-B3")
-    ('T-B17', None)
+    ('T-B17-Out', None)
     """
     match = re.match(r"(?:([DU])-L([0-3])|M)(?:-|$)", name)
-    there = [site.name.removesuffix("-Out") for site in available if re.fullmatch(r"[TS]-B\d+-Out", site.name)]
+    there = [site for site in available if re.fullmatch(r"[TS]-B\d+-Out", site)]
     if match is None or not there:
         return None
     side, level = match.groups()
     stage = 4 if side is None else int(level) + (5 if side == "U" else 0)
     return there[int((stage + 0.5) / 9 * len(there))]
+
+
+def refuse_unet_sites(available: Sequence[str], given: str, names: Sequence[str]) -> None:
+    """Raise NotApplicableError where names are a UNet's and the sites that there are a transformer's; it says which are as deep.
+
+    Args:
+        given: what was typed: a name, or the preset that stands for the names.
+    """
+    deep = list(dict.fromkeys(block for name in names if (block := same_depth(available, name))))
+    if deep:
+        what = f"{given!r} names places" if len(names) > 1 else f"Site {given!r} is a place"
+        raise NotApplicableError(
+            f"{what} of a UNet, so it is not applicable to this transformer. Nearest by relative depth, which are other places: "
+            f"--sites {','.join(deep)}."
+        )
 
 
 def _hits(available: Sequence[Site], pattern: str) -> set[str]:
@@ -294,10 +324,5 @@ def _nothing_matched(available: Sequence[Site], given: str, pattern: str) -> str
     names = [s.name for s in available] + [s.path for s in available if s.path]
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
     asked = f"Site {given!r}" if given == pattern else f"Site {pattern!r} of the preset {given!r}"
-    if (block := same_depth(available, pattern)) is not None:
-        return (
-            f"{asked} is a place of a UNet, so it is not applicable to this transformer.  At the same relative depth stands "
-            f"{block}-Out; 'blocks' takes every block, and 'diffprobe sites MODEL' lists all sites."
-        )
     hint = f" Nearest: {', '.join(near)}." if near else ""
     return f"{asked} matches none of this model's {len(available)} sites.{hint} 'diffprobe sites MODEL' lists them all."

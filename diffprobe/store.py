@@ -70,6 +70,7 @@ from diffprobe.rundir import (
     refuse_unwritable,
     whole_folder,
 )  # fmt: skip
+from diffprobe.sites import refuse_unet_sites
 
 __all__ = [
     "COMPLETE", "LEVELS", "NOT_FINITE", "NO_WORD_MAPS", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",
@@ -458,6 +459,7 @@ def sample_labels(tree: xr.DataTree | xr.Dataset) -> list[str]:
 def known(name: str, there: Sequence[str], what: str) -> str:
     """Returns the name; raises StoreError, which lists all names and the closest one, if it is unknown."""
     if name not in there:
+        refuse_unet_sites(there, name, [name])
         raise StoreError(f"There is no {what} {name!r} in this store.{did_you_mean(name, there)} It has: {', '.join(there)}.")
     return name
 
@@ -467,6 +469,7 @@ def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
     by_path = {str(tree[n].attrs.get("path")): n for n in names}
     name = by_path.get(site, site)
     if name not in names:
+        refuse_unet_sites(names, site, [site])
         hint = did_you_mean(site, [*names, *by_path])
         raise StoreError(f"Site {site!r} has no {variable} in this store.{hint} It has: {', '.join(names) or 'none'}.")
     labels = {n: c for n, c in tree.coords.items() if c.dims == ("sample",) and n != "status"}

@@ -185,8 +185,11 @@ class Lengths(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.tolist and args[0].is_meta:
-            return [self.tokens] * args[0].numel()
-        return func(*args, **(kwargs or {}))
+            return [getattr(args[0], "filled", self.tokens)] * args[0].numel()
+        found = func(*args, **(kwargs or {}))
+        if func is torch.full and found.is_meta:  # of how many tokens an expert takes the value is known
+            found.filled = args[1]
+        return found
 
 
 # --- tracing ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffprobe.conditioning import word_tokens
 from diffprobe.data.samples import did_you_mean
-from diffprobe.prompts import EncodedText
+from diffprobe.prompts import EncodedText, spelled
 from diffprobe.sites import Site, select_sites
 
 if TYPE_CHECKING:
@@ -78,16 +78,6 @@ class Ear:
         """What was heard before the pass that begins now."""
         self._passed = True
         return self._told
-
-
-def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of token numbers, and for each token its start and end in it; (0, 0) for start, end and padding tokens."""
-    texts = [
-        tokenizer.decode(list(ids[:n]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for n in range(len(ids) + 1)
-    ]
-    spans = [(len(a), len(b)) if len(b) > len(a) else (0, 0) for a, b in pairwise(texts)]
-    return texts[-1], spans
 
 
 def find_word(text: str, word: str, spans: Sequence[tuple[int, int]], occurrence: int) -> tuple[list[int], int]:

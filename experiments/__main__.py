@@ -92,16 +92,24 @@ def reproduce(
     outcomes = run(files, options, folder, from_csv=from_csv, tell=_out.print)
     _show_claims([(claim, outcome.name) for outcome in outcomes for claim in outcome.claims])
     stores = [word for path in explorable(work)[:1] for word in ("--store", str(path))]
-    good, bad = [o.name for o in outcomes if not o.error], [o for o in outcomes if o.error]
+    good, bad = [o.name for o in outcomes if not o.error and not o.skipped], [o for o in outcomes if o.error]
+    skipped = [o for o in outcomes if o.skipped]
     if good:
         _out.print(f"\nAll verdicts are in {folder / 'claims.csv'}. Pictures, each as .png and .pdf:")
         sidecars = read_sidecars(folder)
         for name in good:
             for picture in sidecars[name]["config"]["figures"]:
                 _out.print(f"  {folder / picture}.png")
+    for outcome in skipped:
+        _out.print(f"Not applicable: {outcome.name}: {outcome.skipped}")
     for outcome in bad:
         _out.print(f"Failed: {outcome.name}: {outcome.error} (the traceback is in {work / outcome.name}.error.txt)")
     _out.print("Next:")
+    if skipped:  # which sites of this model are best is measured, and not taken from a UNet's names
+        store, drawn = str(work / f"{Path(model).name}.zarr"), "shapes:256?split=test&objects=1"
+        record = ["extract", "--model", model, "--data", drawn, "--sites", "blocks", "--reduce", "mean", "--out", store]
+        for words in (record, ["probe", "scan", store, "--label", "colour"]):
+            _out.print("  " + shlex.join(["diffprobe", *words]))
     if good:
         _out.print("  " + shlex.join(["diffprobe", "report", str(folder), "-o", str(folder / "report.html"), *stores]))
     if bad:

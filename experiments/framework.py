@@ -35,6 +35,7 @@ from diffprobe.data.samples import Dataset, Sample
 from diffprobe.plotting import package_versions, read_rows, save_figure
 from diffprobe.report import collect_claims
 from diffprobe.rundir import code_commit, whole_file, write_whole
+from diffprobe.sites import NotApplicableError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -387,7 +388,7 @@ def describe(experiment: Experiment, claims: Sequence[Claim], out: Path) -> str:
 
 
 def record_words(options: Options, timesteps: Sequence[int]) -> tuple[str, Dataset, str, Path]:
-    """Cross-attention of captions on scenes of two, every head, in one store that experiments with equal options share.
+    """Cross-attention, or joint attention, of captions on scenes of two, every head, in one store for equal options.
 
     Captions of the "web" style where the data has them: they name a background, and only what captions on the web name.
 
@@ -401,7 +402,7 @@ def record_words(options: Options, timesteps: Sequence[int]) -> tuple[str, Datas
     conditioning = "caption:web" if any(c.style == "web" for c in data[0].captions) else "caption"
     out = options.work / f"words_{data.name}_{len(data)}_{options.seed}.zarr"
     extract(
-        model, data, out, sites=(), maps="cross", heads="all", timesteps=timesteps, conditionings=(conditioning,),
+        model, data, out, sites=(), maps="words", heads="all", timesteps=timesteps, conditionings=(conditioning,),
         seed=options.seed,
     )  # fmt: skip
     return model.weights_hash(), data, conditioning, out
@@ -594,12 +595,18 @@ def list_experiments(files: Sequence[Path]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one experiment of `reproduce` went: its verdicts, or why there are none."""
+    """How one experiment of `reproduce` went: its verdicts, or why there are none.
+
+    Attributes:
+        error: What failed.
+        skipped: Why its claims make no sense of this model; nothing failed then.
+    """
 
     name: str
     seconds: float
     claims: tuple[Claim, ...] = ()
     error: str = ""
+    skipped: str = ""
 
 
 def reproduce(
@@ -627,7 +634,7 @@ def reproduce(
     """
     outcomes = []
     for number, path in enumerate(files, start=1):
-        started, claims, error = time.perf_counter(), [], ""
+        started, claims, error, skipped = time.perf_counter(), [], "", ""
         log = options.work / f"{path.stem}.error.txt"
         tell(f"{number} of {len(files)}  {path.stem}")
         try:
@@ -637,13 +644,22 @@ def reproduce(
             log.unlink(missing_ok=True)
         except OptionError:
             raise
+        except NotApplicableError as fault:
+            skipped = str(fault)
         except Exception as fault:
             error = _first_line(fault)
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(traceback.format_exc(), encoding="utf-8")
         seconds = time.perf_counter() - started
-        tell(f"        failed after {seconds:.0f} s: {error}" if error else f"        {seconds:.0f} s")
-        outcomes.append(Outcome(path.stem, seconds, tuple(claims), error))
+        told = (
+            f"failed after {seconds:.0f} s: {error}"
+            if error
+            else f"not applicable: {skipped}"
+            if skipped
+            else f"{seconds:.0f} s"
+        )
+        tell(f"        {told}")
+        outcomes.append(Outcome(path.stem, seconds, tuple(claims), error, skipped))
     return outcomes
 
 

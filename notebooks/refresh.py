@@ -1,18 +1,20 @@
-"""Execute notebooks/tour.ipynb again and keep its outputs without times and machine paths: python notebooks/refresh.py
+"""Execute the notebooks of this folder again and keep their outputs without times and machine paths.
 
-To be run after the embedded model or the package's pictures have changed; about a minute on one core.
+python notebooks/refresh.py [NAME.ipynb ...]; to be run after the embedded model or the package's pictures have changed, about a minute
+on one core.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import nbclient
 import nbformat
 
-TOUR = Path(__file__).with_name("tour.ipynb")
+NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
@@ -43,6 +45,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(clean(execute(nbformat.read(TOUR, as_version=4), Path(folder))), TOUR)
-    print(f"{TOUR} is up to date, {TOUR.stat().st_size / 1e3:.0f} kB.")
+    for path in [place for place in NOTEBOOKS if not sys.argv[1:] or place.name in sys.argv[1:]]:
+        with tempfile.TemporaryDirectory() as folder:
+            nbformat.write(clean(execute(nbformat.read(path, as_version=4), Path(folder))), path)
+        print(f"{path} is up to date, {path.stat().st_size / 1e3:.0f} kB.")

@@ -250,19 +250,49 @@ def hunyuan_dit() -> Any:
 
 
 class GlmWords(transformers.PreTrainedTokenizer):
-    """As Kolors' own: written in Python, so it tells no offsets; padding stands on the left."""
+    """As Kolors' own: written in Python, so it tells no offsets; it spells some words in pieces, and padding stands on the left."""
 
     model_input_names = ["input_ids", "attention_mask", "position_ids"]  # noqa: RUF012
+    pieces = (
+        "<pad>",
+        "[gMASK]",
+        "sop",
+        "▁a",
+        "▁red",
+        "▁circle",
+        "▁st",
+        "ar",
+        "▁on",
+        "▁the",
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+    )
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(pad_token="<pad>", extra_special_tokens=["[gMASK]", "sop"], **options)
 
     @property
     def vocab_size(self) -> int:
-        return 64
+        return len(self.pieces)
 
     def get_vocab(self) -> dict[str, int]:
-        return {f"w{number}": number for number in range(64)}
+        return {piece: number for number, piece in enumerate(self.pieces)}
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens).replace("▁", " ").strip()
+
+    def _spell(self, word: str) -> list[int]:
+        left, found = f"▁{word.lower()}", list[int]()
+        while left:
+            piece = max((one for one in self.pieces[3:] if left.startswith(one)), key=len)
+            found, left = [*found, self.pieces.index(piece)], left[len(piece) :]
+        return found
 
     def __call__(self, text: Any, max_length: int = 8, **kwargs: Any) -> Any:
-        rows = [[1 + sum(map(ord, word)) % 60 for word in one.split()][:max_length] for one in text]
+        rows = [[1, 2, *(n for word in one.split() for n in self._spell(word))][:max_length] for one in text]
         pads = [max_length - len(row) for row in rows]
         ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (max_length - pad) for pad in pads])

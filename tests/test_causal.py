@@ -176,6 +176,24 @@ def test_velocities_are_compared_as_the_network_gives_them(tiny: Callable[[str],
     handle.remove()
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "z-image"])  # the last one's network predicts the opposite
+def test_flows_are_compared_as_the_network_gives_them(name: str) -> None:
+    from diffprobe.families import unpack
+    from diffprobe.models import DiffusionModel
+    from diffprobe.patching import own_output
+    from tests.pipelines import family_pipeline
+
+    model = DiffusionModel(family_pipeline(name), name)
+    latents = torch.randn(1, model.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: list[Any] = []
+    handle = model.network.register_forward_hook(lambda m, a, output: seen.append(output[0]))
+    with Recorder(model, "T-B0-Out" if name != "z-image" else "S-B0-Out") as recorder:
+        for batch in Engine(model).run(recorder, latents, ["a"], [Row(0, "a red star", 300)]):
+            own = own_output(model, batch, batch.prediction)
+            torch.testing.assert_close(own, unpack(model.kind, seen[0], latents).float(), atol=1e-4, rtol=1e-4)
+    handle.remove()
+
+
 def test_what_cannot_be_patched_is_refused(tiny_model: Any) -> None:
     assert grid_sites(tiny_model, "M-Out") == ["M-Out", "U-L3-Out"]
     with pytest.raises(ValueError, match="Twins of 'position' do not differ in one attribute in place; choose one of colour"):

@@ -298,6 +298,37 @@ def test_one_that_fails_does_not_stop_the_others(folder: Path, tmp_path: Path) -
     assert kept[["id", "figure"]].values.tolist() == [["A0", "tab_more"], ["A1", "fig1_good"]]
 
 
+def test_what_makes_no_sense_of_a_model_is_no_failure(run: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    (folder / "fig2_bad.py").write_text(
+        (folder / "fig1_good.py").read_text().replace('name="fig1_good"', 'name="fig2_bad"')
+        + "\n\ndef refuse(options):\n    from diffprobe.sites import NotApplicableError\n"
+        "    raise NotApplicableError('Site U is a place of a UNet; nearest: --sites T-B3-Out.')\n\n\n"
+        "from dataclasses import replace\nEXPERIMENT = replace(EXPERIMENT, measure=refuse)\n"
+    )
+    code, output, errors = run("fig1", "fig2", "--model", "some/flux")
+    assert (code, errors) == (0, "")
+    assert "Not applicable: fig2_bad: Site U is a place of a UNet; nearest: --sites T-B3-Out." in output
+    assert "diffprobe extract --model some/flux --data 'shapes:256?split=test&objects=1' --sites blocks" in output
+    assert "diffprobe probe scan runs/reproduce/flux.zarr --label colour" in output and "Failed" not in output
+
+
+@pytest.mark.slow
+def test_what_makes_sense_of_a_family_runs(tmp_path: Path) -> None:
+    """A tiny Stable Diffusion 3 of random weights: words' maps are judged, and features of a UNet's sites are not."""
+    from tests.pipelines import family_pipeline
+
+    family_pipeline("sd3").save_pretrained(tmp_path / "sd3")
+    options = Options(model=str(tmp_path / "sd3"), smoke=True, work=tmp_path / "work")
+    words, features = reproduce(
+        find_experiments(["tab_localization", "fig2"]), options, tmp_path / "figures", tell=lambda line: None
+    )
+    assert words.error == "" and [claim.id for claim in words.claims] == ["A4", "A4"]
+    assert features.error == "" and features.skipped.startswith("'paper' names places of a UNet")
+    assert "--sites T-B" in features.skipped and not features.claims
+    rows = pd.read_csv(tmp_path / "figures/tab_localization.csv")
+    assert {"T-B0-Joint-Map", "all sites"} <= set(rows["site"])
+
+
 def test_reproduce_on_the_command_line(
     run: Callable[..., tuple[int, str, str]], follow: Callable[[str], list[str]], folder: Path, tmp_path: Path
 ) -> None:

@@ -185,6 +185,33 @@ def pixart(words: int) -> tuple[nn.Module, dict[str, Any]]:
     }  # fmt: skip
 
 
+def prx(words: int) -> tuple[nn.Module, dict[str, Any]]:
+    network = diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=16, hidden_size=16, num_heads=2, depth=2, axes_dim=[4, 4]
+    )
+    mask = torch.ones(ROWS, words, dtype=torch.bool)
+    mask[1, -2:] = False
+    return network, {
+        "hidden_states": latents(4, 4, 6), "timestep": SHARES, "encoder_hidden_states": text(words, 16), "attention_mask": mask,
+    }  # fmt: skip
+
+
+def nucleus(words: int) -> tuple[nn.Module, dict[str, Any]]:
+    network = diffusers.NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4), dense_moe_strategy="leave_first_block_dense", num_experts=2,
+        moe_intermediate_dim=8, capacity_factors=1.0, mlp_ratio=16.0,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.1)  # they are made without
+    return network, {
+        "hidden_states": latents(PLACES, 16), "img_shapes": [(1, *GRID)] * ROWS, "encoder_hidden_states": text(words, 16),
+        "timestep": SHARES,
+    }  # fmt: skip
+
+
 # By hand: where image and text stand in a joint sequence of W words and 6 places; AuraFlow puts 8 registers before the words, Z-Image
 # pads both parts to 32.  Then which output of a block is the image: a number, or "sequence".
 JOINT: dict[str, tuple[Callable[[int], tuple[slice, slice]], dict[str, Any]]] = {
@@ -196,10 +223,12 @@ JOINT: dict[str, tuple[Callable[[int], tuple[slice, slice]], dict[str, Any]]] = 
     "z_image": (lambda w: (slice(0, 6), slice(32, 32 + w)), {"S": "sequence"}),
     "lumina2": (lambda w: (slice(w, w + 6), slice(0, w)), {"S": "sequence"}),
     "cogview4": (lambda w: (slice(w, w + 6), slice(0, w)), {"T": 0}),
+    "prx": (lambda w: (slice(0, 6), slice(0, w)), {"T": "sequence"}),  # only the image asks, of keys that begin with the text
+    "nucleus": (lambda w: (slice(0, 6), slice(6, 6 + w)), {"T": "sequence"}),
     "aura_flow": (lambda w: (slice(8 + w, 14 + w), slice(8, 8 + w)), {"T": 1, "S": "sequence"}),
 }
 BUILDERS = {f.__name__: f for f in (
-    sd3, flux, flux2, chroma, qwen, z_image, lumina2, sana, hunyuan_dit, cogview4, aura_flow, wan, pixart
+    sd3, flux, flux2, chroma, qwen, z_image, lumina2, sana, hunyuan_dit, cogview4, aura_flow, wan, pixart, prx, nucleus
 )}  # fmt: skip
 FAMILIES = tuple(BUILDERS)
 
@@ -210,7 +239,7 @@ def build(family: str, words: int = 7) -> tuple[nn.Module, dict[str, Any]]:
     network, given = BUILDERS[family](words)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if name.rpartition(".")[0].endswith(("to_q", "to_k", "add_q_proj", "add_k_proj")):
+            if name.rpartition(".")[0].endswith(("to_q", "to_k", "add_q_proj", "add_k_proj", "img_qkv_proj")):
                 parameter.mul_(4)
     return network.eval().requires_grad_(False), given
 
@@ -327,7 +356,8 @@ def test_features_are_the_image_and_never_the_text(family: str, words: int) -> N
     copies: dict[str, Any] = {}
     inputs: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
-    with Recorder(network, ["[TS]-B*-Out", "[TS]-B*-Mod", "[TS]-B*-Joint-[QKV]"]) as recorder:
+    projections = [] if family == "prx" else ["[TS]-B*-Joint-[QKV]"]  # which are one module there
+    with Recorder(network, ["[TS]-B*-Out", "[TS]-B*-Mod", *projections]) as recorder:
         handles = []
         for site in recorder.sites:
             path = site.module_path

@@ -11,7 +11,7 @@ import torch
 from diffprobe.knockout import cross_attentions
 from diffprobe.models import DiffusionModel
 from diffprobe.recorder import Recorder, site_shapes
-from diffprobe.sites import PAPER_SITES, Site, describe, list_sites, select_sites
+from diffprobe.sites import PAPER_SITES, NotApplicableError, Site, describe, list_sites, select_sites
 
 # The six sites of the paper, written out by hand.
 PAPER_PATHS = {
@@ -95,6 +95,18 @@ def test_nothing_matched_names_the_nearest(sd2_sites: list[Site], asked: str, ne
 def test_the_papers_sites_are_missing_where_the_topology_differs(tiny: Callable[[str], DiffusionModel]) -> None:
     with pytest.raises(ValueError, match="'U-L2-R1-B0-Cross-Q' of the preset 'paper' matches none"):
         select_sites(tiny("sdxl").sites, "paper")
+
+
+def test_a_unets_sites_are_not_applicable_to_a_transformer() -> None:
+    blocks = [Site(f"T-B{n}-Out", f"blocks.{n}", "transformer_block", "") for n in range(18)]
+    with pytest.raises(NotApplicableError, match=r"Site 'M-Out' is a place of a UNet.*by relative depth.*--sites T-B9-Out\."):
+        select_sites(blocks, "M-Out")
+    # Stages 2, 6 and 7 of the UNet's nine, down, middle and up, of 18 blocks.
+    with pytest.raises(NotApplicableError, match=r"'paper' names places of a UNet.*--sites T-B5-Out,T-B13-Out,T-B15-Out\."):
+        select_sites(blocks, "paper")
+    with pytest.raises(ValueError, match="matches none of this model's 18 sites") as error:
+        select_sites(blocks, "T-B99-Out")
+    assert not isinstance(error.value, NotApplicableError)
 
 
 def test_names_and_paths_are_unique(model: DiffusionModel) -> None:

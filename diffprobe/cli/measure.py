@@ -49,7 +49,7 @@ FIGURE_NAME = option("", "Name of the figure's files.", show_default="the store'
 
 
 def _probe(
-    name: str, probe: Callable[..., Any], options: dict[str, Any], *, lazy: bool = False, store: str = shared.STORE,
+    name: str, probe: Callable[..., Any], options: dict[str, Any], *, lazy: bool = False, scan: Any = None, store: str = shared.STORE,
     label: list[str] = LABELS, sites: list[str] = SITES, conditioning: list[str] = CONDITIONINGS, pool: Pooling = POOL,
     labels: Path | None = LABEL_FILE, split: str = SPLIT, out: str = TABLE_OUT,
 ) -> None:  # fmt: skip
@@ -82,7 +82,7 @@ def _probe(
                 found = with_mask_labels(found, tree, one) if one in masks else found
             return found if lazy else pool_features(found, pooling).compute()
 
-        frames.append(probe_table(get, names, read, probe, pool=pooling, **options))
+        frames.append((scan or probe_table)(get, names, read, probe, pool=pooling, **options))
     frame = pd.concat(frames, ignore_index=True)
     asked = {"probe": name, "label": ",".join(label), "sites": names, "conditioning": ",".join(conditioning), "pool": pool}
     asked |= {"labels": labels.name, "labels_sha256": file_digest(labels.expanduser())} if labels is not None else {}
@@ -90,9 +90,58 @@ def _probe(
     columns = {"label": "{label}", "conditioning": "{conditioning}", "best site": "{site}", "timestep": "{timestep}",
                "score": "{value:.3f}", **shared.INTERVAL, "chance": "{chance:.3f}", "control": "{control_value:.3f}",
                "n test": "{n_test}"}  # fmt: skip
-    show(shared.best(frame, ["label", "conditioning"]), columns)
+    if scan:
+        _show_scan(frame)
+    else:
+        show(shared.best(frame, ["label", "conditioning"]), columns)
     say(f"{len(frame)} probes in {target}")
     say_next(["plot", "probe", target])
+
+
+def _show_scan(frame: pd.DataFrame) -> None:
+    """The best cell of each label and conditioning, and what was chosen on some samples as others judge it."""
+    columns = {"label": "{label}", "conditioning": "{conditioning}", "best site": "{site}", "timestep": "{timestep}",
+               "chosen": "{chosen} of 5", "held out": "{held_out:.3f}", "95% interval": "{held_out_low:.3f}-{held_out_high:.3f}",
+               "chance": "{chance:.3f}", "its own score": "{value:.3f}"}  # fmt: skip
+    show(frame[frame["bold"]], columns)
+    say(
+        "Held out: each fifth of the samples judges the site that the others chose. A site's own score had a part in its choice."
+    )
+
+
+@probe_app.command("scan")
+@shared.takes(_probe)
+def probe_scan(
+    of: Literal["probe", "localization"] = option("probe", "Labels read from features, or words' maps scored against masks."),
+    data: str = option("", "The dataset, for masks; the store's own by default.", "--data", "-d"),
+    score: str = option("auc", "Of localization: pointing, mass, lift, iou_fixed, auc, ap, nss."),
+    roles: list[str] = several(["noun"], "Of words: noun, colour, phrase, background."),
+    penalties: list[float] = several([0.1, 1, 10, 100, 1000], "Strengths of the squared norm to choose from."),
+    seed: int = PROBE_SEED,
+    jobs: int = JOBS,
+    **asked: Any,
+) -> None:
+    """Find the best site and noise level for labels or for localization; what chose them never judges them."""
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.probes.linear import fit_probe
+    from diffprobe.probes.scan import scan_maps, scan_probes
+    from diffprobe.store import open_store, provenance
+
+    if of == "probe":
+        return _probe("scan", fit_probe, {"penalties": penalties, "seed": seed, "n_jobs": jobs}, scan=scan_probes, **asked)
+    tree, store = open_store(asked["store"]), asked["store"]
+    target = shared.table_place(asked["out"], store, "scan-localization")
+    options: dict[str, Any] = {
+        "sites": asked["sites"] or None,
+        "conditioning": ",".join(asked["conditioning"]) or "caption",
+        "roles": roles,
+    }
+    frame = scan_maps(tree, data or None, score=score, seed=seed, **options)
+    save_table(frame, target, store, provenance(tree), {"probe": "scan", "of": of, "score": score, "seed": seed, **options})
+    _show_scan(frame)
+    say(f"{len(frame)} cells in {target}")
+    say_next(["plot", "probe", target])
+    return None
 
 
 @probe_app.command("linear")
@@ -212,14 +261,8 @@ def probe_sae(
         "seed": seed,
     }
     save_table(frame, str(folder / "scores.csv"), store, provenance(tree), options)
-    columns = {
-        "score": "{score}",
-        "coder": "{coder}",
-        "value": "{value:.3f}",
-        **shared.INTERVAL,
-        "samples": "{n}",
-        "tokens": "{tokens}",
-    }
+    columns = {"score": "{score}", "coder": "{coder}", "value": "{value:.3f}", **shared.INTERVAL}
+    columns |= {"samples": "{n}", "tokens": "{tokens}"}
     show(frame.sort_values(["score", "coder"], ascending=[True, False], kind="stable"), columns)
     say(f"Autoencoder in {sae or folder}, scores in {folder / 'scores.csv'}")
     if draw and {"y", "x"} <= set(array.dims):
@@ -313,12 +356,8 @@ def probe_causal(
     found = causal_map(
         loaded, attribute, sites, timesteps, pairs=pairs, train_pairs=train_pairs, seed=seed, batch_rows=batch_rows
     )
-    request = {
-        "model": loaded.model_id,
-        "revision": revision,
-        "weights": loaded.weights_hash(),
-        "dataset": f"twins {attribute}",
-    }
+    request = {"model": loaded.model_id, "revision": revision, "weights": loaded.weights_hash()}
+    request |= {"dataset": f"twins {attribute}"}
     options = {"probe": "causal", "attribute": attribute, "sites": sites, "timesteps": timesteps, "pairs": pairs,
                "train_pairs": train_pairs, "seed": seed, "agreement": found.agreement}  # fmt: skip
     save_table(found.table, target, "", {"request": request}, options)
@@ -331,6 +370,42 @@ def probe_causal(
             f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
         )
     say(f"{len(found.table)} cells in {target}")
+    say_next(["plot", "probe", target])
+
+
+@probe_app.command("sinks")
+def probe_sinks(
+    model: str = shared.MODEL,
+    data: str = option("shapes:16?split=test", "Images with captions.", "--data", "-d"),
+    maps: list[str] = several(["words"], "Map sites: all that text takes part in; 'self' shows which places are sinks."),
+    timesteps: list[int] = several([50, 250, 500], "Noise levels.", "--timesteps", "-t"),
+    conditioning: list[str] = several(["caption"], "As for extract.", "--conditioning", "-c"),
+    draws: int = option(1, "Noise tensors at each timestep.", min=1),
+    resolution: int | None = option(None, "Image side in pixels; the model's own by default."),
+    out: str = option("runs/sinks.csv", "The table (CSV).", "--out", "-o"),
+    batch_rows: int = option(4, "Rows of one forward pass of the diffusion model.", min=1),
+    seed: int = SEED,
+    revision: str | None = shared.REVISION,
+    device: str | None = shared.DEVICE,
+    dtype: str = option("auto", "float32, float16, bfloat16; auto is float32 on a CPU, else bfloat16."),
+) -> None:
+    """Which share of the image's attention goes to start, words, end, padding and image, by block and noise level."""
+    from diffprobe.models import load_model
+    from diffprobe.probes.fitting import save_table
+    from diffprobe.sinks import attention_mass
+
+    target = shared.table_place(out, "", "sinks")
+    loaded = load_model(model, device, dtype, revision)
+    options: dict[str, Any] = {"maps": maps, "conditionings": conditioning, "draws": draws, "seed": seed}
+    size = (resolution,) * 2 if resolution else None
+    frame = attention_mass(loaded, data, timesteps, size=size, batch_rows=batch_rows, **options)
+    request = {"model": loaded.model_id, "revision": revision, "weights": loaded.weights_hash(), "dataset": data}
+    kept = {"request": request, "random_weights": loaded.random_weights}
+    save_table(frame, target, "", kept, {"probe": "sinks", "timesteps": timesteps, "size": size, **options})
+    columns = {"class": "{label}", "conditioning": "{conditioning}", "most at": "{site}", "timestep": "{timestep}",
+               "share": "{value:.3f}", **shared.INTERVAL, "even": "{chance:.3f}", "strongest key": "{peak:.1f} x even"}  # fmt: skip
+    show(shared.best(frame, ["label", "conditioning"]), columns)
+    say(f"{len(frame)} shares in {target}")
     say_next(["plot", "probe", target])
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class ProbeResult:
         places: The coordinates along the outer dimensions, one dict per row of the table.
         classes: The labels that class numbers stand for; empty for regression.
         pool: How y and x were removed.
+        turns_: Of each row of the table its turns, without estimators: what was validated and answered.
+        problem, settings: What all rows share.
     """
 
     table: pd.DataFrame
@@ -50,6 +52,9 @@ class ProbeResult:
     places: tuple[dict[str, Any], ...]
     classes: tuple[Any, ...]
     pool: protocol.Pool
+    turns_: tuple[tuple[Turn, ...], ...] = ()
+    problem: protocol.Problem | None = None
+    settings: protocol.Settings | None = None
 
     def predict(self, features: xr.DataArray | ArrayLike) -> xr.DataArray:
         """Answers for other samples: labels or quantities, (sample, ...), or (sample, ..., y, x) for patches.
@@ -142,12 +147,14 @@ def run_probes(
         for place, block in protocol.combinations(features)
     )
     done = list(joblib.Parallel(n_jobs=n_jobs, backend="loky" if n_jobs != 1 else "sequential")(jobs))
-    rows, fitted = [row for row, _ in done], tuple(estimator for _, estimator in done)
+    rows, fitted = [row for row, _ in done], tuple(turns[0].estimator for _, turns in done)
     places = tuple({str(d): row[str(d)] for d in outer} for row in rows)
-    return ProbeResult(pd.DataFrame(rows), fitted if keep_estimators else (), places, problem.classes, pool)
+    turns = tuple(tuple(replace(turn, estimator=None) for turn in turns) for _, turns in done)
+    kept = fitted if keep_estimators else ()
+    return ProbeResult(pd.DataFrame(rows), kept, places, problem.classes, pool, turns, problem, settings)
 
 
-def _fit_in_worker(parent: int, *arguments: Any) -> tuple[dict[str, Any], Any]:
+def _fit_in_worker(parent: int, *arguments: Any) -> tuple[dict[str, Any], list[Turn]]:
     if os.getpid() != parent:  # joblib stays in this process where it finds one core only
         _end_with(parent)
     return _fit_place(*arguments)
@@ -172,14 +179,15 @@ def _fit_place(
     estimator: Any,
     place: dict[str, Any],
     keep: bool,
-) -> tuple[dict[str, Any], Any]:
-    """The table's row of one combination, and its estimator."""
+) -> tuple[dict[str, Any], list[Turn]]:
+    """The table's row of one combination, and its turns, of which the first has its estimator if it is to be kept."""
     protocol.check_rows(x, place)
     # one thread: oversubscribed BLAS made the same sweep 12-18 times slower on two cores
     with threadpool_limits(limits=1):
         wide = x.astype(np.float64)
         turns = [_turn(wide, problem, settings, clone(estimator, safe=False), turn) for turn in range(settings.turns)]
-    return make_row(problem, settings, turns, place, x.shape[1]), turns[0].estimator if keep else None
+    kept = [replace(turn, estimator=turn.estimator if keep and not number else None) for number, turn in enumerate(turns)]
+    return make_row(problem, settings, turns, place, x.shape[1]), kept
 
 
 def _turn(x: protocol.Floats, problem: protocol.Problem, settings: protocol.Settings, model: Any, turn: int) -> Turn:
@@ -187,7 +195,7 @@ def _turn(x: protocol.Floats, problem: protocol.Problem, settings: protocol.Sett
     y, parts = problem.target, problem.parts(turn)
     train, validation, test = parts
     fitted = train | validation
-    converged, choice = True, settings.choices[0] if settings.choices else None
+    converged, choice, validated = True, settings.choices[0] if settings.choices else None, {}
     if len(settings.choices) > 1:
         rows, held_out = x[train], x[validation]
 
@@ -196,7 +204,8 @@ def _turn(x: protocol.Floats, problem: protocol.Problem, settings: protocol.Sett
             for value in settings.choices:
                 model.set_params(**{str(settings.parameter): value})
                 converged &= fit_quietly(model, rows, y[train])
-                yield value, score(problem.task, y[validation], np.asarray(model.predict(held_out)))
+                validated[value] = score(problem.task, y[validation], np.asarray(model.predict(held_out)))
+                yield value, validated[value]
 
         choice = best_choice(scores())
     if settings.parameter:
@@ -214,7 +223,7 @@ def _turn(x: protocol.Floats, problem: protocol.Problem, settings: protocol.Sett
             fit_quietly(other, rows if np.array_equal(known, fitted) else x[known], z[known])
             answers = [(z[part], np.asarray(other.predict(x[part]))) for part in (held_rows, known)]
             control = score(problem.task, *answers[0]), score(problem.task, *answers[1])
-    return Turn(parts, guess, choice, control, converged, iterations, kept)
+    return Turn(parts, guess, choice, control, converged, iterations, kept, validated.get(choice, np.nan))
 
 
 def fit_quietly(model: Any, x: protocol.Floats, y: NDArray[Any]) -> bool:

@@ -16,7 +16,10 @@ from diffprobe.stats import bootstrap_sums, share_interval
 
 @dataclass(frozen=True)
 class Turn:
-    """One fit with one fold as the test fold: row masks, the answers on the test rows and the control's scores."""
+    """One fit with one fold as the test fold: row masks, the answers on the test rows and the control's scores.
+
+    `validation` is the choice's score on the validation rows; NaN where nothing was chosen.
+    """
 
     parts: tuple[Rows, Rows, Rows]
     guess: NDArray[Any]
@@ -25,6 +28,7 @@ class Turn:
     converged: bool
     iterations: int
     estimator: Any = None
+    validation: float = np.nan
 
 
 def make_row(
