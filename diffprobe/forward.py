@@ -8,8 +8,7 @@ How to use it:
 - extraction: `encode_images` once for each unit, then `run`, which yields batch after batch;
 - the fused model's streams (`mllm/streams.py`): their own latents, then `run`; `cut` names prompts that were too long.  A
   vision encoder takes the same calls, with None for each prompt;
-- `matching.py` could: rows (image, candidate caption, timestep, draw) through `run`; a batch holds the noise, from which the
-  prediction's error follows, and what a recorder kept of queries, keys and maps.
+- matching: rows (image, candidate caption, timestep, draw) through `run`; all images of an item have one id, and so one noise.
 """
 
 from __future__ import annotations
