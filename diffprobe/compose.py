@@ -213,7 +213,6 @@ def subset(
     """Copies a part of a store into a new one; what is not given is kept whole.
 
     Args:
-        samples: ids.
         where: label: value; a sample has to have all of them.
         limit: the first so many of the samples that are left.
 

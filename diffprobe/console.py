@@ -58,9 +58,7 @@ class Console(rich.console.Console):
         """Shows progress: a bar on a terminal; in a log a line every `LINE_SECONDS` seconds and one at the end.
 
         Args:
-            task: the name of the work.
             unit: the name of the items, in the plural.
-            total: the number of items.
             done: the number of items that an earlier run finished.
 
         Yields:

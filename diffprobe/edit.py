@@ -151,7 +151,6 @@ class Edit(Recorder):
     """Change sites of a network while it runs, inside a ``with`` block.
 
     Args:
-        model: as for `Recorder`.
         site: path, paper name, glob or preset, or several; maps are named as such (``*-Cross-Map``).
         change: one that this module's functions make, or any function of a tensor that gives one of its shape.
         timesteps: a number, a container (``range(500, 1000)``) or a function that says whether it acts at a timestep; all by default.

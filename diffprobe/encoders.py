@@ -54,8 +54,6 @@ class VisionEncoder:
     Args:
         model: a transformers model that has an image tower or is one.
         processor: settings of its image processor: crop_size or size; image_mean and image_std unless do_normalize is false.
-        model_id: the name that a store's provenance gets.
-        random_weights: the seed of random weights, if it has them.
 
     Raises:
         ValueError: the model takes no images, its tokens are not the image's patches in order, or a setting is missing.

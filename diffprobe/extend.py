@@ -73,8 +73,6 @@ def extend(
         sites, maps, timesteps, conditionings: as for `extract`; what the store has already is left out.
         reduce: the rule of the new sites; that of the store's sites by default, if they have one.
         model: used in place of the one that the store names; its weights must be equal.
-        device, dtype, use_safetensors: as for `repair`.
-        batch_rows: as for `extract`; those of the store by default.
 
     Returns:
         What was added, by axis.

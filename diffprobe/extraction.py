@@ -508,9 +508,6 @@ def repair(
 
     Args:
         model, dataset: used in place of those that the store names; their content must be equal.
-        device, dtype: as for `load_extractor`; the store's number type by default.
-        on_nonfinite: as for `extract`; the store's own by default.
-        retry_unreadable: read images again that could not be read.
 
     Raises:
         ValueError: the content of model or dataset, or the number type, is not the store's.

@@ -125,10 +125,7 @@ class Engine:
 
     Args:
         model: a diffusion model, or a vision encoder, which has neither noise nor prompts.
-        seed: the seed of noise and of drawn latents.
-        latent_rule: as for `DiffusionModel.encode_image`.
         batch_rows: the most rows of a pass; it shrinks where memory is short.
-        log: gets a line when a batch did not fit.
 
     Attributes:
         cut: the prompts so far that were longer than the text encoder takes.
@@ -184,7 +181,6 @@ class Engine:
         """Runs rows in batches of nearly equal size.
 
         Args:
-            recorder: an entered recorder of the model.
             latents, ids: latent and id by the rows' `image`.
         """
         texts = self.encode_prompts([row.prompt for row in rows])

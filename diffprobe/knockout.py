@@ -85,10 +85,6 @@ class KnockedOut(DiffusionModel):
 
     Its `weights_hash` names the knock-out, so a store that was recorded with it cannot be taken for one without.
 
-    Args:
-        model: stays as it is.
-        knockout: as the module's docstring says.
-
     Raises:
         ValueError: the knock-out cannot be read, or fits no cross-attention of the model.
     """

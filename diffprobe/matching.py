@@ -297,7 +297,6 @@ def alignment_score(
         scores: Names from this module's docstring; the first four come from the same passes.
         draws: Noise tensors at each timestep, which an item's images and texts share.
         resolution: Side of the model's image in pixels; the model's own by default.
-        fit: How images are brought there; see `fit_image`.
         site, site_timestep, train: For pooled_cosine: where the feature is taken, and the captioned dataset (for
             `load_dataset`) that the map to text is learned from.
         clip: For clip_cosine: folder, hub id or embedded name of a CLIP model.

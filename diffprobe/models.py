@@ -74,7 +74,6 @@ class DiffusionModel:
 
     Args:
         pipeline: a loaded diffusers pipeline of a supported family; it is not copied and not changed.
-        model_id: what to write into a store's provenance.
         random_weights: the seed that the network's weights were drawn with, if they were.
         loading: further options of `load_model` that the pipeline was loaded with, for a store's provenance.
         guidance: what a network is given as guidance that takes it as an input (Flux, LCM); the pipeline's own default by default.
@@ -416,11 +415,7 @@ class DiffusionModel:
         return network_given(self.kind, self.pipeline, noised, text, float(timestep), self.guidance or 0.0)
 
     def weights_hash(self, portable: bool = False) -> str:
-        """A short hash of all that decides the features: networks, tokenizers, noise schedule.
-
-        Args:
-            portable: as for the function `weights_hash`.
-        """
+        """A short hash of all that decides the features: networks, tokenizers, noise schedule."""
         digest = hashlib.sha256()
         for name in self._parts:
             part: Any = getattr(self.pipeline, name)
@@ -542,7 +537,6 @@ def load_model(
         variant: which of several files of weights, such as "fp16".
         loras: adapters, each as FILE or FILE:SCALE; they are not merged into the weights.
         config: for a single file a folder (or hub id) of configs and tokenizers of such a model; asked of the hub by default.
-        guidance: as for `DiffusionModel`.
 
     Raises:
         ValueError: nothing is there, or its family is not supported.

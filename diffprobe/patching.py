@@ -152,7 +152,6 @@ def activation_patching(
     Args:
         sites: places of features with a (y, x) grid, by name.
         readouts: linear probes of the attribute by (site, timestep), as `probe_twins` gives; that of the last site is followed.
-        classes: of the probes.
 
     Returns:
         ``moved`` and ``whole`` (outcome, change, site, timestep, pair): how far a change moved an outcome towards the twin's, and how

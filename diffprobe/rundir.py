@@ -312,8 +312,6 @@ def check_request(
     """Compares the request that a place holds with the one asked for.
 
     Args:
-        place: named in the message.
-        kept: the request that the place holds, as JSON.
         asked: the request asked for; tuples count as lists.
         fault: what the message says of the place.
 

@@ -142,7 +142,6 @@ def create_store(
     Args:
         attributes: provenance and request as plain values; kept under ``diffprobe`` in the root.
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
-        tokens: the token positions that maps keep.
         compress: use zstd; every inner chunk has a Crc32c either way.
         company: other processes may be creating the same store.
         levels: ``sigma`` and ``log_snr`` of the timesteps.
@@ -629,7 +628,6 @@ def read_maps(
     Args:
         wanted: the sample and the token positions of each row; their maps are merged, and without positions a row is zero.
         heads: "mean" over heads, one head, or "each": the mean and then every head.
-        merge: as for `attention_maps`.
 
     Returns:
         (row, timestep, head, y, x) float32; heads are called "mean", "0", "1", ...

@@ -71,7 +71,6 @@ class Tap(TorchFunctionMode):
     """Sees the attention calls of one module; entered when its forward pass begins, left when it ends.
 
     Args:
-        attention: the module.
         attend: stands in for each call.  It is given the call and a function that makes it, with another mask if given
             one, and returns the output that the network goes on with.
         normaliser: ask the kernel for `Call.normaliser`.

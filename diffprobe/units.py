@@ -131,7 +131,6 @@ def array_specs(
 
     Args:
         shapes: the shape of one recorded row of each site, before reduction.
-        rules: as from `parse_reduce`.
     """
     guided = [guided_name(c, s) for c in conditionings if c != NULL for s in guidance]
     specs = []

@@ -44,11 +44,7 @@ class Told:
 
 
 class Ear:
-    """Listens to a pipeline's text encoders.
-
-    Args:
-        pipeline: The pipeline, or None, where there is nothing to hear.
-    """
+    """Listens to a pipeline's text encoders."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

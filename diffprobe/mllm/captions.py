@@ -310,9 +310,7 @@ def caption_scores(
 
     Args:
         metric: Of `METRICS`, or "cider_d".
-        outputs: Generated texts; may be empty.
         references: At least one text for each output.
-        frequencies: For cider_d.
 
     Raises:
         ValueError: The metric is unknown, or lacks its package or frequencies; an item has no reference.
@@ -354,7 +352,6 @@ def caption_table(
     Args:
         outputs, references, frequencies: As for `caption_scores`; at least two outputs.
         clusters: One id per output, for example its image; resampled as wholes.
-        metrics: As for `caption_scores`.
         seed: Of the bootstrap and of the shift.
 
     Returns:

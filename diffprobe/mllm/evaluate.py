@@ -426,10 +426,7 @@ def score_llava_bench(
     blind baselines stand in for it.
 
     Args:
-        records: The answers.
         judge: Gives the points of the reference answer and of the output, in this order, each above 0.
-        level: Coverage; items are resampled.
-        seed: Of the bootstrap.
 
     Raises:
         ValueError: The judge's points are not two positive numbers.

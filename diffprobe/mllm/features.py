@@ -102,11 +102,7 @@ class Features:
     """The features of one model on training, test and blank images.
 
     Args:
-        model: records what is missing.
-        data: the dataset of each split.
-        folder: where stores are kept.
         grid: places of a site are averaged to at most this many per side.
-        seed: seed of the noise.
         others: more stores to look in; those that were recorded with other settings are ignored.
         batch_rows: rows of one forward pass; found by timing if None, and then not the same in two runs.
     """

@@ -236,12 +236,6 @@ def score_texts(
 ) -> pd.DataFrame:
     """How much of the fed text and of the references comes back, in every cell and condition.
 
-    Args:
-        texts: As `read_texts` gives them.
-        known: Document frequencies of CIDEr-D.
-        metrics: As for `diffprobe.mllm.captions.caption_table`.
-        seed: Of the bootstrap.
-
     Returns:
         Columns control, arm, site, timestep, guidance, condition, score ("fed": against the text that was fed in, "references":
         against the image's captions that were not), those of `caption_table`, and n_seeds.  n counts images, which are
@@ -286,7 +280,6 @@ def compare(items: pd.DataFrame, label: str, baseline: str) -> pd.DataFrame:
 
     Args:
         items: Of `item_scores`, with a column that names what is compared.
-        label: That column.
         baseline: The label that the others are compared with.
 
     Returns:
@@ -422,11 +415,8 @@ def leakage_report(folder: str | Path, *, n_examples: int = 4, metrics: Sequence
     """Judge a run from its kept files.
 
     Args:
-        folder: The run's.
-        n_examples: Images whose texts are shown side by side.
         metrics: Of caption recovery, as for `diffprobe.mllm.captions.caption_table`; CIDEr-D and all that need no model and
             whose packages are installed by default.
-        seed: Of permutations and bootstraps.
 
     Raises:
         LeakageError: There are no texts.

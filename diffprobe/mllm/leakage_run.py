@@ -61,12 +61,8 @@ class Run:
     """A folder and what it takes to fill it.
 
     Args:
-        folder: The run's.
-        settings: Shared by all of its pieces.
         model, data, test, language: Loaded ones instead of those that the settings name.
         stores: Stores to look for features in before recording them.
-        device: As for `load_model`.
-        tell: Gets progress lines.
 
     Raises:
         RequestError: The folder holds a run with other settings.
@@ -287,7 +283,6 @@ class Run:
         """Do what is left of these pieces; gives their texts, which are part of ``texts.csv``.
 
         Args:
-            tests: The pieces.
             ranked: Those of them whose fed text is ranked among others as the settings say.
         """
         ranked = ranked if self.settings.ranked else ()
@@ -335,20 +330,12 @@ def run(
     """Train, test and keep everything that `leakage_report` needs; the same call again goes on where it was cut off.
 
     Args:
-        out: The run's folder.
-        settings: What all pieces share.
         arms: As the docstring of `diffprobe.mllm.leakage` says.
         sites: Feature sites by name, path or glob.
-        timesteps: Of the features.
         guidance: s; each is trained and tested by itself, except arm U, which is trained without.
-        seeds: Projectors of each kind.
-        conditions: Of `CONDITIONS`.
         knockouts: Cut at test time, one after the other, beside the uncut features.
         likelihood: Conditions under which fed texts are ranked among others, as the settings say.
         stores: Stores whose features are used where they fit.
-        device: As for `load_model`.
-        dry_run: Forecast only.
-        tell: Gets progress lines.
         loaded: `model`, `data`, `test` or `language` of `Run`.
 
     Raises:

@@ -61,10 +61,7 @@ def train_fused(
     Args:
         model: trained in place.  If `folder` is finished already, the model does not get its weights:
             `FusedMLLM.from_pretrained` loads them.
-        captions, instructions: data of stage 1 and of stage 2.
         folder: gets the finished model; stage 1 goes into its subfolder ``stage1``.
-        dry_run: log the forecast of each stage, and stop.
-        force: continue although the disk's free space is too small for the forecast.
 
     Raises:
         ValueError: the folder holds another training, stage 1 has prompts or tunes the language model, a batch does not go with

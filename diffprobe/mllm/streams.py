@@ -290,11 +290,8 @@ class Streams:
     """The features of all encoders of a model on one grid.
 
     Args:
-        encoders: by the name of their stream.
-        grid: tokens per side.
         merge: what becomes of places that share a token, as in `to_grid`.
         guidance: s in f_u + s (f_c - f_u); 0 reads no prompt.
-        cache: keeps features; none by default.
     """
 
     def __init__(

@@ -307,7 +307,6 @@ def train_projector(
 
     Args:
         folder: gets ``projector.safetensors``, ``config.json``, ``loss.csv`` and, until the end, ``checkpoint.pt``.
-        log: gets a line at each evaluation on the dev split.
 
     Raises:
         ValueError: the data do not fit together, another process trains in the folder, or it holds another run (the message
