@@ -32,18 +32,18 @@ ALL, MACRO = "all", "macro"
 
 def _choice_hits(
     records: Sequence[Record], benchmark: str, fields: Sequence[str] = ("options", "answer", "output")
-) -> tuple[Floats, Floats, int]:
-    """(item,) hits and guessing chances of multiple-choice records, and how many outputs have no answer."""
-    hits, chances, unparsed = [], [], 0
+) -> tuple[Floats, Floats, Floats]:
+    """(item,) hits and guessing chances of multiple-choice records, and which outputs have no answer."""
+    hits, chances, unparsed = [], [], []
     for index, record in enumerate(_given(records, benchmark, fields)):
         options = options_of(record)
         truth, said = read_record(record, options)
         if truth is None or len(options) < 2:
             raise ValueError(f"{benchmark}, record {index}: the answer {record['answer']!r} is none of the options {options}.")
-        unparsed += said is None
+        unparsed.append(said is None)
         hits.append(said == truth)
         chances.append(1 / len(options))
-    return np.array(hits, np.float64), np.array(chances), unparsed
+    return np.array(hits, np.float64), np.array(chances), np.array(unparsed)
 
 
 def _given(records: Sequence[Record], benchmark: str, fields: Sequence[str]) -> Sequence[Record]:
@@ -64,11 +64,13 @@ def _groups(names: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _share(hits: Floats, level: float, clusters: NDArray[Any] | None = None, seed: int = 0) -> dict[str, float]:
-    """A share with its interval: Wilson's; by bootstrap where several rows make a cluster, unless all rows are alike."""
+def _share(
+    hits: Floats, level: float, clusters: NDArray[Any] | None = None, seed: int = 0, whole: bool = True
+) -> dict[str, float]:
+    """A share with its interval: Wilson's; by bootstrap of clusters or of hits that are not `whole`, unless all are alike."""
     n = len(hits) if clusters is None else len(np.unique(clusters))
     value = float(hits.mean())
-    if clusters is not None and 0 < value < 1:
+    if (clusters is not None or not whole) and 0 < value < 1:
         low, high = bootstrap_interval(hits, clusters, level, seed=seed)
     else:
         low, high = wilson_interval(value * n, n, level)
@@ -116,7 +118,7 @@ def score_mmvp(records: Sequence[Record], *, level: float = 0.95, seed: int = 0)
         {"score": "pair", **_share(pairs.all(1).astype(float), level), "chance": chances.reshape(-1, 2).prod(1).mean()},
         {"score": "item", **_share(hits, level, np.arange(len(hits)) // 2, seed), "n": len(hits), "chance": chances.mean()},
     ]
-    return _table("MMVP", [{**row, "unparsed": unparsed} for row in rows], seed)
+    return _table("MMVP", [{**row, "unparsed": int(unparsed.sum())} for row in rows], seed)
 
 
 def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -140,7 +142,7 @@ def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: 
         flat = each.reshape(len(right), -1)
         share = _share(flat.ravel().astype(float), level, np.repeat(groups, flat.shape[1]), seed)
         rows.append({"score": score, **share, "n": flat.size, "chance": chance})
-    return _table("NaturalBench", [{**row, "unparsed": unparsed} for row in rows], seed)
+    return _table("NaturalBench", [{**row, "unparsed": int(unparsed.sum())} for row in rows], seed)
 
 
 def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -153,24 +155,32 @@ def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0
     >>> rows.set_index("group").value.to_dict()
     {'macro': 0.5, 'Depth': 1.0, 'Jigsaw': 0.0}
     """
-    hits, chances, unparsed = _choice_hits(_given(records, "BLINK", ("task",)), "BLINK")
-    tasks = np.array([str(record["task"]) for record in records])
+    tasks = [str(record["task"]) for record in _given(records, "BLINK", ("task",))]
     names = list(dict.fromkeys(tasks))
-    shown = (tasks[:, None] == np.array(names)).astype(np.float64)
-    macro = _from_sums(np.c_[shown * hits[:, None], shown], _mean_share, level, seed)
-    chance = float(_mean_share(np.r_[(shown * chances[:, None]).sum(0), shown.sum(0)][None])[0])
-    rows: list[dict[str, Any]] = [{"group": MACRO, **macro, "chance": chance, "unparsed": unparsed}]
-    for name in names:
-        mine = [record for record, task in zip(records, tasks, strict=True) if task == name]
-        right, guessed, lost = _choice_hits(mine, "BLINK")
-        rows.append({"group": name, **_share(right, level), "chance": guessed.mean(), "unparsed": lost})
-    return _table("BLINK", [{"score": "accuracy", **row} for row in rows], seed)
+    return _by_class(records, "BLINK", tasks, names, {MACRO: [1 / len(names)] * len(names)}, level, seed)
 
 
-def _mean_share(sums: Floats) -> Floats:
-    """Columns hits of each class, then counts of each: the mean of the shares, NaN where a class has no item."""
-    hits, counts = np.split(sums, 2, axis=1)
-    return np.asarray((hits / counts).mean(1))
+def _by_class(
+    records: Sequence[Record], benchmark: str, classes: Sequence[str], names: Sequence[str],
+    means: Mapping[str, Sequence[float]], level: float, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Accuracies: weighted means over the classes of records, by the mean's name, then that of each class."""
+    hits, chances, lost = _choice_hits(records, benchmark)
+    shown = (np.array(classes)[:, None] == np.array(names)).astype(np.float64)
+    columns, guesses = (np.c_[shown * values[:, None], shown] for values in (hits, chances))
+    rows: list[dict[str, Any]] = []
+    for group, weights in means.items():
+
+        def mean(sums: Floats, weights: Sequence[float] = weights) -> Floats:
+            return np.asarray((sums[:, : len(names)] / sums[:, len(names) :]) @ weights)
+
+        mine = shown[:, np.array(weights) > 0].any(1)
+        chance = float(mean(guesses.sum(0, keepdims=True))[0])
+        rows.append({"group": group, **_from_sums(columns, mean, level, seed, int(mine.sum())), "chance": chance, "mine": mine})
+    for name, mine in zip(names, shown.T > 0, strict=True):
+        rows.append({"group": name, **_share(hits[mine], level), "chance": chances[mine].mean(), "mine": mine})
+    found = [{"score": "accuracy", **row, "unparsed": int(lost[row["mine"]].sum())} for row in rows]
+    return _table(benchmark, found, seed)
 
 
 CV_SOURCES = ("ADE20K", "COCO", "Omni3D")
@@ -186,27 +196,13 @@ def score_cv_bench(records: Sequence[Record], *, level: float = 0.95, seed: int 
     >>> score_cv_bench([{**ask, "source": s, "output": o} for s, o in said.items()]).set_index("group").value.to_dict()
     {'all': 0.75, '2D': 0.5, 'ADE20K': 1.0, 'COCO': 0.0, 'Omni3D': 1.0}
     """
-    hits, chances, unparsed = _choice_hits(_given(records, "CV-Bench", ("source",)), "CV-Bench")
-    sources = np.array([str(record["source"]) for record in records])
+    sources = [str(record["source"]) for record in _given(records, "CV-Bench", ("source",))]
     if set(sources) != set(CV_SOURCES):
         raise ValueError(
             f"CV-Bench: its score needs records of {', '.join(CV_SOURCES)}; found {', '.join(sorted(set(sources)))}."
         )
-    shown = (sources[:, None] == np.array(CV_SOURCES)).astype(np.float64)
-
-    def combined(weights: tuple[float, float, float]) -> Callable[[Floats], Floats]:
-        return lambda sums: np.asarray((sums[:, :3] / sums[:, 3:]) @ weights)
-
-    rows: list[dict[str, Any]] = []
-    for group, weights in ((ALL, (0.25, 0.25, 0.5)), ("2D", (0.5, 0.5, 0.0))):
-        kept = shown[:, np.array(weights) > 0].any(1)
-        n, columns = int(kept.sum()), np.c_[shown * hits[:, None], shown]
-        chance = float(combined(weights)(np.r_[(shown * chances[:, None]).sum(0), shown.sum(0)][None])[0])
-        rows.append({"group": group, **_from_sums(columns, combined(weights), level, seed, n), "chance": chance})
-    for k, source in enumerate(CV_SOURCES):
-        mine = shown[:, k] > 0
-        rows.append({"group": source, **_share(hits[mine], level), "chance": chances[mine].mean()})
-    return _table("CV-Bench", [{"score": "accuracy", "unparsed": unparsed, **row} for row in rows], seed)
+    means = {ALL: (0.25, 0.25, 0.5), "2D": (0.5, 0.5, 0.0)}
+    return _by_class(records, "CV-Bench", sources, CV_SOURCES, means, level, seed)
 
 
 # --- short answers --------------------------------------------------------------------------------
@@ -343,19 +339,14 @@ def _score_vqa(
         np.array([vqa_accuracy(text, given, normalise) for text, given in zip(texts, answers, strict=True)])
         for texts in (outputs, [usual] * len(outputs))
     )
+    silent = np.array([not _plain(output) for output in outputs])
     types = np.array([str(record.get("answer_type", ALL)) for record in records])
     images = _images(records)
     rows: list[dict[str, Any]] = []
     for group, mine in _groups(types):
-        clusters = None if images is None else images[mine]
-        value, chance = scores[mine].mean(), constant[mine].mean()
-        n = int(mine.sum()) if clusters is None else len(np.unique(clusters))
-        low, high = bootstrap_interval(scores[mine], clusters, level, seed=seed)
-        if value in (0, 1):  # all alike: the bootstrap knows no other outcome
-            low, high = wilson_interval(value * n, n, level)
-        lost = sum(not _plain(output) for output, kept in zip(outputs, mine, strict=True) if kept)
-        row = {"score": "accuracy", "group": group, "value": value, "low": low, "high": high, "n": int(mine.sum())}
-        rows.append({**row, "chance": chance, "unparsed": lost})
+        share = _share(scores[mine], level, None if images is None else images[mine], seed, whole=False)
+        row = {"score": "accuracy", "group": group, **share, "n": int(mine.sum()), "chance": constant[mine].mean()}
+        rows.append({**row, "unparsed": int(silent[mine].sum())})
     return _table(benchmark, rows, seed)
 
 

@@ -34,22 +34,19 @@ from diffprobe.conditioning import NULL, current, former
 from diffprobe.data import iterate, load_dataset
 from diffprobe.mllm.captions import (
     DocumentFrequencies,
-    Similarity,
     caption_table,
-    content_f1,
     document_frequencies,
     installed_metrics,
 )
+from diffprobe.mllm.config import TrainConfig
 from diffprobe.mllm.verdict import (
     CONDITIONS,
     KEYS,
     NEGATIVE,
     POSITIVE,
     Leakage,
-    crossed_mean,
     judge_leakage,
     rank_fed,
-    score_matrix,
     sentence,
     usable_information,
 )
@@ -130,15 +127,14 @@ def _slug(*parts: str) -> str:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all pieces of a run share.
+class Settings(TrainConfig):
+    """What all pieces of a run share, beside what decides how a projector is trained.
 
     Attributes:
         model: The diffusion model: id, folder or embedded name.
         data, test: Datasets of the training and of the held-out images; no image may be in both.
         language_model, language_dtype, template: For `diffprobe.mllm.language.load_language_model`.
         grid: Soft tokens on a side.
-        kind, request, steps, batch, learning_rate, patience: Of `TrainConfig`.
         dev_share: Share of the training images that decide when training stops.
         max_new_tokens: Of a generated text.
         candidates, ranked: The fed text is ranked among so many, for so many of the test images; 0 images rank nothing.
@@ -152,13 +148,7 @@ class Settings:
     language_model: str = "shapes-lm"
     language_dtype: str = "auto"
     template: str = ""
-    request: str = "Describe the image."
     grid: int = 6
-    kind: str = "mlp2x_gelu"
-    steps: int = 400
-    batch: int = 32
-    learning_rate: float = 1e-3
-    patience: int = 3
     dev_share: float = 0.1
     max_new_tokens: int = 48
     candidates: int = 100
@@ -260,47 +250,6 @@ def score_texts(
     return pd.concat(frames, ignore_index=True)
 
 
-def item_scores(texts: pd.DataFrame, condition: str = "mismatched", similarity: Similarity = content_f1) -> pd.DataFrame:
-    """Leak (of words) and sight of every text: columns control, arm, site, timestep, guidance, seed, sample, leak, sight.
-
-    As in `diffprobe.mllm.verdict`: a similarity less its mean over the texts of other images.
-    """
-    rows = []
-    chosen = texts[texts["condition"] == condition]
-    chosen = chosen.assign(references=[json.loads(r) for r in chosen["references"]])
-    for key, group in chosen.groupby([*KEYS, "seed"], dropna=False, sort=False):
-        own = {score: np.diag(score_matrix(group, score, similarity)[1]) for score in ("leak", "sight")}
-        about = dict(zip([*KEYS, "seed"], key, strict=True))
-        rows.append(pd.DataFrame({**about, "sample": group["sample"].to_numpy(str), **own}))
-    return pd.concat(rows, ignore_index=True)
-
-
-def compare(items: pd.DataFrame, label: str, baseline: str) -> pd.DataFrame:
-    """Mean leak and sight of each label and their change from the baseline's, on the same images and projector seeds.
-
-    Args:
-        items: Of `item_scores`, with a column that names what is compared.
-        baseline: The label that the others are compared with.
-
-    Returns:
-        Rows of label and score with value, low, high, change, change_low, change_high, n, n_seeds, chance.
-    """
-    rows = []
-    for score in ("leak", "sight"):
-        tables = {
-            name: part.pivot(index="seed", columns="sample", values=score) for name, part in items.groupby(label, sort=False)
-        }
-        base = tables[baseline]
-        for name, table in tables.items():
-            mean, change = crossed_mean(table.to_numpy()), crossed_mean((table - base[table.columns]).to_numpy())
-            rows.append(
-                {"label": name, "score": score, **{k: mean[k] for k in ("value", "low", "high")},
-                 "change": change["value"], "change_low": change["low"], "change_high": change["high"],
-                 "n": table.shape[1], "n_seeds": table.shape[0], "chance": 0.0}
-            )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
 def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
     """`rank_fed` and `usable_information` of every cell that was ranked; seeds pooled, images as clusters.
 
@@ -389,10 +338,14 @@ class Report:
     likelihood: pd.DataFrame
     examples: pd.DataFrame
 
+    @property
+    def scores(self) -> pd.DataFrame:
+        """Leak, sight and CIDEr-D of every cell and condition."""
+        return pd.concat([self.leakage.table, self.recovery[self.recovery["metric"] == "cider_d"]])
+
     def summary(self) -> pd.DataFrame:
-        """Leak, sight and CIDEr-D with intervals as text: one row a cell and condition."""
-        scores = pd.concat([self.leakage.table, self.recovery[self.recovery["metric"] == "cider_d"]])
-        return _as_text(scores, [*KEYS, "condition"], "score", ["leak", "sight", "fed", "references"])
+        """`scores` with intervals as text: one row a cell and condition."""
+        return _as_text(self.scores, [*KEYS, "condition"], "score", ["leak", "sight", "fed", "references"])
 
     def recovered(self, metrics: Sequence[str] = ("bleu", "rouge_l", "content_f1", "exact")) -> pd.DataFrame:
         """Some metrics of `recovery` with intervals as text: one row a cell, condition and text that is compared with."""
@@ -443,9 +396,8 @@ def save_report(found: Report, folder: str | Path) -> list[Path]:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scores = pd.concat([found.leakage.table, found.recovery[found.recovery["metric"] == "cider_d"]])
     tables = {
-        "scores": scores, "recovery": found.recovery, "verdicts": found.leakage.verdicts, "doses": found.leakage.doses,
+        "scores": found.scores, "recovery": found.recovery, "verdicts": found.leakage.verdicts, "doses": found.leakage.doses,
         "likelihood": found.likelihood, "examples": found.examples,
     }  # fmt: skip
     for name, table in tables.items():

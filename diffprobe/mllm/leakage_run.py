@@ -39,6 +39,8 @@ from diffprobe.mllm.verdict import CONDITIONS, matched_candidates
 from diffprobe.models import DiffusionModel, load_model
 from diffprobe.rundir import check_or_write_request, whole_file, write_whole
 
+OWN = ("accumulate", "dropout", "seed", "evaluate_every")  # of a training, which its recipe decides
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -90,7 +92,8 @@ class Run:
         datasets = {"data_fingerprint": self.data.fingerprint(), "test_fingerprint": self.test.fingerprint()}
         weights = {"weights": self.model.weights_hash(), "language_weights": weights_hash(self.language.model)}
         about = datasets | weights | {"n_test": len(self.test)}
-        check_or_write_request(self.folder / "request.json", asdict(settings) | about)
+        shared = {name: value for name, value in asdict(settings).items() if name not in OWN}
+        check_or_write_request(self.folder / "request.json", shared | about)
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         where = self.folder / "stores"
         self.features = Features(self.model, splits, where, settings.grid, settings.noise_seed, stores, settings.batch_rows)
@@ -165,10 +168,8 @@ class Run:
         return self.folder / "likelihood" / f"{test.slug}.npz"
 
     def train_config(self, recipe: Recipe) -> TrainConfig:
-        shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(Settings)}
-        given = {name: getattr(self.settings, name) for name in shared}
-        every = max(1, min(50, self.settings.steps // 4))
-        return TrainConfig(**given, dropout=recipe.parts[1], seed=recipe.seed, evaluate_every=every)
+        own = {"dropout": recipe.parts[1], "seed": recipe.seed, "evaluate_every": max(1, min(50, self.settings.steps // 4))}
+        return TrainConfig(**{field.name: getattr(self.settings, field.name) for field in fields(TrainConfig)} | own)
 
     def projector(self, recipe: Recipe) -> Projector:
         """The recipe's projector: loaded, or trained from the start or from its last checkpoint."""
