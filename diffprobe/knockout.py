@@ -15,8 +15,8 @@ beside the timestep, is not cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,8 +30,7 @@ from diffprobe.prompts import EncodedText
 PARTS = ("start", "eos_and_padding", "content", "empty")
 
 
-@dataclass(frozen=True)
-class Knockout:
+class Knockout(NamedTuple):
     """What is cut, and in which cross-attentions; ``str()`` gives the text that `parse_knockout` takes."""
 
     what: str

@@ -26,6 +26,8 @@ from uuid import uuid4
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from diffprobe.console import size_text
+
 
 class StoreError(ValueError):
     """A store cannot be read, has another version, or lacks what is asked for."""
@@ -101,6 +103,14 @@ def free_bytes(path: str | Path) -> int | None:
     if isinstance(place, str):
         return None
     return shutil.disk_usage(next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())).free
+
+
+def check_room(need: str, count: int, free: int | None, advice: str) -> None:
+    """Raises ValueError where more bytes are needed than are free, but for a twentieth; `need` is as ``The store needs {}``."""
+    if free is not None and count >= 0.95 * free:
+        raise ValueError(
+            f"{need.format(size_text(count))} and {size_text(free)} are free. {advice}; --force goes on regardless."
+        )
 
 
 # --- one writer -----------------------------------------------------------------------------------

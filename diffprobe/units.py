@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -223,21 +223,15 @@ class Run:
         self.skipped: dict[str, str] = {}
 
     def recorder(self, reduce: bool = True) -> Listener:
-        request = self.request
+        request, heads = self.request, cast(Literal["mean", "all"], self.request.heads)
         reduction = make_reduce(request.reduce, request.seed) if reduce else None
         if isinstance(self.model, VisionEncoder):
             return self.model.recorder(request.sites, reduction)
+        # rows are copied into the unit's buffers before the next pass, so tensors are reused
         return Recorder(
-            self.model,
-            request.sites,
-            maps=request.maps,
-            heads=request.heads,  # type: ignore[arg-type]
-            tokens=request.map_tokens,
-            stop_early=True,
-            reduce=reduction,
-            keep_steps=False,
-            reuse=True,  # each row is copied into the unit's buffers before the next pass
-        )
+            self.model, request.sites, maps=request.maps, heads=heads, tokens=request.map_tokens, stop_early=True, reduce=reduction,
+            keep_steps=False, reuse=True,
+        )  # fmt: skip
 
     def load_images(self, first: int, last: int) -> list[Pixels | str]:
         """Images (3, height, width) in [-1, 1], or the reason why one could not be read; NumPy alone, as `to_pixels` says."""
@@ -257,12 +251,11 @@ class Run:
     def checked(self, recorder: Listener, batch: Batch) -> tuple[dict[str, Tensor], Bool[np.ndarray, " row"]]:
         """The tensors on the CPU in the buffers' dtype, and the rows with a value that is not finite in the store's dtype."""
         dtype = torch.float32 if self.exact else self.store_dtype
-        kept = {name: tensor.to("cpu", dtype) for name, tensor in batch.tensors.items()}
-        bad = rows_not_finite(kept, self.store_dtype)
-        if bad.any() and self.on_nonfinite == "float32" and self.model.dtype != torch.float32:
-            again = self.engine.in_float32(recorder, batch)
-            kept = {name: tensor.to("cpu", dtype) for name, tensor in again.tensors.items()}
+        for found in (lambda: batch, lambda: self.engine.in_float32(recorder, batch)):
+            kept = {name: tensor.to("cpu", dtype) for name, tensor in found().tensors.items()}
             bad = rows_not_finite(kept, self.store_dtype)
+            if not bad.any() or self.on_nonfinite != "float32" or self.model.dtype == torch.float32:
+                break
         return kept, bad
 
     def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
@@ -291,7 +284,11 @@ class Run:
                 self.skipped[ids[index]] = image
             else:
                 readable[index] = image
-        unit = _Unit(ids, status, self.empty_buffers(count, list(readable)))
+        dtype = np.float32 if self.exact else np.dtype(request.store_dtype)
+        before = (count, len(request.conditionings), len(request.timesteps))
+        unit = _Unit(ids, status, {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs})
+        for values in unit.buffers.values() if request.noise_draws > 1 else ():
+            values[list(readable)] = 0  # draws are added up
         if readable:
             latents = self.engine.encode_images(list(readable.values()), [ids[i] for i in readable])
             prompts = [self.index.prompts[name][first : first + count] for name in request.conditionings]
@@ -323,15 +320,6 @@ class Run:
                 unit.buffers[name][index] = tensor.numpy()
             else:
                 np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
-
-    def empty_buffers(self, count: int, readable: list[int]) -> dict[str, NDArray[Any]]:
-        """Buffers of NaN by site; of zeros for samples whose noise draws will be summed."""
-        dtype = np.float32 if self.exact else np.dtype(self.request.store_dtype)
-        before = (count, len(self.request.conditionings), len(self.request.timesteps))
-        buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
-        for values in buffers.values() if self.request.noise_draws > 1 else ():
-            values[readable] = 0
-        return buffers
 
     def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
         """Adds the guided conditionings, f_u + s (f_c - f_u) in float32, and casts to the store's dtype."""

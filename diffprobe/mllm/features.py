@@ -149,7 +149,7 @@ class Features:
             dry_run=dry_run, progress=progress and not dry_run,
         )  # fmt: skip
         self._opened = None  # there is a new one
-        return (summary.forecast.seconds or 0.0) if summary.forecast else 0.0
+        return summary.forecast.seconds if summary.forecast else 0.0
 
     def _model(self, knockout: str) -> DiffusionModel:
         return KnockedOut(self.model, knockout) if knockout else self.model

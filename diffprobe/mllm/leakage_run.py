@@ -20,6 +20,7 @@ import torch
 
 from diffprobe.checkpoints import weights_hash
 from diffprobe.conditioning import NULL, current
+from diffprobe.console import duration_text
 from diffprobe.data import BlankDataset, Dataset, iterate, load_dataset
 from diffprobe.mllm.captions import words
 from diffprobe.mllm.config import TrainConfig
@@ -54,9 +55,7 @@ class Forecast:
 
     def __str__(self) -> str:
         work = f"{self.projectors} projectors to train, {self.texts} texts to write, {self.rankings} rankings of texts"
-        minutes = self.seconds / 60
-        duration = f"about {minutes:.0f} min" if minutes >= 2 else f"about {self.seconds:.0f} s"
-        return "\n".join([*self.recordings, work, duration])
+        return "\n".join([*self.recordings, work, duration_text(self.seconds)])
 
 
 class Run:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diffprobe.console import size_text
+from diffprobe.console import duration_text, size_text
 from diffprobe.data.conversations import Conversations
 from diffprobe.mllm.config import STAGE1, STAGE2, Precision, StageConfig
 from diffprobe.mllm.fusion import Fusion
@@ -36,7 +36,7 @@ from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM
 from diffprobe.mllm.streams import FeatureCache, Picture, image_id
 from diffprobe.mllm.train import ANOTHER, REQUEST, check_schedule, fit, sharded, training_in
-from diffprobe.rundir import check_or_write_request, free_bytes
+from diffprobe.rundir import check_or_write_request, check_room, free_bytes
 
 MOMENT_PICTURES = 512  # that a fusion's moments are taken from
 _READERS = 4  # threads that load images: decoders release the interpreter's lock
@@ -411,11 +411,9 @@ class StageForecast:
         return self.steps * self.step_seconds + self.passes * self.pass_seconds
 
     def __str__(self) -> str:
-        minutes = self.seconds / 60
-        total = f"about {minutes:.0f} min" if minutes >= 2 else f"about {self.seconds:.0f} s"
         return (
             f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
-            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}; on disk "
+            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {duration_text(self.seconds)}; on disk "
             + (f"features {size_text(self.cache)}, " if self.cache else "")
             + f"a checkpoint of {size_text(self.checkpoint)} every {self.every} steps, the model {size_text(self.model)}"
         )
@@ -481,8 +479,6 @@ def _check_room(
     there = sum(path.stat().st_size for path in {p for f in folders for p in f.rglob("*")} if path.is_file())
     free = free_bytes(folder) or 0
     log(f"disk: {size_text(needed)} at most, {size_text(there)} of it there, {size_text(free)} free")
-    if not waived and needed - there >= 0.95 * free and not (folder / CONFIG).exists():
-        raise ValueError(
-            f"The training needs {size_text(needed - there)} more and {size_text(free)} are free. Keep no features (--no-cache), train "
-            "an adapter (--tune lora) or choose another disk; --force goes on regardless."
-        )
+    if not waived and not (folder / CONFIG).exists():
+        advice = "Keep no features (--no-cache), train an adapter (--tune lora) or choose another disk"
+        check_room("The training needs {} more", needed - there, free, advice)
