@@ -390,6 +390,3 @@ def _read(array: zarr.Array[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
     if last - first <= 2 * len(rows):
         return np.asarray(array[first:last])[rows - first]
     return np.asarray(array.oindex[rows])
-
-
-__all__ = ["AXES", "Source", "compose", "merge", "subset"]

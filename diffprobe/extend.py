@@ -261,6 +261,3 @@ def _check_unchanged(held: Source, data: Dataset, rows: Sequence[int]) -> None:
         raise RequestError(
             f"Samples of {held.path} are not the same in {data.spec!r}: an image or its text was changed. Extract them into a new store."
         )
-
-
-__all__ = ["extend"]

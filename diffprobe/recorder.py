@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
-import xarray as xr
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from diffprobe.families import FAMILIES, TIME_NAMES
 from diffprobe.models import DiffusionModel, Network, evaluating, predicted_noise, sites_of
-from diffprobe.prompts import EncodedText, StopForward
+from diffprobe.prompts import StopForward
 from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
 from diffprobe.tap import Call, Index, Tap, narrow, output_products, probabilities, take
 from diffprobe.tokens import (
@@ -171,38 +170,7 @@ class Recorder:
         found = select_sites(self.sites, name)
         return self.last[found[0].name]
 
-    def attention(
-        self,
-        word: str,
-        image: int = 0,
-        steps: Literal["mean"] | int | Sequence[int] = "mean",
-        *,
-        site: str | Sequence[str] | None = None,
-        size: tuple[int, int] | None = None,
-        occurrence: int = 0,
-        text: EncodedText | None = None,
-    ) -> xr.DataArray:
-        """Where a word of the prompt attends: the mean over its sub-tokens, heads and sites; unconditional rows are left out.
-
-        Args:
-            image: which of the pipeline's images, from 0.
-            steps: the mean over all kept passes; one pass by its number; or several, which become an axis.
-            site: recorded map sites; all of the first kind of `diffprobe.words.WORDED` that was recorded by default.
-            size: (height, width) that the maps are brought to, bilinearly; the finest of them by default.
-            occurrence: which one, from 0, of a word that the prompt has several times.
-            text: the encoded prompts, a row each, where they were not encoded inside the 'with' block.
-
-        Returns:
-            (y, x), or (step, y, x), in float32; named as the word, with prompt, tokens, sites and occurrence in its attributes.
-
-        Raises:
-            ValueError: no maps of words were recorded, the prompt does not have the word, or is not known.
-        """
-        return word_attention(self, word, image, steps, site, size, occurrence, text)
-
-    def to_xarray(self) -> xr.DataTree:
-        """All that was kept, one node a site: ``features`` (step, row, channel, y, x) or ``maps`` (step, row, head, token, y, x)."""
-        return as_tree(self)
+    attention, to_xarray = word_attention, as_tree
 
     # --- entering and leaving ---------------------------------------------------------------------
 

@@ -464,7 +464,7 @@ def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
     return array.assign_coords(labels).assign_attrs({"site": name, **tree[name].attrs})
 
 
-def _choose(array: xr.DataArray, dim: str, wanted: Any) -> xr.DataArray:
+def choose(array: xr.DataArray, dim: str, wanted: Any) -> xr.DataArray:
     """Selects by label; a single value drops the dimension, a list keeps it.  An unknown label raises StoreError."""
     if wanted is None:
         return array
@@ -508,18 +508,18 @@ def features(
     >>> features(tree, "U-L1-Out", guidance=4.0, pool="mean").shape
     (5, 1, 3)
     """
-    array = _choose(_site(tree, site, "features"), "timestep", timestep)
+    array = choose(_site(tree, site, "features"), "timestep", timestep)
     if guidance is None:
-        array = _choose(array, "conditioning", conditioning)
+        array = choose(array, "conditioning", conditioning)
     else:
         if not (conditioning is None or isinstance(conditioning, str)):
             raise StoreError("guidance takes one conditioning.")
         text = conditioning or "caption"
         if guided_name(text, guidance) in array["conditioning"].values.tolist():
-            array = _choose(array, "conditioning", guided_name(text, guidance))
+            array = choose(array, "conditioning", guided_name(text, guidance))
         else:
-            unconditional = _choose(array, "conditioning", NULL).astype(np.float32)
-            array = unconditional + guidance * (_choose(array, "conditioning", text).astype(np.float32) - unconditional)
+            unconditional = choose(array, "conditioning", NULL).astype(np.float32)
+            array = unconditional + guidance * (choose(array, "conditioning", text).astype(np.float32) - unconditional)
             array = array.drop_vars("conditioning", errors="ignore").assign_coords(conditioning=guided_name(text, guidance))
     array.attrs["site"] = site
     places = [d for d in ("y", "x", "token") if d in array.dims]
@@ -636,7 +636,7 @@ def read_maps(
         StoreError: a position was not kept.
     """
     steps = None if timestep is None else [timestep] if isinstance(timestep, int | np.integer) else list(timestep)
-    array = _choose(_choose(_site(tree, site, "maps"), "conditioning", conditioning), "timestep", steps)
+    array = choose(choose(_site(tree, site, "maps"), "conditioning", conditioning), "timestep", steps)
     kept = array["token"].values.tolist() if "token" in array.coords else list(range(array.sizes["token"]))
     if missing := {p for _, places in wanted for p in places} - set(kept):
         raise StoreError(f"Token positions {sorted(missing)} were not kept in this store's maps; record with --map-tokens all.")

@@ -203,6 +203,3 @@ class StoreStream(_Reader, IterableDataset[Batch]):
             filled += len(values)
             numbers.append(torch.from_numpy(chosen).repeat_interleave(each))
         return held[0][:filled], torch.cat(numbers)
-
-
-__all__ = ["StoreDataset", "StoreStream"]

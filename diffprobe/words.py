@@ -103,10 +103,25 @@ def find_word(text: str, word: str, spans: Sequence[tuple[int, int]], occurrence
 
 
 def word_attention(
-    recorder: Recorder, word: str, image: int, steps: Literal["mean"] | int | Sequence[int], site: str | Sequence[str] | None,
-    size: tuple[int, int] | None, occurrence: int, text: EncodedText | None,
+    recorder: Recorder, word: str, image: int = 0, steps: Literal["mean"] | int | Sequence[int] = "mean", *,
+    site: str | Sequence[str] | None = None, size: tuple[int, int] | None = None, occurrence: int = 0, text: EncodedText | None = None,
 ) -> xr.DataArray:  # fmt: skip
-    """As `Recorder.attention`."""
+    """Where a word of the prompt attends: the mean over its sub-tokens, heads and sites; unconditional rows are left out.
+
+    Args:
+        image: which of the pipeline's images, from 0.
+        steps: the mean over all kept passes; one pass by its number; or several, which become an axis.
+        site: recorded map sites; all of the first kind of `WORDED` that was recorded by default.
+        size: (height, width) that the maps are brought to, bilinearly; the finest of them by default.
+        occurrence: which one, from 0, of a word that the prompt has several times.
+        text: the encoded prompts, a row each, where they were not encoded inside the 'with' block.
+
+    Returns:
+        (y, x), or (step, y, x), in float32; named as the word, with prompt, tokens, sites and occurrence in its attributes.
+
+    Raises:
+        ValueError: no maps of words were recorded, the prompt does not have the word, or is not known.
+    """
     passes = recorder.kept_steps()
     sites = _worded_sites(recorder, site)
     count = len(passes)
@@ -213,7 +228,7 @@ def _sequences(
 
 
 def as_tree(recorder: Recorder) -> xr.DataTree:
-    """As `Recorder.to_xarray`."""
+    """All that was kept, one node a site: ``features`` (step, row, channel, y, x) or ``maps`` (step, row, head, token, y, x)."""
     steps = recorder.kept_steps()
     rows = {step.rows for step in steps}
     if len(rows) > 1:

@@ -22,13 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
 from diffprobe.mllm.config import Schedule, TrainConfig
 from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
@@ -37,7 +31,7 @@ from diffprobe.rundir import check_or_write_request, remove_unfinished, sole_wri
 
 REQUEST, CHECKPOINT = "training.json", "checkpoint.pt"
 ANOTHER = "holds another training; give another folder."  # what is said of a folder whose request differs
-_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_GATHERED = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ def fit(
             everywhere = read * accelerator.num_processes
             log(_progress(state, schedule, said, state.step - first, everywhere, time.perf_counter() - started))
     if state.best < math.inf:
-        set_model_state_dict(wrapped, best, options=_scattered(accelerator))
+        state_dict.set_model_state_dict(wrapped, best, options=_scattered(accelerator))
     return _weights(wrapped)
 
 
@@ -223,7 +217,7 @@ def save_checkpoint(
     """Write ``loss.csv`` and then ``checkpoint.pt``, each whole or not at all; every process must call this."""
     held = {
         "learner": _weights(learner),
-        "optimizer": get_optimizer_state_dict(learner, optimizer, options=_GATHERED),
+        "optimizer": state_dict.get_optimizer_state_dict(learner, optimizer, options=_GATHERED),
         "best": best,
         "state": asdict(state),
     }
@@ -252,8 +246,8 @@ def load_checkpoint(
     if not (folder / CHECKPOINT).exists():
         return _State(), {}
     held = read_checkpoint(folder / CHECKPOINT)
-    set_model_state_dict(learner, held["learner"], options=_scattered(accelerator))
-    set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=_scattered(accelerator))
+    state_dict.set_model_state_dict(learner, held["learner"], options=_scattered(accelerator))
+    state_dict.set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=_scattered(accelerator))
     return _State(**held["state"]), held["best"]
 
 
@@ -275,14 +269,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     raise ValueError(damaged)
 
 
-def _scattered(accelerator: Accelerator) -> StateDictOptions:
+def _scattered(accelerator: Accelerator) -> state_dict.StateDictOptions:
     """For weights that the first process holds whole: each process gets the parts that it keeps."""
-    return StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
+    return state_dict.StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
 
 
 def _weights(learner: nn.Module) -> dict[str, Any]:
     """Trained weights, and buffers, gathered from all processes onto the CPU of the first."""
-    state: dict[str, Any] = get_model_state_dict(learner, options=_GATHERED)
+    state: dict[str, Any] = state_dict.get_model_state_dict(learner, options=_GATHERED)
     # torch leaves frozen weights in where two names share one, as tied embeddings do
     frozen = {
         name.removeprefix("module.") for name, p in learner.named_parameters(remove_duplicate=False) if not p.requires_grad
