@@ -297,7 +297,8 @@ class Edit(Recorder):
         for site in self.sites:
             path, _, part = site.module_path.rpartition(".")
             if self.change.name == "skip":
-                hooks.append((site.module_path, partial(self._note_input, site)))
+                note: Any = lambda m, args, kwargs, name=site.name: self._inputs.update({name: arguments_of(m, args, kwargs)})  # noqa: E731
+                hooks.append((site.module_path, note))
             elif self.change.name == "swap_prompt":
                 hooks.append(
                     (path if site.kind in ("cross_query", "cross_key", "cross_value") else site.module_path, self._give)
@@ -508,9 +509,6 @@ class Edit(Recorder):
             return torch.ones(1, *grid, dtype=torch.bool)
         mask = self._places[None] if self._places.ndim == 2 else self._places
         return mask if mask.shape[1:] == grid else nn.functional.adaptive_max_pool2d(mask[:, None].float(), grid)[:, 0].bool()
-
-    def _note_input(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs[site.name] = arguments_of(module, args, kwargs)
 
     def _skipped(self, site: Site, output: Any) -> Any:
         """The block's output with the chosen rows as they came in."""

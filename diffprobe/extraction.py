@@ -181,7 +181,9 @@ def extract(
     rules = parse_reduce(reduce, features)
     new_forecast = dry_run and not store.exists(out)  # no store's request is compared with this one
     index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
-    lengths = _prompt_lengths(model, index.prompts)
+    distinct = list(dict.fromkeys(prompt for column in index.prompts.values() for prompt in column))
+    parts = [distinct[start : start + 512] for start in range(0, len(distinct), 512)]
+    lengths = {prompt: n for part in parts for prompt, n in zip(part, model.tokens(part)[2], strict=True)}  # before cutting
     longest = min(model.prompt_tokens, max(lengths.values()))
     kept_tokens = map_tokens if isinstance(map_tokens, int) else model.prompt_tokens if map_tokens == "all" else longest
     if kept_tokens < longest and map_sites:
@@ -359,13 +361,6 @@ def _tell_of_labels(found: store.StoreWriter, index: Index, log: Callable[[str],
             f"The store keeps the labels that it was made with; {', '.join(other)} differ now. Probes read yours with "
             "--labels FILE."
         )
-
-
-def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, list[str | None]]) -> dict[str | None, int]:
-    """The number of tokens of each distinct prompt, before cutting."""
-    distinct = list(dict.fromkeys(p for column in prompts.values() for p in column))
-    parts = [distinct[i : i + 512] for i in range(0, len(distinct), 512)]
-    return {p: n for part in parts for p, n in zip(part, model.tokens(part)[2], strict=True)}
 
 
 def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int, jobs: int) -> None:

@@ -438,9 +438,11 @@ def verify_store(path: str | Path) -> list[Fault]:
     step = int(attributes["unit_samples"])
     seal = Seal(root)
     check_layout(root, path, lambda key: True)
-    for name in _shared_arrays(root):
-        read_array(root, name)
     samples, units, sites = array_of(root, "status").shape[0], array_of(root, "done").shape[0], stored_sites(root)
+    of_units = {"done", "status", "digest", *(f"{site}/{name}" for site in sites for name in ("features", "maps"))}
+    for name, found in root.members(max_depth=None):
+        if isinstance(found, zarr.Array) and name not in of_units:
+            read_array(root, name)
     if seal.there:
         root = zarr.open_group(Present(root.store, frozenset(range(units))), mode="r", zarr_format=3)
     order = sorted(sites)
@@ -472,14 +474,3 @@ def verify_store(path: str | Path) -> list[Fault]:
             elif digests is not None and (digests[order.index(name)] != seal.of(name, unit, status, values)).any():
                 faults.append(Fault(unit, name, "not what was written there: edited, or of another unit or store"))
     return faults
-
-
-def _shared_arrays(root: zarr.Group) -> list[str]:
-    """Paths of the arrays that belong to no unit: ids, labels, prompts, coordinates."""
-    of_units = {
-        "done",
-        "status",
-        "digest",
-        *(f"{site}/{name}" for site in stored_sites(root) for name in ("features", "maps")),
-    }
-    return [path for path, found in root.members(max_depth=None) if isinstance(found, zarr.Array) and path not in of_units]

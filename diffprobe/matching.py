@@ -37,7 +37,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ class _Denoising:
                 for name, scalars in self._scalars(batch).items():
                     values = scalars.cpu().numpy()
                     for bad in np.flatnonzero(~np.isfinite(values)):
-                        row = batch.rows[bad]
+                        row = batch.rows[int(bad)]
                         words = "the null text" if row.prompt is None else repr(row.prompt)
                         raise NotFiniteError(
                             f"Item {item.id!r}, image {row.image}, {words}, timestep {row.timestep}: {name} is not finite in "
@@ -191,7 +191,7 @@ class _Denoising:
     def _scalars(self, batch: Batch) -> dict[str, Tensor]:
         """(row,) of the squared error and of the attention's log-sum-exps."""
         held, values = batch.tensors, dict[str, Tensor]()
-        if PREDICTION in held:
+        if PREDICTION in held and batch.noise is not None:
             values["error"] = (held[PREDICTION].float() - batch.noise).double().square().mean((1, 2, 3))
         if maps := [lse for name, lse in held.items() if name.endswith("-Map")]:
             values["map_lse"] = torch.stack(maps).mean(0)
@@ -348,16 +348,18 @@ def alignment_score(
     ]
     before, saved = table.attrs["passes"], time.perf_counter()
     try:
-        for index in _watched(pending.tolist(), benchmark, console):
-            for scorer in scorers:
-                for name, values in scorer(benchmark.items[index]).items():
-                    table[name].values[index] = values
-            table["done"].values[index] = 1
-            if denoising:
-                table.attrs["passes"] = before + denoising.passes
-            if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
-                _save(table, Path(out))
-                saved = time.perf_counter()
+        with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
+            for index in pending:
+                for scorer in scorers:
+                    for name, values in scorer(benchmark.items[index]).items():
+                        table[name].values[index] = values
+                table["done"].values[index] = 1
+                advance(1)
+                if denoising:
+                    table.attrs["passes"] = before + denoising.passes
+                if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
+                    _save(table, Path(out))
+                    saved = time.perf_counter()
     finally:  # also when the user stops the run
         if out is not None:
             _save(table, Path(out))
@@ -420,15 +422,3 @@ def _table(benchmark: Benchmark, request: dict[str, Any], out: Path | None) -> x
 def _save(table: xr.Dataset, out: Path) -> None:
     with whole_file(out) as beside:
         table.to_netcdf(beside, engine="scipy")
-
-
-def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
-    """Yields the items to do, with progress; the time of the second one gives the forecast."""
-    with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
-        for number, index in enumerate(pending):
-            started = time.perf_counter()
-            yield index
-            advance(1)
-            if number == min(1, len(pending) - 1):  # the first item also loads and compiles
-                minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
-                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", soft_wrap=True)

@@ -125,7 +125,14 @@ class Recorder:
         self.ear = Ear(model.pipeline if isinstance(model, DiffusionModel) else self._pipeline)
         available = sites_of(self.network)
         features = select_sites([s for s in available if not s.is_map], sites) if sites else []
-        wanted_maps = self._select_maps([s for s in available if s.is_map], maps) if maps else []
+        try:
+            wanted_maps = select_sites([s for s in available if s.is_map], maps) if maps else []
+        except ValueError as error:
+            attentions = [m for m in self.network.modules() if hasattr(m, "processor") and is_linear(m)]
+            linear = ", ".join(sorted({type(module.processor).__name__ for module in attentions}))
+            raise ValueError(
+                f"{error} Its linear attentions ({linear}) have no softmax, and so no map." if linear else error
+            ) from error
         if not features and not wanted_maps:
             raise ValueError("Nothing to record: give sites, maps, or both.")
         wanted = {s.name for s in [*features, *wanted_maps]}
@@ -143,15 +150,6 @@ class Recorder:
         self._told: tuple[tuple[int, ...], int] | None = None  # the grid, where a pass has shapes alone and cannot say it
         self._in_unet = hasattr(self.network, "down_blocks")
         self._joined = any(site.kind.startswith("joint_") for site in available)
-
-    def _select_maps(self, available: Sequence[Site], maps: str | Iterable[str]) -> list[Site]:
-        try:
-            return select_sites(available, maps)
-        except ValueError as error:
-            modules = self.network.named_modules()
-            linear = sorted({type(m.processor).__name__ for _, m in modules if hasattr(m, "processor") and is_linear(m)})
-            why = f" Its linear attentions ({', '.join(linear)}) have no softmax, and so no map." if linear else ""
-            raise ValueError(f"{error}{why}") from error
 
     # --- what was recorded ------------------------------------------------------------------------
 
@@ -531,18 +529,18 @@ class Recorder:
             raw = output[0] if isinstance(output, tuple) else output.sample
             raw = self._as_image((torch.stack(raw) if isinstance(raw, list) else raw).detach())
             sample = self._as_image(self._sample)
-            noise = raw[:, : sample.shape[1]] if raw.is_meta else self._noise_in(raw, sample)
+            if raw.is_meta:
+                noise = raw[:, : sample.shape[1]]
+            elif not isinstance(self.model, DiffusionModel):
+                noise = predicted_noise(raw, sample, self._timesteps.long(), *self._schedule())
+            elif self.model.passing is None and self.model.kind.flow:
+                self._refuse(f"Site {PREDICTION} of a flow needs the pass's training timestep; call the model's denoise().")
+            else:
+                passing = self._timesteps.long() if self.model.passing is None else self.model.passing
+                noise = self.model.noise_in(raw, sample, passing)
             self._keep(self.sites[-1], noise, copied=False)
         else:
             self._finish()
-
-    def _noise_in(self, output: Tensor, sample: Tensor) -> Tensor:
-        if not isinstance(self.model, DiffusionModel):
-            return predicted_noise(output, sample, self._timesteps.long(), *self._schedule())
-        if self.model.passing is None and self.model.kind.flow:
-            self._refuse(f"Site {PREDICTION} of a flow needs the pass's training timestep; call the model's denoise().")
-        timesteps = self._timesteps.long() if self.model.passing is None else self.model.passing
-        return self.model.noise_in(output, sample, timesteps)
 
     def _schedule(self) -> tuple[Tensor, str]:
         """Levels of the noise and what the network predicts; ValueError where its output cannot be turned into noise."""
@@ -563,22 +561,15 @@ class Recorder:
 
     def _finish(self) -> None:
         assert self._step is not None
-        if self._keep_steps == "mean":
-            self._add_to_mean(self._step)
-        else:
-            if not self._keep_steps:
-                self.steps.clear()
-            self.steps.append(self._step)
-        self._step = None
-
-    def _add_to_mean(self, step: Step) -> None:
-        """Makes the pass a part of the running mean."""
-        new = {name: tensor.float() for name, tensor in step.tensors.items()}
-        if not self.steps:
-            step.tensors = {name: tensor.clone() for name, tensor in new.items()}
+        step, self._step = self._step, None
+        if not self._keep_steps:
+            self.steps.clear()
+        if self._keep_steps != "mean" or not self.steps:
+            if self._keep_steps == "mean":
+                step.tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in step.tensors.items()}
             self.steps.append(step)
             return
-        mean = self.steps[0]
+        mean, new = self.steps[0], {name: tensor.float() for name, tensor in step.tensors.items()}
         if mean.rows != step.rows or any(mean.tensors[name].shape != tensor.shape for name, tensor in new.items()):
             self._refuse(f"A mean over passes needs equal rows and sizes; {mean.rows} were followed by {step.rows}.")
         mean.passes += 1

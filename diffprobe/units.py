@@ -174,7 +174,10 @@ class Index:
 
         def noted() -> Iterator[Sample]:
             for sample in map(dataset.__getitem__, rows):
-                _check_texts(sample)
+                texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
+                texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
+                for what, text in texts.items():
+                    check_unicode(f"The {what} of sample {sample.id!r}", text)
                 index.ids.append(sample.id)
                 index.labels.append(sample.labels)
                 yield sample
@@ -186,14 +189,6 @@ class Index:
                 f"Sample id {twice!r} stands twice in {dataset.name}; noise and labels belong to ids, so each must be unique."
             )
         return index
-
-
-def _check_texts(sample: Sample) -> None:
-    """Raises ValueError for a text with half of a surrogate pair, which neither tokenizer nor store takes."""
-    texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
-    texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
-    for what, text in texts.items():
-        check_unicode(f"The {what} of sample {sample.id!r}", text)
 
 
 @dataclass

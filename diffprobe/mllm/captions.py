@@ -246,12 +246,8 @@ def _rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Flo
     return _best(lambda output, text: scorer.score(text, output)["rougeL"].fmeasure, outputs, references)
 
 
-def _bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """BLEU-4 of each caption, 0 to 1; absent n-gram orders are left out and zeros smoothed, as sacrebleu does for sentences."""
-    return np.array([score.score / 100 for score in _sentence_bleu(outputs, references)])
-
-
 def _sentence_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Any]:
+    """BLEU-4 of each caption; absent n-gram orders are left out and zeros smoothed, as sacrebleu does for sentences."""
     metric = _imported("sacrebleu.metrics").BLEU(tokenize="none", force=True, effective_order=True)
     spaced = [(" ".join(words(o)), [" ".join(words(r)) for r in own]) for o, own in zip(outputs, references, strict=True)]
     return [metric.sentence_score(output, own) for output, own in spaced]
@@ -285,7 +281,7 @@ METRICS: dict[str, Scores] = {
     "exact": partial(_best, _same_words),
     "substring": partial(_best, _longest_run),
     "rouge_l": _rouge_l,
-    "bleu": _bleu,
+    "bleu": lambda outputs, references: np.array([score.score / 100 for score in _sentence_bleu(outputs, references)]),
     "minilm": _minilm,
 }
 WITHOUT_MODEL = ("cider_d", "bleu", "rouge_l", "content_precision", "content_recall", "content_f1", "exact", "substring")

@@ -14,6 +14,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0
     >>> rows.set_index("group").value.to_dict()
     {'macro': 0.5, 'Depth': 1.0, 'Jigsaw': 0.0}
     """
-    tasks = [str(record["task"]) for record in _given(records, "BLINK", ("task",))]
+    tasks = [str(record["task"]) for record in _given(records, "BLINK", ("task", "options", "answer", "output"))]
     names = list(dict.fromkeys(tasks))
     return _by_class(records, "BLINK", tasks, names, {MACRO: [1 / len(names)] * len(names)}, level, seed)
 
@@ -196,7 +197,7 @@ def score_cv_bench(records: Sequence[Record], *, level: float = 0.95, seed: int 
     >>> score_cv_bench([{**ask, "source": s, "output": o} for s, o in said.items()]).set_index("group").value.to_dict()
     {'all': 0.75, '2D': 0.5, 'ADE20K': 1.0, 'COCO': 0.0, 'Omni3D': 1.0}
     """
-    sources = [str(record["source"]) for record in _given(records, "CV-Bench", ("source",))]
+    sources = [str(record["source"]) for record in _given(records, "CV-Bench", ("source", "options", "answer", "output"))]
     if set(sources) != set(CV_SOURCES):
         raise ValueError(
             f"CV-Bench: its score needs records of {', '.join(CV_SOURCES)}; found {', '.join(sorted(set(sources)))}."
@@ -308,8 +309,11 @@ def _spaced(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def score_vqav2(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """VQAv2 (Antol et al. 2015, Goyal et al. 2017).
+def score_vqav2(
+    records: Sequence[Record], *, level: float = 0.95, seed: int = 0, benchmark: str = "VQAv2",
+    normalise: Callable[[str], str] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """VQAv2 (Antol et al. 2015, Goyal et al. 2017).  With `normalise` TextVQA, whose answers are normalised always.
 
     Records: answers (ten texts), output, and optionally image and answer_type (then also scored by it).  Chance is what the
     most frequent answer would score if it were always given.  An empty output is unparsed.
@@ -317,17 +321,6 @@ def score_vqav2(records: Sequence[Record], *, level: float = 0.95, seed: int = 0
     >>> score_vqav2([{"answers": ["cat"] * 9 + ["dog"], "output": "a cat"}]).value.tolist()
     [1.0]
     """
-    return _score_vqa(records, "VQAv2", None, level, seed)
-
-
-def score_textvqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """TextVQA (Singh et al. 2019); fields as for `score_vqav2`, normalised always."""
-    return _score_vqa(records, "TextVQA", normalise_textvqa, level, seed)
-
-
-def _score_vqa(
-    records: Sequence[Record], benchmark: str, normalise: Callable[[str], str] | None, level: float, seed: int
-) -> pd.DataFrame:
     _given(records, benchmark, ("answers", "output"))
     answers = [[str(answer) for answer in record["answers"]] for record in records]
     for index, given in enumerate(answers):
@@ -348,6 +341,10 @@ def _score_vqa(
         row = {"score": "accuracy", "group": group, **share, "n": int(mine.sum()), "chance": constant[mine].mean()}
         rows.append({**row, "unparsed": int(silent[mine].sum())})
     return _table(benchmark, rows, seed)
+
+
+# TextVQA (Singh et al. 2019); fields as for `score_vqav2`
+score_textvqa = partial(score_vqav2, benchmark="TextVQA", normalise=normalise_textvqa)
 
 
 def score_pope(
@@ -394,14 +391,12 @@ def score_pope(
         n = int(mine.sum())
         rows.append({**about, "score": "accuracy", **_share(right[mine], level, clusters, seed), "n": n, "chance": 0.5})
         for score, (ratio, chance) in ratios.items():
-            sums = columns if clusters is None else _by_cluster(columns, clusters)
+            sums = columns
+            if clusters is not None:
+                sums = np.stack([columns[clusters == name].sum(0) for name in np.unique(clusters)])
             rows.append({**about, "score": score, **_from_sums(sums, ratio, level, seed, n), "chance": chance})
         rows.append({**about, "score": "yes_share", **_share(yes[mine], level, clusters, seed), "n": n, "chance": 0.5})
     return _table("POPE", rows, seed)
-
-
-def _by_cluster(columns: Floats, clusters: NDArray[Any]) -> Floats:
-    return np.stack([columns[clusters == name].sum(0) for name in np.unique(clusters)])
 
 
 # --- judged answers -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ def image_id(image: Image.Image) -> str:
 # --- encoders ---------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A frozen encoder with its settings."""
 

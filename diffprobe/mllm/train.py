@@ -110,19 +110,15 @@ def fit(
                 state.best, best = found, _weights(wrapped)
         save_checkpoint(folder, wrapped, optimizer, state, best, accelerator.is_main_process)
         if accelerator.is_main_process:
-            everywhere = read * accelerator.num_processes
-            log(_progress(state, schedule, said, state.step - first, everywhere, time.perf_counter() - started))
+            recent = np.mean([row["loss"] for row in state.history[-schedule.evaluate_every :]])
+            seconds = time.perf_counter() - started
+            left = seconds / (state.step - first) * (schedule.steps - state.step) / 60
+            later = f", at most {left:.0f} min to go" if left >= 1 else ""
+            speed = f"{read * accelerator.num_processes / seconds:,.0f} tokens/s"
+            log(f"step {state.step} of {schedule.steps}: loss {recent:.3f}{said}, {speed}{later}")
     if state.best < math.inf:
         state_dict.set_model_state_dict(wrapped, best, options=_scattered(accelerator))
     return _weights(wrapped)
-
-
-def _progress(state: _State, schedule: Schedule, said: str, steps: int, positions: int, seconds: float) -> str:
-    """One line about a training; steps, positions and seconds are those of this call."""
-    recent = np.mean([row["loss"] for row in state.history[-schedule.evaluate_every :]])
-    left = seconds / steps * (schedule.steps - state.step) / 60
-    later = f", at most {left:.0f} min to go" if left >= 1 else ""
-    return f"step {state.step} of {schedule.steps}: loss {recent:.3f}{said}, {positions / seconds:,.0f} tokens/s{later}"
 
 
 def _step(
