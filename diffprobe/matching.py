@@ -56,19 +56,7 @@ from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
 from diffprobe.data.samples import Dataset
 from diffprobe.forward import Batch, Engine, NotFiniteError, Row, to_pixels
 from diffprobe.models import DiffusionModel, load_model, quiet, resolve
-from diffprobe.probes.alignment import (
-    CLIP,
-    DIFFUSION_SCORES,
-    DISCFFUSION,
-    LOSS,
-    NORMALISED,
-    PAPER,
-    POOLED,
-    SCORES,
-    TextMap,
-    diffusion_scores,
-    fit_text_map,
-)
+from diffprobe.probes import alignment
 from diffprobe.recorder import Recorder
 from diffprobe.rundir import check_request, whole_file
 from diffprobe.sites import PREDICTION, Site, select_sites
@@ -122,8 +110,8 @@ def discffusion_sites(sites: Sequence[Site]) -> list[str]:
             last[level, attention] = max(last.get((level, attention), (-1, "")), (block, site.name.removesuffix("-Cross-Q")))
     if set(found) != {"down", "mid", "up"}:
         raise ValueError(
-            f"{DISCFFUSION} is defined on the down, mid and up part of a UNet, and this network has cross-attention in "
-            f"{', '.join(found) or 'none of them'}; choose other scores, such as {PAPER}."
+            f"{alignment.DISCFFUSION} is defined on the down, mid and up part of a UNet, and this network has cross-attention in "
+            f"{', '.join(found) or 'none of them'}; choose other scores, such as {alignment.PAPER}."
         )
     names = []
     for places in found.values():
@@ -146,15 +134,15 @@ class _Denoising:
     def __init__(self, model: DiffusionModel, request: Mapping[str, Any], batch_rows: int) -> None:
         self.request, self.engine = request, Engine(model, seed=request["seed"], batch_rows=batch_rows)
         wanted = set(request["scores"])
-        self.null = [None] if wanted & {NORMALISED, DISCFFUSION} else []
+        self.null = [None] if wanted & {alignment.NORMALISED, alignment.DISCFFUSION} else []
         modules: dict[str, Any] = dict(model.network.named_modules())
         paths = {site.name: site.path.removesuffix(".to_q") for site in model.sites}
-        names = discffusion_sites(model.sites) if DISCFFUSION in wanted else []
+        names = discffusion_sites(model.sites) if alignment.DISCFFUSION in wanted else []
         self.attentions = {name: modules[paths[f"{name}-Cross-Q"]] for name in names}
         sites = [f"{name}-Cross-{part}" for name in names for part in "QK"]
-        sites += [PREDICTION] if wanted & {LOSS, NORMALISED, DISCFFUSION} else []
+        sites += [PREDICTION] if wanted & {alignment.LOSS, alignment.NORMALISED, alignment.DISCFFUSION} else []
         self.recorder = Recorder(
-            model, sites, maps="cross" if PAPER in wanted else (), heads="all", stop_early=True, keep_steps=False, reuse=True,
+            model, sites, maps="cross" if alignment.PAPER in wanted else (), heads="all", stop_early=True, keep_steps=False, reuse=True,
             reduce=lambda site, tensor: map_lse(tensor) if site.is_map else tensor,
         )  # fmt: skip
         self.passes = 0
@@ -186,7 +174,7 @@ class _Denoising:
                         )
                     raw.setdefault(name, np.full(shape, np.nan))[index] = values
         self.passes += len(rows)
-        return diffusion_scores(raw, request["scores"], len(item.captions), latents[0].numel())
+        return alignment.diffusion_scores(raw, request["scores"], len(item.captions), latents[0].numel())
 
     def _scalars(self, batch: Batch) -> dict[str, Tensor]:
         """(row,) of the squared error and of the attention's log-sum-exps."""
@@ -205,15 +193,15 @@ class _Pooled:
     def __init__(self, model: DiffusionModel, request: Mapping[str, Any], batch_rows: int) -> None:
         self.model, self.request, self.engine = model, request, Engine(model, seed=request["seed"], batch_rows=batch_rows)
         self.site = select_sites([s for s in model.sites if not s.is_map and not s.over_tokens], request["site"])[0].name
-        self.fitted: TextMap | None = None
+        self.fitted: alignment.TextMap | None = None
 
     def __call__(self, item: Item) -> dict[str, Floats]:
         if self.fitted is None:  # on the first item: a file that is complete needs no training
             self.fitted = self.fit(load_dataset(self.request["train"]))
         features = self.features([load() for load in item.images], [item.id] * len(item.images))
-        return {POOLED: self.fitted.cosine(features, self.texts(item.captions))}
+        return {alignment.POOLED: self.fitted.cosine(features, self.texts(item.captions))}
 
-    def fit(self, dataset: Dataset) -> TextMap:
+    def fit(self, dataset: Dataset) -> alignment.TextMap:
         """Each image's feature against the mean embedding of its captions."""
         features, texts = [], []
         for start in range(0, len(dataset), self.engine.batch_rows):
@@ -226,7 +214,7 @@ class _Pooled:
             embedded = self.texts([caption.text for sample in samples for caption in sample.captions])
             ends = np.cumsum([len(sample.captions) for sample in samples])
             texts += [rows.mean(0) for rows in np.split(embedded, ends[:-1])]
-        return fit_text_map(np.concatenate(features), np.stack(texts))
+        return alignment.fit_text_map(np.concatenate(features), np.stack(texts))
 
     def features(self, images: Sequence[Image.Image], ids: Sequence[str]) -> Floats:
         """(image, channel) means of the site over places, under the null text."""
@@ -265,7 +253,7 @@ class _Clip:
         inputs = self.processor(text=list(item.captions), images=[load() for load in item.images], **options)
         output = self.model(**inputs.to(self.model.device))
         image, text = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (output.image_embeds, output.text_embeds))
-        return {CLIP: (image @ text.T).cpu().numpy()}
+        return {alignment.CLIP: (image @ text.T).cpu().numpy()}
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -275,7 +263,7 @@ def alignment_score(
     model: DiffusionModel | str,
     data: Benchmark | str,
     *,
-    scores: Sequence[str] = DIFFUSION_SCORES,
+    scores: Sequence[str] = alignment.DIFFUSION_SCORES,
     timesteps: Sequence[int] = TIMESTEPS,
     draws: int = 3,
     seed: int = 0,
@@ -320,14 +308,14 @@ def alignment_score(
     _check_arguments(model, benchmark, scores, timesteps, draws)
     size = (resolution, resolution) if resolution else model.size
     model.latent_size(*size)
-    passing = any(name in DIFFUSION_SCORES for name in scores)
-    contrast = _Clip(clip, model.device) if CLIP in scores else None
+    passing = any(name in alignment.DIFFUSION_SCORES for name in scores)
+    contrast = _Clip(clip, model.device) if alignment.CLIP in scores else None
     request: dict[str, Any] = {
         "model": model.model_id, "weights": model.weights_hash(), "benchmark": benchmark.name, "fingerprint": benchmark.fingerprint(),
-        "scores": [name for name in SCORES if name in scores], "timesteps": list(timesteps) if passing else [],
+        "scores": [name for name in alignment.SCORES if name in scores], "timesteps": list(timesteps) if passing else [],
         "draws": draws if passing else 0, "seed": seed, "resolution": list(size), "fit": fit,
-        "site": site if POOLED in scores else "", "site_timestep": site_timestep if POOLED in scores else 0,
-        "train": train if POOLED in scores else "", "clip": clip if contrast else "",
+        "site": site if alignment.POOLED in scores else "", "site_timestep": site_timestep if alignment.POOLED in scores else 0,
+        "train": train if alignment.POOLED in scores else "", "clip": clip if contrast else "",
         "clip_weights": weights_hash(contrast.model) if contrast else "",
         "dtype": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
@@ -343,7 +331,7 @@ def alignment_score(
     denoising = _Denoising(model, request, batch_rows) if passing else None
     scorers: list[Callable[[Item], dict[str, Floats]]] = [
         *([denoising] if denoising else []),
-        *([_Pooled(model, request, batch_rows)] if POOLED in scores else []),
+        *([_Pooled(model, request, batch_rows)] if alignment.POOLED in scores else []),
         *([contrast] if contrast else []),
     ]
     before, saved = table.attrs["passes"], time.perf_counter()
@@ -369,8 +357,8 @@ def alignment_score(
 def _check_arguments(
     model: DiffusionModel, benchmark: Benchmark, scores: Sequence[str], timesteps: Sequence[int], draws: int
 ) -> None:
-    if unknown := [name for name in scores if name not in SCORES]:
-        raise ValueError(f"Score {unknown[0]!r} is not one of {', '.join(SCORES)}.")
+    if unknown := [name for name in scores if name not in alignment.SCORES]:
+        raise ValueError(f"Score {unknown[0]!r} is not one of {', '.join(alignment.SCORES)}.")
     if not scores or len(set(scores)) < len(scores):
         raise ValueError(f"Scores must be given, each once; got {', '.join(scores) or 'none'}.")
     if not timesteps or len(set(timesteps)) < len(timesteps) or draws < 1:
@@ -402,7 +390,7 @@ def _table(benchmark: Benchmark, request: dict[str, Any], out: Path | None) -> x
     draws = (*pairs, len(request["timesteps"]), request["draws"])
     dims = ("item", "image", "text", "timestep", "draw")
     variables: dict[str, Any] = {
-        name: (dims, np.full(draws, np.nan)) if name in DIFFUSION_SCORES else (dims[:3], np.full(pairs, np.nan))
+        name: (dims, np.full(draws, np.nan)) if name in alignment.DIFFUSION_SCORES else (dims[:3], np.full(pairs, np.nan))
         for name in request["scores"]
     }
     variables["done"] = ("item", np.zeros(len(benchmark), np.int8))

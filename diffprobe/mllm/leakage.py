@@ -32,6 +32,7 @@ import pandas as pd
 
 from diffprobe.conditioning import NULL, current, former
 from diffprobe.data import iterate, load_dataset
+from diffprobe.mllm import verdict
 from diffprobe.mllm.captions import (
     DocumentFrequencies,
     caption_table,
@@ -39,17 +40,6 @@ from diffprobe.mllm.captions import (
     installed_metrics,
 )
 from diffprobe.mllm.config import TrainConfig
-from diffprobe.mllm.verdict import (
-    CONDITIONS,
-    KEYS,
-    NEGATIVE,
-    POSITIVE,
-    Leakage,
-    judge_leakage,
-    rank_fed,
-    sentence,
-    usable_information,
-)
 from diffprobe.rundir import write_whole
 
 MAIN_SITE = "U-L1-R1-B0-Cross-Q"
@@ -116,9 +106,9 @@ class Test:
         recipe = self.recipe
         arm = f"{recipe.arm} without {self.knockout}" if self.knockout else recipe.arm
         values = (recipe.control, arm, recipe.site, recipe.timestep, self.guidance)
-        key = dict(zip(KEYS, values, strict=True))
+        key = dict(zip(verdict.KEYS, values, strict=True))
         if recipe.control:
-            key |= {"arm": "", "guidance": np.nan} | ({"timestep": np.nan} if recipe.control == POSITIVE else {})
+            key |= {"arm": "", "guidance": np.nan} | ({"timestep": np.nan} if recipe.control == verdict.POSITIVE else {})
         return {**key, "seed": recipe.seed, "condition": self.condition}
 
 
@@ -170,13 +160,17 @@ def plan(
         LeakageError: An arm or condition is unknown.
     """
     if unknown := [c for c in conditions if c not in FED]:
-        raise LeakageError(f"Condition {unknown[0]!r} is not one of {', '.join(CONDITIONS)}.")
+        raise LeakageError(f"Condition {unknown[0]!r} is not one of {', '.join(verdict.CONDITIONS)}.")
     tests = []
     for arm, site, timestep, scale, seed in itertools.product(arms, sites, timesteps, guidance, range(seeds)):
         recipe = Recipe(arm, site, timestep, scale, seed)
         recipe = replace(recipe, guidance=0.0) if recipe.parts[0] == "U" else recipe
         tests += [Test(recipe, scale, c, k) for k in ("", *knockouts) for c in conditions]
-    wanted = [(NO_TEXT_SITE, t, NEGATIVE) for t in timesteps] + [(TEXT_SITE, timesteps[0], POSITIVE)] if controls else []
+    wanted = (
+        [(NO_TEXT_SITE, t, verdict.NEGATIVE) for t in timesteps] + [(TEXT_SITE, timesteps[0], verdict.POSITIVE)]
+        if controls
+        else []
+    )
     for seed, (site, timestep, name) in itertools.product(range(seeds), wanted):
         tests += [Test(Recipe("M", site, timestep, 1.0, seed, name), 1.0, c) for c in conditions]
     return list(dict.fromkeys(tests))
@@ -232,7 +226,7 @@ def score_texts(
         resampled as wholes; chance is against texts of other images.
     """
     frames = []
-    for key, group in texts.groupby([*KEYS, "condition"], dropna=False, sort=False):
+    for key, group in texts.groupby([*verdict.KEYS, "condition"], dropna=False, sort=False):
         for score in ("fed", "references"):
             against = (
                 [[f] if f else [] for f in group["fed"]] if score == "fed" else [json.loads(r) for r in group["references"]]
@@ -244,7 +238,7 @@ def score_texts(
             table = caption_table(
                 list(part["output"]), against, clusters=part["sample"], metrics=metrics, frequencies=known, seed=seed
             )
-            about = dict(zip([*KEYS, "condition"], key, strict=True)) | {"score": score}
+            about = dict(zip([*verdict.KEYS, "condition"], key, strict=True)) | {"score": score}
             table = table.assign(n=part["sample"].nunique(), n_seeds=part["seed"].nunique())
             frames.append(pd.DataFrame(about, index=table.index).join(table))
     return pd.concat(frames, ignore_index=True)
@@ -258,7 +252,7 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
     there are arbitrary; the same image without a prompt is nearer to its training.
     """
     held: dict[tuple[Any, ...], list[Any]] = {}
-    keys = [*KEYS, "condition"]
+    keys = [*verdict.KEYS, "condition"]
     named = {path.stem: path for path in sorted((Path(folder) / "texts").glob("*.csv"))}
     for path in sorted((Path(folder) / "likelihood").glob("*.npz")):
         if path.stem in named:
@@ -270,11 +264,13 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
         clusters, given = (np.concatenate([a[name] for a in arrays]) for name in ("samples", "conditional"))
         zero = np.zeros_like(given)
         less = {name: np.concatenate([a[key] for a in arrays]) if key else zero for name, key in BASELINES.items()}
-        found = [rank_fed(given, values, clusters=clusters, seed=seed).assign(baseline=name) for name, values in less.items()]
+        found = [
+            verdict.rank_fed(given, values, clusters=clusters, seed=seed).assign(baseline=name) for name, values in less.items()
+        ]
         if all("unconditional" in a for a in arrays):
             alone = np.concatenate([a["unconditional"] for a in arrays])
             tokens = np.concatenate([a["tokens"][:, 0] for a in arrays])
-            bits = usable_information(given[:, 0], alone, tokens, clusters=clusters, seed=seed)
+            bits = verdict.usable_information(given[:, 0], alone, tokens, clusters=clusters, seed=seed)
             found.append(bits.assign(baseline="no prompt"))
         rows.append(pd.concat(found).assign(**{k: parts[0][0][k] for k in keys}, n_seeds=len(arrays)))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
@@ -289,7 +285,7 @@ def examples(texts: pd.DataFrame, count: int = 4, conditions: Sequence[str] = ("
     first = first[first["sample"].isin(list(dict.fromkeys(first["sample"]))[:count])]
     scale = first["guidance"].map(lambda s: "" if pd.isna(s) else f" s={s:g}")
     first["who"] = first["control"] + first["arm"] + scale + np.where(first["site"].nunique() > 1, " " + first["site"], "")
-    if first[first["control"] != POSITIVE]["timestep"].nunique() > 1:
+    if first[first["control"] != verdict.POSITIVE]["timestep"].nunique() > 1:
         first["who"] += first["timestep"].map(lambda t: f" t={t}" if t != "" else "")
     first["seen"] = [next(iter(json.loads(r)), "") for r in first["references"]]
     wide = first.pivot_table(
@@ -298,12 +294,12 @@ def examples(texts: pd.DataFrame, count: int = 4, conditions: Sequence[str] = ("
     return wide.fillna("").reset_index().rename_axis(columns=None)
 
 
-def leak_against_sight(leakage: Leakage, condition: str = "mismatched") -> pd.DataFrame:
+def leak_against_sight(leakage: verdict.Leakage, condition: str = "mismatched") -> pd.DataFrame:
     """One row a cell for `plot_leak_sight`: label, control, and leak and sight with their intervals."""
     chosen = leakage.table[leakage.table["condition"] == condition]
     many = {k: chosen[chosen["control"] == ""][k].nunique() > 1 for k in ("site", "timestep")}
     rows = []
-    for _, part in chosen.groupby(KEYS, dropna=False, sort=False):
+    for _, part in chosen.groupby(verdict.KEYS, dropna=False, sort=False):
         first, scores = part.iloc[0], part.set_index("score")
         if {"leak", "sight"} - set(scores.index):
             continue
@@ -333,7 +329,7 @@ class Report:
     """
 
     sentences: list[str]
-    leakage: Leakage
+    leakage: verdict.Leakage
     recovery: pd.DataFrame
     likelihood: pd.DataFrame
     examples: pd.DataFrame
@@ -345,12 +341,12 @@ class Report:
 
     def summary(self) -> pd.DataFrame:
         """`scores` with intervals as text: one row a cell and condition."""
-        return _as_text(self.scores, [*KEYS, "condition"], "score", ["leak", "sight", "fed", "references"])
+        return _as_text(self.scores, [*verdict.KEYS, "condition"], "score", ["leak", "sight", "fed", "references"])
 
     def recovered(self, metrics: Sequence[str] = ("bleu", "rouge_l", "content_f1", "exact")) -> pd.DataFrame:
         """Some metrics of `recovery` with intervals as text: one row a cell, condition and text that is compared with."""
         there = [metric for metric in metrics if metric in set(self.recovery["metric"])]
-        return _as_text(self.recovery, [*KEYS, "condition", "score", "n"], "metric", there)
+        return _as_text(self.recovery, [*verdict.KEYS, "condition", "score", "n"], "metric", there)
 
 
 def _as_text(rows: pd.DataFrame, keys: Sequence[str], column: str, names: Sequence[str]) -> pd.DataFrame:
@@ -378,10 +374,10 @@ def leakage_report(folder: str | Path, *, n_examples: int = 4, metrics: Sequence
     'The language model reads the prompt ...'
     """
     texts = read_texts(folder)
-    leakage = judge_leakage(texts, seed=seed)
+    leakage = verdict.judge_leakage(texts, seed=seed)
     chosen = installed_metrics() if metrics is None else dict.fromkeys(["cider_d", *metrics])
     return Report(
-        [sentence({str(k): v for k, v in row.items()}) for row in leakage.verdicts.to_dict("records")],
+        [verdict.sentence({str(k): v for k, v in row.items()}) for row in leakage.verdicts.to_dict("records")],
         leakage,
         score_texts(texts, frequencies(folder), list(chosen), seed),
         rank_texts(folder, seed=seed),
