@@ -216,7 +216,7 @@ class Edit(Recorder):
                 f"Which tokens spell {', '.join(map(repr, every))} is not known without a prompt and its tokenizer: give prompt= and "
                 "a DiffusionModel or pipeline, or positions of tokens."
             )
-        spans = self._speaker().tokens(self._prompts)[1].tolist()
+        spans = _speaker(self.model).tokens(self._prompts)[1].tolist()
         found: list[list[int]] = []
         for prompt, places in zip(self._prompts, spans, strict=True):
             words = [word_tokens(prompt or "", str(word), places) for word in every]
@@ -224,9 +224,6 @@ class Edit(Recorder):
                 raise ValueError(f"{lost[0]!r} is not a word of the prompt {prompt!r}, as far as the text encoder reads it.")
             found.append(sorted({position for at in words for position in at}))
         return found
-
-    def _speaker(self) -> DiffusionModel:
-        return self.model if isinstance(self.model, DiffusionModel) else DiffusionModel(self.model)
 
     def _check_change(self) -> None:
         """Refuse sites at which the change has no meaning."""
@@ -374,7 +371,7 @@ class Edit(Recorder):
         if self._words is None or not self._prompts or not names or not isinstance(given[names[0]], Tensor):
             return
         if self._encoded is None:
-            self._encoded = self._speaker().encode_text(self._prompts).embeddings
+            self._encoded = _speaker(self.model).encode_text(self._prompts).embeddings
         rows = [row for row, name in enumerate(self._step.rows) if name == "prompt"]  # type: ignore[union-attr]
         own = self._encoded if len(self._encoded) > 1 else self._encoded.expand(len(rows), -1, -1)
         there = given[names[0]][rows]
@@ -646,6 +643,10 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 
 
+def _speaker(model: Any) -> DiffusionModel:
+    return model if isinstance(model, DiffusionModel) else DiffusionModel(model)
+
+
 def _within(positions: Sequence[int], count: int, site: Site) -> list[int]:
     if positions and max(positions) >= count:
         raise ValueError(f"Token {max(positions)} was to be edited, and site {site.name} has {count}, counted from 0.")
@@ -687,8 +688,7 @@ def _text_input(model: Any, change: Change) -> tuple[Tensor, Tensor | None]:
     """What a cross-attention is given of a text: embeddings (1, token, width) and the bias of their mask."""
     text = change.text
     if not isinstance(text, EncodedText):
-        model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
-        text = model.encode_text([text])
+        text = _speaker(model).encode_text([text])
     if text.mask is None:
         return text.embeddings, None
     network: Any = model.network if isinstance(model, DiffusionModel) else model.transformer

@@ -2,13 +2,6 @@
 
 A row is one pass of the network: one image under one prompt at one timestep with one draw of noise.  Rows share batches.
 The invariant: what a row gives depends on the row alone and not, beyond rounding, on the batch that it shared.
-
-How to use it:
-
-- extraction: `encode_images` once for each unit, then `run`, which yields batch after batch;
-- the fused model's streams (`mllm/streams.py`): their own latents, then `run`; `cut` names prompts that were too long.  A
-  vision encoder takes the same calls, with None for each prompt;
-- matching: rows (image, candidate caption, timestep, draw) through `run`; all images of an item have one id, and so one noise.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from diffprobe import checkpoints, families
 from diffprobe.noise import Levels
-from diffprobe.prompts import EncodedText, StopForward, hear, join_tokens, plain_tokenizer
+from diffprobe.prompts import MARKS, EncodedText, StopForward, hear, join_tokens, plain_tokenizer
 from diffprobe.sites import Site, list_sites, transformer_sites
 
 # How many text tokens pipelines give their transformers, by how their classes begin; 512 where it is not said, at most.
@@ -304,7 +304,9 @@ class DiffusionModel:
         self, prompts: Sequence[str | None], texts: Sequence[str], null: bool
     ) -> tuple[Tensor, Tensor, list[int], list[bool]]:
         def encode(pipeline: Any, given: list[str]) -> Tensor:
-            return families.text_marks(families.encode_prompts(self.kind, pipeline, given, self.device, null))
+            found = families.encode_prompts(self.kind, pipeline, given, self.device, null)
+            embeddings = [t for name, t in found.items() if name.startswith("prompt_embeds") and t.ndim == 3]
+            return torch.cat([tensor[..., :MARKS] for tensor in embeddings], 1)  # of all text tokens, in the network's order
 
         ids, spans, lengths, cut = hear(self.pipeline, encode, texts, self.model_id, null)
         spans[torch.tensor([prompt is None for prompt in prompts])] = 0

@@ -192,26 +192,19 @@ def create_store(
     digests = {key: digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
     root.attrs["digests"] = digests
     root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
-    _put_in_place(path, {key: value.to_bytes() for key, value in held.items()}, company)
-
-
-def _put_in_place(path: str | Path, held: Mapping[str, bytes], company: bool) -> None:
-    """Writes the objects of a new store: into a folder that is renamed at the end, or to a URL with the root's object last.
-
-    On a remote place the rest of an earlier attempt is overwritten by an equal layout, and nothing is removed.
-    """
-    final = locate(path)
-    if isinstance(final, str):
+    final, objects = locate(path), {key: value.to_bytes() for key, value in held.items()}
+    if isinstance(final, str):  # the rest of an earlier attempt is overwritten by an equal layout
         with reaching(final):
-            sync(_upload(final, held))
+            sync(_upload(final, objects))
         return
     with whole_folder(final, company) as building:
-        for key, value in held.items():
+        for key, content in objects.items():
             (building / key).parent.mkdir(parents=True, exist_ok=True)
-            (building / key).write_bytes(value)
+            (building / key).write_bytes(content)
 
 
 async def _upload(url: str, held: Mapping[str, bytes]) -> None:
+    """Writes the objects of a new store, the root's last, and removes nothing."""
     refuse_unwritable(url)
     store = FsspecStore.from_url(url)
     store.fs.invalidate_cache()

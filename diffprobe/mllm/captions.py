@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import regex
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
@@ -214,10 +214,6 @@ def _best(score: Callable[[str, str], float], outputs: Sequence[str], references
     return np.array([max(score(output, text) for text in own) for output, own in pairs])
 
 
-def _same_words(output: str, text: str) -> float:
-    return float(bool(words(output)) and words(output) == words(text))
-
-
 def _longest_run(output: str, text: str) -> float:
     """Length of the longest run of words that both have, as a share of the reference's words."""
     mine, theirs = words(output), words(text)
@@ -278,7 +274,7 @@ METRICS: dict[str, Scores] = {
     "content_precision": partial(_content, part=0),
     "content_recall": partial(_content, part=1),
     "content_f1": partial(_content, part=2),
-    "exact": partial(_best, _same_words),
+    "exact": partial(_best, lambda output, text: float(bool(words(output)) and words(output) == words(text))),
     "substring": partial(_best, _longest_run),
     "rouge_l": _rouge_l,
     "bleu": lambda outputs, references: np.array([score.score / 100 for score in _sentence_bleu(outputs, references)]),
@@ -379,23 +375,15 @@ def caption_table(
             if metric == "exact" and value in (0, 1):  # all alike: the bootstrap knows no other outcome
                 low, high = wilson_interval(value * len(first), len(first))
             if metric == "cider_d" and frequencies is not None:
-                chance = _mean_of_others(outputs, references, np.sort(first), frequencies)
+                kept = np.sort(first)  # an output with the references of another item
+                matrix = cider_similarity(frequencies)([outputs[k] for k in kept], [references[k] for k in kept])
+                chance = float(matrix[~np.eye(len(matrix), dtype=bool)].mean()) if len(kept) > 1 else np.nan
             else:
                 chance = float(caption_scores(metric, outputs, shifted, frequencies).mean())
         row = {"metric": metric, "value": value, "low": low, "high": high, "chance": chance, "n": len(outputs)}
         kept = str(frequencies) if metric == "cider_d" else ""
         rows.append({**row, "n_empty": sum(not words(o) for o in outputs), "reference_set": kept, "seed": seed})
     return pd.DataFrame(rows)
-
-
-def _mean_of_others(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], kept: NDArray[np.intp], frequencies: DocumentFrequencies
-) -> float:
-    """Mean CIDEr-D of an output with the references of another item, over the items that are kept."""
-    if len(kept) < 2:
-        return np.nan
-    matrix = cider_similarity(frequencies)([outputs[k] for k in kept], [references[k] for k in kept])
-    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
 
 
 def _bleu_columns(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:

@@ -226,19 +226,15 @@ class Run:
         null, _ = likelihood(self.testing(test, "test", NULL), ids, asked)
         blank = alone[0][place].reshape(chosen.shape)
         arrays = {"conditional": given, "blank": blank, "null": null, "tokens": tokens, "samples": np.array(ids)}
-        arrays |= self._unconditional(test, asked, ids)
+        reader = replace(test.recipe, arm="U", guidance=0.0, control="")
+        if not test.recipe.control and self.is_trained(
+            reader
+        ):  # log P of the fed text under the reader of unconditional features
+            projector = self.projector(reader)
+            own, _ = likelihood(self.asked(reader, "test", NULL, 0.0), ids, [row[:1] for row in asked])
+            arrays["unconditional"] = own[:, 0]
         with whole_file(self.ranked_path(test)) as beside, beside.open("wb") as file:
             np.savez_compressed(file, **arrays)
-
-    def _unconditional(self, test: Test, asked: list[list[str]], ids: list[str]) -> dict[str, np.ndarray]:
-        """log P of the fed text under the reader of unconditional features, where the run has trained it."""
-        reader = replace(test.recipe, arm="U", guidance=0.0, control="")
-        if test.recipe.control or not self.is_trained(reader):
-            return {}
-        features = self.features.tokens(self.asked(reader, "test", NULL, 0.0), ids)
-        projector = Projector.load(self.projector_folder(reader)).to(self.language.device)
-        own, _ = log_likelihood(self.language, projector, features, [row[:1] for row in asked], self.settings.request)
-        return {"unconditional": own[:, 0]}
 
     # --- all together -----------------------------------------------------------------------------
 

@@ -549,7 +549,14 @@ def normalised_index(
     rng = np.random.default_rng(seed)
 
     def ratio(sums: Floats, resample: bool = True) -> Floats:
-        low, zero, one = (_seed_mean(part, rng if resample else None) for part in np.split(sums, ends, axis=1))
+        means = []
+        for part in np.split(sums, ends, axis=1):  # (resample, seed); several seeds are drawn anew with each resample
+            mean, seeds = part.mean(1), part.shape[1]
+            if resample and seeds > 1:
+                drawn = np.take_along_axis(part, rng.integers(seeds, size=part.shape), axis=1).mean(1)
+                mean = mean + np.sqrt(seeds / (seeds - 1)) * (drawn - mean)
+            means.append(mean)
+        low, zero, one = means
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(np.where(one > zero, (low - zero) / (one - zero), np.nan))
 
@@ -559,15 +566,6 @@ def normalised_index(
         return unknown
     low, high = bootstrap_sums(columns, ratio, None, level, n_resamples, seed)
     return {"index": value, "index_low": low, "index_high": high}
-
-
-def _seed_mean(sums: Floats, rng: np.random.Generator | None) -> Floats:
-    """(resample, seed) -> (resample,): mean over seeds, drawn anew with each resample when there are several."""
-    mean, seeds = sums.mean(1), sums.shape[1]
-    if rng is None or seeds == 1:
-        return np.asarray(mean)
-    drawn = np.take_along_axis(sums, rng.integers(seeds, size=sums.shape), axis=1).mean(1)
-    return np.asarray(mean + np.sqrt(seeds / (seeds - 1)) * (drawn - mean))
 
 
 # --- without decoding -----------------------------------------------------------------------------
