@@ -34,7 +34,7 @@ from diffprobe.models import DiffusionModel, sites_of
 from diffprobe.prompts import EncodedText
 from diffprobe.recorder import _ACTIVE, Recorder, Step, _network_of, site_shapes
 from diffprobe.sites import Site, select_sites
-from diffprobe.tap import ALL, Call, Index, Run, probabilities, take, unseen
+from diffprobe.tap import ALL, Call, Index, Run, additive, backend_of, probabilities, take, unseen
 from diffprobe.tokens import arguments_of, first_of, tensors_of, texts_of
 
 Tokens: TypeAlias = str | int | Sequence[str] | Sequence[int] | Tensor
@@ -256,8 +256,7 @@ class Edit(Recorder):
         super()._check()
         registry = attention_dispatch._AttentionBackendRegistry
         for site in self.sites:
-            processor = getattr(self._modules[site.module_path], "processor", None)
-            backend = getattr(processor, "_attention_backend", None) or registry._active_backend
+            backend = backend_of(self._modules[site.module_path])
             if site.is_map and "attn_mask" not in registry._supported_arg_names.get(backend, ("attn_mask",)):
                 raise ValueError(
                     f"Site {site.name} runs on the attention backend {backend.value}, which takes no mask, and a map is edited by its "
@@ -599,7 +598,7 @@ class Edit(Recorder):
                 slice(None) if everywhere else _positions(places, row, asking).to(bias.device)[cells[min(row, len(cells) - 1)]]
             )
             bias[row, 0, here if everywhere else here[:, None], at] = factor  # type: ignore[index]
-        mask, changed = _additive(call.mask) + bias, bias.flatten(1).any(1)
+        mask, changed = (torch.zeros(1, 1, 1, 1) if call.mask is None else additive(call.mask)) + bias, bias.flatten(1).any(1)
         if (mask.expand(rows, *mask.shape[1:])[changed] <= _SHUT).all(-1).any():
             raise ValueError(f"The edit scale_token leaves site {site.name} without any token to attend to.")
         return mask, changed
@@ -618,7 +617,11 @@ class Edit(Recorder):
         places, keys = self._parts(site, call)
         whole = probabilities(call, places, heads="all")
         key = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
-        mask = _additive(call.mask).expand(*call.query.shape[:3], call.key.shape[2]).clone()
+        mask = (
+            (torch.zeros(1, 1, 1, 1) if call.mask is None else additive(call.mask))
+            .expand(*call.query.shape[:3], call.key.shape[2])
+            .clone()
+        )
         for row in rows.nonzero().flatten().tolist():
             whole[row][:, _positions(keys, row, whole.shape[2])] = new[row].flatten(2)
             total = whole[row].sum(1, keepdim=True)
@@ -656,17 +659,6 @@ def _within(positions: Sequence[int], count: int, site: Site) -> list[int]:
 def _positions(index: Index, row: int, size: int) -> Tensor:
     """The positions that an index means in one row."""
     return torch.arange(size)[index] if isinstance(index, slice) else index[min(row, len(index) - 1)]
-
-
-def _additive(mask: Tensor | None) -> Tensor:
-    """A mask as what is added to float32 scores."""
-    if mask is None:
-        return torch.zeros(1, 1, 1, 1)
-    return (
-        torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-        if mask.dtype == torch.bool
-        else mask.float()
-    )
 
 
 def _copied(tensor: Tensor) -> Tensor:

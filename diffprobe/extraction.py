@@ -252,11 +252,8 @@ def extract(
             asked = request.plain() | {"shards": jobs}
             rundir.check_request(out, made["request"] | {"shards": made["shards"]}, asked, "was just begun otherwise:")
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
-        mine = [
-            unit
-            for unit in (writer.pending if units is None else units)
-            if unit % jobs == job - 1 and unit // jobs % ranks == rank
-        ]
+        left = writer.pending if units is None else units
+        mine = [unit for unit in left if unit % jobs == job - 1 and unit // jobs % ranks == rank]
         if shard:
             count = -(-len(dataset) // writer.unit_samples)
             log(f"Shard {job} of {jobs}: {len(range(job - 1, count, jobs))} of {count} units.")

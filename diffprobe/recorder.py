@@ -319,11 +319,8 @@ class Recorder:
             return None
         wanted = [site for site in self.sites if site.path and site.kind not in ("cross_key", "cross_value")]
         lengths = {tensor.shape[-2] for name in texts_of(given) for tensor in tensors_of(given[name])}
-        told = (
-            all(site.kind == "transformer_block" and site.name.startswith("T-") for site in wanted)
-            and self._tokens not in lengths
-        )
-        if told:
+        blocks = all(site.kind == "transformer_block" and site.name.startswith("T-") for site in wanted)
+        if blocks and self._tokens not in lengths:
             return None
         key = fingerprint(dict(given))
         if key not in self._traced:

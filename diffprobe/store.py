@@ -301,10 +301,7 @@ class StoreWriter:
         with reaching(self.path):
             for site, values in arrays.items():
                 target = site_array(self.root, site)
-                if values.shape != (last - first, *target.shape[1:]):
-                    raise AssertionError(
-                        f"Unit {unit} of {site}: shape {values.shape} for {(last - first, *target.shape[1:])}."
-                    )
+                assert values.shape == (last - first, *target.shape[1:]), f"unit {unit} of {site}: {values.shape}"
                 values = np.asarray(values, target.dtype)
                 _replace_shard(target, unit, first, values)
                 digests[names.index(site)] = self._seal.of(site, unit, status, values)

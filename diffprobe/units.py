@@ -324,12 +324,8 @@ class Run:
             values = unit.buffers[spec.site]
             if spec.variable == "features" and self.request.guidance:
                 null = values[:, conditionings.index(NULL)]
-                guided = [
-                    null + s * (values[:, conditionings.index(c)] - null)
-                    for c in conditionings
-                    if c != NULL
-                    for s in self.request.guidance
-                ]
+                differences = [values[:, place] - null for place, name in enumerate(conditionings) if name != NULL]
+                guided = [null + s * difference for difference in differences for s in self.request.guidance]
                 values = np.concatenate([values, np.stack(guided, axis=1)], axis=1)
             with np.errstate(over="ignore"):  # what does not fit is found below
                 finished[spec.site] = values = values.astype(self.request.store_dtype, copy=False)

@@ -188,12 +188,3 @@ def hit(record: Mapping[str, Any]) -> float:
     """
     truth, said = read_record(record, options_of(record))
     return np.nan if truth is None else float(said == truth)
-
-
-def chance(record: Mapping[str, Any]) -> float:
-    """How often a guess among the options is a `hit`.
-
-    >>> chance({"options": "(a) Open (b) Closed (c) Ajar"}), chance({"answer": "Yes"})
-    (0.3333333333333333, 0.5)
-    """
-    return 1 / len(options_of(record))

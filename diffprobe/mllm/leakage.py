@@ -166,12 +166,8 @@ def plan(
         recipe = Recipe(arm, site, timestep, scale, seed)
         recipe = replace(recipe, guidance=0.0) if recipe.parts[0] == "U" else recipe
         tests += [Test(recipe, scale, c, k) for k in ("", *knockouts) for c in conditions]
-    wanted = (
-        [(NO_TEXT_SITE, t, verdict.NEGATIVE) for t in timesteps] + [(TEXT_SITE, timesteps[0], verdict.POSITIVE)]
-        if controls
-        else []
-    )
-    for seed, (site, timestep, name) in itertools.product(range(seeds), wanted):
+    wanted = [(NO_TEXT_SITE, t, verdict.NEGATIVE) for t in timesteps] + [(TEXT_SITE, timesteps[0], verdict.POSITIVE)]
+    for seed, (site, timestep, name) in itertools.product(range(seeds), wanted if controls else ()):
         tests += [Test(Recipe("M", site, timestep, 1.0, seed, name), 1.0, c) for c in conditions]
     return list(dict.fromkeys(tests))
 
