@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from diffprobe.conditioning import word_tokens
 from diffprobe.models import DiffusionModel, sites_of
 from diffprobe.prompts import EncodedText
-from diffprobe.recorder import _ACTIVE, Recorder, Step, _network_of, site_shapes
+from diffprobe.recorder import Recorder, Step, _network_of, site_shapes
 from diffprobe.sites import Site, select_sites
 from diffprobe.tap import ALL, Call, Index, Run, additive, backend_of, probabilities, take, unseen
 from diffprobe.tokens import arguments_of, first_of, tensors_of, texts_of
@@ -167,6 +167,8 @@ class Edit(Recorder):
     ...     model.pipeline("a red star")
     """
 
+    _entered = _EDITS  # apart from recorders, for one that stops early need not wait for an edit
+
     def __init__(
         self,
         model: Any,
@@ -267,15 +269,11 @@ class Edit(Recorder):
 
     def __enter__(self) -> Edit:
         super().__enter__()
-        _ACTIVE[self.network].remove(self)  # a recorder that stops early need not wait for an edit
-        _EDITS.setdefault(self.network, []).append(self)
         self.passes = self.changed = 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._detach()
-        _EDITS[self.network].remove(self)
-        self._step = None
+        super().__exit__(kind, error, trace)
         self._inputs.clear()
         if kind is None and self.passes and not self.changed and self._timesteps_asked is not None:
             warnings.warn(

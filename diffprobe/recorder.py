@@ -96,6 +96,8 @@ class Recorder:
     torch.Size([1, 96, 6, 6])
     """
 
+    _entered: WeakKeyDictionary[nn.Module, list[Any]] = _ACTIVE
+
     def __init__(
         self,
         model: Any,
@@ -181,12 +183,12 @@ class Recorder:
         except BaseException:
             self._detach()
             raise
-        _ACTIVE.setdefault(self.network, []).append(self)
+        self._entered.setdefault(self.network, []).append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._detach()
-        _ACTIVE[self.network].remove(self)
+        self._entered[self.network].remove(self)
         self._step = None
 
     def _detach(self) -> None:
