@@ -61,15 +61,7 @@ from diffprobe.layout import (
     stored_sites,
     verify_store,
 )  # fmt: skip
-from diffprobe.rundir import (
-    StoreError,
-    TakenError,
-    first_line,
-    locate,
-    reaching,
-    refuse_unwritable,
-    whole_folder,
-)  # fmt: skip
+from diffprobe.rundir import StoreError, TakenError, first_line, locate, reaching, refuse_unwritable, whole_folder  # fmt: skip
 
 __all__ = [
     "COMPLETE", "LEVELS", "NOT_FINITE", "NO_WORD_MAPS", "PENDING", "STATUS_WORDS", "UNREADABLE", "ArraySpec", "Fault", "StoreError",

@@ -33,12 +33,7 @@ import pandas as pd
 from diffprobe.conditioning import NULL, current, former
 from diffprobe.data import iterate, load_dataset
 from diffprobe.mllm import verdict
-from diffprobe.mllm.captions import (
-    DocumentFrequencies,
-    caption_table,
-    document_frequencies,
-    installed_metrics,
-)
+from diffprobe.mllm.captions import DocumentFrequencies, caption_table, document_frequencies, installed_metrics
 from diffprobe.mllm.config import TrainConfig
 from diffprobe.rundir import write_whole
 

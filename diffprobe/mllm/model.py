@@ -27,15 +27,7 @@ from diffprobe.encoders import VisionEncoder, load_encoder
 from diffprobe.mllm.config import FusedConfig, Tuned, read_config
 from diffprobe.mllm.fusion import CLIP, DIFFUSION, FUSIONS, Fusion
 from diffprobe.mllm.language import LanguageModel, build_inputs, generate, load_language_model
-from diffprobe.mllm.streams import (
-    DiffusionEncoder,
-    Encoder,
-    FeatureCache,
-    ImageEncoder,
-    Picture,
-    Streams,
-    TruthEncoder,
-)
+from diffprobe.mllm.streams import DiffusionEncoder, Encoder, FeatureCache, ImageEncoder, Picture, Streams, TruthEncoder
 from diffprobe.models import DiffusionModel, kept_name, load_model, quiet
 from diffprobe.rundir import file_digest, whole_file, write_json
 
