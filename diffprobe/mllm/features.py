@@ -116,6 +116,7 @@ class Features:
         self._opened: list[xr.DataTree] | None = None
         self._eraser = lru_cache(maxsize=4)(self._fit_eraser)
         self._array = lru_cache(maxsize=8)(self._read)
+        self._weights = lru_cache(maxsize=8)(lambda knockout: self._model(knockout).weights_hash())
 
     # --- recording --------------------------------------------------------------------------------
 
@@ -185,8 +186,7 @@ class Features:
         data = self.data[wanted.split]
         ours = {
             "fingerprint": data.fingerprint(), "samples": len(data), "seed": self.seed, "noise_draws": 1,
-            "weights": self._model(wanted.knockout).weights_hash() if wanted.knockout else self._weights, "latent_rule": "mean",
-            "fit": "crop", "resolution": list(self.model.size),
+            "weights": self._weights(wanted.knockout), "latent_rule": "mean", "fit": "crop", "resolution": list(self.model.size),
         }  # fmt: skip
         for tree in self._stores():
             request, site = provenance(tree)["request"], wanted.site
@@ -199,10 +199,6 @@ class Features:
             if holds and all(request[name] == value for name, value in ours.items()):
                 return tree
         return None
-
-    @cached_property
-    def _weights(self) -> str:
-        return self.model.weights_hash()
 
     # --- reading ----------------------------------------------------------------------------------
 
