@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -35,7 +34,7 @@ from diffprobe.mllm.language import (
 )
 from diffprobe.mllm.leakage import FED, MAIN_SITE, PROMPTS, LeakageError, Recipe, Settings, Test, plan, read_table, read_texts
 from diffprobe.mllm.projector import Projector
-from diffprobe.mllm.train import Captioned, train_projector
+from diffprobe.mllm.train import Captioned, timed, train_projector
 from diffprobe.mllm.verdict import CONDITIONS, matched_candidates
 from diffprobe.models import DiffusionModel, load_model
 from diffprobe.rundir import check_or_write_request, whole_file, write_whole
@@ -264,16 +263,10 @@ class Run:
         longest = sorted((texts[0] for texts in self.captions.values()), key=len)[-s.batch :]
         answers = [language.answer(text) for text in longest]
         shown = features[: len(answers)].to(language.device)
-        taken = []
-        for _ in range(2):  # the first pays for caches
-            start = time.perf_counter()
-            rows = build_inputs(language, projector(shown), [s.request] * len(answers), answers)
-            answer_losses(language, rows).sum().backward()
-            taken.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        generate_texts(language, projector, features, s.request, max_new_tokens=8)
-        most = min(s.max_new_tokens, max(map(len, answers)))
-        return min(taken), (time.perf_counter() - start) / len(features) * most / 8
+        inputs = lambda: build_inputs(language, projector(shown), [s.request] * len(answers), answers)  # noqa: E731
+        stepping, _ = timed(lambda: answer_losses(language, inputs()).sum().backward())
+        writing, _ = timed(lambda: generate_texts(language, projector, features, s.request, max_new_tokens=8))
+        return stepping, writing / len(features) * min(s.max_new_tokens, max(map(len, answers))) / 8
 
     def complete(self, tests: Sequence[Test], ranked: Sequence[Test] = ()) -> pd.DataFrame:
         """Do what is left of these pieces; gives their texts, which are part of ``texts.csv``.

@@ -35,7 +35,7 @@ from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM
 from diffprobe.mllm.streams import FeatureCache, Picture, image_id
-from diffprobe.mllm.train import ANOTHER, REQUEST, check_schedule, fit, sharded, training_in
+from diffprobe.mllm.train import ANOTHER, REQUEST, check_schedule, fit, sharded, timed, training_in
 from diffprobe.rundir import check_or_write_request, check_room, free_bytes
 
 MOMENT_PICTURES = 512  # that a fusion's moments are taken from
@@ -122,7 +122,7 @@ def train_stage(
         return
     accelerator = accelerated(model.language, stage.precision)
     _unfreeze(model, stage)
-    with _template(model.language, stage.template):
+    with _for_a_while(model.language, template=stage.template or model.language.template):
         samples = Samples(model, data, stage)
         samples.prepare(accelerator, log)
         if not model.fusion.standardised:
@@ -167,13 +167,14 @@ def accelerated(language: LanguageModel, precision: Precision = "auto") -> Accel
 
 
 @contextmanager
-def _template(language: LanguageModel, template: str) -> Iterator[None]:
-    """Write conversations by a stage's template, if it has one."""
-    before, language.template = language.template, template or language.template
+def _for_a_while(thing: Any, **values: Any) -> Iterator[None]:
+    """Other values of a thing's attributes inside a 'with' block."""
+    before = {name: getattr(thing, name) for name in values}
+    vars(thing).update(values)
     try:
         yield
     finally:
-        language.template = before
+        vars(thing).update(before)
 
 
 @contextmanager
@@ -425,20 +426,20 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
     Bytes are counted: features of every sample without a prompt and with its question, as far as the guidance needs them; of
     every trained weight its value and Adam's two moments, in float32.
     """
-    stage, streams = _with_steps(stage, data), model.streams
-    cache, streams.cache = streams.cache, None  # features that are timed are not kept
-    try:
-        with _template(model.language, stage.template):
-            samples = Samples(model, data, stage, limit=8)
-            chosen = samples.rows[:8]
-            pictures, prompts = samples.prompted_pictures(chosen)
-            encoding, found = _timed(lambda: streams(pictures, prompts) if pictures else {})
-            features = {name: tokens.to(model.language.device) for name, tokens in found.items()}
-            learner = Learner(model.fusion, model.language, stage.precision)
-            stepping, _ = _timed(lambda: learner(features, chosen)[0].backward())
-            model.fusion.zero_grad(set_to_none=True)
-    finally:
-        streams.cache = cache
+    stage, streams, cache = _with_steps(stage, data), model.streams, model.streams.cache
+    spoken = stage.template or model.language.template
+    with (
+        _for_a_while(streams, cache=None),
+        _for_a_while(model.language, template=spoken),
+    ):  # features that are timed are not kept
+        samples = Samples(model, data, stage, limit=8)
+        chosen = samples.rows[:8]
+        pictures, prompts = samples.prompted_pictures(chosen)
+        encoding, found = timed(lambda: streams(pictures, prompts) if pictures else {})
+        features = {name: tokens.to(model.language.device) for name, tokens in found.items()}
+        learner = Learner(model.fusion, model.language, stage.precision)
+        stepping, _ = timed(lambda: learner(features, chosen)[0].backward())
+        model.fusion.zero_grad(set_to_none=True)
     total = len(pictures) / len(chosen) * (stage.steps * stage.batch if cache is None else count_samples(stage, data))
     held = 0.0 if cache is None else total * streams.cached_bytes(stage.prompted)
     trained = 4 * _trained(model, stage)
@@ -446,16 +447,6 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
         stage.steps, stepping / len(chosen) * stage.batch, round(total), encoding / max(1, len(pictures)), round(held),
         3 * trained, stage.evaluate_every, trained,
     )  # fmt: skip
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the faster of two calls, because the first pays for what is made once, and the second call's result."""
-    seconds, found = [], None
-    for _ in range(2):
-        started = time.perf_counter()
-        found = call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), found
 
 
 def _trained(model: FusedMLLM, stage: StageConfig) -> int:
