@@ -29,10 +29,10 @@ from diffprobe.data.labels import label_arrays
 from diffprobe.data.samples import Dataset
 from diffprobe.encoders import VisionEncoder, load_extractor
 from diffprobe.forward import NotFiniteError as NotFiniteError
-from diffprobe.layout import read_array
+from diffprobe.layout import Request, read_array
 from diffprobe.models import DiffusionModel, LatentRule, kept_name
 from diffprobe.sites import select_sites
-from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
+from diffprobe.units import STORE_DTYPES, Index, Policy, Run, array_specs, parse_reduce
 
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
 TIMESTEPS = (10, 50, 100, 250, 500)

@@ -13,9 +13,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import numpy as np
 import zarr
@@ -181,13 +181,45 @@ def recorded(root: zarr.Group, step: int) -> tuple[NDArray[np.uint8], frozenset[
 
 # --- attributes -----------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides the values in a store; two runs with equal requests may share one.
+
+    See `extract` for the meaning of the fields.
+    """
+
+    model: str
+    revision: str | None
+    weights: str
+    dataset: str
+    fingerprint: str
+    samples: int
+    sites: list[str]
+    maps: list[str]
+    heads: str
+    map_tokens: list[int]
+    timesteps: list[int]
+    conditionings: list[str]
+    guidance: list[float]
+    noise_draws: int
+    reduce: dict[str, str]
+    seed: int
+    resolution: list[int]
+    fit: str
+    latent_rule: str
+    compute_dtype: str
+    store_dtype: str
+    network_guidance: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As a store keeps it; a guidance that no network is given is left out, as in older stores."""
+        return {name: value for name, value in asdict(self).items() if name != "network_guidance" or value is not None}
+
+
 _NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
-_REQUEST: dict[str, Any] = {
-    **dict.fromkeys(("model", "weights", "dataset", "fingerprint", "heads", "fit", "latent_rule", "compute_dtype", "store_dtype"), str),
-    **dict.fromkeys(("sites", "maps", "map_tokens", "timesteps", "conditionings", "guidance", "resolution"), list),
-    **dict.fromkeys(("samples", "noise_draws", "seed"), int),
-    "reduce": dict,
-}  # fmt: skip
+_OPTIONAL = ("revision", "network_guidance")
+_REQUEST = {name: get_origin(kind) or kind for name, kind in get_type_hints(Request).items() if name not in _OPTIONAL}
 _KINDS = {int: "a number there", str: "a text there", list: "a list there", dict: "a mapping there"}
 
 
@@ -208,7 +240,7 @@ def attributes_of(root: zarr.Group, path: str | Path) -> dict[str, Any]:
             )
     request = found["request"]
     for name, value in request.items():
-        kind = _REQUEST.get(name, object)
+        kind: Any = _REQUEST.get(name, object)
         if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str | int | float) for v in value)):
             raise StoreError(f"{path}: {name!r} of the request is {value!r}; a store made by diffprobe has {_KINDS[kind]}.")
     samples, units = (array_of(root, name).shape for name in ("status", "done"))

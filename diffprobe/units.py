@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ from diffprobe.data.join import PartDataset
 from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import VisionEncoder
 from diffprobe.forward import Batch, Engine, Listener, NotFiniteError, Pixels, Row, rows_not_finite, to_pixels
+from diffprobe.layout import Request
 from diffprobe.models import DiffusionModel, out_of_memory
 from diffprobe.noise import noise_seed
 from diffprobe.recorder import Recorder
@@ -35,41 +36,6 @@ from diffprobe.sites import Site, select_sites
 Policy = Literal["raise", "mark", "float32"]
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _LONGEST_TRIAL = 4.0  # seconds; a batch that takes longer is not doubled
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that decides the values in a store; two runs with equal requests may share one.
-
-    See `extract` for the meaning of the fields.
-    """
-
-    model: str
-    revision: str | None
-    weights: str
-    dataset: str
-    fingerprint: str
-    samples: int
-    sites: list[str]
-    maps: list[str]
-    heads: str
-    map_tokens: list[int]
-    timesteps: list[int]
-    conditionings: list[str]
-    guidance: list[float]
-    noise_draws: int
-    reduce: dict[str, str]
-    seed: int
-    resolution: list[int]
-    fit: str
-    latent_rule: str
-    compute_dtype: str
-    store_dtype: str
-    network_guidance: float | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As a store keeps it; a guidance that no network is given is left out, as in older stores."""
-        return {name: value for name, value in asdict(self).items() if name != "network_guidance" or value is not None}
 
 
 # --- reductions -----------------------------------------------------------------------------------
