@@ -18,7 +18,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from diffprobe.rundir import is_remote, whole_file, whole_folder
+from diffprobe.rundir import is_remote, optional, whole_file, whole_folder
 from diffprobe.store import SHARD_BYTES, choose, known, open_store, provenance, sample_labels, site_names
 
 Format = Literal["npz", "safetensors", "parquet", "hf"]
@@ -122,11 +122,9 @@ def _cells(arrays: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
 
 
 def _parquet(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError("Writing Parquet takes: pip install 'diffprobe[hub]'") from error
+    pa, parquet = (
+        optional(name, "Writing Parquet takes: pip install 'diffprobe[hub]'") for name in ("pyarrow", "pyarrow.parquet")
+    )
     cells, fields = _cells(arrays), list(pa.Schema.from_pandas(samples, preserve_index=False))
     for name, cell in cells.items():
         kind = pa.list_(pa.float32(), int(np.prod(cell.shape[1:], dtype=np.int64)))
@@ -144,10 +142,7 @@ def _parquet(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) 
 
 
 def _hf(out: Path, arrays: dict[str, xr.DataArray], samples: pd.DataFrame) -> None:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError("Writing a dataset of the hub takes: pip install 'diffprobe[scale]'") from error
+    datasets = optional("datasets", "Writing a dataset of the hub takes: pip install 'diffprobe[scale]'")
     cells = _cells(arrays)
     kinds = {"i": "int64", "f": "float64"}
     features: dict[str, Any] = {

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import glob
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -390,6 +391,14 @@ def code_commit() -> str | None:
     top, _, commit = found.stdout.strip().partition("\n")
     # A virtual environment may lie in somebody else's repository, whose commit says nothing of this code.
     return commit if found.returncode == 0 and Path(top) == checkout else None
+
+
+def optional(library: str, need: str) -> Any:
+    """A library that is not required; raises ValueError with `need`, which says how to install it, where it is not there."""
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(need) from error
 
 
 def file_digest(path: Path, algorithm: str | Callable[[], Any] = "sha256") -> str:

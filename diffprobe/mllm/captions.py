@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
-from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ import pandas as pd
 import regex
 from numpy.typing import ArrayLike
 
+from diffprobe.rundir import optional
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
 # Similarity of each output with each candidate, a candidate being one or several texts that say the same: (output, candidate).
@@ -264,10 +264,7 @@ def _minilm_model() -> Any:
 
 
 def _imported(name: str, extra: str = "captions") -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ValueError(f"This score needs {name.partition('.')[0]}: pip install 'diffprobe[{extra}]'.") from error
+    return optional(name, f"This score needs {name.partition('.')[0]}: pip install 'diffprobe[{extra}]'.")
 
 
 METRICS: dict[str, Scores] = {

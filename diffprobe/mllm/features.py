@@ -28,6 +28,7 @@ from diffprobe.mllm.captions import words
 from diffprobe.mllm.projector import soft_tokens
 from diffprobe.models import DiffusionModel
 from diffprobe.recorder import site_shapes
+from diffprobe.rundir import optional
 from diffprobe.sites import select_sites
 from diffprobe.store import PENDING, StoreError, exists, open_store, prompt_texts, provenance, read_maps
 from diffprobe.store import features as stored_features
@@ -267,12 +268,8 @@ class Features:
 
         It is fitted under mismatched prompts, whose words say nothing of the image: it erases the text, not what was seen.
         """
-        try:
-            from concept_erasure import LeaceEraser
-        except ImportError as error:
-            raise ValueError(
-                "The mitigation 'erased' needs concept-erasure: pip install --no-deps concept-erasure==0.2.4"
-            ) from error
+        need = "The mitigation 'erased' needs concept-erasure: pip install --no-deps concept-erasure==0.2.4"
+        leace = optional("concept_erasure", need).LeaceEraser
         ids = self.ids("train")
         tokens = self.tokens(FeatureSpec("train", site, timestep, "mismatched", guidance, knockout=knockout), ids)
         prompts = self.prompts("train", "mismatched")
@@ -285,7 +282,7 @@ class Features:
             )
         spoken = torch.tensor([[float(word in own) for word in kept] for own in said])
         flat = tokens.flatten(0, 1).double()
-        eraser = LeaceEraser.fit(flat, spoken.double().repeat_interleave(tokens.shape[1], 0))
+        eraser = leace.fit(flat, spoken.double().repeat_interleave(tokens.shape[1], 0))
         return lambda x: eraser(x.double()).float()
 
     # --- the ceiling ------------------------------------------------------------------------------
