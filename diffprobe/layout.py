@@ -218,8 +218,11 @@ class Request:
 
 
 _NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
-_OPTIONAL = ("revision", "network_guidance")
-_REQUEST = {name: get_origin(kind) or kind for name, kind in get_type_hints(Request).items() if name not in _OPTIONAL}
+_REQUEST: dict[str, Any] = {
+    name: get_origin(kind) or kind
+    for name, kind in get_type_hints(Request).items()
+    if name not in ("revision", "network_guidance")
+}
 _KINDS = {int: "a number there", str: "a text there", list: "a list there", dict: "a mapping there"}
 
 
@@ -240,7 +243,7 @@ def attributes_of(root: zarr.Group, path: str | Path) -> dict[str, Any]:
             )
     request = found["request"]
     for name, value in request.items():
-        kind: Any = _REQUEST.get(name, object)
+        kind = _REQUEST.get(name, object)
         if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str | int | float) for v in value)):
             raise StoreError(f"{path}: {name!r} of the request is {value!r}; a store made by diffprobe has {_KINDS[kind]}.")
     samples, units = (array_of(root, name).shape for name in ("status", "done"))

@@ -378,8 +378,8 @@ def caption_table(
             else:
                 chance = float(caption_scores(metric, outputs, shifted, frequencies).mean())
         row = {"metric": metric, "value": value, "low": low, "high": high, "chance": chance, "n": len(outputs)}
-        kept = str(frequencies) if metric == "cider_d" else ""
-        rows.append({**row, "n_empty": sum(not words(o) for o in outputs), "reference_set": kept, "seed": seed})
+        row |= {"n_empty": sum(not words(o) for o in outputs), "reference_set": str(frequencies) if metric == "cider_d" else ""}
+        rows.append({**row, "seed": seed})
     return pd.DataFrame(rows)
 
 
