@@ -38,7 +38,6 @@ _LOOKED_AT = 16  # samples whose pixels are compared where no fingerprint can be
 class _Addition:
     """What is added along one axis: how it is extracted, and what the store is afterwards."""
 
-    axis: str
     values: list[Any]
     options: dict[str, Any]
     request: dict[str, Any]
@@ -164,7 +163,7 @@ def _addition(
     request = held.request
     options = {name: request[name] for name in OPTIONS} | {"resolution": tuple(request["resolution"])}
     options["map_tokens"] = len(request["map_tokens"]) if request["maps"] else held.attributes["map_tokens_rule"]
-    addition = _Addition(axis, [], options, {}, data, held.ids, held.labels())
+    addition = _Addition([], options, {}, data, held.ids, held.labels())
     if axis == "samples":
         return _more_samples(held, data, addition, explicit)
     if axis == "sites":

@@ -48,7 +48,7 @@ class Batch:
     """Rows that shared a pass, with its inputs and what was recorded.
 
     Attributes:
-        rows: in the order of the tensors' first axis.
+        rows: in the order of the tensors' first axis; `first` is the place of their first among all that are run.
         inputs: (row, channel, y, x): noised latents, or a vision encoder's images.
         noise: (row, channel, y, x) float32 on the model's device; None for a vision encoder.
         timesteps: (row,).
@@ -64,6 +64,7 @@ class Batch:
     text: EncodedText
     tensors: dict[str, Tensor]
     prediction: Float[Tensor, "row channel y x"] | None
+    first: int = 0
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int], fit: str) -> Pixels:
@@ -191,7 +192,7 @@ class Engine:
                 noise = torch.stack(drawn).to(inputs.device)
                 inputs = self.model.add_noise(inputs, noise, timesteps)
             text = EncodedText.concatenate([texts[row.prompt] for row in batch])
-            yield self._pass(recorder, Batch(batch, inputs, noise, timesteps, text, {}, None))
+            yield self._pass(recorder, Batch(batch, inputs, noise, timesteps, text, {}, None, done))
             done += len(batch)
 
     def _pass(self, recorder: Listener, batch: Batch) -> Batch:

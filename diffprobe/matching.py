@@ -158,11 +158,9 @@ class _Denoising:
         places = [(image, text, step, draw) for image, text, draw, step in order]
         rows = [Row(image, texts[text], request["timesteps"][step], draw) for image, text, step, draw in places]
         raw: dict[str, Floats] = {}
-        done = 0
         with self.recorder as recorder:
             for batch in self.engine.run(recorder, latents, ids, rows):
-                index = tuple(np.array(places[done : done + len(batch.rows)]).T)
-                done += len(batch.rows)
+                index = tuple(np.array(places[batch.first : batch.first + len(batch.rows)]).T)
                 for name, scalars in self._scalars(batch).items():
                     values = scalars.cpu().numpy()
                     for bad in np.flatnonzero(~np.isfinite(values)):

@@ -257,30 +257,20 @@ class Run:
             steps, columns, draws = (range(n) for n in (len(request.timesteps), len(prompts), request.noise_draws))
             places = [(i, c, t, draw) for i in readable for t in steps for c in columns for draw in draws]
             rows = [Row(i, prompts[c][i], request.timesteps[t], draw) for i, c, t, draw in places]
-            done = 0
             for batch in self.engine.run(recorder, dict(zip(readable, latents, strict=True)), ids, rows):
-                self.keep(recorder, unit, batch, places[done : done + len(batch.rows)])
-                done += len(batch.rows)
+                here = places[batch.first : batch.first + len(batch.rows)]
+                kept, bad = self.checked(recorder, batch)
+                for row in np.flatnonzero(bad):
+                    i, c, t, _ = here[int(row)]
+                    site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
+                    self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
+                index = tuple(np.array(here).T[:3])
+                for name, tensor in kept.items():
+                    if request.noise_draws == 1:
+                        unit.buffers[name][index] = tensor.numpy()
+                    else:
+                        np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
         return self.finish_buffers(unit), status
-
-    def keep(self, recorder: Listener, unit: _Unit, batch: Batch, places: Sequence[tuple[int, int, int, int]]) -> None:
-        """Puts the recorded tensors of a batch into the buffers.
-
-        Args:
-            places: (sample, conditioning, timestep, noise draw) of each row.
-        """
-        request = self.request
-        kept, bad = self.checked(recorder, batch)
-        for row in np.flatnonzero(bad):
-            i, c, t, _ = places[int(row)]
-            site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
-            self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
-        index = tuple(np.array(places).T[:3])
-        for name, tensor in kept.items():
-            if request.noise_draws == 1:
-                unit.buffers[name][index] = tensor.numpy()
-            else:
-                np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
 
     def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
         """Adds the guided conditionings, f_u + s (f_c - f_u) in float32, and casts to the store's dtype."""

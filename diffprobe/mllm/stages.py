@@ -370,7 +370,7 @@ class Samples:
         self.model.fusion.standardise({name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]})
 
     def losses(
-        self, learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
+        self, learner: nn.Module, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
     ) -> tuple[Tensor, int]:
         """What `fit` asks for: the summed loss of samples, and the number of positions that were read."""
         samples = [self.rows[index] for index in chosen]

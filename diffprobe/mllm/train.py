@@ -53,7 +53,7 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-Losses = Callable[[nn.Module, int, Int[np.ndarray, " row"], Bool[np.ndarray, " row"]], tuple[Tensor, int]]
+Losses = Callable[[nn.Module, Int[np.ndarray, " row"], Bool[np.ndarray, " row"]], tuple[Tensor, int]]
 
 
 # --- the loop ---------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def fit(
 
     Args:
         learner: trained in place; with several processes through accelerate's wrapper (DDP, or FSDP 2, which leaves it sharded).
-        losses: called with (learner, epoch, samples, which of them drop their prompt); returns the sum over answer tokens, and
+        losses: called with (learner, samples, which of them drop their prompt); returns the sum over answer tokens, and
             the number of positions that the language model read.
         sizes: answer tokens of each training sample.
         folder: gets ``checkpoint.pt`` and ``loss.csv``.
@@ -131,12 +131,12 @@ def _step(
         The mean loss per token over the whole batch, however it is split, and the positions that this process read.
     """
     chosen, dropped = batch_of(step, len(sizes), schedule)
-    epoch, tokens, positions = step // (len(sizes) // schedule.batch), sum(sizes[i] for i in chosen), 0
+    tokens, positions = sum(sizes[i] for i in chosen), 0
     total = torch.zeros((), device=accelerator.device)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     for part in np.array_split(np.arange(schedule.batch)[mine], schedule.accumulate):
         with accelerator.autocast():
-            loss, read = losses(learner, epoch, chosen[part], dropped[part])
+            loss, read = losses(learner, chosen[part], dropped[part])
         loss = loss / tokens
         accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         total += loss.detach()
@@ -332,7 +332,7 @@ def train_projector(
         return answer_losses(language, inputs).sum(), inputs.mask.numel()
 
     def train_losses(
-        learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
+        learner: nn.Module, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
     ) -> tuple[Tensor, int]:
         features = train.features[chosen]
         if dropped.any():
