@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -357,7 +357,8 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
             drop_variables=hidden,
         )
         rows = np.flatnonzero(status == COMPLETE) if complete and (status != COMPLETE).any() else None
-        nodes = {name: _plain(node.to_dataset(inherit=False), rows) for name, node in found.subtree_with_keys}
+        keyed = dict(found.subtree_with_keys)
+        nodes = {name: _plain(keyed[name].to_dataset(inherit=False), rows) for name in _in_order(keyed, attributes)}
     except StoreError:
         raise
     except Exception as error:  # as in open_group
@@ -409,9 +410,17 @@ def provenance(tree: xr.DataTree) -> dict[str, Any]:
 
 def site_names(tree: xr.DataTree) -> list[str]:
     """The sites of a store in the model's order, features before maps."""
-    request = provenance(tree).get("request", {})
+    return _in_order([name for name in tree.children if name != "prompts"], provenance(tree))
+
+
+def _in_order(names: Iterable[str], attributes: Mapping[str, Any]) -> list[str]:
+    """Names in the order of a store's request; others first, as they come.
+
+    A folder lists its entries in an order that is the file system's own, and so would a tree list its sites.
+    """
+    request = attributes.get("request", {})
     order = {name: place for place, name in enumerate([*request.get("sites", ()), *request.get("maps", ())])}
-    return sorted((name for name in tree.children if name != "prompts"), key=lambda name: (order.get(name, len(order)), name))
+    return sorted(names, key=lambda name: order.get(name, -1))
 
 
 NO_WORD_MAPS = "{} has no cross-attention maps; record them with --maps cross, or joint where image and text attend together."

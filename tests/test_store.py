@@ -31,6 +31,11 @@ SPECS = [
     ArraySpec("U-L1-R0-B0-Cross-Map", "u1.map", "cross_map", "maps", ("head", "token", "y", "x"), (2, 6, 2, 4), BASE),
     ArraySpec("U-L2-R0-B0-Cross-Map", "u2.map", "cross_map", "maps", ("head", "token", "y", "x"), (2, 6, 4, 8), BASE),
 ]
+REQUEST = {
+    "timesteps": list(TIMESTEPS),
+    "sites": [spec.site for spec in SPECS if spec.variable == "features"],
+    "maps": [spec.site for spec in SPECS if spec.variable == "maps"],
+}
 TEXTS = ["a red star", "a blue circle", "a red circle", "a starfish", "a red star"]
 SPANS = [  # two letters a token from the third on, so that words have sub-tokens
     [(0, 0), (0, 1), (2, 5), (6, 8), (8, 10), (0, 0)],
@@ -47,7 +52,7 @@ def make(path: str | Path, units: int = 2, compress: bool = False) -> dict[str, 
     spans = np.array([[[(0, 0)] * 6, row] for row in SPANS], np.int32)
     store.create_store(
         path,
-        attributes={"request": {"timesteps": list(TIMESTEPS)}, "batch_rows": 1, "data": "none"},
+        attributes={"request": REQUEST, "batch_rows": 1, "data": "none"},
         sample_ids=[f"s{i}" for i in range(5)],
         labels={"colour": np.array(["red", "blue", "red", "", "red"], object), "count": np.arange(5)},
         timesteps=TIMESTEPS,
@@ -77,6 +82,16 @@ def test_what_is_written_is_read_by_name(tmp_path: Path) -> None:
     assert got["colour"].values.tolist() == ["red", "blue", "red", "", "red"]
     by_path = store.features(tree, "up_blocks.1", timestep=[500, 10])
     np.testing.assert_array_equal(by_path.values, arrays["U-L1-Out"][:, :, ::-1])
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_sites_come_in_the_order_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
+    """However the file system lists a folder."""
+    make(tmp_path / "s.zarr")
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(listed(folder), reverse=backwards)))
+    tree = store.open_store(tmp_path / "s.zarr")
+    assert [name for name in tree.children if name != "prompts"] == store.site_names(tree) == [spec.site for spec in SPECS]
 
 
 def test_a_selection_of_a_site_keeps_the_labels(tmp_path: Path) -> None:
