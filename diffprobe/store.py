@@ -34,33 +34,10 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, MemoryStore, StorePath
 
+from diffprobe import layout
 from diffprobe.conditioning import NULL, guided_name, word_tokens
 from diffprobe.data.samples import did_you_mean
-from diffprobe.layout import (
-    COMPLETE,
-    DIGEST_BYTES,
-    FORMAT_VERSION,
-    NOT_FINITE,
-    PENDING,
-    SLACK,
-    STATUS_WORDS,
-    UNREADABLE,
-    Attributes,
-    Fault,
-    Present,
-    Seal,
-    array_of,
-    attributes_of,
-    digest,
-    exists,
-    open_group,
-    read_array,
-    recorded,
-    site_array,
-    store_info,
-    stored_sites,
-    verify_store,
-)  # fmt: skip
+from diffprobe.layout import COMPLETE, NOT_FINITE, PENDING, STATUS_WORDS, UNREADABLE, Fault, exists, store_info, verify_store
 from diffprobe.rundir import StoreError, TakenError, first_line, locate, reaching, refuse_unwritable, whole_folder  # fmt: skip
 
 __all__ = [
@@ -149,7 +126,7 @@ def create_store(
     _put(root, "sample", np.array(list(sample_ids), dtype=np.dtypes.StringDType()), ("sample",))
     root.create_array("status", shape=(count,), chunks=(unit_samples,), dimension_names=("sample",), **flags)
     root.create_array("done", shape=(units,), chunks=(1,), dimension_names=("unit",), **flags)
-    shape = (units, len(specs), DIGEST_BYTES)
+    shape = (units, len(specs), layout.DIGEST_BYTES)
     root.create_array("digest", shape=shape, chunks=(1, *shape[1:]), dimension_names=("unit", "site", "byte"), **flags)
     for name, values in labels.items():
         _put(root, name, values, ("sample",))
@@ -181,9 +158,9 @@ def create_store(
             fill_value=np.nan,
             dimension_names=(*_LEADING, *spec.dims),
         )
-    digests = {key: digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
+    digests = {key: layout.digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
     root.attrs["digests"] = digests
-    root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
+    root.attrs["diffprobe"] = {"format_version": layout.FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
     final, objects = locate(path), {key: value.to_bytes() for key, value in held.items()}
     if isinstance(final, str):  # the rest of an earlier attempt is overwritten by an equal layout
         with reaching(final):
@@ -249,30 +226,30 @@ class StoreWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self.root = open_group(path, "r+")
-        self.attributes = attributes_of(self.root, path)
+        self.root = layout.open_group(path, "r+")
+        self.attributes = layout.attributes_of(self.root, path)
         self.unit_samples = int(self.attributes["unit_samples"])
-        self._seal = Seal(self.root)
+        self._seal = layout.Seal(self.root)
 
     @property
     def pending(self) -> list[int]:
         """Units that are not done, in order."""
-        return [int(u) for u in np.flatnonzero(read_array(self.root, "done") == 0)]
+        return [int(u) for u in np.flatnonzero(layout.read_array(self.root, "done") == 0)]
 
     @property
     def status(self) -> NDArray[np.uint8]:
         """A status number for each sample; `STATUS_WORDS` explains them."""
-        return read_array(self.root, "status")
+        return layout.read_array(self.root, "status")
 
     def unit_status(self, unit: int) -> NDArray[np.uint8]:
         """`status` of one unit's samples; PENDING for all of a unit that is not done."""
         first, last = self.bounds(unit)
-        done = read_array(self.root, "done", slice(unit, unit + 1))[0]
-        return read_array(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
+        done = layout.read_array(self.root, "done", slice(unit, unit + 1))[0]
+        return layout.read_array(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
 
     def bounds(self, unit: int) -> tuple[int, int]:
         """The first sample of a unit and the one after its last."""
-        count = array_of(self.root, "status").shape[0]
+        count = layout.array_of(self.root, "status").shape[0]
         return unit * self.unit_samples, min((unit + 1) * self.unit_samples, count)
 
     def write_unit(self, unit: int, arrays: Mapping[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
@@ -287,27 +264,27 @@ class StoreWriter:
         """
         first, last = self.bounds(unit)
         status = np.asarray(status, np.uint8)
-        names = sorted(stored_sites(self.root))
-        digests = np.zeros((len(names), DIGEST_BYTES), np.uint8)
+        names = sorted(layout.stored_sites(self.root))
+        digests = np.zeros((len(names), layout.DIGEST_BYTES), np.uint8)
         self.forget_unit(unit)
         with reaching(self.path):
             for site, values in arrays.items():
-                target = site_array(self.root, site)
+                target = layout.site_array(self.root, site)
                 assert values.shape == (last - first, *target.shape[1:]), f"unit {unit} of {site}: {values.shape}"
                 values = np.asarray(values, target.dtype)
                 _replace_shard(target, unit, first, values)
                 digests[names.index(site)] = self._seal.of(site, unit, status, values)
-            array_of(self.root, "status")[first:last] = status
+            layout.array_of(self.root, "status")[first:last] = status
             if self._seal.there:
-                array_of(self.root, "digest")[unit] = digests
-            array_of(self.root, "done")[unit] = 1
+                layout.array_of(self.root, "digest")[unit] = digests
+            layout.array_of(self.root, "done")[unit] = 1
 
     def forget_unit(self, unit: int) -> None:
         """Marks a unit as not done, so that the next extract computes it again."""
         first, last = self.bounds(unit)
         with reaching(self.path):
-            array_of(self.root, "done")[unit] = 0
-            array_of(self.root, "status")[first:last] = PENDING
+            layout.array_of(self.root, "done")[unit] = 0
+            layout.array_of(self.root, "status")[first:last] = PENDING
 
 
 def _replace_shard(array: zarr.Array[Any], unit: int, first: int, values: NDArray[Any]) -> None:
@@ -340,12 +317,12 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     >>> tree["U-L1-R1-B0-Cross-Q"].features.sel(timestep=50, conditioning="caption")["colour"].dims  # doctest: +SKIP
     ('sample',)
     """
-    root = open_group(path, "r")
-    attributes = attributes_of(root, path)
-    status, units = recorded(root, attributes["unit_samples"])
-    layout = root.attrs.get("digests")
-    present = Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
-    hidden = ["done", "digest", CONTENT] if isinstance(layout, dict) else ["done"]
+    root = layout.open_group(path, "r")
+    attributes = layout.attributes_of(root, path)
+    status, units = layout.recorded(root, attributes["unit_samples"])
+    kept = root.attrs.get("digests")
+    present = layout.Present(root.store, units, frozenset(kept) if isinstance(kept, dict) else frozenset())
+    hidden = ["done", "digest", CONTENT] if isinstance(kept, dict) else ["done"]
     try:
         found = xr.open_datatree(
             present,  # type: ignore[arg-type]  # xarray opens a zarr store too
@@ -391,7 +368,7 @@ def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
     """Texts in NumPy's fixed-width type, which all formats take; as objects where that would lose characters or waste memory."""
     plain = texts.astype(object)
     longest = max(map(len, plain.flat), default=0)
-    if longest * plain.size * 4 > SLACK or any(text.endswith("\0") for text in plain.flat):
+    if longest * plain.size * 4 > layout.SLACK or any(text.endswith("\0") for text in plain.flat):
         return plain
     return plain.astype(f"U{max(1, longest)}")
 
@@ -401,11 +378,11 @@ def provenance(tree: xr.DataTree) -> dict[str, Any]:
 
     The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
-    held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
+    held = layout.Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
     leveled = next((node.to_dataset() for node in tree.children.values() if "log_snr" in node.coords), None)
     if leveled is not None:
         held |= {"log_snr": dict(zip(leveled["timestep"].values.tolist(), leveled["log_snr"].values.tolist(), strict=True))}
-    return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
+    return held | {"request": layout.Attributes(held["request"], "The store")} if "request" in held else held
 
 
 def site_names(tree: xr.DataTree) -> list[str]:
