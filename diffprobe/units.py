@@ -264,12 +264,12 @@ class Run:
                     i, c, t, _ = here[int(row)]
                     site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
                     self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
-                index = tuple(np.array(here).T[:3])
+                at = tuple(np.array(here).T[:3])
                 for name, tensor in kept.items():
                     if request.noise_draws == 1:
-                        unit.buffers[name][index] = tensor.numpy()
+                        unit.buffers[name][at] = tensor.numpy()
                     else:
-                        np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
+                        np.add.at(unit.buffers[name], at, tensor.numpy() / request.noise_draws)
         return self.finish_buffers(unit), status
 
     def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:

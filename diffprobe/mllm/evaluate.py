@@ -14,7 +14,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -313,7 +312,7 @@ def score_vqav2(
     records: Sequence[Record], *, level: float = 0.95, seed: int = 0, benchmark: str = "VQAv2",
     normalise: Callable[[str], str] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """VQAv2 (Antol et al. 2015, Goyal et al. 2017).  With `normalise` TextVQA, whose answers are normalised always.
+    """VQAv2 (Antol et al. 2015, Goyal et al. 2017).
 
     Records: answers (ten texts), output, and optionally image and answer_type (then also scored by it).  Chance is what the
     most frequent answer would score if it were always given.  An empty output is unparsed.
@@ -343,8 +342,9 @@ def score_vqav2(
     return _table(benchmark, rows, seed)
 
 
-# TextVQA (Singh et al. 2019); fields as for `score_vqav2`
-score_textvqa = partial(score_vqav2, benchmark="TextVQA", normalise=normalise_textvqa)
+def score_textvqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """TextVQA (Singh et al. 2019); fields as for `score_vqav2`, normalised always."""
+    return score_vqav2(records, level=level, seed=seed, benchmark="TextVQA", normalise=normalise_textvqa)
 
 
 def score_pope(
