@@ -157,15 +157,6 @@ class Index:
         return index
 
 
-@dataclass
-class _Unit:
-    """A unit that is being computed; the first axis of its members is the sample."""
-
-    ids: list[str]
-    status: NDArray[np.uint8]
-    buffers: dict[str, NDArray[Any]]
-
-
 class Run:
     """The request of an extraction with its model, dataset and engine; computes units."""
 
@@ -219,15 +210,15 @@ class Run:
                 break
         return kept, bad
 
-    def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
-        """Marks a sample with values that the store cannot hold; raises NotFiniteError unless `on_nonfinite` is "mark"."""
-        where = f"Sample {unit.ids[sample]!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
+    def leave_out(self, name: str, site: str, timestep: int, conditioning: str) -> int:
+        """The status of a sample with values that the store cannot hold; NotFiniteError unless `on_nonfinite` is "mark"."""
+        where = f"Sample {name!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
         reason = f"{where}: a value is not finite in {self.request.store_dtype}."
         if self.on_nonfinite != "mark":
             hint = "Try --store-dtype float32 or --dtype float32, or --on-nonfinite mark to leave such samples out."
             raise NotFiniteError(f"{reason} {hint}")
-        unit.status[sample] = store.NOT_FINITE
-        self.skipped[unit.ids[sample]] = reason
+        self.skipped[name] = reason
+        return store.NOT_FINITE
 
     # one unit
 
@@ -247,8 +238,8 @@ class Run:
                 readable[index] = image
         dtype = np.float32 if self.exact else np.dtype(request.store_dtype)
         before = (count, len(request.conditionings), len(request.timesteps))
-        unit = _Unit(ids, status, {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs})
-        for values in unit.buffers.values() if request.noise_draws > 1 else ():
+        buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
+        for values in buffers.values() if request.noise_draws > 1 else ():
             values[list(readable)] = 0  # draws are added up
         if readable:
             latents = self.engine.encode_images(list(readable.values()), [ids[i] for i in readable])
@@ -263,33 +254,34 @@ class Run:
                 for row in np.flatnonzero(bad):
                     i, c, t, _ = here[int(row)]
                     site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
-                    self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
+                    status[i] = self.leave_out(ids[i], site, request.timesteps[t], request.conditionings[c])
                 at = tuple(np.array(here).T[:3])
                 for name, tensor in kept.items():
                     if request.noise_draws == 1:
-                        unit.buffers[name][at] = tensor.numpy()
+                        buffers[name][at] = tensor.numpy()
                     else:
-                        np.add.at(unit.buffers[name], at, tensor.numpy() / request.noise_draws)
-        return self.finish_buffers(unit), status
+                        np.add.at(buffers[name], at, tensor.numpy() / request.noise_draws)
+        return self.finish(buffers, status, ids), status
 
-    def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
+    def finish(
+        self, buffers: dict[str, NDArray[Any]], status: NDArray[np.uint8], ids: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
         """Adds the guided conditionings, f_u + s (f_c - f_u) in float32, and casts to the store's dtype."""
-        conditionings = self.request.conditionings
-        finished = {}
+        request, finished, conditionings = self.request, {}, self.request.conditionings
         for spec in self.specs:
-            values = unit.buffers[spec.site]
-            if spec.variable == "features" and self.request.guidance:
+            values = buffers[spec.site]
+            if spec.variable == "features" and request.guidance:
                 null = values[:, conditionings.index(NULL)]
                 differences = [values[:, place] - null for place, name in enumerate(conditionings) if name != NULL]
-                guided = [null + s * difference for difference in differences for s in self.request.guidance]
+                guided = [null + s * difference for difference in differences for s in request.guidance]
                 values = np.concatenate([values, np.stack(guided, axis=1)], axis=1)
             with np.errstate(over="ignore"):  # what does not fit is found below
-                finished[spec.site] = values = values.astype(self.request.store_dtype, copy=False)
+                finished[spec.site] = values = values.astype(request.store_dtype, copy=False)
             if self.exact:  # what came from the model was checked; what was computed from it was not
-                bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (unit.status == store.COMPLETE)[:, None, None]
+                bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (status == store.COMPLETE)[:, None, None]
                 for i in np.flatnonzero(bad.any((1, 2))):
                     c, t = np.argwhere(bad[i])[0]
-                    self.leave_out(unit, int(i), spec.site, self.request.timesteps[t], spec.conditionings[c])
+                    status[i] = self.leave_out(ids[i], spec.site, request.timesteps[t], spec.conditionings[c])
         return finished
 
     # before the work
