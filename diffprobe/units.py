@@ -281,7 +281,7 @@ class Run:
                 bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (status == store.COMPLETE)[:, None, None]
                 for i in np.flatnonzero(bad.any((1, 2))):
                     c, t = np.argwhere(bad[i])[0]
-                    status[i] = self.leave_out(ids[i], spec.site, request.timesteps[t], spec.conditionings[c])
+                    status[i] = self.leave_out(ids[int(i)], spec.site, request.timesteps[t], spec.conditionings[c])
         return finished
 
     # before the work
