@@ -596,7 +596,7 @@ class Edit(Recorder):
                 slice(None) if everywhere else _positions(places, row, asking).to(bias.device)[cells[min(row, len(cells) - 1)]]
             )
             bias[row, 0, here if everywhere else here[:, None], at] = factor  # type: ignore[index]
-        mask, changed = additive(call.mask) + bias, bias.flatten(1).any(1)
+        mask, changed = additive(call.mask, call.query.device) + bias, bias.flatten(1).any(1)
         if (mask.expand(rows, *mask.shape[1:])[changed] <= _SHUT).all(-1).any():
             raise ValueError(f"The edit scale_token leaves site {site.name} without any token to attend to.")
         return mask, changed
@@ -615,7 +615,7 @@ class Edit(Recorder):
         places, keys = self._parts(site, call)
         whole = probabilities(call, places, heads="all")
         key = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
-        mask = additive(call.mask).expand(*call.query.shape[:3], call.key.shape[2]).clone()
+        mask = additive(call.mask, call.query.device).expand(*call.query.shape[:3], call.key.shape[2]).clone()
         for row in rows.nonzero().flatten().tolist():
             whole[row][:, _positions(keys, row, whole.shape[2])] = new[row].flatten(2)
             total = whole[row].sum(1, keepdim=True)

@@ -355,10 +355,10 @@ def _bias(mask: Tensor | None, part: slice, places: Index, tokens: Index) -> Ten
     return additive(mask)
 
 
-def additive(mask: Tensor | None) -> Tensor:
+def additive(mask: Tensor | None, device: torch.device | None = None) -> Tensor:
     """A mask as what is added to float32 scores."""
     if mask is None:
-        return torch.zeros(1, 1, 1, 1)
+        return torch.zeros(1, 1, 1, 1, device=device)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
     return mask.float()
