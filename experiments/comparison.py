@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from diffprobe.mllm.model import FusedMLLM
 
 MAIN_TIMESTEP = 50
-CONTROLS = {"truth": "oracle", "latent": "VAE latent", "text": "text alone"}  # in place of a site
+# in place of a site
+CONTROLS = {"truth": "oracle", "latent": "VAE latent", "text": "text alone", "encoder:shapes-vit": "shapes-vit"}
 WAIT = 10.0  # seconds until a folder that another process trains in is tried again
 BLIND_SPOTS = ("orientation", "quantity", "position", "text")  # patterns that the captions of CLIP's training leave out
 
@@ -63,7 +64,7 @@ class Arm:
             return CONTROLS[self.site]
         if self.fusion == "diffusion" and self.guidance == 0:
             return f"{self.site} t={self.timestep}"
-        more = f" {self.site.removeprefix(MAIN_SITE)}" if self.site != MAIN_SITE else ""
+        more = f" {CONTROLS.get(self.site, self.site.removeprefix(MAIN_SITE))}" if self.site != MAIN_SITE else ""
         late = f" t={self.timestep}" if self.timestep != MAIN_TIMESTEP else ""
         return f"{self.fusion} s={self.guidance:g}{more}{late}"
 
@@ -92,10 +93,10 @@ class Settings(BackboneConfig):
     """
 
     template: tuple[str, ...] = ("",)
-    captions: str = "shapes-captions:1500"
+    captions: str = "shapes-captions:6000"
     instructions: str = "shapes-instruct:6000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
-    steps: tuple[int, int] = (150, 500)
+    steps: tuple[int, int] = (1200, 800)
     batch: int = 32
     rates: tuple[float, float] = (2e-3, 1e-3)
     precision: Precision = "bf16"

@@ -4,8 +4,8 @@ Labels: colour and shape of scenes with one object, the number of objects, and t
 the two is named first is not in the image, so an image alone allows at most about one half).  Features are averaged over
 places; for the relation over each cell of a 3 x 3 grid.  Every fold is the test fold once, so every scene is scored by a
 probe that never saw it, and differences are paired by scene.  The paper's six sites x its five timesteps x the prompts
-null, caption and mismatched; beside them the same network with random weights, its input (the noised latent) and a CLIP
-where one is embedded.  At t = 50 also: the class of each patch (shape or background); colour and shape from the mean over
+null, caption and mismatched; beside them the same network with random weights, its input (the noised latent), a CLIP
+and a vision transformer that was trained on pictures alone.  At t = 50 also: the class of each patch (shape or background); colour and shape from the mean over
 the object's own cells, since a mean over all places is mostly background; and the bits that a label costs once the features are
 known (online codelength), which says how soon a label is read.  All blocks' outputs x all timesteps, from one noise and from the
 mean of eight, show where else a label lies.
@@ -50,7 +50,8 @@ SETS = {("colour", "shape"): "&objects=1", ("n_objects",): "", ("relation",): "&
 BEST_SITE, BEST_TIMESTEP, LATE_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50, 500
 GRID = 3
 ENSEMBLE = 8  # noises of the heat maps over all blocks
-RANDOM, INPUT, CLIP = "random weights", "noised latent", "shapes-clip"
+RANDOM, INPUT = "random weights", "noised latent"
+TOWERS = ("shapes-clip", "shapes-vit")  # encoders without noise or text
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -65,8 +66,7 @@ def measure(options: Options) -> Result:
         options.model: load_extractor(options.model, options.device),
         RANDOM: load_extractor(options.model, options.device, random_weights=options.seed),
     }
-    if (EMBEDDED / CLIP).is_dir():
-        encoders[CLIP] = load_extractor(CLIP, options.device)
+    encoders |= {name: load_extractor(name, options.device) for name in TOWERS if (EMBEDDED / name).is_dir()}
     specs = {labels: f"shapes:{options.count}?split=test{objects}" for labels, objects in SETS.items()}
     if options.data:
         specs = {tuple(name for labels in SETS for name in labels): options.data}
@@ -104,7 +104,7 @@ def _probe_objects(tree: xr.DataTree, spec: str, encoder: str, label: str, optio
     size = tuple(provenance(tree)["request"]["resolution"])
     masks = np.stack([fit_masks(data[k].masks(), size, "crop").any(axis=0) for k in range(len(data))]).astype(np.float32)
     for site in site_names(tree):
-        step = 0 if encoder == CLIP else BEST_TIMESTEP
+        step = 0 if encoder in TOWERS else BEST_TIMESTEP
         found = features(tree, site, timestep=[step], conditioning=["null"]).astype(np.float32).load()
         height, width = found.sizes["y"], found.sizes["x"]
         share = masks.reshape(len(masks), height, size[0] // height, width, -1).mean(axis=(2, 4))
@@ -158,7 +158,7 @@ def _record(options: Options, encoder: str, model: Any, spec: str) -> xr.DataTre
         model,
         dataset,
         out,
-        sites=["paper"] if encoder in (RANDOM, CLIP) else [LATENT, "paper"],
+        sites=["paper"] if encoder in (RANDOM, *TOWERS) else [LATENT, "paper"],
         timesteps=(BEST_TIMESTEP,) if options.smoke else TIMESTEPS,
         conditionings=("null",) if encoder == RANDOM else CONDITIONINGS,
         seed=options.seed,
@@ -215,7 +215,7 @@ def _probe_patches(tree: xr.DataTree, encoder: str, options: Options) -> pd.Data
     """Which shape covers each patch, at one timestep, without a prompt."""
     frames = []
     for site in site_names(tree):
-        step = 0 if encoder == CLIP else BEST_TIMESTEP
+        step = 0 if encoder in TOWERS else BEST_TIMESTEP
         found = features(tree, site, timestep=[step], conditioning=["null"])
         found = with_mask_labels(found, tree, "mask:shape")
         more = {"pool": "patches", "cross_fit": False, "penalties": PENALTIES[1:2]}
@@ -340,10 +340,10 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
 def draw(result: Result) -> dict[str, Figure]:
     """Best of each encoder; every cell without a prompt; what a prompt changes."""
     rows = result.rows
-    cells = rows[(rows["kind"] == "probe") & (rows["conditioning"] == "null") & ~rows["encoder"].isin([RANDOM, CLIP])]
+    cells = rows[(rows["kind"] == "probe") & (rows["conditioning"] == "null") & ~rows["encoder"].isin([RANDOM, *TOWERS])]
     best = rows[rows["kind"] == "best"]
     return {
-        "": plot_probe_bars(best.sort_values("encoder", key=lambda e: e.isin([RANDOM, INPUT, CLIP]), kind="stable")),
+        "": plot_probe_bars(best.sort_values("encoder", key=lambda e: e.isin([RANDOM, INPUT, *TOWERS]), kind="stable")),
         "cells": plot_probe_grid(cells.astype({"timestep": int})),
         "patches": plot_probe_bars(_overlap(rows[rows["kind"] == "patches"]), name="mean IoU"),
         **({"blocks": plot_block_grid(blocks)} if len(blocks := rows[rows["kind"] == "blocks"]) else {}),
@@ -360,7 +360,7 @@ def _overlap(patches: pd.DataFrame) -> pd.DataFrame:
 
 EXPERIMENT = Experiment(
     name="tab_probes",
-    title="What linear probes read off each site, timestep and prompt, beside random weights, the input and CLIP",
+    title="What linear probes read off each site, timestep and prompt, beside random weights, the input, CLIP and a ViT",
     count=2000,
     smoke_count=20,
     measure=measure,

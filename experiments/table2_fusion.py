@@ -67,7 +67,11 @@ FINER = Arm(
 SEEING = (Arm("cross_attention", "U-L2-R2-Res-Out"), Arm("cross_attention", "U-L2-R2-Res-Out", guidance=4.0))
 CHOSEN_ON = 0  # the seed on whose questions it was chosen
 PRIMARY = (CROSS[1], "MMVP", "all")  # of F2: the paper's site, which no measurement of ours chose
-CONTROLS = (Arm("diffusion", "truth"), Arm("diffusion", "latent"), Arm("diffusion", "text", guidance=1.0))
+VIT = "encoder:shapes-vit"  # an independent encoder in the diffusion model's place
+CONTROLS = (
+    Arm("diffusion", "truth"), Arm("diffusion", "latent"), Arm("diffusion", "text", guidance=1.0), Arm("diffusion", VIT),
+    Arm("cross_attention", VIT),
+)  # fmt: skip
 OURS = (Arm("sequence", guidance=4.0), Arm("interleave", guidance=4.0), FINER, *SEEING)
 CHECKED = (CONCAT[1], CROSS[1], FINER, SEEING[1])  # asked under every condition
 SCORES = {  # ours, the paper's column

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from recipes import clip, lm, reader, sd
+from recipes import clip, lm, reader, sd, vit
 from recipes.card import write_card
 
 
@@ -35,14 +35,17 @@ class Stage:
 STAGES = {
     "vae": Stage(sd.Config, "vae", sd.train_vae, 0.12, {"vae_batch": 128}),
     "text": Stage(sd.Config, "text", sd.train_text, 0.06, {"text_batch": 512}),
-    "unet": Stage(sd.Config, "unet", sd.train_unet, 0.52, {"unet_batch": 512, "scenes": 400_000}),
+    "unet": Stage(sd.Config, "unet", sd.train_unet, 0.48, {"unet_batch": 512, "scenes": 400_000}),
     "clip": Stage(clip.Config, "plan", clip.train_clip, 0.12, {"batch": 512}),
     "lm": Stage(lm.Config, "plan", lm.train_lm, 0.13, {"batch": 96}),
+    "vit": Stage(vit.Config, "plan", vit.train_vit, 0.04, {"batch": 512}),
     "reader": Stage(reader.Config, "plan", reader.train_reader, 0.05, {"batch": 256}),
 }
 SUMMARIES = {
     "clip": "A `CLIPModel` of the drawn world: 64 px images in patches of 8; it reads what its captions say and is blind, in its "
     "patches too, for directions and letters.",
+    "vit": "A `Dinov2Model` of the drawn world: 64 px images in patches of 8; it was trained on pictures alone, to fill in hidden "
+    "patches.",
     "lm": "A `LlamaForCausalLM` of the drawn world with a chat template: it reads a description and answers questions about it, "
     "or writes a caption.",
     "reader": "A convolutional network that reads pictures of the drawn world: which object stands where, with all its attributes. "

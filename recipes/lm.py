@@ -8,8 +8,8 @@ description finds a model that already looks there for its answers.
 A row holds one description and many branches, each a question that does not see the others: as turns of one talk, a name
 asked about before would pass for one described, and short descriptions would be read again for every question.
 
-What belongs to one object is learnt first, from descriptions that are said again object by object, then two by two: there
-nearly every word is settled by finding an object.  Questions follow.
+What belongs to one object is learnt first, from descriptions that are said again object by object; then how two objects lie,
+from scenes of two and then of more.  There nearly every word is settled by finding an object.  Questions follow.
 
 Every assistant turn ends with the end token; the padding token is another one.
 """
@@ -17,8 +17,8 @@ Every assistant turn ends with the end token; the padding token is another one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import permutations
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffprobe.data import shapes
-from diffprobe.data.questions import pick, questions
+from diffprobe.data.questions import YES_NO, pick, questions
 from diffprobe.data.samples import Question
-from diffprobe.data.twins import KINDS
+from diffprobe.data.twins import FAR, KINDS
 from recipes.common import Optimizers, Plan, step_rng, train, train_scene
 from recipes.sd import autocast
 
@@ -55,8 +55,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "count": ("Count the objects and name them.",),
     "web": ("Write a caption of the image.", "Describe the image."),
 }
-RELATIONAL = ("relation", "position", "comparison")
-HARD = ("existence", "relation", "comparison", "mark")  # learnt last
+HARD = ("relation", "comparison", "mark")  # learnt last
 HARD_WEIGHT = 3.0  # how much more often these are asked
 DRAWS = 3  # of each category's questions, for a scene
 ASKED, LOOKUPS = 10, 4  # branches of a talk
@@ -81,14 +80,15 @@ class Config:
     """Everything that decides the weights."""
 
     seed: int = 0
-    plan: Plan = field(default_factory=lambda: Plan(steps=12000, decay_share=0.4))
+    plan: Plan = field(default_factory=lambda: Plan(steps=20000, decay_share=0.3))
     start: str = ""  # a folder of weights to begin from
     batch: int = 12
     width: int = 128
     layers: int = 5
     two_until: int = 400  # at steps below this a scene has one object or two
     restated_until: int = 3000  # below this objects are restated, and nothing is asked
-    compared_until: int = 5000  # below this they are compared two by two
+    pairs_until: int = 5500  # below this two objects are compared, in scenes of these two
+    compared_until: int = 14000  # below this up to four are
     repeats: float = 0.05  # of the descriptions are to be repeated
     captions: float = 0.05  # of the texts are a caption alone
     peak: float = 2e-3
@@ -149,18 +149,34 @@ def captioned(scene: shapes.Scene, rng: Rng) -> list[Turn]:
     ]
 
 
+def viewpoint_question(scene: shapes.Scene, rng: Rng) -> Question:
+    """Whether a scene is seen close or from far away, as twins ask it."""
+    names = ("close", "from far away")
+    options = tuple(names[i] for i in rng.permutation(2))
+    if rng.random() < 0.5:
+        return Question(f"Is the scene seen {options[0]} or {options[1]}?", names[scene.zoom != 1], options, "viewpoint", ())
+    return Question(
+        f"Is the scene seen {options[0]}?", YES_NO[(options[0] == "close") != (scene.zoom == 1)], YES_NO, "viewpoint", ()
+    )
+
+
 def scene_and_questions(index: int, seed: int, rng: Rng) -> tuple[shapes.Scene, list[Question]]:
     """A training scene with the questions that suit it; a quarter are twins, whose benchmark's questions come first."""
     own: tuple[Question, ...] = ()
-    if rng.random() < 0.25:
+    twin = rng.random() < 0.25
+    if twin:
         pair = KINDS[pick(rng, ("mmvp", "naturalbench"))](TWIN_SEED + seed, index)
         side = int(rng.integers(2))
         scene, own = pair.scenes[side], pair.questions[side]
     else:
         scene = train_scene(index, seed)
+        if rng.random() < 0.15:  # twins alone would ask this too seldom
+            scene = replace(scene, zoom=FAR if rng.random() < 0.5 else 1.0)
+            own = (viewpoint_question(scene, rng),)
     # Drawn again, the same question comes again; taking it out would leave more "no" than "yes", for absent things are many.
     more = [q for number in rng.integers(2**31, size=DRAWS) for q in questions(scene, int(number))]
-    return scene, [*own, *(q for q in more if not own or q.category != "mark")]  # twins have marks for a reason, or none
+    # twins have marks for a reason, or none
+    return scene, [*own, *(q for q in more if not twin or q.category != "mark")]
 
 
 def lookup(scene: shapes.Scene, rng: Rng) -> tuple[str, str]:
@@ -226,17 +242,45 @@ def restated(scene: shapes.Scene, rng: Rng) -> str:
     return "; ".join(parts)
 
 
-def compared(scene: shapes.Scene, rng: Rng, most: int = 6) -> str:
-    """Pairs of objects that their colour and shape name: where the first is, seen from the second, and whether it is larger."""
+def _pairs(objects: Sequence[shapes.Obj], rng: Rng) -> list[tuple[shapes.Obj, shapes.Obj]]:
+    """All pairs in any order, either object first; not both ways, for one would give the other away."""
+    pairs = [pair if rng.random() < 0.5 else pair[::-1] for pair in combinations(objects, 2)]
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+def compared(scene: shapes.Scene, rng: Rng, most: int = 6, placed: float = 0.3, checked: float = 0.0) -> str:
+    """Pairs of objects that their colour and shape name: where the first is, seen from the second, and whether it is larger.
+
+    Only what a description settles is said: a side where their places differ on its axis, or where it is their relation,
+    which `describe` states then.  The grid's cells do not tell which axis dominates.
+
+    Args:
+        placed: share of the names that are followed by the object's place.  Two places that stand side by side are compared
+            within minutes, and a name then learns to bring its place along unsaid; without this neither was learnt.
+        checked: share of the pairs of which a side is said, true or not, to be answered by yes or no.
+    """
     names = [o.pair for o in scene.objects]
-    pairs = [(a, b) for a, b in permutations(scene.objects, 2) if names.count(a.pair) == names.count(b.pair) == 1]
+    single = [o for o in scene.objects if names.count(o.pair) == 1]
     parts = []
-    for index in rng.permutation(len(pairs))[:most]:
-        a, b = pairs[int(index)]
-        where = shapes.relation(a, b) or "askew"
+    for a, b in _pairs(single, rng)[:most]:
+        where = shapes.relation(a, b)
+        (row, column), (other_row, other_column) = _place(a), _place(b)
+        sides = ["left of" if column < other_column else "right of"] if column != other_column else []
+        sides += ["above" if row < other_row else "below"] if row != other_row else []
+        sides = [where] * (where is not None and where not in sides) + sides
         size = "as large" if a.size == b.size else "larger" if a.size == "large" else "smaller"
-        parts.append(f"the {a.colour} {a.shape} to the {b.colour} {b.shape}: {where}, {size}")
+        one, other = (f"the {o.colour} {o.shape}" + f" {shapes.place_words(o)}" * (rng.random() < placed) for o in (a, b))
+        if sides and rng.random() < checked:
+            true, asked = pick(rng, sides), rng.random() < 0.5
+            parts.append(f"{one} {true if asked else shapes.RELATIONS[true]} {other}: {YES_NO[not asked]}")
+        else:
+            parts.append(f"{one} to {other}: {', '.join([*sides, size])}")
     return "; ".join(parts)
+
+
+def _every_pair(scene: shapes.Scene) -> list[Question]:
+    """What makes `describe` state every relation that the places do not show."""
+    return [Question("", "", (), "relation", pair) for pair in combinations(range(len(scene.objects)), 2)]
 
 
 @dataclass(frozen=True)
@@ -258,7 +302,8 @@ def talk(scene: shapes.Scene, asked: Sequence[Question], rng: Rng, repeats: floa
     weights = np.array([HARD_WEIGHT if q.category in HARD else 1.0 for q in asked[2:]])
     drawn = rng.choice(len(weights), min(ASKED - 2, len(weights)), replace=False, p=weights / weights.sum())
     chosen = [*asked[:2], *(asked[2 + int(i)] for i in drawn)]
-    described = describe(scene, chosen, rng)
+    restate, compare = rng.random(2) < STUDIED
+    described = describe(scene, [*chosen, *_every_pair(scene)] if compare else chosen, rng)
     branches: list[list[tuple[str, str]]] = []
     for number in rng.permutation(len(chosen)):
         exchange = (chosen[int(number)].text, chosen[int(number)].answer)
@@ -271,9 +316,8 @@ def talk(scene: shapes.Scene, asked: Sequence[Question], rng: Rng, repeats: floa
     branches.append([(request["content"], said["content"])])
     if rng.random() < repeats:
         branches.append([(REPEAT, described)])
-    for request, told in ((RESTATE, restated(scene, rng)), (COMPARE, compared(scene, rng))):
-        if told and rng.random() < STUDIED:
-            branches.append([(request, told)])
+    branches += [[(RESTATE, told)] for told in [restated(scene, rng)] if restate and told]
+    branches += [[(COMPARE, told)] for told in [compared(scene, rng)] if compare and told]
     return Talk(described, branches)
 
 
@@ -425,27 +469,29 @@ def pack(tokenizer: PreTrainedTokenizerFast, talks: Sequence[Talk | str], rng: R
     return Packed(*(torch.tensor([[token[k] for token in row] for row in padded]) for k in range(5)))
 
 
-def studied(scene: shapes.Scene, rng: Rng, compare: bool) -> Talk:
-    """A description whose objects are restated, or restated or compared."""
-    pairs = [Question("", "", (), "relation", pair) for pair in permutations(range(len(scene.objects)), 2)]
-    described = describe(scene, pairs if compare else (), rng)
-    told = compared(scene, rng) if compare and rng.random() < 0.75 else ""
+def studied(scene: shapes.Scene, rng: Rng, compare: bool, checked: float = 0.0) -> Talk:
+    """A description whose objects are restated, or restated or compared, with some of the comparisons `checked`."""
+    described = describe(scene, _every_pair(scene) if compare else (), rng)
+    told = compared(scene, rng, checked=checked) if compare and rng.random() < 0.75 else ""
     return Talk(described, [[(COMPARE, told) if told else (RESTATE, restated(scene, rng))]])
 
 
 def talks_of(indices: Sequence[int], step: int, config: Config, rng: Rng) -> list[Talk | str]:
-    """The texts of one step: objects restated, then compared, then talks in which half of the questions are of two objects."""
+    """The texts of one step: objects restated, then compared, then talks, half of which ask only what is learnt last.
+
+    A quarter of the texts go on comparing, which is forgotten otherwise.
+    """
     found: list[Talk | str] = []
     for number, index in enumerate(indices):
-        if step < config.compared_until:
+        if step < config.compared_until or number % 4 == 0:
             compare = step >= config.restated_until
-            most = 2 if step < config.two_until else 4
+            most = 2 if step < config.two_until or config.restated_until <= step < config.pairs_until else 4
             scene = shapes.random_scene(config.seed, index, "train", int(rng.integers(1 + compare, most + 1)))
-            found.append(studied(scene, rng, compare))
+            found.append(studied(scene, rng, compare, 0.0 if step < config.compared_until else 0.5))
             continue
         if number % 2:
             scene = shapes.random_scene(config.seed, index, "train", int(rng.integers(2, 5)))
-            asked = [q for k in rng.integers(2**31, size=12) for q in questions(scene, int(k)) if q.category in RELATIONAL]
+            asked = [q for k in rng.integers(2**31, size=12) for q in questions(scene, int(k)) if q.category in HARD]
             if len(asked) > 2:
                 found.append(talk(scene, asked, rng, 0.0))
                 continue

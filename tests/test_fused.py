@@ -806,3 +806,15 @@ def test_inputs_of_the_diffusion_model_stand_in_for_its_features(tiny_model: Any
     for site in ("latent", "text", "truth"):
         model = FusedMLLM.build(FusedConfig(fusion="diffusion", sites=(site,), grid=4), diffusion=tiny_model)
         assert set(model.streams.encoders) == {"diffusion"} and model.streams.encoders["diffusion"].sites == (site,)
+
+
+def test_another_encoder_stands_in_for_the_diffusion_model(tiny_model: Any) -> None:
+    pictures = [Picture.of(shade(True, 0)), Picture.of(shade(False, 1))]
+    config = FusedConfig(sites=("encoder:shapes-clip",), guidance=0.0, grid=4)
+    model = FusedMLLM.build(config, diffusion=tiny_model)
+    own, other = (model.streams.encoders[name].encode(pictures, [None, None]) for name in ("clip", "diffusion"))
+    assert own.keys() == other.keys() == {"L5"}
+    assert torch.equal(own["L5"], other["L5"])
+    assert "timestep" not in model.origins()["diffusion"][0], "it has no noise"
+    with pytest.raises(ValueError, match="shapes-clop"):
+        FusedMLLM.build(replace(config, sites=("encoder:shapes-clop",)), diffusion=tiny_model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffprobe.data import shapes
 from diffprobe.data.questions import CATEGORIES, YES_NO, questions
+from diffprobe.data.twins import FAR
 from diffprobe.zoo import locate
 from diffprobe.zoo.reader import FACTORS, Reader
 from recipes import card, clip, common, lm, measure, reader, sd
@@ -87,7 +90,9 @@ STAGES: list[tuple[str, Callable[[Any, Path], object], Any]] = [
     (
         "lm",
         lm.train_lm,
-        lm.Config(batch=2, two_until=1, restated_until=2, compared_until=3, plan=common.Plan(steps=4, save_every=2)),
+        lm.Config(
+            batch=2, two_until=1, restated_until=1, pairs_until=2, compared_until=3, plan=common.Plan(steps=4, save_every=2)
+        ),
     ),
     ("reader", reader.train_reader, reader.Config(batch=4, plan=common.Plan(steps=4, save_every=2))),
 ]
@@ -313,6 +318,7 @@ def test_what_a_lookup_finds_is_in_the_scene() -> None:
 def test_what_is_restated_and_compared_is_true_and_settled() -> None:
     rng = np.random.default_rng(0)
     parts = 0
+    answers: list[str] = []
     for index in range(200):
         scene = shapes.random_scene(0, index)
         for part in filter(None, lm.restated(scene, rng).split("; ")):
@@ -322,13 +328,30 @@ def test_what_is_restated_and_compared_is_true_and_settled() -> None:
             assert fits, (scene, part)
             assert sum(set(name.split()) <= set(" ".join(lm.facts(obj).values()).split()) for obj in scene.objects) >= 1
             parts += 1
-        for part in filter(None, lm.compared(scene, rng).split("; ")):
-            names, (where, size) = part.split(": ")[0], part.split(": ")[1].split(", ")
-            one, other = names.removeprefix("the ").split(" to the ")
+        talk = lm.studied(scene, rng, compare=True, checked=0.5)
+        request, told = talk.branches[0][0]
+        for part in told.split("; ") if request == lm.COMPARE else ():
+            names, said = part.split(": ")
+            if said in YES_NO:
+                one, side, other = re.fullmatch(r"the (.*) (left of|right of|above|below) the (.*)", names).groups()  # type: ignore[union-attr]
+                sides, size = [side if said == "yes" else shapes.RELATIONS[side]], ""
+                answers.append(said)
+            else:
+                one, other = names.removeprefix("the ").split(" to the ")
+                *sides, size = said.split(", ")
+            one, other = (" ".join(name.split()[:2]) for name in (one, other))
             (a,), (b,) = ([o for o in scene.objects if f"{o.colour} {o.shape}" == name] for name in (one, other))
-            assert where == (shapes.relation(a, b) or "askew")
-            assert size == ("as large" if a.size == b.size else "larger" if a.size == "large" else "smaller")
+            assert size in ("", "as large" if a.size == b.size else "larger" if a.size == "large" else "smaller")
+            for side in sides:
+                axis, less = ("x", "left of") if side in ("left of", "right of") else ("y", "above")
+                assert (side == less) == (getattr(a, axis) < getattr(b, axis))
+                stated = any(
+                    text in talk.described for text in (f"{one} {side} {other}", f"{other} {shapes.RELATIONS[side]} {one}")
+                )
+                cells = [int(getattr(o, axis) * 3) for o in (a, b)]
+                assert stated or cells[0] != cells[1], "nothing is asked that the description leaves open"
             parts += 1
+    assert 0.4 < answers.count("yes") / len(answers) < 0.6
     assert parts > 500
 
 
@@ -473,3 +496,16 @@ def test_roughened_images_stay_images_and_differ() -> None:
         assert rough.shape == pixels.shape
         assert rough.abs().max() <= 1
         assert 0 < float((rough - pixels).abs().mean()) < 0.3
+
+
+def test_how_a_scene_is_seen_is_asked_in_two_ways() -> None:
+    rng = np.random.default_rng(0)
+    asked = [lm.viewpoint_question(replace(shapes.random_scene(0, 0), zoom=zoom), rng) for zoom in (1.0, FAR) * 40]
+    for question, zoom in zip(asked, (1.0, FAR) * 40, strict=True):
+        seen = "close" if zoom == 1 else "from far away"
+        assert question.answer in question.options
+        if question.options == YES_NO:
+            assert (question.answer == "yes") == question.text.endswith(f"seen {seen}?")
+        else:
+            assert question.answer == seen and all(option in question.text for option in question.options)
+    assert {question.answer for question in asked} == {"yes", "no", "close", "from far away"}

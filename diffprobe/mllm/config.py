@@ -50,7 +50,8 @@ class FusedConfig(BackboneConfig):
         fusion: one of `diffprobe.mllm.fusion.FUSIONS`.
         layer: layer of the vision encoder; "" is its second-to-last.
         sites: sites of the diffusion model, whose channels are concatenated.  Controls in place of sites: "latent" (the image
-            before the network), "text" (the prompt alone) and "truth" (the oracle: what a drawn scene says).
+            before the network), "text" (the prompt alone), "truth" (the oracle: what a drawn scene says) and
+            "encoder:NAME" (the second-to-last layer of another vision encoder).
         timestep: timestep of the diffusion model's noise.
         guidance: s in f_u + s (f_c - f_u); 0 never reads the question.
         projector: one of `diffprobe.mllm.projector.KINDS`.

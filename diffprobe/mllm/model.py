@@ -232,6 +232,10 @@ def _encoders(
         if config.sites == TruthEncoder.sites:
             found[DIFFUSION] = TruthEncoder()
             return found
+        kind, _, name = config.sites[0].partition(":")
+        if kind == "encoder":
+            found[DIFFUSION] = ImageEncoder(load_encoder(name, device), fit=config.fit)
+            return found
         model = diffusion or load_model(config.diffusion, device)
         found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
     return found
