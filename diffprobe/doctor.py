@@ -61,7 +61,7 @@ def examine(hub_timeout: float = 3.0) -> dict[str, Any]:
 
 
 WHAT_FOR = {
-    "smollm2": "reading SmolLM2's weights", "erasure": "the mitigation 'erased' of leakage", "photos": "the demonstration's photographs",
+    "smollm2": "reading SmolLM2's weights", "photos": "the demonstration's photographs",
     "hub": "benchmarks in Parquet", "coco": "COCO's masks", "captions": "BLEU and ROUGE", "minilm": "similarity of texts by MiniLM",
     "dev": "tests",
 }  # fmt: skip

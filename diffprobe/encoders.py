@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -32,8 +31,9 @@ from diffprobe import models
 from diffprobe.checkpoints import weights_hash
 from diffprobe.prompts import EncodedText
 from diffprobe.sites import Site
+from diffprobe.tokens import first_of
 
-ABSENT = (OSError, ValueError, KeyError, SafetensorError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+ABSENT = (OSError, ValueError, KeyError, SafetensorError)  # what the hub raises are kinds of the first two
 
 
 class VisionEncoder:
@@ -64,12 +64,15 @@ class VisionEncoder:
             raise ValueError(f"{model_id or type(model).__name__} takes no images, so it is no vision encoder.")
         self._settings = _settings(processor, model_id or type(model).__name__)
         self.size, scale, mean, std = self._settings
+        self.resolution = self.size  # (height, width) in pixels that the image processor gives
         self._scale, self._mean, self._std = scale, *(torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._grid = (0, 0)
         modules = dict(self.network.named_modules())
         stacks = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
         if not stacks or not getattr(self.network.config, "patch_size", None):
             self._refuse("it has no patches and layers")
+        patch = self.network.config.patch_size
+        self._patch = int(patch if isinstance(patch, int) else patch[0])
         stack = max(stacks, key=lambda name: len(modules[name]))
         self._layers = [f"{stack}.{number}" for number in range(len(modules[stack]))]
         self._norm = _final_norm(self.network, stack)
@@ -82,11 +85,6 @@ class VisionEncoder:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """The (height, width) in pixels that the image processor gives."""
-        return self.size
 
     @property
     def sites(self) -> list[Site]:
@@ -112,11 +110,6 @@ class VisionEncoder:
             )
         return height, width
 
-    @property
-    def _patch(self) -> int:
-        patch = self.network.config.patch_size
-        return int(patch if isinstance(patch, int) else patch[0])
-
     def weights_hash(self, portable: bool = False) -> str:
         """A short hash of what decides the features: the image tower's weights, and size, mean and deviation of its input."""
         return hashlib.sha256(f"{weights_hash(self.network, portable)} {self._settings}".encode()).hexdigest()[:16]
@@ -138,7 +131,7 @@ class VisionEncoder:
             images[1, :, y : y + patch, x : x + patch] = 1
         tokens: list[Tensor] = []
         layers = [self.network.get_submodule(path) for path in self._layers]
-        handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(_hidden(a, k)), with_kwargs=True)]
+        handles = [layers[0].register_forward_pre_hook(lambda m, a, k: tokens.append(first_of(a, k)), with_kwargs=True)]
         handles += [layer.register_forward_hook(lambda m, a, output: tokens.append(_first_of(output))) for layer in layers]
         try:
             self.forward(images)
@@ -238,11 +231,6 @@ class EncoderRecorder:
         self.last[site.name] = patches if self._reduce is None else self._reduce(site, patches)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A layer's input: its first argument, by position or by any name."""
-    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-
-
 def _first_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
@@ -328,15 +316,12 @@ def load_extractor(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
-    *,
-    use_safetensors: bool = True,
-    random_weights: int | None = None,
     **loading: Any,
 ) -> models.DiffusionModel | VisionEncoder:
     """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of.
 
     Args:
-        **loading: options that only `load_model` has: variant, loras, config.
+        **loading: the other options of `load_model`; a vision encoder takes use_safetensors and random_weights of them.
     """
     source = models.resolve(id_or_dir)
     loading = {name: value for name, value in loading.items() if value is not None and value != []}
@@ -349,7 +334,7 @@ def load_extractor(
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         except ABSENT:
             raise nothing from None
-        if loading:
-            raise ValueError(f"{id_or_dir} is a vision encoder, which is not loaded with {', '.join(loading)}.") from None
+        if other := [name for name in loading if name not in ("use_safetensors", "random_weights")]:
+            raise ValueError(f"{id_or_dir} is a vision encoder, which is not loaded with {', '.join(other)}.") from None
         load = load_encoder
-    return load(id_or_dir, device, dtype, revision, use_safetensors=use_safetensors, random_weights=random_weights, **loading)
+    return load(id_or_dir, device, dtype, revision, **loading)

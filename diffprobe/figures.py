@@ -41,7 +41,7 @@ SNR_AXIS = "log-SNR (noise grows to the right)"
 # --- pictures ------------------------------------------------------------------------------------------
 
 
-@plotting.styled
+@plotting.style()
 def plot_pca_grid(
     images: NDArray[np.uint8],
     pca: Mapping[str, xr.DataArray],
@@ -74,7 +74,7 @@ def plot_pca_grid(
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_heatmaps(
     image: NDArray[np.uint8],
     maps: xr.DataArray,
@@ -135,7 +135,7 @@ def plot_heatmaps(
 # --- probe tables --------------------------------------------------------------------------------------
 
 
-@plotting.styled
+@plotting.style()
 def plot_probe_grid(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """Site x timestep heat maps of probe scores, with the control task beside them.
 
@@ -207,7 +207,7 @@ def _by_label(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
 # --- similarity ----------------------------------------------------------------------------------------
 
 
-@plotting.styled
+@plotting.style()
 def plot_site_curves(
     frame: pd.DataFrame,
     *,
@@ -262,7 +262,7 @@ def plot_site_curves(
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_similarity_matrix(frame: pd.DataFrame, between: str) -> Figure:
     """Every two timesteps, conditionings or sites against each other: a heat map for each panel, mirrored, numbers written in.
 
@@ -292,7 +292,7 @@ def plot_similarity_matrix(frame: pd.DataFrame, between: str) -> Figure:
 # --- localization --------------------------------------------------------------------------------------
 
 
-@plotting.styled
+@plotting.style()
 def plot_localization_grid(frame: pd.DataFrame, *, against: str = "wrong word", title: str = "") -> Figure:
     """Site x timestep heat maps, one panel a score; cells that beat a control are framed.
 
@@ -331,7 +331,7 @@ def _own_rows(frame: pd.DataFrame, within: list[str]) -> pd.DataFrame:
     return mine
 
 
-@plotting.styled
+@plotting.style()
 def plot_localization_controls(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """Each score of the maps and of their controls as dots with intervals, coloured by timestep, chance dashed.
 
@@ -358,7 +358,7 @@ def plot_localization_controls(frame: pd.DataFrame, *, title: str = "") -> Figur
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_localization_heads(frame: pd.DataFrame, score: str = "auc", *, title: str = "") -> Figure:
     """Site x head heat map of one score at one timestep, the mean over heads first, chance marked on the colour bar.
 
@@ -379,7 +379,7 @@ def plot_localization_heads(frame: pd.DataFrame, score: str = "auc", *, title: s
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_localization_curves(frame: pd.DataFrame, score: str = "auc", *, by: str = "role", title: str = "") -> Figure:
     """One score against timestep, a panel a site: the maps' own with bands, controls as thin lines, chance dashed.
 
@@ -417,7 +417,7 @@ def plot_localization_curves(frame: pd.DataFrame, score: str = "auc", *, by: str
 # --- leakage -------------------------------------------------------------------------------------------
 
 
-@plotting.styled
+@plotting.style()
 def plot_leak_sight(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """What is read from the prompt against what is seen in the image, both above chance: a numbered point with intervals for each row.
 
@@ -443,7 +443,7 @@ def plot_leak_sight(frame: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_leak_examples(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """Texts side by side: a block an image and condition, with what was fed in, a true caption, and what was written.
 

@@ -29,7 +29,7 @@ def choose_latents(activations: Activations, number: int) -> list[int]:
     return [int(latent) for latent in order if total[latent] > 0]
 
 
-@plotting.styled
+@plotting.style()
 def plot_latents(images: NDArray[np.uint8], maps: NDArray[np.float32], latents: Sequence[int], *, title: str = "") -> Figure:
     """One row a latent: its images from the largest down, each under its map; a row has one colour scale from 0.
 

@@ -12,15 +12,13 @@ in inches: a column is `COLUMN`, a page `PAGE`.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import json
 import platform
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.rcsetup
@@ -35,10 +33,10 @@ from matplotlib.text import Text
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from diffprobe import rundir
 from diffprobe.console import visible
 from diffprobe.rundir import whole_file
 
-P = ParamSpec("P")
 Look = Mapping[str, Any]  # matplotlib's properties of a line
 
 COLUMN, PAGE = 3.35, 6.9
@@ -60,7 +58,7 @@ PACKAGES = (
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The package's look, for the length of a `with` block.
+    """The package's look, for the length of a `with` block or, as ``@style()``, of a function.
 
     >>> with style():
     ...     matplotlib.rcParams["savefig.dpi"]
@@ -87,17 +85,6 @@ def style() -> Iterator[None]:
         yield
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Lets a function draw inside `style()`."""
-
-    @functools.wraps(draw)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with style():
-            return draw(*args, **kwargs)
-
-    return inner
-
-
 def save_figure(
     figure: Figure, folder: str | Path, name: str, frame: pd.DataFrame, config: Mapping[str, Any], alt: str
 ) -> dict[str, Path]:
@@ -106,9 +93,7 @@ def save_figure(
     Nothing in the files depends on the clock or the folder: equal input gives equal bytes.
 
     Args:
-        figure: What to save.
         folder: Made when absent.
-        name: The files' common stem.
         frame: The rows that the figure shows; `read_rows` gives them back unchanged.
         config: What the figure was made from: options, seed, commit.
         alt: What a reader who cannot see the picture should know: what is drawn and what it shows.
@@ -178,11 +163,7 @@ def _typed(cells: pd.Series) -> pd.Series:
 
 def package_versions() -> dict[str, str]:
     """The versions of Python and of the packages that numbers and pictures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return {"python": platform.python_version(), **rundir.package_versions(PACKAGES)}
 
 
 def _plain(value: object) -> object:

@@ -31,8 +31,7 @@ def bootstrap_interval(
     values.  With clusters: whole clusters are resampled and the percentile interval of the rows' mean is returned (Davison
     & Hinkley 1997, section 3.8), so a cluster weighs as much as it has rows.
 
-    Equal values give an interval of width zero, which says nothing about the next sample: for shares of 0 or 1 use
-    `wilson_interval`.
+    Equal values give an interval of width zero, which says nothing about the next sample; `share_interval` knows.
 
     Args:
         values: One finite number per row.
@@ -67,6 +66,21 @@ def bootstrap_interval(
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def share_interval(
+    hits: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """`bootstrap_interval`, or Wilson's over clusters where all are 0 or all are 1: resampling equal values says nothing.
+
+    >>> share_interval([1, 1, 1, 1], clusters=["a", "a", "b", "b"]) == wilson_interval(2, 2)
+    True
+    """
+    rows = np.asarray(hits, np.float64)
+    if rows.min(initial=1) == rows.max(initial=0) and rows[0] in (0, 1):
+        n = len(rows) if clusters is None else len(np.unique(np.asarray(clusters)))
+        return wilson_interval(float(rows[0]) * n, n, level)
+    return bootstrap_interval(rows, clusters, level, n_resamples, seed)
 
 
 def bootstrap_sums(

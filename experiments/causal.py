@@ -36,7 +36,7 @@ def tested(rows: list[dict[str, Any]], drops: Sequence[tuple[Sequence[float], Se
     return frame.assign(p_holm=holm(frame["p"]))
 
 
-@plotting.styled
+@plotting.style()
 def plot_lines(frame: pd.DataFrame, *, x: str, x_label: str, title: str = "") -> Figure:
     """Shares: a panel for each `panel`, a line with its band for each `what`.
 
@@ -55,7 +55,7 @@ def plot_lines(frame: pd.DataFrame, *, x: str, x_label: str, title: str = "") ->
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_effects(frame: pd.DataFrame, *, x_label: str, title: str = "", columns: int = 3) -> Figure:
     """Intervals on named lines: a panel for each `panel`, a line for each `line`, a colour for each `what`; 0 is dashed.
 

@@ -93,7 +93,7 @@ class Settings(BackboneConfig):
     """
 
     template: tuple[str, ...] = ("",)
-    captions: str = "shapes-captions:6000"
+    captions: str = "shapes-details:6000"
     instructions: str = "shapes-instruct:6000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
     steps: tuple[int, int] = (1200, 800)

@@ -69,7 +69,7 @@ def fit_erasers(model: Any, twins: Any, sites: Any, timestep: int, seed: int) ->
     from diffprobe import fit_probe
     from diffprobe.forward import Engine, Row
     from diffprobe.patching import cells_of, pooled
-    from diffprobe.probes.causal import fit_leace, random_labels
+    from diffprobe.probes.causal import fit_leace
     from diffprobe.recorder import Recorder
 
     engine = Engine(model, seed=seed, batch_rows=16)
@@ -89,7 +89,7 @@ def fit_erasers(model: Any, twins: Any, sites: Any, timestep: int, seed: int) ->
                 owners[site] += list(np.repeat(images, covered.sum((1, 2)).tolist()))
     erasers, read = {}, {}
     images = [row.image for row in passes]
-    dealt = random_labels(twins.values, seed)
+    dealt = np.random.default_rng(seed).permutation(np.array(twins.values, object))  # as many directions, which say nothing
     for site in sites:
         x, mean = torch.cat(cells[site]).double().numpy(), torch.cat(means[site]).numpy()
         own = np.array(twins.values, object)

@@ -71,7 +71,7 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
     return claims
 
 
-@plotting.styled
+@plotting.style()
 def scatter(rows: pd.DataFrame) -> Figure:
     """Effect against accuracy, a dot a cell; named are the strongest, and the most readable of which next to nothing is used."""
     shown = cells(rows)

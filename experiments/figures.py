@@ -27,7 +27,7 @@ def in_order(frame: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
     return kept.iloc[np.lexsort([kept[name].map(order[name].index) for name in ("site", "panel")])]
 
 
-@plotting.styled
+@plotting.style()
 def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy") -> Figure:
     """Scores of several encoders as bars with their intervals, a group a label; chance dashed, the control task hollow.
 
@@ -67,7 +67,7 @@ def plot_probe_bars(frame: pd.DataFrame, *, name: str = "accuracy") -> Figure:
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """Paired differences of scores as dots with intervals: a panel a label, a line a site, a colour a comparison.
 
@@ -96,7 +96,7 @@ def plot_probe_differences(frame: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_block_grid(frame: pd.DataFrame) -> Figure:
     """Accuracy by block and timestep: a column of panels a label, a row of panels a way to draw noise; a label has one scale.
 
@@ -121,7 +121,7 @@ def plot_block_grid(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_scores(
     frame: pd.DataFrame,
     *,
@@ -162,7 +162,7 @@ def plot_scores(
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_samples(images: NDArray[np.uint8], texts: Sequence[str]) -> Figure:
     """Pictures in rows of six, each with its text below.
 
@@ -180,7 +180,7 @@ def plot_samples(images: NDArray[np.uint8], texts: Sequence[str]) -> Figure:
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str]) -> Figure:
     """Shares of items matched right as a table of colours: a panel a benchmark, a line a score, a column a pattern or metric.
 
@@ -214,7 +214,7 @@ def plot_alignment(frame: pd.DataFrame, names: Mapping[str, str]) -> Figure:
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_attention_strips(images: Sequence[NDArray[np.uint8]], maps: Sequence[xr.DataArray], *, title: str = "") -> Figure:
     """Token-wise attention over images: a block an image, a row a timestep, a column a word.
 
@@ -252,7 +252,7 @@ def plot_attention_strips(images: Sequence[NDArray[np.uint8]], maps: Sequence[xr
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_differences(
     images: Sequence[NDArray[np.uint8]],
     maps: NDArray[np.float32],
@@ -287,7 +287,7 @@ def plot_differences(
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = "") -> Figure:
     """Two panels, leak and sight; a row a label, with its interval, chance dotted.
 
@@ -318,7 +318,7 @@ def plot_leak_rows(frame: pd.DataFrame, *, change: bool = False, title: str = ""
     return figure
 
 
-@plotting.styled
+@plotting.style()
 def plot_score_table(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """A table of scores: ours with its interval in each cell, what was published below it in grey.
 

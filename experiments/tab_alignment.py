@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
-from diffprobe.probes.alignment import ALL, ONE_IMAGE, PROTOCOLS, alignment_table, compare_scores, concentration
+from diffprobe.probes.alignment import ALL, DIMS, PROTOCOLS, alignment_table, compare_scores, over_draws
+from diffprobe.stats import wilson_interval
 from experiments.figures import plot_alignment
 from experiments.framework import Claim, Experiment, Options, Result, exact_verdict, reference, verdict
 
 PAIRS, QUADRUPLES = "shapes-mmvp", "shapes-winoground"
+ONE_IMAGE = "one image"
 PAPER_SCORE, CLIP, PUBLISHED = "attention_lse_paper", "clip_cosine", "published"
 PRIMARY = {"attention_lse_discffusion": "A7 Discffusion", "denoising_loss_normalised": "A7 loss"}
 NAMES = {
@@ -43,6 +46,27 @@ COLUMNS = (
 PUBLISHED_TABLES = {
     PAIRS: "mmvp_vlm_alignment", "mmvp-vlm": "mmvp_vlm_alignment", QUADRUPLES: "winoground", "winoground": "winoground",
 }  # fmt: skip
+
+
+def concentration(scores: xr.Dataset) -> pd.DataFrame:
+    """How often one image of an item is chosen by every text: a score that measures the image, and not the match, does that.
+
+    Returns:
+        Columns score, metric ("one image"), pattern ("all"), value, low, high, n, chance (of random scores).
+    """
+    rows = []
+    for name, values in scores.data_vars.items():
+        if not set(DIMS) <= set(values.dims) or min(values.sizes["image"], values.sizes["text"]) < 2:
+            continue
+        pooled = over_draws(values)
+        chosen = pooled.argmax(1)  # (item, text)
+        strict = (pooled == pooled.max(1, keepdims=True)).sum(1) == 1
+        same = (chosen == chosen[:, :1]).all(1) & strict.all(1)
+        low, high = wilson_interval(int(same.sum()), len(same))
+        chance = pooled.shape[1] ** (1.0 - pooled.shape[2])
+        row = {"score": str(name), "metric": ONE_IMAGE, "pattern": ALL, "value": same.mean(), "low": low, "high": high}
+        rows.append({**row, "n": len(same), "chance": chance})
+    return pd.DataFrame(rows)
 
 
 def measure(options: Options) -> Result:

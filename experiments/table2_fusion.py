@@ -15,7 +15,7 @@ image.  A gain that an irrelevant question keeps was not in the prompt's words.
 Expected headline: cross-attention beats CLIP alone on pairs; at s = 4 the general score pays.
 70 minutes on one of two busy cores; table 1 shares what is trained here, and two processes may each take some arms (--arms).
 The repetition with a site that was chosen on seed 0, 35 minutes: --seed 1 --trainings 6
---data "shapes-captions:1500?seed=1,shapes-instruct:6000?seed=1" --arms "CLIP,cross_attention s=0 U-L2-R2-Res-Out".
+--data "shapes-details:6000?seed=1,shapes-instruct:6000?seed=1" --arms "CLIP,cross_attention s=0 U-L2-R2-Res-Out".
 The key row with a real language model, 96 minutes in two processes, an arm each, on two busy cores: --trainings 1
 --arms "CLIP,cross_attention s=4" --set language_model=smollm2 --set tune=lora --set batch=16 --set steps=80,280
 --set rates=2e-3,5e-4.

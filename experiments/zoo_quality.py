@@ -383,6 +383,7 @@ PARTS: dict[str, Callable[[Any, Options, dict[str, Any]], Rows]] = {
 def measure(options: Options, parts: Sequence[str]) -> Result:
     """Each part is kept in the work folder under its model's weights, so a run that was cut off goes on."""
     from diffprobe import load_model
+    from experiments.comparison import Settings
 
     model = load_model(options.model, options.device)
     weights = {name: _weights(model, name) for name in ("shapes-sd", "shapes-clip", "shapes-lm")}
@@ -392,6 +393,8 @@ def measure(options: Options, parts: Sequence[str]) -> Result:
         own = weights[
             {"clip": "shapes-clip", "blindness": "shapes-clip", "lm": "shapes-lm", "oracle": "shapes-lm"}.get(part, "shapes-sd")
         ]
+        if part == "oracle":  # its training decides its rows too
+            own = hashlib.sha256(f"{own} {Settings()} {options.set} {options.data}".encode()).hexdigest()[:16]
         kept = options.work / f"zoo_{part}_{own}{'_smoke' * options.smoke}"
         if not kept.with_suffix(".json").exists():
             seen: dict[str, Any] = {}

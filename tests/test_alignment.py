@@ -21,7 +21,6 @@ from diffprobe.probes.alignment import (
     PROTOCOLS,
     alignment_table,
     compare_scores,
-    concentration,
     fit_text_map,
     group_right,
     images_right,
@@ -31,6 +30,7 @@ from diffprobe.probes.alignment import (
 )
 from diffprobe.stats import wilson_interval
 from experiments.framework import Result, find_experiments, load_experiment
+from experiments.tab_alignment import concentration
 
 NAN = math.nan
 EXPERIMENT = load_experiment(find_experiments(["tab_alignment"])[0])
@@ -190,7 +190,7 @@ def test_map_is_ridge_on_standardised_features() -> None:
     x, y = rng.normal(3, [1, 5, 0.1, 2], (60, 4)), rng.normal(size=(60, 3))
     found = fit_text_map(x, y)
     standard = (x - x.mean(0)) / x.std(0)
-    oracle = Ridge(alpha=found.penalty, fit_intercept=False).fit(standard, y - y.mean(0))
+    oracle = Ridge(alpha=found.ridge.alpha_, fit_intercept=False).fit(standard, y - y.mean(0))
     mapped, texts = oracle.predict(standard[:5]), y[5:7] - y.mean(0)
     expected = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in texts] for a in mapped]
     np.testing.assert_allclose(found.cosine(x[:5], y[5:7]), expected, rtol=1e-6)

@@ -203,13 +203,15 @@ def test_every_bad_segmentation_is_listed_before_anything_is_read(coco: Path) ->
         data["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
         data["annotations"][3]["segmentation"] = {"size": [9, 9], "counts": [81]}
 
-    with pytest.raises(ValueError, match=r"2 segmentations.*polygon of 000000000139\.jpg.*mask of 000000000785\.jpg"):
+    with pytest.raises(
+        ValueError, match=r"2 entries of the segmentations.*polygon of 000000000139\.jpg.*mask of 000000000785\.jpg"
+    ):
         coco_dataset(edited(coco, spoil), coco / "val2017")
     assert (
         len(coco_dataset(edited(coco, lambda d: d["annotations"][3].update(segmentation="x")), coco / "val2017", limit=1)) == 1
     )
     for wrong in ("x", 7, [3], ["x"], {"size": 3, "counts": "a"}, {"size": [HEIGHT, WIDTH], "counts": "zzzz"}):
-        with pytest.raises(ValueError, match=r"1 segmentations.*of 000000000785\.jpg"):
+        with pytest.raises(ValueError, match=r"A (polygon|mask) of 000000000785\.jpg"):
             coco_dataset(edited(coco, lambda d: d["annotations"][3].update(segmentation=wrong)), coco / "val2017")  # noqa: B023
 
 
@@ -230,7 +232,7 @@ def test_every_bad_entry_of_a_file_is_listed(coco: Path) -> None:
 
 
 def test_run_lengths_need_no_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     assert decode_masks([{"size": [1, 3], "counts": [1, 2]}], (1, 3), "x").tolist() == [[[False, True, True]]]
     with pytest.raises(ValueError, match="COCO's polygons need pycocotools"):
         decode_masks([[[0, 0, 2, 0, 2, 2]]], (3, 3), "x")
@@ -278,7 +280,7 @@ def test_links_out_of_the_folder_are_refused(coco: Path) -> None:
     Image.new("RGB", (WIDTH, HEIGHT)).save(coco / "secret.jpg")
     (coco / "val2017" / "000000000139.jpg").unlink()
     (coco / "val2017" / "000000000139.jpg").symlink_to(coco / "secret.jpg")
-    with pytest.raises(ValueError, match="outside the folder of images"):
+    with pytest.raises(ValueError, match=r"is a link to .*, outside the folder"):
         coco_dataset(coco / "instances.json", coco / "val2017")
 
 

@@ -98,8 +98,11 @@ def test_mmvp_vlm_that_is_broken(tmp_path: Path, rows: Any, header: str, message
 def test_mmvp_vlm_without_its_table(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Questions\.csv' does not exist"):
         load_benchmark(f"mmvp-vlm:{tmp_path}")
+    (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n1,Color,a red door\n2,Color,red, and a door\n")
+    with pytest.raises(ValueError, match=r"Questions\.csv', line 3 does not have 3 columns; put quotes"):
+        load_benchmark(f"mmvp-vlm:{tmp_path}")
     (tmp_path / "Questions.csv").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"Questions.csv' could not be read as CSV"):
+    with pytest.raises(ValueError, match=r"Questions.csv' has no Question ID, Type, Statement; it has nothing"):
         load_benchmark(f"mmvp-vlm:{tmp_path}")
 
 

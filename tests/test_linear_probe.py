@@ -414,6 +414,11 @@ def test_unknown_label_names_the_closest():
     message = r"Label 'color' is not among the samples' labels \(area, colour, one\)\. Did you mean 'colour'\?"
     with pytest.raises(ValueError, match=message):
         fit_probe(planted(), "color")
+    told = planted()
+    told = told.assign_coords(status=("sample", np.ones(told.sizes["sample"], np.uint8)))  # as a store has it beside its labels
+    for name in ("color", "status"):
+        with pytest.raises(ValueError, match=r"samples' labels \(area, colour, one\)"):
+            fit_probe(told, name)
 
 
 def test_other_refusals():
@@ -517,13 +522,13 @@ def test_streaming_is_ridge_on_indicators_and_reads_blocks_only(monkeypatch):
 
     features = planted(side=3, strength=(6.0, 0.0))
     held = []
-    inner = streaming.matrix
+    inner = streaming.protocol.matrix
 
     def spy(block):
         held.append(block.sizes["sample"])
         return inner(block)
 
-    monkeypatch.setattr(streaming, "matrix", spy)
+    monkeypatch.setattr(streaming.protocol, "matrix", spy)
     frame = stream_probe(features, "colour", penalties=[20.0], block=16).table.set_index("timestep")
     assert max(held) == 16, "never more than a block is in memory"
     fitted, test = split(features, "colour")

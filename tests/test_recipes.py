@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffprobe.data import shapes
+from diffprobe.data import ShapesDataset, shapes
+from diffprobe.data.conversations import REQUESTS, load_conversations
 from diffprobe.data.questions import CATEGORIES, YES_NO, questions
 from diffprobe.data.twins import FAR
 from diffprobe.zoo import locate
@@ -496,6 +497,27 @@ def test_roughened_images_stay_images_and_differ() -> None:
         assert rough.shape == pixels.shape
         assert rough.abs().max() <= 1
         assert 0 < float((rough - pixels).abs().mean()) < 0.3
+
+
+def test_drawn_details_are_restatements() -> None:
+    """A language model reads them as it learnt to, so they must come in its words and their order."""
+    data, scenes = load_conversations("shapes-details:60"), ShapesDataset(60, "train")
+    said = 0
+    for index in range(60):
+        ((request, text),) = data[index].turns
+        if request != lm.RESTATE:
+            assert shapes.all_alike(scenes.scene(index)) or request in REQUESTS.values()
+            continue
+        every = [lm.facts(obj) for obj in scenes.scene(index).objects]
+        pairs = [(one["colour"], one["shape"]) for one in every]
+        wanted = {
+            f"the {one['colour']} {one['shape']}: {lm._said(one, one.keys() - {'colour', 'shape'})}"
+            for one, pair in zip(every, pairs, strict=True)
+            if pairs.count(pair) == 1
+        }
+        assert set(text.split("; ")) == wanted
+        said += len(wanted)
+    assert said > 60
 
 
 def test_how_a_scene_is_seen_is_asked_in_two_ways() -> None:

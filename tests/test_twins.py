@@ -230,7 +230,7 @@ def test_datasets_hold_both_images_of_every_pair(kind: str) -> None:
     assert samples[5].labels["pattern"] == pair.pattern
     image, masks = render(pair.scenes[1])
     assert np.array_equal(np.asarray(samples[5].load()), image) and np.array_equal(samples[5].masks(), masks)
-    with pytest.raises(IndexError, match="Image 18 of a dataset of 18"):
+    with pytest.raises(IndexError, match="Sample 18 of a dataset of 18"):
         dataset[18]
 
 

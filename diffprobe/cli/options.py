@@ -81,6 +81,8 @@ def completes(names: Callable[[typer.Context], Iterable[str]]) -> Callable[[type
 
 def model_sites(context: typer.Context) -> list[str]:
     """Presets and, of a UNet in a folder or embedded, its sites from the names of its weights: torch is not imported."""
+    from safetensors import safe_open
+
     from diffprobe.sites import PRESETS, list_sites
     from diffprobe.zoo import WEIGHTS
 
@@ -88,8 +90,8 @@ def model_sites(context: typer.Context) -> list[str]:
     folder = next((place for place in (WEIGHTS / model, Path(model)) if (place / "unet").is_dir()), None)
     named: set[str] = set()
     for file in (folder / "unet").glob("*.safetensors") if folder else ():
-        with file.open("rb") as weights:  # eight bytes say how long the header is, which names the tensors
-            named |= set(json.loads(weights.read(int.from_bytes(weights.read(8), "little")))) - {"__metadata__"}
+        with safe_open(file, "np") as weights:
+            named |= set(weights.keys())
     parts = [name.split(".") for name in sorted(named)]
     modules = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part)))
     return [*PRESETS, *(site.name for site in (list_sites(modules) if modules else []))]

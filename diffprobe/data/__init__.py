@@ -1,23 +1,6 @@
-"""Datasets: the drawn world, drawn twins of benchmarks, folders of photographs; all yield `Sample`.
+"""Datasets: the drawn world, drawn twins of benchmarks, photographs; all yield `Sample`.
 
-samples.py    what every dataset yields, and the specs that name datasets
-files.py      texts, JSON, names and contents of files that others wrote
-images.py     reading photographs safely, and fitting images and masks to a size
-shapes.py     the drawn world: scenes, pixels, masks and captions
-drawn.py      its scenes as a dataset
-questions.py  questions about drawn scenes
-twins.py      pairs of drawn scenes in the manner of MMVP, Winoground and NaturalBench
-keypoints.py  points that show the same thing in two images of a twin; spair.py those of SPair-71k
-several.py    questions about several drawn images at once, in the manner of BLINK
-folder.py     a folder of photographs, with or without captions; labels.py reads captions and labels from files and folders
-blank.py      any dataset with grey images
-rows.py       datasets of the hub saved on disk, WebDataset shards, folders behind a URL
-join.py       several datasets as one, and some samples of one
-annotations.py  photographs with masks: COCO, RefCOCO, Pascal VOC
-segmentations.py  COCO's polygons and run lengths as masks; categories.py names of categories in captions
-benchmarks.py published benchmarks of images and texts, from the hub or a folder
-tables.py     their files: rows of CSV, JSON and Parquet, and the images that they name
-question_benchmarks.py  those that ask questions, published and drawn
+`docs/architecture.md` says which file holds what.
 """
 
 from __future__ import annotations
@@ -40,6 +23,7 @@ from diffprobe.data.samples import (
     check_options,
     did_you_mean,
     iterate,
+    limit_of,
     split_spec,
     whole_number,
 )
@@ -71,16 +55,17 @@ __all__ = [
     "refcoco_dataset",
 ]
 
-ANNOTATED = {  # a path stands after the colon, where drawn datasets have a number
-    "coco": ("images", "captions", "limit"),
-    "refcoco": ("images", "instances", "split", "limit"),
-    "voc": ("split", "limit"),
-}
-ROWS = {"hf": ("split", "limit"), "tar": ("limit",)}
-OPTIONS = {"shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS}, **ANNOTATED, **ROWS}
-_FILES = ("coco:INSTANCES.json?images=FOLDER", "refcoco:REFS.json?images=FOLDER", "voc:FOLDER", "hf:FOLDER", "tar:FILES.tar")
+OPTIONS = {
+    "shapes": ("split", "seed", "objects"), **{f"shapes-{kind}": ("seed",) for kind in KINDS},
+    "coco": ("images", "captions", "limit"), "refcoco": ("images", "instances", "split", "limit"), "voc": ("split", "limit"),
+    "hf": ("split", "limit"), "tar": ("limit",),
+}  # fmt: skip
+_FILES = {
+    "coco": "coco:INSTANCES.json?images=FOLDER", "refcoco": "refcoco:REFS.json?images=FOLDER", "voc": "voc:FOLDER", "hf": "hf:FOLDER",
+    "tar": "tar:FILES.tar",
+}  # fmt: skip
 FORMS = ", ".join(
-    ["shapes:N", *(f"shapes-{kind}:N" for kind in KINDS), *_FILES, "blank:SPEC", "or the path or URL of a folder of images"]
+    ["shapes:N", *(f"shapes-{k}:N" for k in KINDS), *_FILES.values(), "blank:SPEC", "or the path or URL of a folder of images"]
 )
 
 
@@ -119,44 +104,32 @@ def load_dataset(spec: str) -> Dataset:
         _, folder, given = split_spec(f"folder:{spec}")
         if "://" in spec or (given and Path(folder).expanduser().is_dir()):
             check_options(spec, "a folder", given, ("limit",))
-            limit = whole_number(spec, "limit", given["limit"], at_least=1) if given else None
+            limit = limit_of(spec, given)
             return folder_at(folder, limit) if "://" in spec else FolderDataset(folder, limit=limit)
         raise ValueError(f"{spec!r} names no dataset and no folder; valid are {FORMS}.{did_you_mean(kind, OPTIONS)}")
     _, target, given = split_spec(spec)
     options = check_options(spec, kind, given, OPTIONS[kind])
     if not target:
-        example = (
-            f"'{kind}:256'"
-            if kind not in (*ANNOTATED, *ROWS)
-            else next(f"'{form}'" for form in _FILES if form.startswith(kind))
-        )
-        raise ValueError(
-            f"{spec!r} does not say {'how many' if kind not in (*ANNOTATED, *ROWS) else 'where'}; write for example {example}."
-        )
-    if kind in ROWS:
-        limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
-        return RowsDataset(kind, target, options.get("split"), limit)
-    if kind in ANNOTATED:
-        return _annotated(spec, kind, target, options)
+        what, example = ("where", _FILES[kind]) if kind in _FILES else ("how many", f"{kind}:256")
+        raise ValueError(f"{spec!r} does not say {what}; write for example '{example}'.")
+    limit, split = limit_of(spec, options), options.get("split")
+    if kind in ("hf", "tar"):
+        return RowsDataset(kind, target, split, limit)
+    if kind == "voc":
+        return VocDataset(target, split or "val", limit)
+    if kind in _FILES and "images" not in options:
+        raise ValueError(f"{spec!r} does not say where the images are; add images=FOLDER.")
+    if kind == "coco":
+        return coco_dataset(target, options["images"], options.get("captions"), limit)
+    if kind == "refcoco":
+        return refcoco_dataset(target, options["images"], options.get("instances"), split, limit)
     count = whole_number(spec, "the number after ':'", target, at_least=1)
     seed = whole_number(spec, "seed", options.get("seed", "0"))
     if kind != "shapes":
         return TwinsDataset(kind.removeprefix("shapes-"), count, seed)
-    split = options.get("split", "train")
+    split = split or "train"
     if split not in SPLITS:
         raise ValueError(f"{spec!r}: unknown split {split!r}; valid are {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
     most = len(COUNT_WORDS) - 1
     objects = whole_number(spec, "objects", options["objects"], at_least=1, at_most=most) if "objects" in options else None
     return ShapesDataset(count, split, seed, objects)
-
-
-def _annotated(spec: str, kind: str, path: str, options: dict[str, str]) -> Dataset:
-    """A dataset of annotated photographs from the path after the colon and its options."""
-    limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
-    if kind == "voc":
-        return VocDataset(path, options.get("split", "val"), limit)
-    if "images" not in options:
-        raise ValueError(f"{spec!r} does not say where the images are; add images=FOLDER.")
-    if kind == "coco":
-        return coco_dataset(path, options["images"], options.get("captions"), limit)
-    return refcoco_dataset(path, options["images"], options.get("instances"), options.get("split"), limit)

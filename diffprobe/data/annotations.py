@@ -26,6 +26,7 @@ from diffprobe.data.files import content_digests, file_inside, inside, listed, n
 from diffprobe.data.images import MAX_PIXELS, ImageError, read_image, refusal
 from diffprobe.data.samples import Caption, IndexedDataset, Sample, Span, join_spec
 from diffprobe.data.segmentations import Bools, checked_runs, decode_masks
+from diffprobe.data.tables import collected, open_parquet
 
 PICKLES = (".p", ".pkl", ".pickle")
 VOC_CLASSES = (
@@ -53,7 +54,6 @@ class AnnotatedDataset(IndexedDataset):
     """Samples of an annotation file, whose images lie in one folder.
 
     Args:
-        name: For provenance.
         spec: The text from which `load_dataset` makes this dataset.
         images: Folder that the records' files are relative to.
         records: One per sample, in order.
@@ -77,9 +77,13 @@ class AnnotatedDataset(IndexedDataset):
                 f"{len(missing)} of the {len(self.records)} annotated images are not in '{self.root}': {listed(missing)}; "
                 "name their folder with images=FOLDER, or take fewer with limit=N."
             )
-        faults = [fault for record in self.records for fault in _faults(record)]
-        if faults:
-            raise ValueError(f"{len(faults)} segmentations of {spec!r} cannot be read: {listed(faults)}.")
+        checks = [
+            partial(checked_runs, segmentation, record.size, record.id)
+            for record in self.records
+            for segmentation in record.segmentations
+            if segmentation
+        ]
+        collected(f"the segmentations of {spec!r}", checks)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -107,18 +111,6 @@ class AnnotatedDataset(IndexedDataset):
         found = {file: path.relative_to(self.root).as_posix() for file, path in self._paths.items()}
         contents = dict(zip(found, content_digests(self.root, list(found.values())), strict=True))
         return [contents[r.file] for r in self.records]
-
-
-def _faults(record: Record) -> list[str]:
-    """What is wrong with a record's segmentations."""
-    found = []
-    for segmentation in record.segmentations:
-        try:
-            if segmentation:
-                checked_runs(segmentation, record.size, record.id)
-        except ValueError as error:
-            found.append(str(error))
-    return found
 
 
 def _load(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -174,7 +166,7 @@ class _Checked:
     def get(self, entry: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
         """A value of a type; another is noted as a fault, and the type's empty value returned."""
         value = entry.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer) if kind is int else kind):
+        if isinstance(value, bool) or not isinstance(value, kind):
             self.faults.append(f"'{self.path}': {key} is {value!r} where {kind.__name__} was expected")
             return kind()
         return kind(value)
@@ -213,7 +205,6 @@ def coco_dataset(
         annotations: The file of instances.
         images: Folder of the images.
         captions: The file of captions.
-        limit: How many images, from the first.
 
     Raises:
         ValueError: a file is not in COCO's layout; the message lists the places.
@@ -370,18 +361,15 @@ def _rows(file: _Checked) -> list[Mapping[str, Any]]:
             "JSON (json.dump) or take the hub's Parquet file; then name that file."
         )
     if path.suffix == ".parquet":
-        if not path.is_file():
-            raise ValueError(f"'{path}' does not exist; check its name.")
-        import pandas as pd  # only here: slow to load
-
-        rows: list[Any] = pd.read_parquet(path).to_dict("records")
+        with open_parquet(path) as table:
+            rows: list[Any] = table.read().to_pylist()
     elif path.suffix == ".jsonl":
         rows = [parse_json(line, where) for where, line in numbered_lines(path)]
     else:
         rows = file.json(list)
     for row in rows:
         said = row.get("sentences") if isinstance(row, dict) else None
-        if not isinstance(said, list | np.ndarray) or not all(isinstance(sentence, dict) for sentence in said):
+        if not isinstance(said, list) or not all(isinstance(sentence, dict) for sentence in said):
             raise ValueError(f"'{path}': a row has no sentences; rows of RefCOCO have ref_id, image_id, ann_id and sentences.")
     return rows
 
@@ -398,7 +386,6 @@ class VocDataset(IndexedDataset):
     Args:
         root: The folder that holds JPEGImages, SegmentationClass, SegmentationObject and ImageSets.
         split: A file of ``ImageSets/Segmentation``: train, val, trainval.
-        limit: How many images, from the first.
 
     Raises:
         ValueError: the folder is not laid out so.

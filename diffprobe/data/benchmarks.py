@@ -29,23 +29,10 @@ from typing import Any
 
 from PIL import Image
 
-from diffprobe.data import load_dataset
+from diffprobe.data import load_dataset, tables
 from diffprobe.data.files import inside, numbered_lines, read_text
 from diffprobe.data.images import ImageError, decode_image, read_image
 from diffprobe.data.samples import did_you_mean, split_spec
-from diffprobe.data.tables import (
-    Loader,
-    benchmark_folder,
-    check_columns,
-    check_ids,
-    collected,
-    csv_rows,
-    image_file,
-    image_folder,
-    items_digest,
-    json_object,
-    parquet_rows,
-)
 from diffprobe.data.twins import TwinsDataset
 
 Label = str | int | float
@@ -68,7 +55,7 @@ class Item:
     """
 
     id: str
-    images: tuple[Loader, ...]
+    images: tuple[tables.Loader, ...]
     captions: tuple[str, ...]
     pattern: str
     labels: Mapping[str, Label] = field(default_factory=dict)
@@ -89,7 +76,7 @@ class Benchmark:
     def fingerprint(self) -> str:
         """Hash of every id, caption and pattern, and of the pictures."""
         texts = [(item.id, item.captions, item.pattern, len(item.images)) for item in self.items]
-        return items_digest(self.protocol, texts, [load for item in self.items for load in item.images])
+        return tables.items_digest(self.protocol, texts, [load for item in self.items for load in item.images])
 
 
 def load_benchmark(spec: str) -> Benchmark:
@@ -118,8 +105,8 @@ def load_benchmark(spec: str) -> Benchmark:
             given = f"{name}={value}"
             raise ValueError(f"{spec!r}: {given!r} is no option of {kind}; sugarcrepe takes images=FOLDER, the others none.")
     images = Path(options["images"]).expanduser() if options else None
-    items = tuple(collected(repr(spec), READERS[kind](benchmark_folder(source), images)))
-    check_ids(spec, [item.id for item in items])
+    items = tuple(tables.collected(repr(spec), READERS[kind](tables.benchmark_folder(source), images)))
+    tables.check_ids(spec, [item.id for item in items])
     return Benchmark(kind, kind, spec, items)
 
 
@@ -164,51 +151,46 @@ def read_mmvp_vlm(folder: Path, images: Path | None = None) -> Makers:
             )
         rows[int(number)] = (where, inside(where, kind), statement)
 
-    def pair(first: int) -> tuple[int, int]:
+    def pair(first: int) -> Item:
         if first not in rows:
             raise ValueError(f"'{source}': ID {first} is missing, the other half of the pair of {first + 1}.")
         kind, other = rows[first][1], rows.get(first + 1)
         if other is None or other[1] != kind:
             found = f"has the type {other[1]!r}" if other else "is missing"
             raise ValueError(f"'{source}': IDs {first} and {first + 1} are a pair of type {kind!r}, but {first + 1} {found}.")
-        return first, first + 1
+        both = {f"{first + side}.jpg": rows[first + side] for side in (0, 1)}
+        shown = (partial(tables.image_file, row[0], folder / "MLLM_VLM Images" / kind / name) for name, row in both.items())
+        loaders = tuple(tables.collected(f"'{source}'", shown))
+        pattern = MMVP_PATTERNS.get(kind.replace("_", " ").split()[0].lower(), kind.lower())
+        captions = tuple(PHOTO + statement for *_, statement in both.values())
+        return Item(f"mmvp-vlm-{(first + 1) // 2:03d}", loaders, captions, pattern, {"type": kind})
 
-    lines = csv_rows(source, ("Question ID", "Type", "Statement"))
-    collected(f"'{source}'", (partial(read, where, *cells) for where, cells in lines))
-    pairs = collected(f"'{source}'", (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows})))
-    paths = {number: folder / "MLLM_VLM Images" / kind / f"{number}.jpg" for number, (_, kind, _) in rows.items()}
-    loaders = collected(f"'{source}'", (partial(image_file, rows[number][0], path) for number, path in paths.items()))
-    return (partial(_mmvp_pair, rows, dict(zip(paths, loaders, strict=True)), numbers) for numbers in pairs)
-
-
-def _mmvp_pair(rows: Mapping[int, tuple[str, str, str]], loaders: Mapping[int, Loader], numbers: tuple[int, int]) -> Item:
-    kind = rows[numbers[0]][1]
-    return Item(
-        f"mmvp-vlm-{numbers[1] // 2:03d}",
-        tuple(loaders[number] for number in numbers),
-        tuple(PHOTO + rows[number][2] for number in numbers),
-        MMVP_PATTERNS.get(kind.replace("_", " ").split()[0].lower(), kind.lower()),
-        {"type": kind},
-    )
+    lines = tables.csv_rows(source, ("Question ID", "Type", "Statement"))
+    tables.collected(f"'{source}'", (partial(read, where, *cells) for where, cells in lines))
+    return (partial(pair, first) for first in sorted({number - 1 + number % 2 for number in rows}))
 
 
 def read_winoground(folder: Path, images: Path | None = None) -> Makers:
     """The quadruples of Winoground, grouped by collapsed_tag (Object, Relation, Both)."""
-    if tables := sorted(folder.rglob("*.parquet")):
-        rows = parquet_rows(tables, folder, WINOGROUND_COLUMNS, ("image_0", "image_1"))
+    if found := sorted(folder.rglob("*.parquet")):
+        rows = tables.parquet_rows(found, folder, WINOGROUND_COLUMNS, ("image_0", "image_1"))
         return (partial(_winoground_item, row) for row in rows)
     found = [path for name in ("examples.jsonl", "metadata.jsonl") for path in sorted(folder.rglob(name))]
     if not found:
         raise ValueError(
             f"'{folder}' has neither Parquet files nor an examples.jsonl; it should be a copy of facebook/winoground."
         )
-    pictures = _Pictures(found[0].parent)
+    pictures = _pictures(found[0].parent)
     return (partial(_winoground_line, pictures, where, line) for where, line in numbered_lines(found[0]))
 
 
-def _winoground_line(pictures: _Pictures, where: str, line: str) -> Item:
-    row = json_object(line, where, WINOGROUND_COLUMNS)
-    return _winoground_item(row | {name: pictures.loader(where, str(row[name])) for name in ("image_0", "image_1")})
+def _winoground_line(pictures: Mapping[str, tables.Loader], where: str, line: str) -> Item:
+    row = tables.json_object(line, where, WINOGROUND_COLUMNS)
+    for name in ("image_0", "image_1"):
+        if (stem := Path(inside(where, str(row[name]))).stem) not in pictures:
+            raise ValueError(f"{where}: there is no image {row[name]!r} in 'images' or 'images.zip' beside it; copy it there.")
+        row[name] = pictures[stem]
+    return _winoground_item(row)
 
 
 def _winoground_item(row: Mapping[str, Any]) -> Item:
@@ -221,26 +203,16 @@ def _winoground_item(row: Mapping[str, Any]) -> Item:
     )
 
 
-class _Pictures:
-    """Images that are named by their stem: files of the folder ``images``, or entries of ``images.zip``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.archive = folder / "images", folder / "images.zip"
-        self.files = {path.stem: path for path in sorted(self.folder.rglob("*")) if path.suffix} if self.folder.is_dir() else {}
-        self.entries: dict[str, str] = {}
-        if not self.files and self.archive.is_file():
-            with zipfile.ZipFile(self.archive) as opened:
-                # what the system that packed it adds (__MACOSX/._ex_0_img_0.png) begins with a dot
-                entries = [name for name in opened.namelist() if not Path(name).name.startswith(".")]
-            self.entries = {Path(name).stem: name for name in entries}
-
-    def loader(self, where: str, name: str) -> Loader:
-        stem = Path(inside(where, name)).stem
-        if stem in self.files:
-            return partial(read_image, self.files[stem])
-        if stem in self.entries:
-            return partial(_read_entry, self.archive, self.entries[stem])
-        raise ValueError(f"{where}: there is no image {name!r} in '{self.folder}' or '{self.archive}'; copy it there.")
+def _pictures(folder: Path) -> dict[str, tables.Loader]:
+    """Images by their stem: files of the folder ``images``, or entries of ``images.zip``."""
+    files, archive = (folder / "images").rglob("*"), folder / "images.zip"
+    found: dict[str, tables.Loader] = {path.stem: partial(read_image, path) for path in sorted(files) if path.suffix}
+    if not found and archive.is_file():
+        with zipfile.ZipFile(archive) as opened:
+            # what the system that packed it adds (__MACOSX/._ex_0_img_0.png) begins with a dot
+            names = [name for name in opened.namelist() if not Path(name).name.startswith(".")]
+        found = {Path(name).stem: partial(_read_entry, archive, name) for name in names}
+    return found
 
 
 def _read_entry(archive: Path, name: str) -> Image.Image:
@@ -256,16 +228,16 @@ def read_sugarcrepe(folder: Path, images: Path | None = None) -> Makers:
     if absent := [name for name in SUGARCREPE_SUBSETS if not (root / f"{name}.json").is_file()]:
         raise ValueError(f"'{folder}' has no {', '.join(f'{name}.json' for name in absent)}; SugarCrepe has seven such files.")
     beside = [base / name for base in (folder, root) for name in ("val2017", "images")]
-    pictures = image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
+    pictures = tables.image_folder("sugarcrepe", folder, images, "COCO val2017", beside)
     for subset in SUGARCREPE_SUBSETS:
         source = root / f"{subset}.json"
-        for key, row in json_object(read_text(source), f"'{source}'").items():
+        for key, row in tables.json_object(read_text(source), f"'{source}'").items():
             yield partial(_sugarcrepe_item, f"'{source}', entry {key!r}", f"{subset}-{key}", subset, pictures, row)
 
 
 def _sugarcrepe_item(where: str, name: str, subset: str, pictures: Path, row: Any) -> Item:
-    check_columns(where, row, ("filename", "caption", "negative_caption"))
-    image = image_file(where, pictures / inside(where, str(row["filename"])))
+    tables.check_columns(where, row, ("filename", "caption", "negative_caption"))
+    image = tables.image_file(where, pictures / inside(where, str(row["filename"])))
     return Item(name, (image,), (str(row["caption"]), str(row["negative_caption"])), subset)
 
 

@@ -1,7 +1,8 @@
 """What a multimodal language model is taught with: images, and conversations about them.
 
 ``llava:FILE.json?images=FOLDER`` reads the layout of LLaVA: {"id", "image", "conversations": [{"from", "value"}]} in a list, or
-one a line, where "image" or "images" is a name or a list of names.  ``shapes-captions:N`` and ``shapes-instruct:N`` are drawn.
+one a line, where "image" or "images" is a name or a list of names.  ``shapes-captions:N``, ``shapes-details:N`` and
+``shapes-instruct:N`` are drawn.
 Drawn instructions are about training scenes, twins and several images, of seeds that no benchmark reaches; their answers never
 follow from the text.  Images are read only when asked for.
 """
@@ -13,27 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from diffprobe.data import files
 from diffprobe.data.drawn import ShapesDataset, spread
-from diffprobe.data.files import (
-    check_unicode,
-    content_digests,
-    file_inside,
-    inside,
-    numbered_lines,
-    parse_json,
-    read_text,
-    real_path,
-)
 from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
-from diffprobe.data.samples import Fingerprinted, check_options, split_spec, whole_number
+from diffprobe.data.samples import Fingerprinted, check_options, limit_of, split_spec, whole_number
 from diffprobe.data.several import several_images
-from diffprobe.data.shapes import picture
+from diffprobe.data.shapes import DIRECTED, Obj, picture, place_words
 from diffprobe.data.tables import collected
 from diffprobe.data.twins import KINDS
 
@@ -45,6 +37,7 @@ REQUESTS = {  # the question of a drawn caption, by its style
     "relation": "Say how the objects stand to each other.",
     "count": "Count the objects and name them.",
 }
+DETAILS = "Describe the objects one by one."
 TURNS = 8  # at most, of a drawn conversation about one scene
 FORMS = ("scene",) * 4 + ("mmvp",) * 3 + ("naturalbench",) * 2 + ("several",)  # of drawn instructions, in turn
 
@@ -58,29 +51,23 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-@runtime_checkable
-class Conversations(Protocol):
+class Conversations(Fingerprinted):
     """An indexable collection of conversations with an identity."""
 
-    @property
-    def name(self) -> str:
-        """A short name for provenance."""
-        ...
+    name: str
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Conversation: ...
-
-    def fingerprint(self) -> str:
-        """A short hash that changes when a conversation does."""
-        ...
+    def __getitem__(self, index: int) -> Conversation:
+        raise NotImplementedError
 
 
 # --- drawn ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Drawn(Fingerprinted):
+class _Drawn(Conversations):
     """`count` drawn conversations."""
 
     count: int
@@ -88,14 +75,11 @@ class _Drawn(Fingerprinted):
     kind: ClassVar[str]
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"{self.kind}-{self.seed}"
 
     def __len__(self) -> int:
         return self.count
-
-    def __getitem__(self, index: int) -> Conversation:
-        raise NotImplementedError
 
     def content(self) -> Iterator[bytes]:
         """The parameters, and turns and pixels of some conversations from the first to the last."""
@@ -120,6 +104,36 @@ class DrawnCaptions(_Drawn):
         style = list(REQUESTS)[index % len(REQUESTS)]
         text = next(caption.text for caption in sample.captions if caption.style == style)
         return Conversation(sample.id, (sample.load,), ((REQUESTS[style], text),))
+
+
+@dataclass(frozen=True)
+class DrawnDetails(_Drawn):
+    """Everything about each object of `count` training scenes that its colour and shape name, in any order.
+
+    Nearly every word depends on the image: a caption of `DrawnCaptions` says a direction or a letter once in thirty words.
+
+    >>> DrawnDetails(4)[2].turns[0][1]
+    'the cyan triangle: small dotted at the left'
+    """
+
+    kind = "shapes-details"
+
+    def __getitem__(self, index: int) -> Conversation:
+        scenes = ShapesDataset(self.count, "train", self.seed)
+        sample, objects, rng = scenes[index], scenes.scene(index).objects, np.random.default_rng([self.seed, index, 12])
+        pairs = [obj.pair for obj in objects]
+        named = [obj for obj in objects if pairs.count(obj.pair) == 1]
+        if not named:
+            return DrawnCaptions(self.count, self.seed)[index]
+        parts = [f"the {obj.colour} {obj.shape}: {_rest(obj)}" for obj in (named[i] for i in rng.permutation(len(named)))]
+        return Conversation(sample.id, (sample.load,), ((DETAILS, "; ".join(parts)),))
+
+
+def _rest(obj: Obj) -> str:
+    """All that can be said of an object whose colour and shape are known."""
+    said = [obj.size, obj.fill] + [f"pointing {obj.direction}"] * (obj.shape in DIRECTED)
+    said += {"none": [], "dot": ["with a dot"]}.get(obj.mark, [f"with the letter {obj.mark}"])
+    return " ".join([*said, place_words(obj)])
 
 
 @dataclass(frozen=True)
@@ -155,38 +169,34 @@ class DrawnInstructions(_Drawn):
 _Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
-class LlavaConversations(Fingerprinted):
+class LlavaConversations(Conversations):
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:
         path: The file, JSON or JSON lines.
         images: The folder that image names are relative to; names that leave it are refused.
-        limit: Conversations at most, the first ones.
 
     Raises:
         ValueError: The file is not of this layout, or images are missing; the message lists the entries.
     """
 
     def __init__(self, path: str | Path, images: str | Path, limit: int | None = None) -> None:
-        self.path, self.folder = Path(path), real_path(images)
+        self.path, self.folder = Path(path), files.real_path(images)
+        self.name = self.path.stem
         if not self.path.is_file():
             raise ValueError(f"'{self.path}' does not exist; give a JSON file in LLaVA's layout.")
         if not self.folder.is_dir():
             raise ValueError(f"'{images}' is no folder; give the folder that the image names are relative to.")
-        text = read_text(self.path)
+        text = files.read_text(self.path)
         if text.lstrip()[:1] in ("{", ""):
-            entries = [parse_json(line, where) for where, line in numbered_lines(self.path)]
+            entries = [files.parse_json(line, where) for where, line in files.numbered_lines(self.path)]
         else:
-            entries = parse_json(text, f"'{self.path}'")
+            entries = files.parse_json(text, f"'{self.path}'")
         if not isinstance(entries, list) or not entries:
             raise ValueError(f"'{self.path}' must hold a list of conversations, or one a line, at least one.")
         self._files: dict[str, Path] = {}
         read = (partial(self._read, number, entry) for number, entry in enumerate(entries[:limit]))
         self._entries: list[_Entry] = collected(f"'{self.path}'", read)
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -196,14 +206,14 @@ class LlavaConversations(Fingerprinted):
         return Conversation(name, tuple(partial(self._load, image) for image in images), turns)
 
     def content(self) -> Iterator[bytes]:
-        contents = content_digests(self.folder, [path.relative_to(self.folder).as_posix() for path in self._files.values()])
+        contents = files.content_digests(
+            self.folder, [path.relative_to(self.folder).as_posix() for path in self._files.values()]
+        )
         yield json.dumps([self._entries, contents], ensure_ascii=False).encode()
 
     def _load(self, name: str) -> Image.Image:
-        path = self._files[name]
-        if not real_path(path).is_relative_to(self.folder):
-            raise ValueError(f"'{path}' is a link to '{real_path(path)}', outside the folder of images.")
-        return read_image(path)
+        files.check_inside(self.folder, self._files[name])
+        return read_image(self._files[name])
 
     def _read(self, number: int, entry: Any) -> _Entry:
         """An entry's id, images and turns; its images are there."""
@@ -211,10 +221,10 @@ class LlavaConversations(Fingerprinted):
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise ValueError(f'{where} has no list "conversations".')
         where = f"{where} (id {entry.get('id', number)!r})"
-        check_unicode(f"{where}: its id", entry.get("id", number))
+        files.check_unicode(f"{where}: its id", entry.get("id", number))
         names, texts = _image_names(where, entry), _texts(where, entry["conversations"])
         for kind, text in (("image", "".join(names)), *((f"text {k}", text) for k, text in enumerate(texts))):
-            check_unicode(f"{where}: its {kind}", text)
+            files.check_unicode(f"{where}: its {kind}", text)
         marks = sum(text.count(MARK) for text in texts)
         if names and marks not in (0, len(names)):
             raise ValueError(f"{where} names {len(names)} images and speaks of {marks} ({MARK}).")
@@ -223,7 +233,7 @@ class LlavaConversations(Fingerprinted):
         clean = [text.replace(MARK, "").strip() if names and MARK in text else text for text in texts]
         for name in names:
             if name not in self._files:
-                path = file_inside(self.folder, name)
+                path = files.file_inside(self.folder, name)
                 if path is None:
                     raise ValueError(
                         f"{where}: '{name}' is not in '{self.folder}'; copy it there, or name its folder with images=FOLDER."
@@ -240,7 +250,7 @@ def _image_names(where: str, entry: Mapping[str, Any]) -> list[str]:
         raise ValueError(f'{where}: "image" must be a name or a list of names; found {both[0] or both[1]!r}.')
     if names and more and names != more:
         raise ValueError(f'{where}: "image" and "images" name other files; keep one of them.')
-    return [inside(where, name) for name in names or more]
+    return [files.inside(where, name) for name in names or more]
 
 
 def _texts(where: str, turns: list[Any]) -> list[str]:
@@ -258,8 +268,8 @@ def _texts(where: str, turns: list[Any]) -> list[str]:
 
 # --- by name ----------------------------------------------------------------------------------------
 
-SPECS = "shapes-captions:N, shapes-instruct:N (with seed), or llava:FILE.json?images=FOLDER (with limit)"
-_DRAWN = {"shapes-captions": DrawnCaptions, "shapes-instruct": DrawnInstructions}
+SPECS = "shapes-captions:N, shapes-details:N, shapes-instruct:N (with seed), or llava:FILE.json?images=FOLDER (with limit)"
+_DRAWN = {drawn.kind: drawn for drawn in (DrawnCaptions, DrawnDetails, DrawnInstructions)}
 
 
 def load_conversations(spec: str) -> Conversations:
@@ -278,7 +288,6 @@ def load_conversations(spec: str) -> Conversations:
     if kind in _DRAWN:
         count = whole_number(spec, "the number after ':'", target, at_least=1)
         return _DRAWN[kind](count, whole_number(spec, "seed", options.get("seed", "0")))
-    limit = whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
     if "images" not in options:
         raise ValueError(f"{spec!r} does not say where the images are; add ?images=FOLDER.")
-    return LlavaConversations(target, options["images"], limit)
+    return LlavaConversations(target, options["images"], limit_of(spec, options))

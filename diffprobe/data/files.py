@@ -132,12 +132,19 @@ def file_inside(root: Path, name: str) -> Path | None:
         ValueError: the file is a link that leaves the folder.
     """
     path = next((path for form in spellings(name) if (path := root / form).is_file()), None)
-    if path is None:
-        return None
-    target = real_path(path) if path.is_symlink() else _real_folder(path.parent) / path.name
-    if not target.is_relative_to(root):
-        raise ValueError(f"'{path}' is a link to '{target}', outside the folder of images; copy the file into the folder.")
+    if path is not None and (path.is_symlink() or not _real_folder(path.parent).is_relative_to(root)):
+        check_inside(root, path)
     return path
+
+
+def check_inside(root: Path, path: Path) -> None:
+    """Raises ValueError where a link leads from a folder, whose own links are followed, to a path outside it."""
+    target = real_path(path)
+    if not target.is_relative_to(root):
+        raise ValueError(
+            f"'{path}' is a link to '{target}', outside the folder '{root}'; copy what it points to into the folder, "
+            "or remove the link."
+        )
 
 
 @lru_cache(maxsize=1024)  # some folders have 100,000 files
@@ -168,35 +175,29 @@ def content_digests(root: Path, names: Sequence[str]) -> list[str]:
     known: _Known = {}
     with contextlib.suppress(OSError, ValueError):
         known = parse_json(read_text(memory), str(memory))
-    faults, fresh, read = [], {}, 0
-    states: dict[str, list[Any]] = {}
-    for name in names:
+
+    def entry(name: str) -> Any:
+        """A file's size, times and digest, or the error that reading it meets."""
         try:
             found = (root / name).stat()
-            states[name] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            return known[name] if known.get(name, [])[:3] == state else [*state, _digest(root / name)]
         except OSError as error:
-            faults.append(f"'{root / name}' ({error.strerror})")
-    wanted = [name for name, state in states.items() if known.get(name, [])[:3] != state]
+            return error
+
     with ThreadPoolExecutor(4) as readers:  # hashing and reading release the interpreter lock
-        for name, digest in zip(wanted, readers.map(lambda name: _digest(root / name), wanted), strict=True):
-            if isinstance(digest, OSError):
-                faults.append(f"'{root / name}' ({digest.strerror})")
-                continue
-            fresh[name] = [*states[name], digest]
-            read += states[name][0]
+        entries = dict(zip(names, readers.map(entry, names), strict=True))
+    faults = [f"'{root / name}' ({error.strerror})" for name, error in entries.items() if isinstance(error, OSError)]
     if faults:
         raise ValueError(f"{len(faults)} of {len(names)} files cannot be read: {listed(faults)}. Mend them or take them away.")
-    digests = [(fresh.get(name) or known[name])[3] for name in names]
-    if read >= _REMEMBERED:
+    fresh = {name: one for name, one in entries.items() if one is not known.get(name)}
+    if sum(size for size, *_ in fresh.values()) >= _REMEMBERED:
         before = (time.time() - _SETTLED) * 1e9
-        known |= {name: entry for name, entry in fresh.items() if max(entry[1:3]) < before}
+        known |= {name: one for name, one in fresh.items() if max(one[1:3]) < before}
         with contextlib.suppress(OSError):  # without a writable cache the next run reads again
             write_whole(memory, json.dumps(known))
-    return digests
+    return [entries[name][3] for name in names]
 
 
-def _digest(path: Path) -> str | OSError:
-    try:
-        return file_digest(path, partial(hashlib.blake2b, digest_size=16))
-    except OSError as error:
-        return error
+def _digest(path: Path) -> str:
+    return file_digest(path, partial(hashlib.blake2b, digest_size=16))

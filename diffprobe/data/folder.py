@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
-from diffprobe.data.files import content_digests, listed, numbered_lines, real_path, spellings
+from diffprobe.data.files import check_inside, content_digests, listed, numbered_lines, real_path, spellings
 from diffprobe.data.images import read_image
 from diffprobe.data.labels import CAPTION_COLUMNS, FORMATS, Known, folder_labels, read_known
 from diffprobe.data.samples import Caption, IndexedDataset, Sample, join_spec
@@ -34,7 +34,6 @@ class FolderDataset(IndexedDataset):
             hub's metadata files the image is called file_name, its place is that in the metadata file's own folder, and a
             text is a caption.  An image does not have a label that is empty, null or NaN or, among numbers, inf or a word
             such as NA.  Labels of a file go before those of folders (`class`, `split`).
-        limit: Take only the first so many images.
 
     Raises:
         ValueError: the folder is missing or has no images, or its captions do not fit it.
@@ -85,7 +84,7 @@ class FolderDataset(IndexedDataset):
             image = path.suffix.lower() in SUFFIXES
             source = path.name in METADATA_FILES or place.as_posix() in CAPTION_FILES
             if path.is_symlink() and (path.is_dir() or image):
-                self._refuse_outside(path)
+                check_inside(self.root, path)
             if image and path.is_file():
                 found.append(place.as_posix())
             elif source and path.is_file():
@@ -99,14 +98,6 @@ class FolderDataset(IndexedDataset):
             )
         return sorted(found)
 
-    def _refuse_outside(self, path: Path) -> None:
-        target = real_path(path)
-        if not target.is_relative_to(self.root):
-            raise ValueError(
-                f"'{path}' is a link to '{target}', outside the folder '{self.root}'; copy what it points to into the folder, "
-                "or remove the link."
-            )
-
     def _check_sources(self) -> None:
         """Raises ValueError where it is not known which of several files holds the captions."""
         order = (*CAPTION_FILES, *METADATA_FILES)
@@ -117,14 +108,14 @@ class FolderDataset(IndexedDataset):
             if len(beside) > 1:
                 names = " and ".join(other.relative_to(self.root).as_posix() for other in beside)
                 raise ValueError(f"'{self.root}' holds both {names}; remove one, or say which with `captions`.")
-            self._refuse_outside(path)
+            check_inside(self.root, path)
 
     def _sidecars(self) -> dict[str, Known]:
         known = {}
         for name in self.files:
             beside = [(self.root / form).with_suffix(".txt") for form in spellings(name)]
             if path := next((path for path in beside if path.is_file()), None):
-                self._refuse_outside(path)
+                check_inside(self.root, path)
                 known[name] = Known([line.strip() for _, line in numbered_lines(path)])
         return known
 

@@ -6,8 +6,6 @@ row that cannot be used is a fault that names the file and the line; all faults 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffprobe.data.files import inside, listed, numbered_lines, parse_json, read_text, spellings
+from diffprobe.data.files import inside, listed, numbered_lines, parse_json, spellings
+from diffprobe.data.tables import csv_lines, open_parquet
 
 NOTHING = ("none", "null", "na", "n/a", "<na>")  # no value in a column of numbers; among words, "none" may be a class
 FILE_COLUMNS = ("file", "file_name")  # of a path inside the folder; the second is the hub's
@@ -65,25 +64,30 @@ def read_known(
     Raises:
         ValueError: the file cannot be read, or rows of it cannot be used.
     """
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if source.suffix.lower() not in readers:
+    if source.suffix.lower() not in FORMATS:
         raise ValueError(f"The captions file '{source}' ends in {source.suffix!r}; write it as .jsonl or .csv, or as .parquet.")
     faults: list[str] = []
-    rows = list(readers[source.suffix.lower()](source, faults, names, captions))
-    columns: dict[str, list[Any]] = {key: [row.labels.get(key) for row in rows] for row in rows for key in row.labels}
+    rows = []
+    for where, entry in _entries(source, faults, names):
+        try:
+            rows.append((where, *_parts(where, entry, names, captions)))
+        except ValueError as error:
+            faults.append(str(error))
+    every = [labels for *_, labels in rows]
+    columns = {key: [labels.get(key) for labels in every] for key in dict.fromkeys(key for labels in every for key in labels)}
     columns = {key: known_values(column, source.suffix.lower() == ".csv") for key, column in columns.items()}
     known, missing = dict[str, Known](), []
-    for number, row in enumerate(rows):
-        name = find(row.file)
+    for number, (where, named, texts, _) in enumerate(rows):
+        name = find(named)
         if name is None:
-            missing.append(f"'{row.file}'")
+            missing.append(f"'{named}'")
             continue
-        entry = known.setdefault(name, Known())
+        own = known.setdefault(name, Known())
         for key, column in columns.items():
             value = column[number]
-            if value is not None and entry.labels.setdefault(key, value) != value:
-                faults.append(f"{row.where}: '{name}' has {key} {entry.labels[key]!r} and {value!r}; keep one of them")
-        entry.captions += row.captions
+            if value is not None and own.labels.setdefault(key, value) != value:
+                faults.append(f"{where}: '{name}' has {key} {own.labels[key]!r} and {value!r}; keep one of them")
+        own.captions += texts
     if faults:
         raise ValueError(f"{listed(faults)}.")
     return known, missing
@@ -155,61 +159,47 @@ def folder_labels(files: Sequence[str]) -> list[dict[str, Label]]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One line of a file, and its place."""
-
-    where: str
-    file: str
-    captions: list[str]
-    labels: dict[str, Any]
-
-
-def _jsonl_rows(source: Path, faults: list[str], names: Sequence[str], captions: Sequence[str]) -> Iterator[_Row]:
-    def entries() -> Iterator[tuple[str, Any]]:
+def _entries(source: Path, faults: list[str], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file stands, and its values by name; a line that has none is noted as a fault."""
+    if source.suffix.lower() == ".parquet":
+        with open_parquet(source) as table:
+            yield from ((f"'{source}', row {number}", row) for number, row in enumerate(table.read().to_pylist()))
+    elif source.suffix.lower() == ".jsonl":
         for where, line in numbered_lines(source):
             try:
                 yield where, parse_json(line, where, partial(_once, where))
             except ValueError as error:
                 faults.append(str(error))
+    else:
+        header, lines = csv_lines(source)
+        if not set(names) & set(header):
+            wanted = f"'{names[0]}' (or {', '.join(names[1:])})"
+            raise ValueError(
+                f"'{source}' has the columns {', '.join(header) or 'none'}; its first line must name a column {wanted}."
+            )
+        if twice := [name for number, name in enumerate(header) if name and name in header[:number]]:
+            raise ValueError(
+                f"'{source}' has two columns {twice[0]!r}; name each otherwise, and give each further caption a line of its own."
+            )
+        for where, cells in lines:
+            if len(cells) == len(header):
+                yield where, dict(zip(header, cells, strict=True))
+            else:
+                faults.append(f"{where} does not have {len(header)} columns; put quotes around a caption with a comma in it.")
 
-    yield from _entry_rows(entries(), faults, names, captions)
 
-
-def _parquet_rows(source: Path, faults: list[str], names: Sequence[str], captions: Sequence[str]) -> Iterator[_Row]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(f"'{source}' is a Parquet file; reading it takes: pip install 'diffprobe[hub]'") from error
-    try:
-        rows = parquet.ParquetFile(source).read().to_pylist()
-    except FileNotFoundError as error:
-        raise ValueError(f"'{source}' does not exist; check its name.") from error
-    except Exception as error:  # pyarrow raises its own kinds on broken files
-        raise ValueError(f"'{source}' could not be read as Parquet ({error}); copy it again.") from error
-    yield from _entry_rows(((f"'{source}', row {n}", row) for n, row in enumerate(rows)), faults, names, captions)
-
-
-def _entry_rows(
-    entries: Iterator[tuple[str, Any]], faults: list[str], names: Sequence[str], captions: Sequence[str]
-) -> Iterator[_Row]:
-    """Rows from objects with named values."""
-    for where, entry in entries:
-        try:
-            key = next((name for name in names if isinstance(entry, dict) and isinstance(entry.get(name), str | int)), None)
-            if key is None:
-                raise ValueError(f'{where} names no image; write {{"{names[0]}": "NAME", ...}} (or {", ".join(names[1:])}).')
-            named = entry.pop(key)
-            name = inside(where, str(named)) if key in FILE_COLUMNS else str(named)
-            given = [entry.pop(column, None) for column in captions]
-            given = [c for one in given for c in (one if isinstance(one, list) else [one]) if not _absent(c)]
-            if not all(isinstance(text, str) for text in given):
-                raise ValueError(f"{where}: a caption is a string, and 'captions' a list of strings; found {given!r}.")
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        labels = {key: value for key, value in entry.items() if isinstance(value, str | int | float)}
-        yield _Row(where, name, [text.strip() for text in given if text.strip()], labels)
+def _parts(where: str, entry: Any, names: Sequence[str], captions: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
+    """The image that a row names, its captions, and its other texts and numbers."""
+    key = next((name for name in names if isinstance(entry, dict) and isinstance(entry.get(name), str | int)), None)
+    if key is None:
+        raise ValueError(f'{where} names no image; write {{"{names[0]}": "NAME", ...}} (or {", ".join(names[1:])}).')
+    named = entry.pop(key)
+    name = inside(where, str(named)) if key in FILE_COLUMNS else str(named)
+    given = [entry.pop(column, None) for column in captions]
+    given = [c for one in given for c in (one if isinstance(one, list) else [one]) if not _absent(c)]
+    if not all(isinstance(text, str) for text in given):
+        raise ValueError(f"{where}: a caption is a string, and 'captions' a list of strings; found {given!r}.")
+    return name, [text.strip() for text in given], {k: v for k, v in entry.items() if isinstance(v, str | int | float)}
 
 
 def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,47 +208,6 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
         raise ValueError(f'{where} has {twice!r} twice; give several captions as a list, "captions".')
     return found
-
-
-def _csv_rows(source: Path, faults: list[str], names: Sequence[str], captions: Sequence[str]) -> Iterator[_Row]:
-    text = read_text(source)
-    limit = csv.field_size_limit(len(text) + 1)  # 131,072 characters by default
-    # strict: otherwise a quote that is not closed takes in the rest of the file
-    reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
-    try:
-        lines = [(reader.line_num, cells) for cells in reader if cells]
-    except csv.Error as error:
-        raise ValueError(
-            f"'{source}', line {reader.line_num} has a stray quote ({error}); a quote within a quoted cell is written as two quotes."
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    header = [name.strip() for name in lines[0][1]] if lines else []
-    key = next((name for name in names if name in header), None)
-    if key is None:
-        wanted = f"'{names[0]}' (or {', '.join(names[1:])})"
-        raise ValueError(
-            f"'{source}' has the columns {', '.join(header) or 'none'}; its first line must name a column {wanted}."
-        )
-    if twice := [name for number, name in enumerate(header) if name and name in header[:number]]:
-        raise ValueError(
-            f"'{source}' has two columns {twice[0]!r}; name each otherwise, and give each further caption a line of its own."
-        )
-    for number, cells in lines[1:]:
-        where = f"'{source}', line {number}"
-        row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-        try:
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{where} does not have {len(header)} columns; put quotes around a caption with a comma in it."
-                )
-            named = row.pop(key)
-            name = inside(where, named) if key in FILE_COLUMNS else named
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        given = [row.pop(column, "") for column in captions]
-        yield _Row(where, name, [text for text in given if text], row)
 
 
 def _absent(value: object) -> bool:

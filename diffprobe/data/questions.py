@@ -15,26 +15,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import permutations
 from typing import TypeVar
 
 import numpy as np
 
+from diffprobe.data import shapes as world
 from diffprobe.data.samples import Question
-from diffprobe.data.shapes import (
-    COLOURS,
-    COUNT_WORDS,
-    DIRECTED,
-    DIRECTIONS,
-    LETTERS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Obj,
-    Scene,
-    held_out,
-    relation,
-)
 
 Rng = np.random.Generator
 YES_NO = ("yes", "no")
@@ -63,7 +51,7 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def name(obj: Obj) -> str:
+def name(obj: world.Obj) -> str:
     """What a question calls an object: its colour and shape."""
     return f"{obj.colour} {obj.shape}"
 
@@ -90,129 +78,116 @@ def _shuffled(rng: Rng, *options: str) -> tuple[str, ...]:
     return tuple(options[i] for i in rng.permutation(len(options)))
 
 
-def _unique(scene: Scene) -> list[int]:
+def _unique(scene: world.Scene) -> list[int]:
     """Objects that their colour and shape tell from all others."""
     times = Counter(o.pair for o in scene.objects)
     return [i for i, o in enumerate(scene.objects) if times[o.pair] == 1]
 
 
-def _existence(scene: Scene, rng: Rng) -> Iterator[Question]:
+def _existence(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     index = int(rng.integers(len(scene.objects)))
     obj, yes = scene.objects[index], _toss(rng)
     form = pick(rng, ("pair", "colour", "shape"))
     if form == "pair":
         colour, shape = obj.pair if yes else _absent_pair(scene, obj, rng)
         text = f"Is there {article(f'{colour} {shape}')}?"
-    elif form == "colour":
-        absent = [c for c in COLOURS if all(o.colour != c for o in scene.objects)]
-        text = f"Is anything {obj.colour if yes else pick(rng, absent)}?"
     else:
-        absent = [s for s in SHAPES if all(o.shape != s for o in scene.objects)]
-        text = f"Is there {article(obj.shape if yes else pick(rng, absent))}?"
+        absent = [value for value in world.ATTRIBUTES[form] if all(getattr(o, form) != value for o in scene.objects)]
+        said = getattr(obj, form) if yes else pick(rng, absent)
+        text = f"Is anything {said}?" if form == "colour" else f"Is there {article(said)}?"
     yield Question(text, YES_NO[not yes], YES_NO, "existence", (index,) if yes else ())
 
 
-def _absent_pair(scene: Scene, obj: Obj, rng: Rng) -> tuple[str, str]:
+def _absent_pair(scene: world.Scene, obj: world.Obj, rng: Rng) -> tuple[str, str]:
     """A pair that is not in the scene but as likely to be asked about; half the time of colours and shapes that are."""
     present = {o.pair for o in scene.objects}
     # Held out or not as the object that it stands for: otherwise a held-out name would give the answer away.
-    kept = held_out(*obj.pair)
-    every = [(c, s) for c in COLOURS for s in SHAPES if held_out(c, s) == kept and (c, s) not in present]
+    kept = world.held_out(*obj.pair)
+    every = [(c, s) for c in world.COLOURS for s in world.SHAPES if world.held_out(c, s) == kept and (c, s) not in present]
     crossed = [
         (c, s) for c, s in every if any(o.colour == c for o in scene.objects) and any(o.shape == s for o in scene.objects)
     ]
     return pick(rng, crossed if crossed and _toss(rng) else every)
 
 
-def _count(scene: Scene, rng: Rng) -> Iterator[Question]:
+def _count(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     number, everyone = len(scene.objects), tuple(range(len(scene.objects)))
-    if number >= len(COUNT_WORDS):
+    if number >= len(world.COUNT_WORDS):
         return
     text = pick(rng, ("How many objects are there?", "How many shapes are in the picture?"))
-    yield Question(text, COUNT_WORDS[number], COUNT_WORDS[1:], "count", everyone)
+    yield Question(text, world.COUNT_WORDS[number], world.COUNT_WORDS[1:], "count", everyone)
     if number > 1 and len({o.pair for o in scene.objects}) == 1:  # scenes that are all alike have two or more
         text = f"How many {plural(name(scene.objects[0]))} are there?"
-        yield Question(text, COUNT_WORDS[number], COUNT_WORDS[2:], "count", everyone)
+        yield Question(text, world.COUNT_WORDS[number], world.COUNT_WORDS[2:], "count", everyone)
 
 
-def _colour(scene: Scene, rng: Rng) -> Iterator[Question]:
-    times = Counter(o.shape for o in scene.objects)
-    indices = [i for i, o in enumerate(scene.objects) if times[o.shape] == 1 and not held_out(*o.pair)]
+def _either(scene: world.Scene, rng: Rng, asked: str, by: str) -> Iterator[Question]:
+    """Which of two colours (or shapes) an object has that its shape (or colour) tells from all others."""
+    times = Counter(getattr(o, by) for o in scene.objects)
+    indices = [i for i, o in enumerate(scene.objects) if times[getattr(o, by)] == 1 and not world.held_out(*o.pair)]
     if not indices:
         return
     index = pick(rng, indices)
-    obj = scene.objects[index]
-    others = [c for c in COLOURS if c != obj.colour and not held_out(c, obj.shape)]
-    nearby = [c for c in others if any(o.colour == c for o in scene.objects)]
-    options = _shuffled(rng, obj.colour, pick(rng, nearby if nearby and _toss(rng) else others))
-    yield Question(f"Is the {obj.shape} {options[0]} or {options[1]}?", obj.colour, options, "colour", (index,))
+    obj, own = scene.objects[index], getattr(scene.objects[index], asked)
+    others = [v for v in world.ATTRIBUTES[asked] if v != own and not world.held_out(**{by: getattr(obj, by), asked: v})]
+    nearby = [v for v in others if any(getattr(o, asked) == v for o in scene.objects)]
+    options = _shuffled(rng, own, pick(rng, nearby if nearby and _toss(rng) else others))
+    text = f"Is the {obj.shape} {options[0]} or {options[1]}?"
+    if asked == "shape":
+        text = f"Is the {obj.colour} object {article(options[0])} or {article(options[1])}?"
+    yield Question(text, own, options, asked, (index,))
 
 
-def _shape(scene: Scene, rng: Rng) -> Iterator[Question]:
-    times = Counter(o.colour for o in scene.objects)
-    indices = [i for i, o in enumerate(scene.objects) if times[o.colour] == 1 and not held_out(*o.pair)]
-    if not indices:
-        return
-    index = pick(rng, indices)
-    obj = scene.objects[index]
-    others = [s for s in SHAPES if s != obj.shape and not held_out(obj.colour, s)]
-    nearby = [s for s in others if any(o.shape == s for o in scene.objects)]
-    options = _shuffled(rng, obj.shape, pick(rng, nearby if nearby and _toss(rng) else others))
-    text = f"Is the {obj.colour} object {article(options[0])} or {article(options[1])}?"
-    yield Question(text, obj.shape, options, "shape", (index,))
-
-
-def _size(scene: Scene, rng: Rng) -> Iterator[Question]:
+def _size(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     if indices := _unique(scene):
         index = pick(rng, indices)
-        options = _shuffled(rng, *SIZES)
+        options = _shuffled(rng, *world.SIZES)
         text = f"Is the {name(scene.objects[index])} {options[0]} or {options[1]}?"
         yield Question(text, scene.objects[index].size, options, "size", (index,))
 
 
-def _relation(scene: Scene, rng: Rng) -> Iterator[Question]:
+def _relation(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     # Ordered pairs: each order is as likely, so the first name says nothing.
-    pairs = [(i, j) for i, j in permutations(_unique(scene), 2) if relation(scene.objects[i], scene.objects[j])]
+    pairs = [(i, j) for i, j in permutations(_unique(scene), 2) if world.relation(scene.objects[i], scene.objects[j])]
     if not pairs:
         return
     i, j = pick(rng, pairs)
     a, b = scene.objects[i], scene.objects[j]
-    true = str(relation(a, b))
+    true = str(world.relation(a, b))
     if _toss(rng):
         yes = _toss(rng)
-        text = f"Is the {name(a)} {true if yes else RELATIONS[true]} the {name(b)}?"
+        text = f"Is the {name(a)} {true if yes else world.RELATIONS[true]} the {name(b)}?"
         yield Question(text, YES_NO[not yes], YES_NO, "relation", (i, j))
     else:
-        options = _shuffled(rng, side(true), side(RELATIONS[true]))
+        options = _shuffled(rng, side(true), side(world.RELATIONS[true]))
         text = f"Is the {name(a)} {between(options, true)} the {name(b)}?"
         yield Question(text, side(true), options, "relation", (i, j))
 
 
-def _comparison(scene: Scene, rng: Rng) -> Iterator[Question]:
+def _comparison(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     pairs = [(i, j) for i, j in permutations(_unique(scene), 2) if scene.objects[i].size != scene.objects[j].size]
     if not pairs:
         return
     i, j = pick(rng, pairs)
     a, b = scene.objects[i], scene.objects[j]
-    if _toss(rng):
-        word, size = pick(rng, (("larger", "large"), ("smaller", "small")))
+    alone = _toss(rng)
+    word, size = pick(rng, (("larger", "large"), ("smaller", "small")))
+    if alone:
         text = f"Is the {name(a)} {word} than the {name(b)}?"
         yield Question(text, YES_NO[a.size != size], YES_NO, "comparison", (i, j))
     else:
-        word, size = pick(rng, (("larger", "large"), ("smaller", "small")))
-        answer = name(a if a.size == size else b)
         text = f"Which is {word}, the {name(a)} or the {name(b)}?"
-        yield Question(text, answer, (name(a), name(b)), "comparison", (i, j))
+        yield Question(text, name(a if a.size == size else b), (name(a), name(b)), "comparison", (i, j))
 
 
-def _orientation(scene: Scene, rng: Rng) -> Iterator[Question]:
-    if indices := [i for i in _unique(scene) if scene.objects[i].shape in DIRECTED]:
+def _orientation(scene: world.Scene, rng: Rng) -> Iterator[Question]:
+    if indices := [i for i in _unique(scene) if scene.objects[i].shape in world.DIRECTED]:
         index = pick(rng, indices)
         text = f"Which way does the {name(scene.objects[index])} point?"
-        yield Question(text, scene.objects[index].direction, tuple(DIRECTIONS), "orientation", (index,))
+        yield Question(text, scene.objects[index].direction, tuple(world.DIRECTIONS), "orientation", (index,))
 
 
-def _mark(scene: Scene, rng: Rng) -> Iterator[Question]:
+def _mark(scene: world.Scene, rng: Rng) -> Iterator[Question]:
     """A large object has no mark, a dot or a letter, each a third of the time; small objects never have one."""
     indices = [i for i in _unique(scene) if scene.objects[i].size == "large"]
     if not indices:
@@ -226,17 +201,17 @@ def _mark(scene: Scene, rng: Rng) -> Iterator[Question]:
         options = _shuffled(rng, "dot", "letter")
         text = f"Is there a {options[0]} or a {options[1]} on the {name(obj)}?"
         yield Question(text, "dot" if obj.mark == "dot" else "letter", options, "mark", (index,))
-    elif form == "letter" and obj.mark in LETTERS:
-        options = _shuffled(rng, obj.mark, pick(rng, [letter for letter in LETTERS if letter != obj.mark]))
+    elif form == "letter" and obj.mark in world.LETTERS:
+        options = _shuffled(rng, obj.mark, pick(rng, [letter for letter in world.LETTERS if letter != obj.mark]))
         text = f"Which letter is on the {name(obj)}, {options[0]} or {options[1]}?"
         yield Question(text, obj.mark, options, "mark", (index,))
 
 
-CATEGORIES: dict[str, Callable[[Scene, Rng], Iterator[Question]]] = {
+CATEGORIES: dict[str, Callable[[world.Scene, Rng], Iterator[Question]]] = {
     "existence": _existence,
     "count": _count,
-    "colour": _colour,
-    "shape": _shape,
+    "colour": partial(_either, asked="colour", by="shape"),
+    "shape": partial(_either, asked="shape", by="colour"),
     "size": _size,
     "relation": _relation,
     "comparison": _comparison,
@@ -245,7 +220,7 @@ CATEGORIES: dict[str, Callable[[Scene, Rng], Iterator[Question]]] = {
 }
 
 
-def questions(scene: Scene, seed: int) -> tuple[Question, ...]:
+def questions(scene: world.Scene, seed: int) -> tuple[Question, ...]:
     """At most one question of each category (count: two), a pure function of the scene and the seed.
 
     Balance is over scenes as `random_scene` draws them, with any number of objects; the answers of "count" are

@@ -21,7 +21,7 @@ from diffprobe.data.files import cache_folder
 from diffprobe.data.folder import SUFFIXES, FolderDataset
 from diffprobe.data.images import ImageError, decode_image
 from diffprobe.data.samples import Caption, IndexedDataset, Sample, join_spec
-from diffprobe.rundir import first_line, reaching, whole_folder
+from diffprobe.rundir import first_line, optional, reaching, whole_folder
 
 IDS = ("id", "__key__", "file_name")  # columns that name a row, by preference
 CAPTIONS = ("caption", "captions", "text", "txt")
@@ -37,17 +37,13 @@ class RowsDataset(IndexedDataset):
         kind: "hf" or "tar".
         source: A folder, or the path, pattern or URL of tar files.
         split: Of a folder with several.
-        limit: Take only the first so many rows.
 
     Raises:
         ValueError: nothing can be read there, or it has no images.
     """
 
     def __init__(self, kind: str, source: str, split: str | None = None, limit: int | None = None) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ValueError(f"{kind}:{source} takes the library datasets: pip install 'diffprobe[scale]'") from error
+        datasets = optional("datasets", f"{kind}:{source} takes the library datasets: pip install 'diffprobe[scale]'")
         try:
             if kind == "hf":
                 found: Any = datasets.load_from_disk(str(Path(source).expanduser()))

@@ -86,9 +86,7 @@ class Dataset(Protocol):
     """A finite, indexable collection of samples with an identity that a store can record."""
 
     @property
-    def name(self) -> str:
-        """A short name for provenance."""
-        ...
+    def name(self) -> str: ...
 
     @property
     def spec(self) -> str:
@@ -201,6 +199,11 @@ def whole_number(spec: str, what: str, text: str, at_least: int = 0, at_most: in
         span = f"from {at_least} to {at_most}" if at_most is not None else f"of at least {at_least}"
         raise ValueError(f"{spec!r}: {what} is {text!r}; it must be a whole number {span}.")
     return int(text)
+
+
+def limit_of(spec: str, options: Mapping[str, str]) -> int | None:
+    """How many items a spec's option ``limit`` takes; None without it."""
+    return whole_number(spec, "limit", options["limit"], at_least=1) if "limit" in options else None
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffprobe.data.images import MAX_PIXELS
+from diffprobe.rundir import optional
 
 Bools = NDArray[np.bool_]
 
@@ -32,18 +33,13 @@ def decode_masks(segmentations: Sequence[Any], size: tuple[int, int], where: str
         if segmentation:
             counts = checked_runs(segmentation, size, where)
             if counts is None:
-                mask[:] = _fill(segmentation, size)
+                coco = optional(
+                    "pycocotools.mask", "COCO's polygons need pycocotools; install it with: pip install 'diffprobe[coco]'"
+                )
+                mask[:] = coco.decode(coco.merge(coco.frPyObjects(segmentation, *size)))
             else:  # columns of pixels, outside first
                 mask[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
     return masks
-
-
-def _fill(polygons: list[list[float]], size: tuple[int, int]) -> Bools:
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise ValueError("COCO's polygons need pycocotools; install it with: pip install 'diffprobe[coco]'") from error
-    return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, *size))), bool)
 
 
 def checked_runs(segmentation: Any, size: tuple[int, int], where: str) -> list[int] | None:

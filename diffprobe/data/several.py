@@ -48,11 +48,6 @@ def _shown(scenes: Sequence[Scene]) -> list[Load]:
     return [partial(picture, scene) for scene in scenes]
 
 
-def _arranged(rng: Rng, scene: Scene) -> Scene:
-    """The same objects elsewhere, on another background."""
-    return _stage(rng, list(scene.objects))
-
-
 def _match(rng: Rng, place: int) -> Drawn:
     pair = mmvp_pair(int(rng.integers(2**31)), int(rng.integers(2**31)))
     side = int(rng.integers(2))
@@ -88,7 +83,8 @@ def _same(rng: Rng, place: int) -> Drawn:
     ]  # one attribute of one object changes
     colour, shape = free[int(rng.integers(len(free)))]
     changed = replace(scene, objects=(replace(first, colour=colour, shape=shape), second))
-    scenes = _placed(_arranged(rng, scene), [_arranged(rng, changed)], place)
+    anew = [_stage(rng, list(same.objects)) for same in (scene, changed)]  # elsewhere, on another background
+    scenes = _placed(anew[0], anew[1:], place)
     text = "Which image shows the same two objects as the first image, the second or the third?"
     return _shown([scene, *scenes]), text
 

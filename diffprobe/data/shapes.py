@@ -140,11 +140,6 @@ def random_pair(rng: np.random.Generator) -> tuple[str, str]:
             return colour, shape
 
 
-def _held_out_pair(rng: np.random.Generator) -> tuple[str, str]:
-    pairs = [(c, s) for c in COLOURS for s in SHAPES if held_out(c, s)]
-    return pairs[int(rng.integers(len(pairs)))]
-
-
 PLACING_ATTEMPTS = 2000
 
 
@@ -209,7 +204,8 @@ def random_scene(seed: int, index: int, split: str = "train", n_objects: int | N
     """
     rng = scene_rng(seed, split, index)
     count = int(rng.integers(1, 5)) if n_objects is None else n_objects
-    pairs = [_held_out_pair(rng) if split == "compositional" else random_pair(rng)]
+    kept = [(c, s) for c in COLOURS for s in SHAPES if held_out(c, s)]
+    pairs = [kept[int(rng.integers(len(kept)))] if split == "compositional" else random_pair(rng)]
     alike = count > 1 and rng.random() < 0.2
     while len(pairs) < count:
         pair = pairs[0] if alike else random_pair(rng)
@@ -412,13 +408,12 @@ class _Writer:
         return Caption(self.text, tuple(self.spans), style)
 
 
-def _say_object(writer: _Writer, obj: Obj, index: int, detail: str, article: bool = True) -> None:
+def _say_object(writer: _Writer, obj: Obj, index: int, detail: str) -> None:
     """A noun phrase; `detail` is "short" (colour, shape), "web" (adds size, fill) or "full" (adds the rest)."""
     adjectives: list[tuple[str, str | None]] = [(obj.colour, "colour")]
     if detail != "short":
         adjectives = [(obj.size, None), (obj.fill, None), *adjectives]
-    if article:
-        writer.say("an" if adjectives[0][0][0] in "aeiou" else "a")
+    writer.say("an" if adjectives[0][0][0] in "aeiou" else "a")
     start = len(writer.text) + 1
     for word, role in adjectives:
         writer.say(word, (index,), role)
@@ -483,46 +478,26 @@ def caption(scene: Scene, style: str, order: list[int] | None = None) -> Caption
     order = list(range(len(scene.objects))) if order is None else order
     first = scene.objects[order[0]]
     named = relation(first, scene.objects[order[1]]) if len(order) > 1 else None
-    alike = all_alike(scene)
+    if style not in CAPTION_STYLES:
+        raise ValueError(f"Caption style {style!r} is not one of {', '.join(CAPTION_STYLES)}.")
+    detail = style if style in ("web", "full") else "short"
     if style == "partial":
         writer.say("there is")
         _say_object(writer, first, order[0], "short")
-    elif style == "web":
-        if alike:
-            _say_plural(writer, scene, "two" if len(order) == 2 else "several")
-        else:
-            _say_list(writer, scene, order, "web")
-        writer.say("on a")
-        writer.say(f"{scene.tone} background", (), "background")
-    elif alike:
-        _say_plural(writer, scene, COUNT_WORDS[len(order)])
-        if style == "full":
-            writer.say("on a")
-            writer.say(f"{scene.tone} background", (), "background")
-    elif style == "relation" and named is not None:
-        _say_object(writer, first, order[0], "short")
-        writer.say(named)
-        _say_object(writer, scene.objects[order[1]], order[1], "short")
-        for index in order[2:]:
-            writer.say("and")
-            _say_object(writer, scene.objects[index], index, "short")
-    elif style in ("relation", "list"):
-        _say_list(writer, scene, order, "short")
-    elif style == "full":
-        if named is not None and len(order) == 2:
-            _say_object(writer, first, order[0], "full")
-            writer.say(named)
-            _say_object(writer, scene.objects[order[1]], order[1], "full")
-        else:
-            _say_list(writer, scene, order, "full")
-        writer.say("on a")
-        writer.say(f"{scene.tone} background", (), "background")
-    elif style == "place":
-        _say_list(writer, scene, order, "short", places=True)
-    elif style == "count":
-        writer.say(f"a picture of {COUNT_WORDS[len(order)]} object{'s' if len(order) > 1 else ''}")
-        writer.say(":")
-        _say_list(writer, scene, order, "short")
+    elif all_alike(scene):
+        few = "two" if len(order) == 2 else "several"
+        _say_plural(writer, scene, few if style == "web" else COUNT_WORDS[len(order)])
+    elif named is not None and (style == "relation" or (style == "full" and len(order) == 2)):
+        _say_object(writer, first, order[0], detail)
+        for word, index in zip([named, *["and"] * len(order)], order[1:], strict=False):
+            writer.say(word)
+            _say_object(writer, scene.objects[index], index, detail)
     else:
-        raise ValueError(f"Caption style {style!r} is not one of {', '.join(CAPTION_STYLES)}.")
+        if style == "count":
+            writer.say(f"a picture of {COUNT_WORDS[len(order)]} object{'s' if len(order) > 1 else ''}")
+            writer.say(":")
+        _say_list(writer, scene, order, detail, places=style == "place")
+    if detail != "short":
+        writer.say("on a")
+        writer.say(f"{scene.tone} background", (), "background")
     return writer.caption(style)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffprobe.data.files import file_inside, inside, listed, parse_json, read_text, real_path
+from diffprobe.data.files import file_inside, inside, parse_json, read_text, real_path
 from diffprobe.data.images import geometry, stored_size
 from diffprobe.data.keypoints import KeypointPair
+from diffprobe.data.tables import collected
 
 SPLITS = ("trn", "val", "test")
 FIELDS = ("category", "src_imname", "trg_imname", "src_imsize", "trg_imsize", "src_kps", "trg_kps", "trg_bndbox")
@@ -50,14 +51,9 @@ def read_spair(
         raise ValueError(f"'{root}' has no folder PairAnnotation; name the folder SPair-71k that was unpacked.")
     if split not in SPLITS:
         raise ValueError(f"Split {split!r} is not one of {', '.join(SPLITS)}.")
-    annotations, faults = {}, []
-    for path in sorted((folder / split).glob("*.json")):
-        try:
-            annotations[path] = _read(path)
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError(f"{listed(faults)}.")
+    paths = sorted((folder / split).glob("*.json"))
+    read = collected(f"'{folder / split}'", (partial(_read, path) for path in paths))
+    annotations = dict(zip(paths, read, strict=True))
     if not annotations:
         raise ValueError(f"'{folder / split}' holds no pair; is the dataset unpacked whole?")
     if category is not None:
@@ -65,7 +61,8 @@ def read_spair(
         if category not in found:
             raise ValueError(f"Category {category!r} is not in this split; it has {', '.join(found)}.")
         annotations = {path: a for path, a in annotations.items() if a["category"] == category}
-    turn = cache(partial(_stored, real_path(Path(root) / "JPEGImages")))
+    images = real_path(Path(root) / "JPEGImages")
+    turn = cache(lambda name: (0, 0, 1) if (path := file_inside(images, name)) is None else stored_size(path))
     pairs = [_pair(path, annotation, resolution, fit, turn) for path, annotation in annotations.items()]
     return [pair for pair in pairs if len(pair.source_points)]
 
@@ -85,6 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _pair(
     path: Path, annotation: dict[str, Any], resolution: tuple[int, int], fit: str, turn: Callable[[str], tuple[int, int, int]]
 ) -> KeypointPair:
+    """A pair; `turn` gives width, height and EXIF orientation of a photograph's stored pixels, (0, 0, 1) where it is absent."""
     category = str(annotation["category"])
     names, points, units = [], [], []
     for side in ("src", "trg"):
@@ -92,9 +90,10 @@ def _pair(
         box = annotation["trg_bndbox"] if side == "trg" else []
         given = np.concatenate([np.asarray(part, np.float64).reshape(-1, 2) for part in (annotation[f"{side}_kps"], box)])
         size, given = _upright(given, annotation[f"{side}_imsize"][:2], turn(names[-1]))
-        shift, unit = _seen_through(size, resolution, fit)
-        points.append((given - shift) / unit)
-        units.append(unit)
+        kept, drawn, corner = geometry((size[1], size[0]), resolution, fit)
+        pixels = np.array([kept[2] - kept[0], kept[3] - kept[1]]) / drawn  # photograph's pixels per pixel of the model
+        units.append(pixels * resolution[::-1])  # the model's image in the photograph's pixels
+        points.append((given - (np.array(kept[:2]) - np.array(corner) * pixels)) / units[-1])
     source, (target, corners) = points[0], (points[1][:-2], points[1][-2:])
     seen = np.all((source >= 0) & (source <= 1) & (target >= 0) & (target <= 1), axis=1)
     (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
@@ -110,12 +109,6 @@ def _pair(
     )
 
 
-def _stored(folder: Path, name: str) -> tuple[int, int, int]:
-    """Width, height and EXIF orientation of a photograph's stored pixels; (0, 0, 1) for one that is absent."""
-    path = file_inside(folder, name)
-    return (0, 0, 1) if path is None else stored_size(path)
-
-
 def _upright(
     points: NDArray[np.float64], size: Sequence[int], stored: tuple[int, int, int]
 ) -> tuple[Sequence[int], NDArray[np.float64]]:
@@ -129,13 +122,3 @@ def _upright(
     }  # fmt: skip
     turned = np.stack(placed.get(stored[2], (x, y)), axis=1)
     return (height, width) if stored[2] in (5, 6, 7, 8) else (width, height), turned
-
-
-def _seen_through(
-    size: Sequence[int], resolution: tuple[int, int], fit: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The corner (x, y) and the size (width, height) of the model's image in the photograph's pixels."""
-    width, height = size[:2]
-    box, drawn, corner = geometry((height, width), resolution, fit)
-    pixels = np.array([box[2] - box[0], box[3] - box[1]]) / drawn  # photograph's pixels per pixel of the model
-    return np.array(box[:2]) - np.array(corner) * pixels, pixels * resolution[::-1]

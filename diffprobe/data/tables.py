@@ -6,7 +6,9 @@ only when asked for.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from diffprobe.data.drawn import spread
-from diffprobe.data.files import content_digests, inside, listed, parse_json, real_path
+from diffprobe.data.files import content_digests, inside, listed, parse_json, read_text, real_path
 from diffprobe.data.images import ImageError, decode_image, read_image
+from diffprobe.rundir import optional
 
 Loader = Callable[[], Image.Image]
 Made = TypeVar("Made")
@@ -40,11 +42,10 @@ def benchmark_folder(source: str, patterns: list[str] | None = None) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
-    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError) as error:  # what the hub raises are kinds of these
         raise ValueError(
             f"No benchmark at {source!r}: neither a folder, nor a dataset that the hub or its cache can give here "
             f"({type(error).__name__}). Give a folder, or for a gated dataset accept its terms and run 'hf auth login'."
@@ -130,18 +131,35 @@ def check_columns(where: str, found: Any, wanted: Sequence[str]) -> None:
         raise ValueError(f"{where} has no {', '.join(missing)}; it has {', '.join(map(str, names)) or 'nothing'}.")
 
 
-def csv_rows(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Where each line of a CSV file stands, and its wanted cells as stripped text."""
-    if not source.is_file():
-        raise ValueError(f"'{source}' does not exist; is '{source.parent}' a whole copy of the benchmark?")
+def csv_lines(source: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The columns of a CSV file; and where each further line stands, with its cells as stripped text.
+
+    Raises:
+        ValueError: the file is missing or no UTF-8, or a quote in it stands where none can.
+    """
+    text = read_text(source)
+    limit = csv.field_size_limit(len(text) + 1)  # 131,072 characters by default
+    # strict: otherwise a quote that is not closed takes in the rest of the file
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
     try:
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{source}' could not be read as CSV: {error}") from error
-    frame.columns = frame.columns.str.strip()
-    check_columns(f"'{source}'", frame.columns, columns)
-    for number, cells in enumerate(zip(*(frame[column].str.strip() for column in columns), strict=True), 2):
-        yield f"'{source}', line {number}", cells
+        lines = [(f"'{source}', line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(
+            f"'{source}', line {reader.line_num} has a stray quote ({error}); a quote within a quoted cell is written as two quotes."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return (lines[0][1] if lines else []), lines[1:]
+
+
+def csv_rows(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Where each line of a CSV file stands, and its wanted cells."""
+    header, lines = csv_lines(source)
+    check_columns(f"'{source}'", header, columns)
+    for where, cells in lines:
+        if len(cells) != len(header):
+            raise ValueError(f"{where} does not have {len(header)} columns; put quotes around a cell with a comma in it.")
+        yield where, tuple(cells[header.index(column)] for column in columns)
 
 
 def json_object(text: str, where: str, columns: Sequence[str] = ()) -> dict[str, Any]:
@@ -151,6 +169,21 @@ def json_object(text: str, where: str, columns: Sequence[str] = ()) -> dict[str,
         raise ValueError(f"{where} holds a {type(found).__name__}, where an object with named entries was expected.")
     check_columns(where, found, columns)
     return found
+
+
+def open_parquet(path: Path) -> Any:
+    """pyarrow's `ParquetFile`, for a ``with`` block.
+
+    Raises:
+        ValueError: the file is missing or broken, or pyarrow is not installed.
+    """
+    parquet = optional("pyarrow.parquet", f"'{path}' is a Parquet file; reading it takes: pip install 'diffprobe[hub]'")
+    try:
+        return parquet.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"'{path}' does not exist; check its name.") from error
+    except Exception as error:  # pyarrow raises its own kinds on broken files
+        raise ValueError(f"'{path}' could not be read as Parquet ({error}); copy it again.") from error
 
 
 def parquet_rows(
@@ -165,18 +198,10 @@ def parquet_rows(
         pictures: Which of them hold images.
         optional: Which of these may be empty; the cell is None then.
     """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(f"'{tables[0]}' is a Parquet file; reading it takes: pip install 'diffprobe[hub]'") from error
     # of an image that may be missing the name alone is read, which is missing with it
     wanted = [name for name in columns if name not in pictures] + [f"{name}.path" for name in optional]
     for path in tables:
-        try:
-            table = parquet.ParquetFile(path)
-        except Exception as error:  # pyarrow raises its own kinds on broken files
-            raise ValueError(f"'{path}' could not be read as Parquet ({error}); copy it again.") from error
-        with table:
+        with open_parquet(path) as table:
             check_columns(f"'{path}'", table.schema_arrow.names, columns)
             for group in range(table.num_row_groups):
                 for row, cells in enumerate(table.read_row_group(group, wanted).to_pylist()):
@@ -187,9 +212,7 @@ def parquet_rows(
 
 @lru_cache(maxsize=4)
 def _image_column(path: Path, group: int, column: str) -> Any:
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path) as table:
+    with open_parquet(path) as table:
         return table.read_row_group(group, [column]).column(0)
 
 

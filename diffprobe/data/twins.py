@@ -16,30 +16,9 @@ from functools import partial
 
 import numpy as np
 
+from diffprobe.data import shapes as world
 from diffprobe.data.questions import YES_NO, article, between, name, pick, plural, side
-from diffprobe.data.samples import Caption, Fingerprinted, Question, Sample
-from diffprobe.data.shapes import (
-    COLOURS,
-    COUNT_WORDS,
-    DIRECTED,
-    DIRECTIONS,
-    LETTERS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    TONES,
-    Obj,
-    Scene,
-    caption,
-    held_out,
-    picture,
-    place,
-    random_object,
-    random_pair,
-    relation,
-    render,
-)
+from diffprobe.data.samples import Caption, IndexedDataset, Question, Sample
 
 Rng = np.random.Generator
 # Objects whose inside is wide enough to see how it is filled; in small ones it is next to nothing.
@@ -55,7 +34,7 @@ class Pair:
     """
 
     pattern: str
-    scenes: tuple[Scene, Scene]
+    scenes: tuple[world.Scene, world.Scene]
     captions: tuple[Caption, Caption]
     questions: tuple[tuple[Question, ...], tuple[Question, ...]] = ((), ())
 
@@ -64,7 +43,7 @@ class Pair:
 class _Contrast:
     """What differs between two scenes and how it is asked; `options` and `checks` are in the order of the scenes."""
 
-    scenes: tuple[Scene, Scene]
+    scenes: tuple[world.Scene, world.Scene]
     captions: tuple[Caption, Caption]
     ask: str  # with {0} and {1} where the options stand
     options: tuple[str, str]
@@ -80,37 +59,34 @@ def twin_rng(seed: int, kind: str, index: int) -> Rng:
     return np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=(list(KINDS).index(kind),)))
 
 
-def _cast(rng: Rng, count: int, shapes: tuple[str, ...] = SHAPES, **given: object) -> list[Obj]:
+def _cast(rng: Rng, count: int, shapes: tuple[str, ...] = world.SHAPES, **given: object) -> list[world.Obj]:
     """Objects that differ in colour and in shape, the first of one of `shapes`; no marks unless given."""
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
-        colour, shape = random_pair(rng)
-        allowed = shapes if not chosen else SHAPES
+        colour, shape = world.random_pair(rng)
+        allowed = shapes if not chosen else world.SHAPES
         if shape in allowed and all(colour != c and shape != s for c, s in chosen):
             chosen.append((colour, shape))
-    return [random_object(rng, pair, **{"size": pick(rng, list(SIZES)), "mark": "none", **given}) for pair in chosen]  # type: ignore[arg-type]
+    return [
+        world.random_object(rng, pair, **{"size": pick(rng, list(world.SIZES)), "mark": "none", **given}) for pair in chosen
+    ]  # type: ignore[arg-type]
 
 
-def _stage(rng: Rng, objects: list[Obj]) -> Scene:
+def _stage(rng: Rng, objects: list[world.Obj]) -> world.Scene:
     """Place objects on a random background; where one of two lies is always clear."""
-    centres = place(rng, [o.radius for o in objects], clear_axis=len(objects) == 2)
-    return Scene(
+    centres = world.place(rng, [o.radius for o in objects], clear_axis=len(objects) == 2)
+    return world.Scene(
         objects=tuple(replace(o, x=x, y=y) for o, (x, y) in zip(objects, centres, strict=True)),
-        tone=pick(rng, list(TONES)),
-        texture=pick(rng, TEXTURES),
+        tone=pick(rng, list(world.TONES)),
+        texture=pick(rng, world.TEXTURES),
         angle=float(rng.uniform(0, 2 * np.pi)),
         texture_seed=int(rng.integers(2**31)),
     )
 
 
-def _edited(scene: Scene, **changes: object) -> Scene:
+def _edited(scene: world.Scene, **changes: object) -> world.Scene:
     """The scene with attributes of its first object changed."""
     return replace(scene, objects=(replace(scene.objects[0], **changes), *scene.objects[1:]))  # type: ignore[arg-type]
-
-
-def _swapped_places(scene: Scene) -> Scene:
-    a, b = scene.objects
-    return replace(scene, objects=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
 
 
 def _one_or_two(rng: Rng) -> int:
@@ -122,24 +98,24 @@ def _two_of(rng: Rng, values: tuple[str, ...]) -> tuple[str, str]:
     return values[first], values[second]
 
 
-def _described(scenes: tuple[Scene, Scene], style: str) -> tuple[Caption, Caption]:
-    return caption(scenes[0], style), caption(scenes[1], style)
+def _described(scenes: tuple[world.Scene, world.Scene], style: str) -> tuple[Caption, Caption]:
+    return world.caption(scenes[0], style), world.caption(scenes[1], style)
 
 
 # --- the nine patterns ----------------------------------------------------------------------------
 
 
-def _vary(scene: Scene, attribute: str, values: tuple[str, str], style: str, ask: str, check: str) -> _Contrast:
+def _vary(scene: world.Scene, attribute: str, values: tuple[str, str], style: str, ask: str, check: str) -> _Contrast:
     """Two scenes whose first object differs in one attribute; `check` has {0} where the value stands."""
     scenes = (_edited(scene, **{attribute: values[0]}), _edited(scene, **{attribute: values[1]}))
     return _Contrast(scenes, _described(scenes, style), ask, values, (check.format(values[0]), check.format(values[1])))
 
 
 def _orientation(rng: Rng) -> _Contrast:
-    scene = _stage(rng, _cast(rng, _one_or_two(rng), DIRECTED))
+    scene = _stage(rng, _cast(rng, _one_or_two(rng), world.DIRECTED))
     subject = name(scene.objects[0])
     ask = f"Does the {subject} point {{0}} or {{1}}?"
-    return _vary(scene, "direction", _two_of(rng, tuple(DIRECTIONS)), "full", ask, f"Does the {subject} point {{0}}?")
+    return _vary(scene, "direction", _two_of(rng, tuple(world.DIRECTIONS)), "full", ask, f"Does the {subject} point {{0}}?")
 
 
 def _presence(rng: Rng) -> _Contrast:
@@ -151,37 +127,41 @@ def _presence(rng: Rng) -> _Contrast:
     return _Contrast(scenes, _described(scenes, "count"), ask, YES_NO, (ask, f"Is the {first} the only object?"), ())
 
 
-def _state(rng: Rng) -> _Contrast:
+def _fill(rng: Rng, fills: tuple[str, str]) -> _Contrast:
     scene = _stage(rng, _cast(rng, _one_or_two(rng), ROOMY, size="large"))
     subject = name(scene.objects[0])
-    return _vary(scene, "fill", ("filled", "hollow"), "web", f"Is the {subject} {{0}} or {{1}}?", f"Is the {subject} {{0}}?")
+    return _vary(scene, "fill", fills, "web", f"Is the {subject} {{0}} or {{1}}?", f"Is the {subject} {{0}}?")
 
 
 def _quantity(rng: Rng) -> _Contrast:
-    fewer = int(rng.integers(2, len(COUNT_WORDS) - 1))
+    fewer = int(rng.integers(2, len(world.COUNT_WORDS) - 1))
     first = _cast(rng, 1)[0]
     crowd = [
-        random_object(rng, first.pair, pick(rng, list(SIZES)), fill=first.fill, direction=first.direction, mark="none")
+        world.random_object(
+            rng, first.pair, pick(rng, list(world.SIZES)), fill=first.fill, direction=first.direction, mark="none"
+        )
         for _ in range(fewer + 1)
     ]
     scene = _stage(rng, crowd)
     scenes = (replace(scene, objects=scene.objects[:fewer]), scene)
-    subjects, options = plural(name(first)), (COUNT_WORDS[fewer], COUNT_WORDS[fewer + 1])
+    subjects, options = plural(name(first)), (world.COUNT_WORDS[fewer], world.COUNT_WORDS[fewer + 1])
     checks = (f"Are there exactly {options[0]} {subjects}?", f"Are there exactly {options[1]} {subjects}?")
     return _Contrast(scenes, _described(scenes, "list"), f"Are there {{0}} or {{1}} {subjects}?", options, checks, ())
 
 
-def _mirrored(rng: Rng) -> tuple[tuple[Scene, Scene], str]:
+def _mirrored(rng: Rng) -> tuple[tuple[world.Scene, world.Scene], str]:
     """Two objects of one size, then with their places exchanged; and where the first is in the first scene."""
-    first, second = _cast(rng, 2, size=pick(rng, list(SIZES)))
+    first, second = _cast(rng, 2, size=pick(rng, list(world.SIZES)))
     scene = _stage(rng, [first, replace(second, radius=first.radius)])
-    return (scene, _swapped_places(scene)), str(relation(*scene.objects))
+    a, b = scene.objects
+    swapped = replace(scene, objects=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+    return (scene, swapped), str(world.relation(a, b))
 
 
 def _position(rng: Rng) -> _Contrast:
     scenes, where = _mirrored(rng)
     first, second = (name(o) for o in scenes[0].objects)
-    places = (where, RELATIONS[where])
+    places = (where, world.RELATIONS[where])
     ask = f"Is the {first} {between(('{0}', '{1}'), where)} the {second}?"
     checks = (f"Is the {first} {places[0]} the {second}?", f"Is the {first} {places[1]} the {second}?")
     return _Contrast(scenes, _described(scenes, "relation"), ask, (side(where), side(places[1])), checks, (0, 1))
@@ -190,28 +170,22 @@ def _position(rng: Rng) -> _Contrast:
 def _colour(rng: Rng) -> _Contrast:
     scene = _stage(rng, _cast(rng, _one_or_two(rng)))
     first, taken = scene.objects[0], {o.colour for o in scene.objects}
-    other = pick(rng, [c for c in COLOURS if c not in taken and not held_out(c, first.shape)])
+    other = pick(rng, [c for c in world.COLOURS if c not in taken and not world.held_out(c, first.shape)])
     ask = f"Is the {first.shape} {{0}} or {{1}}?"
     return _vary(scene, "colour", (first.colour, other), "list", ask, f"Is the {first.shape} {{0}}?")
-
-
-def _structure(rng: Rng) -> _Contrast:
-    scene = _stage(rng, _cast(rng, _one_or_two(rng), ROOMY, size="large"))
-    subject = name(scene.objects[0])
-    return _vary(scene, "fill", ("striped", "dotted"), "web", f"Is the {subject} {{0}} or {{1}}?", f"Is the {subject} {{0}}?")
 
 
 def _text(rng: Rng) -> _Contrast:
     scene = _stage(rng, _cast(rng, _one_or_two(rng), size="large"))
     subject = name(scene.objects[0])
     ask = f"Which letter is on the {subject}, {{0}} or {{1}}?"
-    return _vary(scene, "mark", _two_of(rng, tuple(LETTERS)), "full", ask, f"Is the letter {{0}} on the {subject}?")
+    return _vary(scene, "mark", _two_of(rng, tuple(world.LETTERS)), "full", ask, f"Is the letter {{0}} on the {subject}?")
 
 
 def _viewpoint(rng: Rng) -> _Contrast:
     scene = _stage(rng, _cast(rng, _one_or_two(rng), size="large"))
     scenes = (scene, replace(scene, zoom=FAR))
-    close, far = (caption(scene, "list") for scene in scenes)
+    close, far = (world.caption(scene, "list") for scene in scenes)
     captions = (replace(close, text=f"{close.text} seen close"), replace(far, text=f"{far.text} seen from far away"))
     checks = ("Is the scene seen close?", "Is the scene seen from far away?")
     return _Contrast(scenes, captions, "Is the scene seen {0} or {1}?", ("close", "from far away"), checks, ())
@@ -220,11 +194,11 @@ def _viewpoint(rng: Rng) -> _Contrast:
 _BUILDERS: dict[str, Callable[[Rng], _Contrast]] = {
     "orientation": _orientation,
     "presence": _presence,
-    "state": _state,
+    "state": partial(_fill, fills=("filled", "hollow")),
     "quantity": _quantity,
     "position": _position,
     "colour": _colour,
-    "structure": _structure,
+    "structure": partial(_fill, fills=("striped", "dotted")),
     "text": _text,
     "viewpoint": _viewpoint,
 }
@@ -288,10 +262,12 @@ def winoground_quad(seed: int, index: int) -> Pair:
     rng = twin_rng(seed, "winoground", index)
     if index % 2:
         scenes, _ = _mirrored(rng)
-        return Pair("relation", scenes, (caption(scenes[0], "relation", [0, 1]), caption(scenes[1], "relation", [1, 0])))
+        return Pair(
+            "relation", scenes, (world.caption(scenes[0], "relation", [0, 1]), world.caption(scenes[1], "relation", [1, 0]))
+        )
     while True:
         first, second = _cast(rng, 2)
-        if not held_out(second.colour, first.shape) and not held_out(first.colour, second.shape):
+        if not world.held_out(second.colour, first.shape) and not world.held_out(first.colour, second.shape):
             break
     scene = _stage(rng, [first, second])
     a, b = scene.objects
@@ -307,7 +283,7 @@ KINDS: dict[str, Callable[[int, int], Pair]] = {
 
 
 @dataclass(frozen=True)
-class TwinsDataset(Fingerprinted):
+class TwinsDataset(IndexedDataset):
     """The images of `count` pairs, a and b in turn; ``shapes-mmvp:90`` on the command line.
 
     A sample has the caption that is true of it; `pair` gives both.
@@ -340,16 +316,14 @@ class TwinsDataset(Fingerprinted):
         """Pair `index`, whose images are samples 2 * index and 2 * index + 1."""
         return KINDS[self.kind](self.seed, index)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Image {index} of a dataset of {len(self)}.")
+    def sample(self, index: int) -> Sample:
         number, image = divmod(index, 2)
         pair = self.pair(number)
         scene = pair.scenes[image]
         return Sample(
             id=f"{self.name}-{number:06d}-{'ab'[image]}",
-            load=lambda: picture(scene),
-            masks=lambda: render(scene)[1],
+            load=lambda: world.picture(scene),
+            masks=lambda: world.render(scene)[1],
             captions=(pair.captions[image],),
             labels={"pattern": pair.pattern, "pair": number, "side": "ab"[image]},
             questions=pair.questions[image],
@@ -362,4 +336,4 @@ class TwinsDataset(Fingerprinted):
         for pair in map(partial(KINDS[self.kind], self.seed), range(len(PATTERNS))):
             yield repr(pair).encode()
             for scene in pair.scenes:
-                yield render(scene)[0].tobytes()
+                yield world.render(scene)[0].tobytes()

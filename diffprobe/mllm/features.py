@@ -27,8 +27,8 @@ from diffprobe.knockout import KnockedOut
 from diffprobe.mllm.captions import words
 from diffprobe.mllm.projector import soft_tokens
 from diffprobe.models import DiffusionModel
+from diffprobe.probes.causal import fit_leace
 from diffprobe.recorder import site_shapes
-from diffprobe.rundir import optional
 from diffprobe.sites import select_sites
 from diffprobe.store import PENDING, StoreError, exists, open_store, prompt_texts, provenance, read_maps
 from diffprobe.store import features as stored_features
@@ -268,8 +268,6 @@ class Features:
 
         It is fitted under mismatched prompts, whose words say nothing of the image: it erases the text, not what was seen.
         """
-        need = "The mitigation 'erased' needs concept-erasure: pip install --no-deps concept-erasure==0.2.4"
-        leace = optional("concept_erasure", need).LeaceEraser
         ids = self.ids("train")
         tokens = self.tokens(FeatureSpec("train", site, timestep, "mismatched", guidance, knockout=knockout), ids)
         prompts = self.prompts("train", "mismatched")
@@ -280,10 +278,9 @@ class Features:
             raise ValueError(
                 f"The mitigation 'erased' needs words that at least {LEAST_PROMPTS} training prompts have and as many lack."
             )
-        spoken = torch.tensor([[float(word in own) for word in kept] for own in said])
-        flat = tokens.flatten(0, 1).double()
-        eraser = leace.fit(flat, spoken.double().repeat_interleave(tokens.shape[1], 0))
-        return lambda x: eraser(x.double()).float()
+        spoken = np.array([[float(word in own) for word in kept] for own in said])
+        eraser = fit_leace(tokens.flatten(0, 1).numpy(), spoken.repeat(tokens.shape[1], axis=0))
+        return lambda x: torch.from_numpy(eraser(x.numpy()).astype(np.float32))
 
     # --- the ceiling ------------------------------------------------------------------------------
 

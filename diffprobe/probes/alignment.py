@@ -20,11 +20,13 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from sklearn.linear_model import RidgeCV
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.preprocessing import StandardScaler
 
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, holm, paired_permutation_test, wilson_interval
 
 Bools = NDArray[np.bool_]
-ALL, MACRO, ONE_IMAGE = "all", "macro", "one image"
+ALL, MACRO = "all", "macro"
 PENALTIES = tuple(10.0**k for k in range(-1, 6))
 DIMS = ("item", "image", "text")
 PAPER, DISCFFUSION = "attention_lse_paper", "attention_lse_discffusion"
@@ -124,7 +126,7 @@ def protocol_metrics(protocol: str) -> dict[str, Metric]:
     return PROTOCOLS[protocol]
 
 
-def _over_draws(scores: xr.DataArray) -> NDArray[np.float64]:
+def over_draws(scores: xr.DataArray) -> NDArray[np.float64]:
     """(item, image, text): the mean over timesteps and draws.  Scores that are equal in all draws stay equal exactly."""
     over = [d for d in scores.dims if d not in DIMS]
     values = scores.transpose(*DIMS, *over).to_numpy()
@@ -134,13 +136,12 @@ def _over_draws(scores: xr.DataArray) -> NDArray[np.float64]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def alignment_table(scores: xr.Dataset, protocol: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def alignment_table(scores: xr.Dataset, protocol: str, *, seed: int = 0) -> pd.DataFrame:
     """The share of items that each score gets right: one row per score, metric and pattern.
 
     Args:
         scores: Variables (item, image, text[, timestep, draw]) with the coordinate `pattern` on item.
         protocol: A key of `PROTOCOLS`.
-        level: Coverage of the intervals.
         seed: Seed of the bootstrap behind the rows of pattern "macro".
 
     Returns:
@@ -160,15 +161,15 @@ def alignment_table(scores: xr.Dataset, protocol: str, *, level: float = 0.95, s
             names = list(dict.fromkeys(patterns))
             for pattern in [ALL, *names] if len(names) > 1 else [ALL]:
                 mine = right if pattern == ALL else right[patterns == pattern]
-                low, high = wilson_interval(int(mine.sum()), len(mine), level)
+                low, high = wilson_interval(int(mine.sum()), len(mine))
                 rows.append({**row, "pattern": pattern, "value": mine.mean(), "low": low, "high": high, "n": len(mine)})
             if len(names) > 1:
-                rows.append({**row, "pattern": MACRO, "n": len(right), **_macro(right, patterns, level, seed)})
+                rows.append({**row, "pattern": MACRO, "n": len(right), **_macro(right, patterns, seed)})
     columns = ["score", "metric", "pattern", "value", "low", "high", "n", "chance", "seed"]
     return pd.DataFrame(rows)[columns]
 
 
-def _macro(right: Bools, patterns: NDArray[np.str_], level: float, seed: int) -> dict[str, float]:
+def _macro(right: Bools, patterns: NDArray[np.str_], seed: int) -> dict[str, float]:
     """Mean over patterns of the share right, with its bootstrap interval."""
     shown = (patterns[:, None] == np.unique(patterns)).astype(np.float64)
     columns = np.concatenate([shown * right[:, None], shown], axis=1)
@@ -179,9 +180,9 @@ def _macro(right: Bools, patterns: NDArray[np.str_], level: float, seed: int) ->
             return np.asarray((hits / counts).mean(1))
 
     value = float(mean_share(columns.sum(0, keepdims=True))[0])
-    low, high = bootstrap_sums(columns, mean_share, level=level, seed=seed)
+    low, high = bootstrap_sums(columns, mean_share, seed=seed)
     if not low < high:  # all resamples are equal, as with few items per pattern: take the interval over items
-        low, high = wilson_interval(value * len(right), len(right), level)
+        low, high = wilson_interval(value * len(right), len(right))
     return {"value": value, "low": low, "high": high}
 
 
@@ -192,7 +193,7 @@ def item_hits(scores: xr.Dataset, protocol: str) -> dict[str, xr.DataArray]:
     for name, values in scores.data_vars.items():
         if not set(DIMS) <= set(values.dims):
             continue
-        pooled = _over_draws(values)
+        pooled = over_draws(values)
         images, texts = pooled.shape[1:]
         if texts < max(2, images) or (images < 2 and protocol != "sugarcrepe"):
             raise ValueError(f"Protocol {protocol} cannot score items of {images} images and {texts} texts.")
@@ -206,28 +207,7 @@ def item_hits(scores: xr.Dataset, protocol: str) -> dict[str, xr.DataArray]:
     return found
 
 
-def concentration(scores: xr.Dataset, *, level: float = 0.95) -> pd.DataFrame:
-    """How often one image of an item is chosen by every text: a score that measures the image, and not the match, does that.
-
-    Returns:
-        Columns score, metric ("one image"), pattern ("all"), value, low, high, n, chance (of random scores).
-    """
-    rows = []
-    for name, values in scores.data_vars.items():
-        if not set(DIMS) <= set(values.dims) or min(values.sizes["image"], values.sizes["text"]) < 2:
-            continue
-        pooled = _over_draws(values)
-        chosen = pooled.argmax(1)  # (item, text)
-        strict = (pooled == pooled.max(1, keepdims=True)).sum(1) == 1
-        same = (chosen == chosen[:, :1]).all(1) & strict.all(1)
-        low, high = wilson_interval(int(same.sum()), len(same), level)
-        chance = pooled.shape[1] ** (1.0 - pooled.shape[2])
-        row = {"score": str(name), "metric": ONE_IMAGE, "pattern": ALL, "value": same.mean(), "low": low, "high": high}
-        rows.append({**row, "n": len(same), "chance": chance})
-    return pd.DataFrame(rows)
-
-
-def compare_scores(scores: xr.Dataset, protocol: str, baseline: str, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def compare_scores(scores: xr.Dataset, protocol: str, baseline: str, *, seed: int = 0) -> pd.DataFrame:
     """Each score against a baseline on the same items: difference of the shares right, paired by item.
 
     Returns:
@@ -244,7 +224,7 @@ def compare_scores(scores: xr.Dataset, protocol: str, baseline: str, *, level: f
     for name in hits:
         for metric in protocol_metrics(protocol) if name != baseline else ():
             a, b = (hits[which].sel(metric=metric).to_numpy().astype(np.float64) for which in (name, baseline))
-            low, high = bootstrap_interval(a - b, level=level, seed=seed)
+            low, high = bootstrap_interval(a - b, seed=seed)
             value, p = paired_permutation_test(a, b, seed=seed)
             row = {"score": name, "baseline": baseline, "metric": metric, "value": value, "low": low, "high": high}
             rows.append({**row, "p": p, "n": len(a), "seed": seed})
@@ -261,27 +241,19 @@ class TextMap:
     """A linear map from pooled features to text embeddings; `fit_text_map` makes one.
 
     Attributes:
-        mean, scale: (channel,) of the training features.
-        weights: (width, channel) on standardised features.
+        scaler: Of the training features.
+        ridge: From standardised features to texts about their mean; its penalty is chosen by leave-one-out error.
         offset: (width,) mean text embedding.
-        penalty: Ridge penalty, chosen by leave-one-out error.
     """
 
-    mean: Floats
-    scale: Floats
-    weights: Floats
+    scaler: StandardScaler
+    ridge: RidgeCV
     offset: Floats
-    penalty: float
 
     def cosine(self, features: Floats, texts: Floats) -> Floats:
         """Cosine of mapped features (image, channel) and texts (text, width), both about the training texts' mean: (image, text)."""
-        mapped = ((features - self.mean) / self.scale) @ self.weights.T
-        return _unit(mapped) @ _unit(texts - self.offset).T
-
-
-def _unit(rows: Floats) -> Floats:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.where(length > 0, length, 1))
+        mapped = self.ridge.predict(self.scaler.transform(features))
+        return np.asarray(cosine_similarity(mapped, texts - self.offset))
 
 
 def fit_text_map(features: Floats, texts: Floats) -> TextMap:
@@ -294,8 +266,6 @@ def fit_text_map(features: Floats, texts: Floats) -> TextMap:
         raise ValueError(f"A map to text needs at least 10 samples with one text each; got {len(features)} and {len(texts)}.")
     if not (np.isfinite(features).all() and np.isfinite(texts).all()):
         raise ValueError("Training features or texts are not finite; extract them in float32.")
-    mean, scale = features.mean(0), features.std(0)
-    scale = np.where(scale > 0, scale, 1)
-    offset = texts.mean(0)
-    ridge = RidgeCV(PENALTIES, fit_intercept=False).fit((features - mean) / scale, texts - offset)
-    return TextMap(mean, scale, np.asarray(ridge.coef_), offset, float(ridge.alpha_))
+    scaler, offset = StandardScaler().fit(features), texts.mean(0)
+    ridge = RidgeCV(PENALTIES, fit_intercept=False).fit(scaler.transform(features), texts - offset)
+    return TextMap(scaler, ridge, offset)

@@ -9,7 +9,6 @@ The invariant: both directions of a pair, and all that was measured of it, are r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,10 @@ from diffprobe.stats import Floats, bootstrap_sums, holm, paired_permutation_tes
 PATCH, DIRECTION, ELSEWHERE = "patch", "random direction", "other places"
 CHANGES = (PATCH, DIRECTION, ELSEWHERE)
 SHARE = "share of the way to the twin"
+_COLUMNS = {
+    PATCH: ("value", "low", "high"), DIRECTION: ("control_value", "control_low", "control_high"),
+    ELSEWHERE: ("other_places", "other_places_low", "other_places_high"),
+}  # fmt: skip
 
 
 def _shares(sums: Floats) -> Floats:
@@ -48,32 +51,19 @@ def causal_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
     >>> causal_table(data)[["value", "control_value", "p"]].round(2).to_dict("records")
     [{'value': 0.5, 'control_value': 0.0, 'p': 0.25}]
     """
-    tables = []
-    names = {PATCH: ("value", "low", "high")} | {
-        change: (column, *(f"{column.removesuffix('_value')}_{end}" for end in ("low", "high")))
-        for change, column in ((DIRECTION, "control_value"), (ELSEWHERE, "other_places"))
-    }
-    for outcome in effects["outcome"].values:
-        rows = []
-        for site, timestep in itertools.product(effects["site"].values, effects["timestep"].values):
-            cell = effects.sel(outcome=outcome, site=site, timestep=timestep)
-            row: dict[str, Any] = {
-                "label": str(outcome),
-                "site": str(site),
-                "timestep": int(timestep),
-                "score": SHARE,
-                "chance": 0.0,
-                "control": DIRECTION,
-            }
-            for change, (value, low, high) in names.items():
-                columns = np.stack([cell[name].sel(change=change).to_numpy() for name in ("moved", "whole")], 1)
-                row[value] = float(_shares(columns.sum(0, keepdims=True))[0])
-                row[low], row[high] = bootstrap_sums(columns, _shares, seed=seed)
-            a, b = (cell["moved"].sel(change=change).to_numpy() for change in (PATCH, DIRECTION))
-            rows.append(row | {"p": paired_permutation_test(a, b, seed)[1], "n": len(a), "seed": seed})
-        frame = pd.DataFrame(rows)
-        tables.append(frame.assign(p_holm=holm(frame["p"])))
-    return pd.concat(tables, ignore_index=True)
+    rows = []
+    for outcome, site, timestep in itertools.product(*(effects[d].values for d in ("outcome", "site", "timestep"))):
+        cell = effects.sel(outcome=outcome, site=site, timestep=timestep)
+        row: dict[str, Any] = {"label": str(outcome), "site": str(site), "timestep": int(timestep)}
+        row |= {"score": SHARE, "chance": 0.0, "control": DIRECTION}
+        for change, (value, low, high) in _COLUMNS.items():
+            columns = np.stack([cell[name].sel(change=change).to_numpy() for name in ("moved", "whole")], 1)
+            row[value] = float(_shares(columns.sum(0, keepdims=True))[0])
+            row[low], row[high] = bootstrap_sums(columns, _shares, seed=seed)
+        a, b = (cell["moved"].sel(change=change).to_numpy() for change in (PATCH, DIRECTION))
+        rows.append(row | {"p": paired_permutation_test(a, b, seed)[1], "n": len(a), "seed": seed})
+    frame = pd.DataFrame(rows)
+    return frame.assign(p_holm=frame.groupby("label", sort=False)["p"].transform(lambda p: holm(p.to_numpy())))
 
 
 def rank_agreement(
@@ -165,8 +155,3 @@ def fit_leace(x: ArrayLike, z: ArrayLike) -> Eraser:
     span = left[:, sizes > 1e-9 * max(1e-300, float(sizes[0]))]
     projection = (axes * root) @ axes.T @ span @ span.T @ (axes / root) @ axes.T
     return Eraser(mean, np.asarray(projection))
-
-
-def random_labels(labels: Sequence[object], seed: int = 0) -> NDArray[np.object_]:
-    """The same labels, dealt anew: erasing them takes out as many directions, which say nothing."""
-    return np.random.default_rng(seed).permutation(np.array(labels, object))

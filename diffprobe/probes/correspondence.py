@@ -19,7 +19,7 @@ from diffprobe.data.keypoints import KeypointPair
 from diffprobe.probes.localization import bilinear_weights
 from diffprobe.probes.measures import ROUNDING, standardised
 from diffprobe.probes.task import SPACE, Floats, combinations, finite, need_dimensions
-from diffprobe.stats import bootstrap_interval, wilson_interval
+from diffprobe.stats import share_interval
 
 STRIP = 16  # rows of the upsampled map in memory at once
 
@@ -49,7 +49,6 @@ def correspondence(
         standardise: Bring channels to mean 0 and deviation 1 over all samples and positions first, because a few with
             large means decide a raw cosine.  Published scores of diffusion features (DIFT) do not.
         by_category: Adds rows for each category.
-        seed: Seed of the bootstrap.
 
     Returns:
         The coordinates of the dimensions in between, per ("point" or "image"), category ("all" or one), alpha, value,
@@ -160,8 +159,8 @@ def _scores(points: pd.DataFrame, per: str, seed: int) -> dict[str, Any]:
         rows = rows.assign(pair=points["pair"]).groupby("pair").agg({**dict.fromkeys(columns, "mean"), "group": "first"})
     means = rows[columns].mean()
     lost = int(points["right"].isna().sum())
-    low, high = (np.nan, np.nan) if lost else _interval(rows["right"], rows["group"], seed)
-    position_low, position_high = _interval(rows["position"], rows["group"], seed)
+    low, high = (np.nan, np.nan) if lost else share_interval(rows["right"], rows["group"], seed=seed)
+    position_low, position_high = share_interval(rows["position"], rows["group"], seed=seed)
     return {
         "value": np.nan if lost else float(means["right"]),
         "low": low,
@@ -176,13 +175,6 @@ def _scores(points: pd.DataFrame, per: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "reason": f"{lost} of {len(points)} points have no nearest place: the features are zero or constant" if lost else "",
     }
-
-
-def _interval(values: pd.Series, groups: pd.Series, seed: int) -> tuple[float, float]:
-    if values.nunique() == 1 and values.iloc[0] in (0, 1):
-        count = groups.nunique()
-        return wilson_interval(count * values.iloc[0], count)
-    return bootstrap_interval(values, groups.to_numpy(), seed=seed)
 
 
 def _maps(block: xr.DataArray, standardise: bool) -> Floats:

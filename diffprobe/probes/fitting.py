@@ -24,20 +24,8 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
+from diffprobe.probes import task as protocol
 from diffprobe.probes.scoring import Turn, best_choice, make_row, score
-from diffprobe.probes.task import (
-    SPACE,
-    Floats,
-    Pool,
-    Problem,
-    Settings,
-    as_features,
-    check_rows,
-    combinations,
-    matrix,
-    outer_dimensions,
-    pool_features,
-)
 from diffprobe.rundir import package_versions, whole_file
 
 # --- the result ---------------------------------------------------------------------------------------
@@ -61,7 +49,7 @@ class ProbeResult:
     estimators_: tuple[Any, ...]
     places: tuple[dict[str, Any], ...]
     classes: tuple[Any, ...]
-    pool: Pool
+    pool: protocol.Pool
 
     def predict(self, features: xr.DataArray | ArrayLike) -> xr.DataArray:
         """Answers for other samples: labels or quantities, (sample, ...), or (sample, ..., y, x) for patches.
@@ -72,21 +60,21 @@ class ProbeResult:
         Raises:
             ValueError: no probe was fitted at a place of the features.
         """
-        given = as_features(features)
-        answers, outer = [], outer_dimensions(given)
-        for place, block in combinations(given):
-            x = matrix(pool_features(block, self.pool))
-            check_rows(x, place)
+        given = protocol.as_features(features)
+        answers, outer = [], protocol.outer_dimensions(given)
+        for place, block in protocol.combinations(given):
+            x = protocol.matrix(protocol.pool_features(block, self.pool))
+            protocol.check_rows(x, place)
             codes = np.asarray(self._at(place).predict(x.astype(np.float64)))
             answers.append(np.array(self.classes, object)[codes] if self.classes else codes)
-        space = [d for d in ("patch", *SPACE) if self.pool == "patches" and d in given.dims]
+        space = [d for d in ("patch", *protocol.SPACE) if self.pool == "patches" and d in given.dims]
         sizes = [given.sizes[d] for d in (*outer, "sample", *space)]
         values = np.stack(answers).reshape(sizes)
         kept = {n: c for n, c in given.coords.items() if set(c.dims) <= {"sample", *outer, *space}}
         found = xr.DataArray(values, dims=(*outer, "sample", *space), coords=kept, name=str(self.table["label"].iloc[0]))
         return found.transpose("sample", *outer, *space)
 
-    def direction(self, label: Any = None, **place: Any) -> Floats:
+    def direction(self, label: Any = None, **place: Any) -> protocol.Floats:
         """The unit vector (column,), in the features' own units, along which a linear probe's score grows fastest.
 
         Args:
@@ -129,11 +117,11 @@ class ProbeResult:
 
 def run_probes(
     features: xr.DataArray,
-    problem: Problem,
-    settings: Settings,
+    problem: protocol.Problem,
+    settings: protocol.Settings,
     estimator: Any,
     *,
-    pool: Pool,
+    pool: protocol.Pool,
     n_jobs: int | None = None,
     keep_estimators: bool = True,
 ) -> ProbeResult:
@@ -145,13 +133,13 @@ def run_probes(
             method `readout()`, what that returns is kept in its place.
         n_jobs: Processes, one BLAS thread each; by default one per core when there are several probes to fit.
     """
-    outer = outer_dimensions(features)
+    outer = protocol.outer_dimensions(features)
     count = int(np.prod([features.sizes[d] for d in outer]))
     n_jobs = n_jobs if n_jobs is not None else (min(count, joblib.cpu_count()) if count >= 4 else 1)
     job, parent = joblib.delayed(_fit_in_worker if n_jobs != 1 else _fit_place), [os.getpid()] * (n_jobs != 1)
     jobs = (
-        job(*parent, matrix(block), problem, settings, clone(estimator, safe=False), place, keep_estimators)
-        for place, block in combinations(features)
+        job(*parent, protocol.matrix(block), problem, settings, clone(estimator, safe=False), place, keep_estimators)
+        for place, block in protocol.combinations(features)
     )
     done = list(joblib.Parallel(n_jobs=n_jobs, backend="loky" if n_jobs != 1 else "sequential")(jobs))
     rows, fitted = [row for row, _ in done], tuple(estimator for _, estimator in done)
@@ -178,10 +166,15 @@ def _end_with(parent: int) -> None:
 
 
 def _fit_place(
-    x: NDArray[np.float32], problem: Problem, settings: Settings, estimator: Any, place: dict[str, Any], keep: bool
+    x: NDArray[np.float32],
+    problem: protocol.Problem,
+    settings: protocol.Settings,
+    estimator: Any,
+    place: dict[str, Any],
+    keep: bool,
 ) -> tuple[dict[str, Any], Any]:
     """The table's row of one combination, and its estimator."""
-    check_rows(x, place)
+    protocol.check_rows(x, place)
     # one thread: oversubscribed BLAS made the same sweep 12-18 times slower on two cores
     with threadpool_limits(limits=1):
         wide = x.astype(np.float64)
@@ -189,7 +182,7 @@ def _fit_place(
     return make_row(problem, settings, turns, place, x.shape[1]), turns[0].estimator if keep else None
 
 
-def _turn(x: Floats, problem: Problem, settings: Settings, model: Any, turn: int) -> Turn:
+def _turn(x: protocol.Floats, problem: protocol.Problem, settings: protocol.Settings, model: Any, turn: int) -> Turn:
     """Chooses on validation, refits on train and validation, answers the test rows, and fits the control task."""
     y, parts = problem.target, problem.parts(turn)
     train, validation, test = parts
@@ -224,7 +217,7 @@ def _turn(x: Floats, problem: Problem, settings: Settings, model: Any, turn: int
     return Turn(parts, guess, choice, control, converged, iterations, kept)
 
 
-def fit_quietly(model: Any, x: Floats, y: NDArray[Any]) -> bool:
+def fit_quietly(model: Any, x: protocol.Floats, y: NDArray[Any]) -> bool:
     """Fits, and returns whether the fit converged; scikit-learn's warning that it did not becomes this answer."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
@@ -244,7 +237,7 @@ def probe_table(
     labels: str | Sequence[str],
     probe: Callable[..., ProbeResult],
     *,
-    pool: Pool = "mean",
+    pool: protocol.Pool = "mean",
     **options: Any,
 ) -> pd.DataFrame:
     """Probes of every label at every site, as one table with the column `site` in front.

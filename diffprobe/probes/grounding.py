@@ -107,10 +107,10 @@ def attention_localization(
         raise StoreError(NO_WORD_MAPS.format("This store"))
     names = [known(name, there, "map site") for name in sites or there]
     steps = _timesteps(tree, names[0], timesteps)
-    targets, left_out = _words(tree, dataset, conditioning, roles, grid or _grid(tree))
-    rows = _MapRows.of(tree, conditioning, targets)
-    left_out["word cut off the prompt"] += len(targets) - len(rows.targets)
-    if not rows.targets:
+    every_word, left_out = _words(tree, dataset, conditioning, roles, grid or _grid(tree))
+    targets, wanted, starts = _map_rows(tree, conditioning, every_word)
+    left_out["word cut off the prompt"] += len(every_word) - len(targets)
+    if not targets:
         why = (
             ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "no caption says which objects its words name"
         )
@@ -119,23 +119,21 @@ def attention_localization(
         )
     extra = [] if against_timestep is None else _timesteps(tree, names[0], [against_timestep])
     every = list(dict.fromkeys([*steps, *extra]))
-    maps = {
-        name: read_maps(tree, name, rows.wanted, conditioning, every, heads="each" if by_head else "mean") for name in names
-    }
+    maps = {name: read_maps(tree, name, wanted, conditioning, every, heads="each" if by_head else "mean") for name in names}
     if merged and len(maps) > 1:
         maps["all sites"] = _average([m.sel(head=["mean"]) for m in maps.values()])
-    wrong = _wrong_words(rows.targets)
+    wrong = _wrong_words(targets)
     groups = _groups(tree)
     frames = []
     for role in roles:
-        mine = [k for k, target in enumerate(rows.targets) if target.role == role]
+        mine = [k for k, target in enumerate(targets) if target.role == role]
         if not mine:
             continue
-        chosen = [rows.targets[k] for k in mine]
-        order, place = _in_front(mine, len(rows.wanted))
+        chosen = [targets[k] for k in mine]
+        order, place = _in_front(mine, len(wanted))
         controls: dict[str, Sequence[int]] = {
             "wrong word": [place.get(wrong[k], -1) for k in mine],
-            "start token": [place.get(rows.starts.get(t.sample, -1), -1) for t in chosen],
+            "start token": [place.get(starts.get(t.sample, -1), -1) for t in chosen],
         }
         if against_timestep is not None:
             controls[f"timestep {against_timestep}"] = range(len(order), len(order) + len(mine))
@@ -246,32 +244,30 @@ def _wrong_words(targets: Sequence[Target]) -> list[int]:
     return found
 
 
-@dataclass(frozen=True)
-class _MapRows:
-    """The maps of a store to read: one row per target, then one per sample for its start token."""
+def _map_rows(
+    tree: xr.DataTree, conditioning: str, targets: Sequence[Target]
+) -> tuple[list[Target], list[tuple[int, list[int]]], dict[int, int]]:
+    """The maps of a store to read: one row per target whose words were not cut off the prompt, then one per sample for its
+    start token.
 
-    targets: list[Target]
-    wanted: list[tuple[int, list[int]]]  # (row,) sample and token positions
-    starts: dict[int, int]  # sample to the row of its start token
-
-    @classmethod
-    def of(cls, tree: xr.DataTree, conditioning: str, targets: Sequence[Target]) -> _MapRows:
-        """Leaves out the targets whose words were cut off the prompt."""
-        prompts = prompt_texts(tree, conditioning)
-        starts, ends = prompts["token_start"].values, prompts["token_end"].values
-        kept, wanted = [], []
-        for target in targets:
-            spans = zip(starts[target.sample].tolist(), ends[target.sample].tolist(), strict=True)
-            places = [
-                k for k, (start, end) in enumerate(spans) if end > start and any(start < b and end > a for a, b in target.spans)
-            ]
-            if places:
-                kept.append(target)
-                wanted.append((target.sample, places))
-        # with a tokenizer without a start token (T5) the first token belongs to a word
-        samples = [sample for sample in dict.fromkeys(t.sample for t in kept) if ends[sample, 0] == 0]
-        place = {sample: len(wanted) + k for k, sample in enumerate(samples)}
-        return cls(kept, [*wanted, *((sample, [0]) for sample in samples)], place)
+    Returns:
+        These targets; sample and token positions of each row; by sample the row of its start token.
+    """
+    prompts = prompt_texts(tree, conditioning)
+    starts, ends = prompts["token_start"].values, prompts["token_end"].values
+    kept, wanted = [], []
+    for target in targets:
+        spans = zip(starts[target.sample].tolist(), ends[target.sample].tolist(), strict=True)
+        places = [
+            k for k, (start, end) in enumerate(spans) if end > start and any(start < b and end > a for a, b in target.spans)
+        ]
+        if places:
+            kept.append(target)
+            wanted.append((target.sample, places))
+    # with a tokenizer without a start token (T5) the first token belongs to a word
+    samples = [sample for sample in dict.fromkeys(t.sample for t in kept) if ends[sample, 0] == 0]
+    place = {sample: len(wanted) + k for k, sample in enumerate(samples)}
+    return kept, [*wanted, *((sample, [0]) for sample in samples)], place
 
 
 def _average(maps: Sequence[xr.DataArray]) -> xr.DataArray:

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from diffprobe.probes.fitting import ProbeResult, run_probes
-from diffprobe.probes.task import Floats, Ids, Pool, Problem, Settings, Task, as_features, check_split, pool_features
+from diffprobe.probes.task import FOLDS, Floats, Ids, Pool, Problem, Settings, Task, as_features, check_split, pool_features
 
 TOLERANCE = 1e-6  # scikit-learn's default of 1e-4 stops early enough to fake a best timestep
 
@@ -76,7 +76,8 @@ def fit_probe(
         label: A coordinate on `sample` by name, or one value per sample; (sample, y, x) with `pool="patches"`.
             Missing values (NaN, None, the empty string) are left out and counted in `n_dropped`.
         estimator: Fitted in place of the linear probe: any with scikit-learn's `fit(x, y)` and `predict(x)`, where y are
-            class numbers or quantities.  It is cloned for every fit and scales the features itself.
+            class numbers or quantities.  It is cloned for every fit and scales the features itself.  Or a function that
+            makes it of the `Problem` and the number of its test folds.
         choices: One parameter of `estimator` with the values to choose from, smoothest first: ``{"svc__C": (0.1, 1, 10)}``.
         task: "classification" or "regression"; "auto" takes regression for numbers that are not all whole or have more
             than `diffprobe.probes.task.MOST_CLASSES` distinct values.
@@ -94,7 +95,6 @@ def fit_probe(
             squared error for regression).  Combinations of one label share their test rows: these are paired.
         keep_estimators: Whether the result keeps the fitted estimators.
         n_jobs: Processes, one BLAS thread each; by default one per core when there are several probes to fit.
-        n_resamples: Bootstrap resamples.
         max_iter: Iterations granted to lbfgs.  `converged` says whether they sufficed for every fit of the row.
         device: Fit on this torch device ("cuda") through scikit-learn's array API; `SCIPY_ARRAY_API=1` must be set
             before Python starts.  NumPy on the CPU by default.
@@ -124,6 +124,8 @@ def fit_probe(
     given = as_features(features)
     pooled = pool_features(given, pool)
     problem = Problem.of(given, label, task=task, pool=pool, types=types, groups=groups, split=split, seed=seed)
+    if estimator is not None and not hasattr(estimator, "fit"):
+        estimator = estimator(problem, FOLDS if cross_fit else 1)
     if estimator is None:
         if choices is not None:
             raise ValueError("`choices` are those of an `estimator`; the linear probe's are `penalties`.")

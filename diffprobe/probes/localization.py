@@ -21,10 +21,9 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from diffprobe.probes.cells import column_means, macro_mean, mean_interval, p_above_zero, resampling_weights
-from diffprobe.probes.task import combinations, need_dimensions, number_ids
-from diffprobe.stats import holm, wilson_interval
+from diffprobe.probes.task import Floats, combinations, need_dimensions, number_ids
+from diffprobe.stats import holm, share_interval
 
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 SCORES: dict[str, str] = {
@@ -79,7 +78,6 @@ def localization_score(
         groups: One id per mask, for example its image; each row is its own by default.
         own: Name of the lines of the rows' own maps.
         seed: Seed of the bootstrap and of the halves that thresholds are tuned on.
-        n_resamples: Bootstrap resamples.
         keep_rows: Keep each line's scores (row,) in the column rows (NaN where a row has none), and the groups' ids (row,)
             in the column row_groups: differences of differences are taken row by row.
 
@@ -109,7 +107,8 @@ def localization_score(
     images = np.arange(count) if groups is None else number_ids(groups, count, "groups", "mask")
     kinds = np.zeros(count, np.int64) if classes is None else number_ids(classes, count, "classes", "mask")
     plan = _Plan.of(truth, maps.sizes["row"], {own: np.arange(len(truth)), **(controls or {})}, images, seed)
-    gaussian = _score_maps(_gaussian(plan.size)[None], plan, plan.of_gaussian)
+    down, across = (np.exp(-0.5 * (((np.arange(n) + 0.5) / n - 0.5) / 0.25) ** 2) for n in plan.size)
+    gaussian = _score_maps(np.outer(down, across).astype(np.float32)[None], plan, plan.of_gaussian)
     places, parts = [], []
     for place, block in combinations(maps, ("row", "y", "x")):
         scored = _score_maps(np.asarray(block.transpose("row", "y", "x"), np.float32), plan, plan.of_maps)
@@ -160,11 +159,6 @@ def bilinear_weights(places: Floats, cells: int) -> Floats:
     return np.asarray(np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0))
 
 
-def _gaussian(size: tuple[int, ...]) -> NDArray[np.float32]:
-    down, across = (np.exp(-0.5 * (((np.arange(n) + 0.5) / n - 0.5) / 0.25) ** 2) for n in size)
-    return np.asarray(np.outer(down, across), np.float32)
-
-
 # --- which map meets which mask -----------------------------------------------------------------------
 
 Pairs = dict[int, list[tuple[str, int, int]]]  # by map: name of the line, row, mask
@@ -207,7 +201,8 @@ class _Plan:
         inside = [np.flatnonzero(mask) for mask in (*flat, *moved)]
         gaussian: Pairs = {0: [(GAUSSIAN, row, row) for row in range(n)]}
         names = [*chosen, GAUSSIAN, SHUFFLED]
-        return cls(names, (height, width), inside, flat.mean(1), _halves(images, seed), pairs, gaussian)
+        halves = np.random.default_rng([seed, 2]).permutation(int(images.max(initial=-1)) + 1) % 2  # images dealt at random
+        return cls(names, (height, width), inside, flat.mean(1), halves[images], pairs, gaussian)
 
 
 def _other_masks(images: NDArray[np.int64], usable: Bools) -> NDArray[np.int64]:
@@ -222,12 +217,6 @@ def _other_masks(images: NDArray[np.int64], usable: Bools) -> NDArray[np.int64]:
     return found
 
 
-def _halves(images: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """0 or 1 per row: images dealt at random into two halves."""
-    count = int(images.max(initial=-1)) + 1
-    return (np.random.default_rng([seed, 2]).permutation(count) % 2)[images]
-
-
 # --- one map ------------------------------------------------------------------------------------------
 
 
@@ -239,15 +228,12 @@ class _Scored:
     otsu: Floats  # (row,) Otsu's threshold as a share of the map's range
     reasons: NDArray[np.int64]  # (row,) number in `_REASONS`: why the row has no scores
 
-    @classmethod
-    def empty(cls, n: int) -> _Scored:
-        missing = np.full(n, _REASONS.index("no such map"))
-        return cls(np.full((n, _OTSU_COLUMN + 1), np.nan), np.full(n, np.nan), missing)
-
 
 def _score_maps(maps: NDArray[np.float32], plan: _Plan, pairs: Pairs) -> dict[str, _Scored]:
     """Scores maps (map, y, x) against the masks that `pairs` names, by line of the table."""
-    found = {name: _Scored.empty(len(plan.area)) for name in [*plan.names, MOVED]}
+    n = len(plan.area)
+    empty = np.full((n, _OTSU_COLUMN + 1), np.nan), np.full(n, np.nan), np.full(n, _REASONS.index("no such map"))
+    found = {name: _Scored(*(column.copy() for column in empty)) for name in [*plan.names, MOVED]}
     wanted = sorted(pairs)
     for start in range(0, len(wanted), _BLOCK):
         part = wanted[start : start + _BLOCK]
@@ -401,8 +387,7 @@ def _summary(
     for cell in np.flatnonzero(rows["score"] == "pointing"):
         hits = table[known[:, cell], cell]
         if len(hits) and hits.min() == hits.max() and hits[0] in (0, 1):  # resampling equal values says nothing
-            groups = len(np.unique(images[known[:, cell]]))
-            low[cell], high[cell] = wilson_interval(groups * hits[0], groups)
+            low[cell], high[cell] = share_interval(hits, images[known[:, cell]])
     used = np.full((len(places), len(SCORES)), np.nan)
     names = list(SCORES)
     used[:, names.index("iou_fixed")] = FIXED_THRESHOLD

@@ -130,7 +130,6 @@ def cka(
         unbiased: Which estimator of HSIC.
         groups: One id per row; rows of one group are left out together.
         batch: Rows of one minibatch at most (a group stays whole).
-        seed: Seed of the minibatches.
 
     Raises:
         ValueError: fewer than `FEWEST` rows, or a side that is the same in all rows.
@@ -215,14 +214,13 @@ def _hsic(k: Floats, gram: Floats, kept: Floats, unbiased: bool) -> Floats:
     return np.asarray((trace - 2 * mixed / n + total / n**2) / (n - 1) ** 2)
 
 
-def jackknife_interval(value: float, left_out: ArrayLike, fisher: bool = False, level: float = 0.95) -> tuple[float, float]:
-    """Student interval from the values without each group in turn (Tukey 1958).
+def jackknife_interval(value: float, left_out: ArrayLike, fisher: bool = False) -> tuple[float, float]:
+    """95% Student interval from the values without each group in turn (Tukey 1958).
 
     Args:
         value: The estimate from all groups.
         left_out: (group,) the estimate without each.
         fisher: On the scale of artanh, for values that end at -1 and 1.
-        level: Coverage.
 
     >>> x = np.array([1.0, 2.0, 3.0, 4.0])
     >>> low, high = jackknife_interval(x.mean(), [np.delete(x, i).mean() for i in range(4)])
@@ -237,9 +235,7 @@ def jackknife_interval(value: float, left_out: ArrayLike, fisher: bool = False, 
     centre = float(value)
     if fisher:
         values, centre = np.arctanh(np.clip(values, -_ONE, _ONE)), float(np.arctanh(np.clip(centre, -_ONE, _ONE)))
-    half = scipy.stats.t.ppf((1 + level) / 2, groups - 1) * np.sqrt(
-        (groups - 1) / groups * np.sum((values - values.mean()) ** 2)
-    )
+    half = scipy.stats.t.ppf(0.975, groups - 1) * np.sqrt((groups - 1) / groups * np.sum((values - values.mean()) ** 2))
     ends = np.array([centre - half, centre + half])
     low, high = np.tanh(ends) if fisher else ends
     return float(low), float(high)

@@ -82,36 +82,23 @@ def outlier_tokens(features: xr.DataArray, threshold: float = 6.0, marked: xr.Da
         raise ValueError(f"`threshold` is a positive robust z-score; got {threshold}.")
     outer, tokens = _tokens(features)
     norms = np.linalg.norm(tokens, axis=-1)
-    rows = []
-    marks = np.zeros_like(norms, bool)
+    flat = norms.reshape(len(norms), -1)
+    median = np.median(flat, axis=1)
+    deviation = MAD_TO_SIGMA * np.median(np.abs(flat - median[:, None]), axis=1)
+    spread = np.maximum(np.maximum(deviation, 1e-6 * median), np.finfo(np.float32).tiny)
+    scores = (flat - median[:, None]) / spread[:, None]
+    outliers = scores > threshold
+    y_max, x_max = np.unravel_index(flat.argmax(axis=1), norms.shape[1:])
+    places = [{str(d): place[str(d)] for d in outer} for place, _ in combinations(features, MAP)]
+    frame = pd.DataFrame(places, index=range(len(places))).assign(
+        n_tokens=flat.shape[1], n_outliers=outliers.sum(axis=1), share=outliers.mean(axis=1), median_norm=median,
+        max_norm=flat.max(axis=1), max_z=scores.max(axis=1), y_max=y_max, x_max=x_max,
+    )  # fmt: skip
     if marked is not None:
         wide = marked.broadcast_like(features.isel(channel=0, drop=True))
-        marks = wide.transpose(*outer, "y", "x").to_numpy().reshape(norms.shape)
-    for (place, _), norm, mark in zip(combinations(features, MAP), norms, marks, strict=True):
-        median = float(np.median(norm))
-        spread = max(MAD_TO_SIGMA * float(np.median(np.abs(norm - median))), 1e-6 * median, float(np.finfo(np.float32).tiny))
-        scores = (norm - median) / spread
-        outliers = int((scores > threshold).sum())
-        y_max, x_max = np.unravel_index(int(norm.argmax()), norm.shape)
-        rows.append(
-            {
-                **{str(d): place[str(d)] for d in outer},
-                "n_tokens": norm.size,
-                "n_outliers": outliers,
-                "share": outliers / norm.size,
-                "median_norm": median,
-                "max_norm": float(norm.max()),
-                "max_z": float(scores.max()),
-                "y_max": int(y_max),
-                "x_max": int(x_max),
-                **(
-                    {}
-                    if marked is None
-                    else {"n_marked_tokens": int(mark.sum()), "n_marked": int((mark & (scores > threshold)).sum())}
-                ),
-            }
-        )
-    return pd.DataFrame(rows)
+        marks = wide.transpose(*outer, "y", "x").to_numpy().reshape(flat.shape).astype(bool)
+        frame = frame.assign(n_marked_tokens=marks.sum(axis=1), n_marked=(marks & outliers).sum(axis=1))
+    return frame
 
 
 def _tokens(features: xr.DataArray) -> tuple[list[Any], NDArray[np.float64]]:

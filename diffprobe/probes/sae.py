@@ -24,7 +24,6 @@ from diffprobe.data.files import parse_json
 from diffprobe.rundir import whole_file, write_json
 from diffprobe.stats import bootstrap_sums
 
-_TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 _NEEDED = {"activation": "topk", "skip_connection": False, "transcode": False}  # of a file's settings, where it has them
 
 
@@ -106,13 +105,11 @@ def load_sae(folder: str | Path) -> SparseCoder:
     for name, value in _NEEDED.items():
         if told.get(name, value) != value:
             raise ValueError(f"{folder} is a coder with {name} {told[name]!r}; those with {value!r} are read here.")
-    if sorted(tensors) != sorted(_TENSORS):
-        raise ValueError(f"{folder} holds the tensors {', '.join(sorted(tensors))}; expected are {', '.join(_TENSORS)}.")
     coder = SparseCoder(SparseConfig(**{name: told[name] for name in SparseConfig.__dataclass_fields__ if name in told}))
     try:
         coder.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"The tensors of {folder} do not have the shapes that its cfg.json says: {error}") from error
+        raise ValueError(f"The tensors of {folder} do not have the shapes or names that its cfg.json says: {error}") from error
     return coder.float()
 
 
@@ -246,16 +243,12 @@ def score_sae(
         error, l0 = sums(torch.cat(errors)), sums(torch.cat(active))
         ratio = lambda s: s[:, 0] / s[:, 1]  # noqa: E731
         scored = {
-            "fvu": (
-                error.sum() / spread.sum(),
-                *bootstrap_sums(np.c_[error, spread], ratio, n_resamples=n_resamples, seed=seed),
-            ),
-            "l0": (l0.sum() / tokens.sum(), *bootstrap_sums(np.c_[l0, tokens], ratio, n_resamples=n_resamples, seed=seed)),
-            "dead": _dead(fires),
+            score: (top.sum() / below.sum(), *bootstrap_sums(np.c_[top, below], ratio, n_resamples=n_resamples, seed=seed))
+            for score, top, below in (("fvu", error, spread), ("l0", l0, tokens))
         }
         rows += [
             {"coder": name, "score": score, "value": value, "low": low, "high": high, "n": len(ids), "tokens": len(x)}
-            for score, (value, low, high) in scored.items()
+            for score, (value, low, high) in (scored | {"dead": _dead(fires)}).items()
         ]
     return pd.DataFrame(rows)
 
@@ -279,8 +272,3 @@ def latent_activations(
         values, numbers = coder.encode(batch["features"].float())
         dense = torch.zeros(len(values), coder.config.latents).scatter_(1, numbers, values)
         yield batch["sample"][::places].numpy(), dense.unflatten(0, (-1, places)).numpy()
-
-
-__all__ = [
-    "SparseCoder", "SparseConfig", "SparseTraining", "latent_activations", "load_sae", "random_directions", "save_sae", "score_sae", "train_sae",
-]  # fmt: skip

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 
 from diffprobe.probes.task import Floats, Problem, Rows, Settings, Task
-from diffprobe.stats import bootstrap_interval, bootstrap_sums, wilson_interval
+from diffprobe.stats import bootstrap_sums, share_interval
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,7 @@ def _scores(
         extra = {"balanced_accuracy": np.nan, **overlap, "chance": 0.0, "chance_uniform": np.nan}
         return {"score": "r2", "value": value, "low": low, "high": high, **extra}
     right = truth == guess
-    if right.all() or not right.any():
-        units = len(right) if clusters is None else len(np.unique(clusters))
-        low, high = wilson_interval(units if right.all() else 0, units)
-    else:
-        low, high = bootstrap_interval(right, **resampling)
+    low, high = share_interval(right, **resampling)
     counts = confusion_matrix(truth, guess, labels=np.arange(len(problem.classes)))
     hits, shown = np.diag(counts), counts.sum(axis=1)
     present = shown > 0

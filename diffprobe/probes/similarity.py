@@ -5,6 +5,7 @@ Both sets of features describe the same samples, matched by id.  The measures ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -116,7 +117,7 @@ def similarity(
     return pd.DataFrame(rows)
 
 
-def split_pairs(both: xr.DataArray, pair: str = "pair", side: str = "side") -> tuple[xr.DataArray, xr.DataArray]:
+def split_pairs(both: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """Splits image pairs into two arrays, one per side, whose samples are the pairs; incomplete pairs are left out.
 
     Args:
@@ -131,27 +132,23 @@ def split_pairs(both: xr.DataArray, pair: str = "pair", side: str = "side") -> t
     >>> a.values.tolist(), b.values.tolist(), a["sample"].values.tolist()
     ([[1.0]], [[2.0]], [7])
     """
-    if absent := [name for name in (pair, side) if name not in both.coords]:
+    if absent := [name for name in ("pair", "side") if name not in both.coords]:
         raise ValueError(
-            f"Pairs are told by the labels {pair!r} and {side!r}; {absent[0]!r} is not among this store's. "
+            f"Pairs are told by the labels 'pair' and 'side'; {absent[0]!r} is not among this store's. "
             "Datasets such as shapes-mmvp:N have them; for photographs write them into captions.jsonl."
         )
-    known = [not (pd.isna(value) or value == "") for name in (pair, side) for value in both[name].values.tolist()]
-    both = both.isel(sample=np.reshape(known, (2, -1)).all(axis=0))
-    sides = sorted(set(both[side].values.tolist()))
+    labels = pd.DataFrame({name: both[name].values for name in ("pair", "side")})
+    labels = labels[labels.notna().all(axis=1) & (labels != "").all(axis=1)].rename_axis("row").reset_index()
+    sides = sorted(set(labels["side"]))
     if len(sides) != 2:
-        raise ValueError(f"Pairs have two sides; the label {side!r} has {', '.join(map(str, sides))}.")
-    numbers = [both[pair].values[both[side].values == s] for s in sides]
-    if any(len(set(n.tolist())) < len(n) for n in numbers):
-        raise ValueError(f"A pair has one image of each side; some value of {pair!r} has several.")
-    shared = [n for n in numbers[0].tolist() if n in set(numbers[1].tolist())]
-    halves = []
-    for name in sides:
-        where = {
-            n: row for row, (n, s) in enumerate(zip(both[pair].values.tolist(), both[side].values, strict=True)) if s == name
-        }
-        halves.append(both.isel(sample=[where[n] for n in shared]).assign_coords(sample=shared).drop_vars([pair, side]))
-    return halves[0], halves[1]
+        raise ValueError(f"Pairs have two sides; the label 'side' has {', '.join(map(str, sides))}.")
+    if labels.duplicated(["pair", "side"]).any():
+        raise ValueError("A pair has one image of each side; some value of 'pair' has several.")
+    first, second = (labels[labels["side"] == side] for side in sides)
+    pairs = first.merge(second, on="pair")  # in the order of the first side
+    kept = both.drop_vars(["pair", "side"])
+    a, b = (kept.isel(sample=pairs[row]).assign_coords(sample=pairs["pair"].tolist()) for row in ("row_x", "row_y"))
+    return a, b
 
 
 def _cosine_row(a: xr.DataArray, b: xr.DataArray, members: NDArray[Any], standardise: bool, seed: int) -> dict[str, float]:
@@ -239,11 +236,10 @@ def store_similarity(
                 found = similarity(guided, plain, **settings).drop(columns=["conditioning_a", "conditioning_b"])
                 frames.append(found.assign(conditioning=conditioning, guidance=s))
     elif between == "site":
-        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        frames = [similarity(features(tree, a), features(tree, b), **settings) for a, b in pairs]
+        frames = [similarity(features(tree, a), features(tree, b), **settings) for a, b in itertools.combinations(names, 2)]
     else:
         assert other is not None
-        pairs = [(a, b) for a in names for b in _sites(other)]
+        pairs = itertools.product(names, _sites(other))
         frames = [similarity(*same_noise(features(tree, a), features(other, b)), **settings) for a, b in pairs]
     if not frames:
         raise ValueError(f"Similarity between {between}s needs at least two; there is only {', '.join(names) or 'nothing'}.")
@@ -305,9 +301,8 @@ Comparison = tuple[dict[str, Any], xr.DataArray, xr.DataArray, NDArray[np.int64]
 def _comparisons(first: xr.DataArray, other: xr.DataArray | None, along: str | None, ids: xr.DataArray) -> Iterator[Comparison]:
     """Pairs of blocks (sample, channel, y, x) to compare, with their place and their samples' groups."""
     if along is not None:
-        for i in range(first.sizes[along]):
-            for j in range(i + 1, first.sizes[along]):
-                yield from _comparisons(first.isel({along: i}), first.isel({along: j}), None, ids)
+        for i, j in itertools.combinations(range(first.sizes[along]), 2):
+            yield from _comparisons(first.isel({along: i}), first.isel({along: j}), None, ids)
         return
     assert other is not None
     a, b, ids = _aligned(first, other, ids)

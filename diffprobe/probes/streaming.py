@@ -11,24 +11,10 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
+from diffprobe.probes import task as protocol
 from diffprobe.probes.fitting import ProbeResult
 from diffprobe.probes.linear import LinearReadout
 from diffprobe.probes.scoring import Turn, make_row, score
-from diffprobe.probes.task import (
-    Floats,
-    Ids,
-    Pool,
-    Problem,
-    Settings,
-    Task,
-    as_features,
-    check_rows,
-    check_split,
-    combinations,
-    matrix,
-    outer_dimensions,
-    pool_features,
-)
 
 
 class GramRidge:
@@ -56,7 +42,7 @@ class GramRidge:
         self.n_features = 0
         self._shift = np.zeros(0)
         self._moments = np.zeros((0, 0))
-        self._factors: tuple[Floats, Floats, Floats, Floats] | None = None
+        self._factors: tuple[protocol.Floats, protocol.Floats, protocol.Floats, protocol.Floats] | None = None
 
     @property
     def n(self) -> int:
@@ -100,7 +86,7 @@ class GramRidge:
         self._moments += move @ other._moments @ move.T
         self._factors = None
 
-    def solve(self, penalty: float) -> tuple[Floats, Floats]:
+    def solve(self, penalty: float) -> tuple[protocol.Floats, protocol.Floats]:
         """Weights (column, target) on the raw features and intercepts (target,) for one penalty."""
         if penalty <= 0:
             raise ValueError(f"The penalty must be positive; got {penalty}.")
@@ -109,13 +95,13 @@ class GramRidge:
         mean = self._shift + self._moments[0, 1:] / self.n
         return weights, mean[self.n_features :] - mean[: self.n_features] @ weights
 
-    def r2(self, penalty: float, held_out: GramRidge) -> Floats:
+    def r2(self, penalty: float, held_out: GramRidge) -> protocol.Floats:
         """R2 (target,) of this accumulator's solution on the rows that another one saw."""
         p, moments = self.n_features, held_out._moments
         total = np.diag(moments)[p + 1 :] - moments[0, p + 1 :] ** 2 / held_out.n
         return 1 - self.squared_error(penalty, held_out) / total
 
-    def squared_error(self, penalty: float, held_out: GramRidge) -> Floats:
+    def squared_error(self, penalty: float, held_out: GramRidge) -> protocol.Floats:
         """Sum of squared errors (target,) of this accumulator's solution on the rows that another one saw."""
         weights, intercept = self.solve(penalty)
         p, moments, shift = self.n_features, held_out._moments, held_out._shift
@@ -123,7 +109,7 @@ class GramRidge:
         residual = np.concatenate([offset[None], -weights, np.eye(len(offset))])  # applied to the rows (1, x, y)
         return np.asarray(np.einsum("ij,ik,kj->j", residual, moments, residual, optimize=True))
 
-    def _decompose(self) -> tuple[Floats, Floats, Floats, Floats]:
+    def _decompose(self) -> tuple[protocol.Floats, protocol.Floats, protocol.Floats, protocol.Floats]:
         """Eigenvalues, eigenvectors, projected X'Y and the columns' scales of the centred moments."""
         if self._factors is None:
             if self.n < 2:
@@ -141,15 +127,15 @@ class GramRidge:
 
 def stream_probe(
     features: xr.DataArray | ArrayLike,
-    label: Ids,
+    label: protocol.Ids,
     *,
-    task: Task | Literal["auto"] = "auto",
+    task: protocol.Task | Literal["auto"] = "auto",
     penalties: Sequence[float] = (1.0, 10.0, 100.0, 1000.0, 10_000.0),
-    pool: Pool = "mean",
-    split: Ids | None = None,
+    pool: protocol.Pool = "mean",
+    split: protocol.Ids | None = None,
     control: bool = True,
-    types: Ids | None = None,
-    groups: Ids | None = None,
+    types: protocol.Ids | None = None,
+    groups: protocol.Ids | None = None,
     seed: int = 0,
     n_resamples: int = 2000,
     block: int = 64,
@@ -171,19 +157,24 @@ def stream_probe(
     >>> stream_probe(values, colour, block=32).table["value"].tolist()
     [1.0]
     """
-    given = as_features(features)
-    pool_features(given.isel(sample=slice(0, 1)), pool)  # refuses a pooling that does not fit
-    problem = Problem.of(given, label, task=task, pool=pool, types=types, groups=groups, split=split, seed=seed)
-    settings = Settings("penalty", tuple(sorted(penalties, reverse=True)), control, seed, n_resamples)
-    check_split(problem, settings, split)
+    given = protocol.as_features(features)
+    protocol.pool_features(given.isel(sample=slice(0, 1)), pool)  # refuses a pooling that does not fit
+    problem = protocol.Problem.of(given, label, task=task, pool=pool, types=types, groups=groups, split=split, seed=seed)
+    settings = protocol.Settings("penalty", tuple(sorted(penalties, reverse=True)), control, seed, n_resamples)
+    protocol.check_split(problem, settings, split)
     with threadpool_limits(limits=1):
-        done = [_stream_place(part, problem, settings, pool, block, place) for place, part in combinations(given)]
-    places = tuple({str(d): row[str(d)] for d in outer_dimensions(given)} for row, _ in done)
+        done = [_stream_place(part, problem, settings, pool, block, place) for place, part in protocol.combinations(given)]
+    places = tuple({str(d): row[str(d)] for d in protocol.outer_dimensions(given)} for row, _ in done)
     return ProbeResult(pd.DataFrame([row for row, _ in done]), tuple(fit for _, fit in done), places, problem.classes, pool)
 
 
 def _stream_place(
-    part: xr.DataArray, problem: Problem, settings: Settings, pool: Pool, block: int, place: dict[str, Any]
+    part: xr.DataArray,
+    problem: protocol.Problem,
+    settings: protocol.Settings,
+    pool: protocol.Pool,
+    block: int,
+    place: dict[str, Any],
 ) -> tuple[dict[str, Any], LinearReadout]:
     """The table's row of one combination, and its probe."""
     per_sample = len(problem.target) // part.sizes["sample"]
@@ -191,10 +182,10 @@ def _stream_place(
 
     def blocks() -> Iterator[tuple[slice, NDArray[np.float32]]]:
         for first in range(0, part.sizes["sample"], block):
-            x = matrix(pool_features(part.isel(sample=slice(first, first + block)), pool))
+            x = protocol.matrix(protocol.pool_features(part.isel(sample=slice(first, first + block)), pool))
             yield slice(first * per_sample, first * per_sample + len(x)), x
 
-    def targets(rows: slice) -> Floats:
+    def targets(rows: slice) -> protocol.Floats:
         kinds = [problem.target[rows], problem.control[rows]]
         return np.concatenate([np.eye(classes)[k] if classes else k[:, None] for k in kinds], axis=1)
 
@@ -202,7 +193,7 @@ def _stream_place(
     train, validation, test = (p & usable for p in problem.parts())
     fitted, held_out = GramRidge(), GramRidge()
     for rows, x in blocks():
-        check_rows(x[problem.keep[rows]], place)
+        protocol.check_rows(x[problem.keep[rows]], place)
         for gram, mask in ((fitted, train[rows]), (held_out, validation[rows])):
             if mask.any():
                 gram.update(x[mask], targets(rows)[mask])
@@ -224,7 +215,7 @@ def _stream_place(
     return make_row(problem, settings, [turn], place, len(weights)), readout
 
 
-def _answers(predicted: Floats, width: int) -> NDArray[Any]:
+def _answers(predicted: protocol.Floats, width: int) -> NDArray[Any]:
     """(row, task): for each task the quantity, or the class whose indicator is predicted largest."""
     both = predicted.reshape(len(predicted), 2, width)
     return both[..., 0] if width == 1 else both.argmax(axis=-1)

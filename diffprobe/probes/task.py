@@ -148,7 +148,6 @@ def split_folds(target: ArrayLike, groups: ArrayLike, seed: int = 0) -> NDArray[
     Args:
         target: (row,) integers are classes, floats are quantities.
         groups: (row,) ids that stay together.
-        seed: Seed of the dealing.
 
     Returns:
         (row,) fold numbers.
@@ -289,7 +288,7 @@ def sample_coordinate(
     Raises:
         ValueError: there is none; the message lists those there are and the closest.
     """
-    there = [str(n) for n, c in features.coords.items() if n != "sample" and c.dims in dimensions]
+    there = [str(n) for n, c in features.coords.items() if n not in ("sample", "status") and c.dims in dimensions]
     if name not in there:
         listed = ", ".join(sorted(there)) or "none"
         raise ValueError(f"Label {name!r} is not among the samples' labels ({listed}).{did_you_mean(name, there)}")
