@@ -13,25 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 import diffprobe.mllm  # noqa: F401 (makes saved models known to transformers)
 
-if TYPE_CHECKING:
-    from diffprobe.data import load_dataset
-    from diffprobe.edit import Edit
-    from diffprobe.encoders import load_encoder
-    from diffprobe.extraction import extract
-    from diffprobe.matching import alignment_score
-    from diffprobe.mllm.leakage import leakage_report
-    from diffprobe.mllm.model import FusedMLLM
-    from diffprobe.mllm.verdict import judge_leakage
-    from diffprobe.models import load_model
-    from diffprobe.probes.correspondence import correspondence
-    from diffprobe.probes.knn import knn_probe
-    from diffprobe.probes.linear import fit_probe
-    from diffprobe.probes.localization import localization_score
-    from diffprobe.probes.similarity import similarity
-    from diffprobe.probes.streaming import stream_probe
-    from diffprobe.recorder import Recorder
-    from diffprobe.sites import list_sites
-    from diffprobe.store import attention_maps, features, open_store
+if TYPE_CHECKING:  # these are exported
+    from diffprobe.data import load_dataset as load_dataset
+    from diffprobe.edit import Edit as Edit
+    from diffprobe.encoders import load_encoder as load_encoder
+    from diffprobe.extraction import extract as extract
+    from diffprobe.matching import alignment_score as alignment_score
+    from diffprobe.mllm.leakage import leakage_report as leakage_report
+    from diffprobe.mllm.model import FusedMLLM as FusedMLLM
+    from diffprobe.mllm.verdict import judge_leakage as judge_leakage
+    from diffprobe.models import load_model as load_model
+    from diffprobe.probes.correspondence import correspondence as correspondence
+    from diffprobe.probes.knn import knn_probe as knn_probe
+    from diffprobe.probes.linear import fit_probe as fit_probe
+    from diffprobe.probes.localization import localization_score as localization_score
+    from diffprobe.probes.similarity import similarity as similarity
+    from diffprobe.probes.streaming import stream_probe as stream_probe
+    from diffprobe.recorder import Recorder as Recorder
+    from diffprobe.sites import list_sites as list_sites
+    from diffprobe.store import attention_maps as attention_maps
+    from diffprobe.store import features as features
+    from diffprobe.store import open_store as open_store
 
 _HOMES = {
     "Edit": "edit",
@@ -55,28 +57,7 @@ _HOMES = {
     "similarity": "probes.similarity",
     "stream_probe": "probes.streaming",
 }
-__all__ = [
-    "Edit",
-    "FusedMLLM",
-    "Recorder",
-    "alignment_score",
-    "attention_maps",
-    "correspondence",
-    "extract",
-    "features",
-    "fit_probe",
-    "judge_leakage",
-    "knn_probe",
-    "leakage_report",
-    "list_sites",
-    "load_dataset",
-    "load_encoder",
-    "load_model",
-    "localization_score",
-    "open_store",
-    "similarity",
-    "stream_probe",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

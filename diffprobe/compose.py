@@ -18,21 +18,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from diffprobe import layout
 from diffprobe.conditioning import ACROSS, NULL, guided_name
 from diffprobe.console import Console, size_text
 from diffprobe.data.join import joined_fingerprint
 from diffprobe.data.samples import did_you_mean, join_spec
-from diffprobe.layout import (
-    COMPLETE,
-    PENDING,
-    Present,
-    attributes_of,
-    check_layout,
-    open_group,
-    read_array,
-    recorded,
-    site_array,
-)
 from diffprobe.rundir import RequestError, StoreError, check_request, free_bytes, request_differences, sole_writer
 from diffprobe.store import LEVELS, ArraySpec, StoreWriter, create_store, exists, known
 
@@ -67,16 +57,16 @@ class Source:
         Raises:
             StoreError: it is damaged, or has to be `finished` and is not.
         """
-        root = open_group(path, "r")
-        attributes = attributes_of(root, path)
-        check_layout(root, path, lambda key: True)
-        status, units = recorded(root, int(attributes["unit_samples"]))
-        if finished and (number := int((status == PENDING).sum())):
+        root = layout.open_group(path, "r")
+        attributes = layout.attributes_of(root, path)
+        layout.check_layout(root, path, lambda key: True)
+        status, units = layout.recorded(root, int(attributes["unit_samples"]))
+        if finished and (number := int((status == layout.PENDING).sum())):
             raise StoreError(
                 f"{path} has {number} pending samples; finish it with the command that began it, or 'diffprobe repair {path}'."
             )
-        whole = zarr.open_group(Present(root.store, units), mode="r", zarr_format=3)
-        return cls(str(path), whole, attributes, [str(name) for name in read_array(root, "sample")], status)
+        whole = zarr.open_group(layout.Present(root.store, units), mode="r", zarr_format=3)
+        return cls(str(path), whole, attributes, [str(name) for name in layout.read_array(root, "sample")], status)
 
     @property
     def request(self) -> dict[str, Any]:
@@ -93,16 +83,18 @@ class Source:
 
     def labels(self) -> dict[str, NDArray[Any]]:
         """By name, one value a sample."""
-        return {name: read_array(self.root, name) for name in sorted(set(self.root.array_keys()) - _OF_NO_UNIT)}
+        return {name: layout.read_array(self.root, name) for name in sorted(set(self.root.array_keys()) - _OF_NO_UNIT)}
 
     def prompts(self) -> dict[str, NDArray[Any]]:
         """`text` (sample, conditioning) and the tokens (sample, conditioning, token)."""
-        return {name: read_array(self.root, f"prompts/{name}") for name in ("text", "token_id", "token_start", "token_end")}
+        return {
+            name: layout.read_array(self.root, f"prompts/{name}") for name in ("text", "token_id", "token_start", "token_end")
+        }
 
     def coordinate(self, site: str, name: str) -> list[Any]:
         path = f"{site}/{name}"
         if path not in self._coordinates:
-            self._coordinates[path] = read_array(self.root, path).tolist()
+            self._coordinates[path] = layout.read_array(self.root, path).tolist()
         return self._coordinates[path]
 
 
@@ -213,7 +205,6 @@ def subset(
     """Copies a part of a store into a new one; what is not given is kept whole.
 
     Args:
-        samples: ids.
         where: label: value; a sample has to have all of them.
         limit: the first so many of the samples that are left.
 
@@ -288,7 +279,7 @@ def compose(
         free = free_bytes(out)
         if free is not None and needed > free:
             raise StoreError(f"{out} needs {size_text(needed)}, and {size_text(free)} are free; nothing was written.")
-        first = site_array(sources[0].root, sources[0].sites[0])
+        first = layout.site_array(sources[0].root, sources[0].sites[0])
         create_store(
             out, attributes=attributes, sample_ids=ids, labels=labels, timesteps=request["timesteps"], prompts=prompts,
             conditionings=request["conditionings"], tokens=request["map_tokens"], specs=specs, unit_samples=int(attributes["unit_samples"]),
@@ -309,7 +300,7 @@ def _specs(sources: Sequence[Source], request: Mapping[str, Any]) -> list[ArrayS
     specs = []
     for site in [*request["sites"], *request["maps"]]:
         having = [source for source in sources if site in source.sites]
-        array, told = site_array(having[0].root, site), having[0].root[site].attrs
+        array, told = layout.site_array(having[0].root, site), having[0].root[site].attrs
         there = {name for source in having for name in source.coordinate(site, "conditioning")}
         dims: Any = array.metadata.dimension_names  # type: ignore[union-attr]
         variable: Any = array.basename
@@ -368,19 +359,19 @@ def _unit(
     sources: Sequence[Source], specs: Sequence[ArraySpec], ids: Sequence[str], request: Mapping[str, Any]
 ) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
     """The arrays and the status of some samples; a sample is complete if it is so in every source."""
-    steps, status = request["timesteps"], np.full(len(ids), PENDING, np.uint8)
+    steps, status = request["timesteps"], np.full(len(ids), layout.PENDING, np.uint8)
     arrays = {
         spec.site: np.full((len(ids), len(spec.conditionings), len(steps), *spec.shape), np.nan, request["store_dtype"])
         for spec in specs
     }
     for source in reversed(sources):
         to, rows = _places(ids, source.rows)
-        status[to] = np.where(status[to] > COMPLETE, status[to], source.status[rows])
+        status[to] = np.where(status[to] > layout.COMPLETE, status[to], source.status[rows])
         for spec in specs if len(to) else ():
             if spec.site in source.sites:
                 columns, own_columns = _places(spec.conditionings, source.coordinate(spec.site, "conditioning"))
                 times, own_times = _places(steps, source.coordinate(spec.site, "timestep"))
-                values = _read(site_array(source.root, spec.site), rows)[:, own_columns][:, :, own_times]
+                values = _read(layout.site_array(source.root, spec.site), rows)[:, own_columns][:, :, own_times]
                 arrays[spec.site][np.ix_(to, columns, times)] = values
     return arrays, status
 

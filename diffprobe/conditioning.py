@@ -59,7 +59,7 @@ def parse_conditionings(text: str) -> list[str]:
     return [part.rstrip() for part in parts]
 
 
-def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | None:
+def prompt_for(name: str, sample: Sample) -> str | None:
     """The text that a conditioning gives a sample; None is the pipeline's own unconditional input.
 
     Raises:
@@ -70,16 +70,14 @@ def prompt_for(name: str, sample: Sample, other: Sample | None = None) -> str | 
         return None
     if kind == "fixed":
         return which
-    source = other if kind == "mismatched" else sample
-    assert source is not None
     if kind == "question":
-        texts = {str(i): question.text for i, question in enumerate(source.questions)}
+        texts = {str(i): question.text for i, question in enumerate(sample.questions)}
     else:
-        texts = {str(i): caption.text for i, caption in enumerate(source.captions)}
-        texts |= {caption.style: caption.text for caption in reversed(source.captions)}
+        texts = {str(i): caption.text for i, caption in enumerate(sample.captions)}
+        texts |= {caption.style: caption.text for caption in reversed(sample.captions)}
     if (which or "0") not in texts:
         raise ValueError(
-            f"Sample {source.id!r} has no {kind} {which or '0'!r} (it has: {', '.join(texts) or 'none'}); "
+            f"Sample {sample.id!r} has no {kind} {which or '0'!r} (it has: {', '.join(texts) or 'none'}); "
             "give a captions file, or use the conditionings null or fixed:TEXT."
         )
     return texts[which or "0"]

@@ -43,6 +43,16 @@ def size_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def duration_text(seconds: float) -> str:
+    """A forecast of time as a person reads it.
+
+    >>> duration_text(42), duration_text(400), duration_text(8000)
+    ('about 42 s', 'about 7 min', 'about 2.2 h')
+    """
+    whole = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"about {whole}"
+
+
 class Console(rich.console.Console):
     """rich's console without markup, emoji codes, automatic colours and control characters."""
 
@@ -58,9 +68,7 @@ class Console(rich.console.Console):
         """Shows progress: a bar on a terminal; in a log a line every `LINE_SECONDS` seconds and one at the end.
 
         Args:
-            task: the name of the work.
             unit: the name of the items, in the plural.
-            total: the number of items.
             done: the number of items that an earlier run finished.
 
         Yields:

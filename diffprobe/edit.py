@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from diffprobe.conditioning import word_tokens
 from diffprobe.models import DiffusionModel, sites_of
 from diffprobe.prompts import EncodedText
-from diffprobe.recorder import _ACTIVE, Recorder, Step, _network_of, site_shapes
+from diffprobe.recorder import Recorder, Step, _network_of, site_shapes
 from diffprobe.sites import Site, select_sites
-from diffprobe.tap import ALL, Call, Index, Run, probabilities, take, unseen
+from diffprobe.tap import ALL, Call, Index, Run, additive, backend_of, probabilities, take, unseen
 from diffprobe.tokens import arguments_of, first_of, tensors_of, texts_of
 
 Tokens: TypeAlias = str | int | Sequence[str] | Sequence[int] | Tensor
@@ -151,7 +151,6 @@ class Edit(Recorder):
     """Change sites of a network while it runs, inside a ``with`` block.
 
     Args:
-        model: as for `Recorder`.
         site: path, paper name, glob or preset, or several; maps are named as such (``*-Cross-Map``).
         change: one that this module's functions make, or any function of a tensor that gives one of its shape.
         timesteps: a number, a container (``range(500, 1000)``) or a function that says whether it acts at a timestep; all by default.
@@ -167,6 +166,8 @@ class Edit(Recorder):
     >>> with Edit(model, "*-Cross-Map", scale_token("star", 4.0), prompt="a red star"):  # doctest: +SKIP
     ...     model.pipeline("a red star")
     """
+
+    _entered = _EDITS  # apart from recorders, for one that stops early need not wait for an edit
 
     def __init__(
         self,
@@ -217,7 +218,7 @@ class Edit(Recorder):
                 f"Which tokens spell {', '.join(map(repr, every))} is not known without a prompt and its tokenizer: give prompt= and "
                 "a DiffusionModel or pipeline, or positions of tokens."
             )
-        spans = self._speaker().tokens(self._prompts)[1].tolist()
+        spans = _speaker(self.model).tokens(self._prompts)[1].tolist()
         found: list[list[int]] = []
         for prompt, places in zip(self._prompts, spans, strict=True):
             words = [word_tokens(prompt or "", str(word), places) for word in every]
@@ -225,9 +226,6 @@ class Edit(Recorder):
                 raise ValueError(f"{lost[0]!r} is not a word of the prompt {prompt!r}, as far as the text encoder reads it.")
             found.append(sorted({position for at in words for position in at}))
         return found
-
-    def _speaker(self) -> DiffusionModel:
-        return self.model if isinstance(self.model, DiffusionModel) else DiffusionModel(self.model)
 
     def _check_change(self) -> None:
         """Refuse sites at which the change has no meaning."""
@@ -260,8 +258,7 @@ class Edit(Recorder):
         super()._check()
         registry = attention_dispatch._AttentionBackendRegistry
         for site in self.sites:
-            processor = getattr(self._modules[site.module_path], "processor", None)
-            backend = getattr(processor, "_attention_backend", None) or registry._active_backend
+            backend = backend_of(self._modules[site.module_path])
             if site.is_map and "attn_mask" not in registry._supported_arg_names.get(backend, ("attn_mask",)):
                 raise ValueError(
                     f"Site {site.name} runs on the attention backend {backend.value}, which takes no mask, and a map is edited by its "
@@ -272,15 +269,11 @@ class Edit(Recorder):
 
     def __enter__(self) -> Edit:
         super().__enter__()
-        _ACTIVE[self.network].remove(self)  # a recorder that stops early need not wait for an edit
-        _EDITS.setdefault(self.network, []).append(self)
         self.passes = self.changed = 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._detach()
-        _EDITS[self.network].remove(self)
-        self._step = None
+        super().__exit__(kind, error, trace)
         self._inputs.clear()
         if kind is None and self.passes and not self.changed and self._timesteps_asked is not None:
             warnings.warn(
@@ -298,7 +291,8 @@ class Edit(Recorder):
         for site in self.sites:
             path, _, part = site.module_path.rpartition(".")
             if self.change.name == "skip":
-                hooks.append((site.module_path, partial(self._note_input, site)))
+                note: Any = lambda m, args, kwargs, name=site.name: self._inputs.update({name: arguments_of(m, args, kwargs)})  # noqa: E731
+                hooks.append((site.module_path, note))
             elif self.change.name == "swap_prompt":
                 hooks.append(
                     (path if site.kind in ("cross_query", "cross_key", "cross_value") else site.module_path, self._give)
@@ -374,7 +368,7 @@ class Edit(Recorder):
         if self._words is None or not self._prompts or not names or not isinstance(given[names[0]], Tensor):
             return
         if self._encoded is None:
-            self._encoded = self._speaker().encode_text(self._prompts).embeddings
+            self._encoded = _speaker(self.model).encode_text(self._prompts).embeddings
         rows = [row for row, name in enumerate(self._step.rows) if name == "prompt"]  # type: ignore[union-attr]
         own = self._encoded if len(self._encoded) > 1 else self._encoded.expand(len(rows), -1, -1)
         there = given[names[0]][rows]
@@ -510,9 +504,6 @@ class Edit(Recorder):
         mask = self._places[None] if self._places.ndim == 2 else self._places
         return mask if mask.shape[1:] == grid else nn.functional.adaptive_max_pool2d(mask[:, None].float(), grid)[:, 0].bool()
 
-    def _note_input(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs[site.name] = arguments_of(module, args, kwargs)
-
     def _skipped(self, site: Site, output: Any) -> Any:
         """The block's output with the chosen rows as they came in."""
         given = self._inputs.pop(site.name)
@@ -605,7 +596,7 @@ class Edit(Recorder):
                 slice(None) if everywhere else _positions(places, row, asking).to(bias.device)[cells[min(row, len(cells) - 1)]]
             )
             bias[row, 0, here if everywhere else here[:, None], at] = factor  # type: ignore[index]
-        mask, changed = _additive(call.mask) + bias, bias.flatten(1).any(1)
+        mask, changed = additive(call.mask, call.query.device) + bias, bias.flatten(1).any(1)
         if (mask.expand(rows, *mask.shape[1:])[changed] <= _SHUT).all(-1).any():
             raise ValueError(f"The edit scale_token leaves site {site.name} without any token to attend to.")
         return mask, changed
@@ -624,7 +615,7 @@ class Edit(Recorder):
         places, keys = self._parts(site, call)
         whole = probabilities(call, places, heads="all")
         key = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
-        mask = _additive(call.mask).expand(*call.query.shape[:3], call.key.shape[2]).clone()
+        mask = additive(call.mask, call.query.device).expand(*call.query.shape[:3], call.key.shape[2]).clone()
         for row in rows.nonzero().flatten().tolist():
             whole[row][:, _positions(keys, row, whole.shape[2])] = new[row].flatten(2)
             total = whole[row].sum(1, keepdim=True)
@@ -649,6 +640,10 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 
 
+def _speaker(model: Any) -> DiffusionModel:
+    return model if isinstance(model, DiffusionModel) else DiffusionModel(model)
+
+
 def _within(positions: Sequence[int], count: int, site: Site) -> list[int]:
     if positions and max(positions) >= count:
         raise ValueError(f"Token {max(positions)} was to be edited, and site {site.name} has {count}, counted from 0.")
@@ -658,17 +653,6 @@ def _within(positions: Sequence[int], count: int, site: Site) -> list[int]:
 def _positions(index: Index, row: int, size: int) -> Tensor:
     """The positions that an index means in one row."""
     return torch.arange(size)[index] if isinstance(index, slice) else index[min(row, len(index) - 1)]
-
-
-def _additive(mask: Tensor | None) -> Tensor:
-    """A mask as what is added to float32 scores."""
-    if mask is None:
-        return torch.zeros(1, 1, 1, 1)
-    return (
-        torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-        if mask.dtype == torch.bool
-        else mask.float()
-    )
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -690,8 +674,7 @@ def _text_input(model: Any, change: Change) -> tuple[Tensor, Tensor | None]:
     """What a cross-attention is given of a text: embeddings (1, token, width) and the bias of their mask."""
     text = change.text
     if not isinstance(text, EncodedText):
-        model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
-        text = model.encode_text([text])
+        text = _speaker(model).encode_text([text])
     if text.mask is None:
         return text.embeddings, None
     network: Any = model.network if isinstance(model, DiffusionModel) else model.transformer

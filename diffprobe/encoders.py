@@ -27,20 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from diffprobe import models
 from diffprobe.checkpoints import weights_hash
-from diffprobe.models import (
-    DiffusionModel,
-    as_dtype,
-    choose_device,
-    evaluating,
-    fresh_weights,
-    kept_name,
-    load_model,
-    model_index,
-    out_of_memory,
-    quiet,
-    resolve,
-)
 from diffprobe.prompts import EncodedText
 from diffprobe.sites import Site
 from diffprobe.tokens import first_of
@@ -54,8 +42,6 @@ class VisionEncoder:
     Args:
         model: a transformers model that has an image tower or is one.
         processor: settings of its image processor: crop_size or size; image_mean and image_std unless do_normalize is false.
-        model_id: the name that a store's provenance gets.
-        random_weights: the seed of random weights, if it has them.
 
     Raises:
         ValueError: the model takes no images, its tokens are not the image's patches in order, or a setting is missing.
@@ -150,7 +136,7 @@ class VisionEncoder:
         try:
             self.forward(images)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            if out_of_memory(error):
+            if models.out_of_memory(error):
                 raise
             self._refuse(f"it cannot be given images alone ({error})")
         finally:
@@ -204,7 +190,7 @@ class VisionEncoder:
         options: dict[str, Any] = {}
         if own is not None and "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters:
             options["interpolate_pos_encoding"] = (height, width) != ((own, own) if isinstance(own, int) else tuple(own))
-        with evaluating(self.network):
+        with models.evaluating(self.network):
             self.network(pixel_values=inputs, **options)
 
     def recorder(self, sites: Sequence[str], reduce: Callable[[Site, Tensor], Tensor] | None = None) -> EncoderRecorder:
@@ -309,20 +295,20 @@ def load_encoder(
     >>> load_encoder("shapes-clip").resolution  # doctest: +SKIP
     (64, 64)
     """
-    source, device = resolve(id_or_dir), choose_device(device)
-    dtype = as_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    source, device = models.resolve(id_or_dir), models.choose_device(device)
+    dtype = models.as_dtype(dtype, device) if isinstance(dtype, str) else dtype
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
         with contextlib.suppress(ValueError, ImportError):  # settings that the file lacks are defaults of its class, if known
             processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False).to_dict()
-        with quiet(source):
+        with models.quiet(source):
             options: dict[str, Any] = {"use_safetensors": True} if use_safetensors else {}
             model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False, **options)
     except ABSENT as error:
         raise ValueError(f"The vision encoder at {source!r} could not be read: {error}") from error
     if random_weights is not None:
-        model = fresh_weights(lambda: AutoModel.from_config(model.config, dtype=dtype), random_weights)
-    return VisionEncoder(model.to(device).eval(), processor, kept_name(id_or_dir), revision, random_weights)
+        model = models.fresh_weights(lambda: AutoModel.from_config(model.config, dtype=dtype), random_weights)
+    return VisionEncoder(model.to(device).eval(), processor, models.kept_name(id_or_dir), revision, random_weights)
 
 
 def load_extractor(
@@ -331,18 +317,18 @@ def load_extractor(
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
     **loading: Any,
-) -> DiffusionModel | VisionEncoder:
+) -> models.DiffusionModel | VisionEncoder:
     """Loads a text-to-image pipeline, as `load_model` does, or a vision encoder, whichever the name is of.
 
     Args:
         **loading: the other options of `load_model`; a vision encoder takes use_safetensors and random_weights of them.
     """
-    source = resolve(id_or_dir)
+    source = models.resolve(id_or_dir)
     loading = {name: value for name, value in loading.items() if value is not None and value != []}
-    load: Callable[..., DiffusionModel | VisionEncoder] = load_model
+    load: Callable[..., models.DiffusionModel | VisionEncoder] = models.load_model
     try:
         if not Path(source).expanduser().is_file():  # a single file of weights
-            model_index(source, revision)
+            models.model_index(source, revision)
     except ValueError as nothing:
         try:
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)

@@ -18,8 +18,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from diffprobe.rundir import StoreError, is_remote, optional, whole_file, whole_folder
-from diffprobe.store import SHARD_BYTES, known, open_store, provenance, sample_labels, site_names
+from diffprobe.rundir import is_remote, optional, whole_file, whole_folder
+from diffprobe.store import SHARD_BYTES, choose, known, open_store, provenance, sample_labels, site_names
 
 Format = Literal["npz", "safetensors", "parquet", "hf"]
 
@@ -57,10 +57,7 @@ def export(
         data = tree[known(name, site_names(tree), "site")].to_dataset()
         array = data["maps" if "maps" in data else "features"]
         for axis, values in (("timestep", timesteps), ("conditioning", conditionings)):
-            there = array[axis].values.tolist()
-            if missing := [value for value in values if value not in there]:
-                raise StoreError(f"{name} has no {axis} {missing[0]!r}; it has {', '.join(map(str, there))}.")
-            array = array.isel({axis: [there.index(value) for value in values or there]})
+            array = choose(array, axis, list(values) or None)
         arrays[name] = array
     write = {"npz": _npz, "safetensors": _safetensors, "parquet": _parquet, "hf": _hf}[form]
     write(out, arrays, _samples(tree))

@@ -38,7 +38,6 @@ _LOOKED_AT = 16  # samples whose pixels are compared where no fingerprint can be
 class _Addition:
     """What is added along one axis: how it is extracted, and what the store is afterwards."""
 
-    axis: str
     values: list[Any]
     options: dict[str, Any]
     request: dict[str, Any]
@@ -73,8 +72,6 @@ def extend(
         sites, maps, timesteps, conditionings: as for `extract`; what the store has already is left out.
         reduce: the rule of the new sites; that of the store's sites by default, if they have one.
         model: used in place of the one that the store names; its weights must be equal.
-        device, dtype, use_safetensors: as for `repair`.
-        batch_rows: as for `extract`; those of the store by default.
 
     Returns:
         What was added, by axis.
@@ -166,7 +163,7 @@ def _addition(
     request = held.request
     options = {name: request[name] for name in OPTIONS} | {"resolution": tuple(request["resolution"])}
     options["map_tokens"] = len(request["map_tokens"]) if request["maps"] else held.attributes["map_tokens_rule"]
-    addition = _Addition(axis, [], options, {}, data, held.ids, held.labels())
+    addition = _Addition([], options, {}, data, held.ids, held.labels())
     if axis == "samples":
         return _more_samples(held, data, addition, explicit)
     if axis == "sites":
@@ -263,6 +260,3 @@ def _check_unchanged(held: Source, data: Dataset, rows: Sequence[int]) -> None:
         raise RequestError(
             f"Samples of {held.path} are not the same in {data.spec!r}: an image or its text was changed. Extract them into a new store."
         )
-
-
-__all__ = ["extend"]

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 from diffprobe import rundir, store
 from diffprobe.conditioning import NULL, check_conditioning
-from diffprobe.console import Console, size_text
+from diffprobe.console import Console, duration_text, size_text
 from diffprobe.data import load_dataset
 from diffprobe.data.files import check_unicode, listed
 from diffprobe.data.labels import label_arrays
 from diffprobe.data.samples import Dataset
 from diffprobe.encoders import VisionEncoder, load_extractor
 from diffprobe.forward import NotFiniteError as NotFiniteError
-from diffprobe.layout import read_array
+from diffprobe.layout import Request, read_array
 from diffprobe.models import DiffusionModel, LatentRule, kept_name
 from diffprobe.sites import select_sites
-from diffprobe.units import STORE_DTYPES, Index, Policy, Request, Run, array_specs, parse_reduce
+from diffprobe.units import STORE_DTYPES, Index, Policy, Run, array_specs, parse_reduce
 
 _PACKAGES = ("diffprobe", "torch", "diffusers", "transformers", "zarr", "xarray")
 TIMESTEPS = (10, 50, 100, 250, 500)
@@ -47,7 +47,7 @@ class Forecast:
     passes: int
     bytes_by_site: dict[str, int]
     free_bytes: int | None
-    seconds: float | None
+    seconds: float
     batch_rows: int
     truncated_prompts: int
     looked_at: int  # samples whose captions were read
@@ -153,11 +153,21 @@ def extract(
     _check_arguments(sigmas or log_snr or timesteps, conditionings, guidance, noise_draws, store_dtype, on_nonfinite, heads)
     model = load_extractor(model) if isinstance(model, str) else model
     if isinstance(model, VisionEncoder):
-        sites = _encoder_sites(model, sites, bool(guidance or maps or noise_draws > 1))
+        if guidance or maps or noise_draws > 1:
+            raise ValueError(
+                f"{model.model_id} is a vision encoder: it has no guidance, attention maps or noise draws to record."
+            )
+        given = sites.split(",") if isinstance(sites, str) else sites
+        sites = [name for site in given for name in (model.preset if site == "paper" else [site])]
         timesteps, conditionings = (0,), (NULL,)
         log(f"{model.model_id} is a vision encoder: each image once, without noise (timestep 0) and without text (null).")
     else:
-        timesteps = _nearest(model, sigmas, log_snr) or timesteps
+        near = [model.levels.nearest(sigma=value) for value in sigmas] + [model.levels.nearest(log_snr=v) for v in log_snr]
+        if len(set(near)) < len(near):
+            raise ValueError(
+                f"Two of these noise levels mean the same timestep of {model.model_id}: {', '.join(map(str, near))}."
+            )
+        timesteps = near or timesteps
     if shard and not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"Shard {shard[0]}/{shard[1]} does not exist; give i/n with i from 1 to n.")
     for timestep in timesteps:
@@ -171,7 +181,9 @@ def extract(
     rules = parse_reduce(reduce, features)
     new_forecast = dry_run and not store.exists(out)  # no store's request is compared with this one
     index = Index.of(dataset, conditionings, range(0, len(dataset), -(-len(dataset) // _LOOK_AT) if new_forecast else 1))
-    lengths = _prompt_lengths(model, index.prompts)
+    distinct = list(dict.fromkeys(prompt for column in index.prompts.values() for prompt in column))
+    parts = [distinct[start : start + 512] for start in range(0, len(distinct), 512)]
+    lengths = {prompt: n for part in parts for prompt, n in zip(part, model.tokens(part)[2], strict=True)}  # before cutting
     longest = min(model.prompt_tokens, max(lengths.values()))
     kept_tokens = map_tokens if isinstance(map_tokens, int) else model.prompt_tokens if map_tokens == "all" else longest
     if kept_tokens < longest and map_sites:
@@ -212,10 +224,17 @@ def extract(
             else:
                 seconds_per_row = run.find_batch(seconds_per_row)
             truncated = sum(length > model.prompt_tokens for length in lengths.values())
-            forecast = _forecast(run, rundir.free_bytes(out), seconds_per_row / ranks / jobs, truncated)
+            passes, itemsize = len(dataset) * run.rows_per_sample, np.dtype(store_dtype).itemsize
+            sizes = {s.site: s.bytes_per_sample(len(timesteps), itemsize) * len(dataset) for s in run.specs}
+            forecast = Forecast(
+                len(dataset), passes, sizes, rundir.free_bytes(out), seconds_per_row / ranks / jobs * passes, run.engine.batch_rows,
+                truncated, len(index.ids),
+            )  # fmt: skip
             if not (resuming or dry_run):  # who asked for it alone is given it
                 log(describe_forecast(forecast))
-            _check_room(forecast, force, resuming or dry_run)
+            if not (force or resuming or dry_run):
+                advice = "Choose fewer sites or timesteps, or --reduce"
+                rundir.check_room("The store needs {}", forecast.total_bytes, forecast.free_bytes, advice)
         if dry_run:
             return Summary(str(out), len(dataset), 0, {}, time.perf_counter() - started, forecast)
         if rank == 0 and not resuming:
@@ -233,11 +252,8 @@ def extract(
             asked = request.plain() | {"shards": jobs}
             rundir.check_request(out, made["request"] | {"shards": made["shards"]}, asked, "was just begun otherwise:")
         run.engine.batch_rows = batch_rows or int(writer.attributes["batch_rows"])
-        mine = [
-            unit
-            for unit in (writer.pending if units is None else units)
-            if unit % jobs == job - 1 and unit // jobs % ranks == rank
-        ]
+        left = writer.pending if units is None else units
+        mine = [unit for unit in left if unit % jobs == job - 1 and unit // jobs % ranks == rank]
         if shard:
             count = -(-len(dataset) // writer.unit_samples)
             log(f"Shard {job} of {jobs}: {len(range(job - 1, count, jobs))} of {count} units.")
@@ -249,14 +265,6 @@ def extract(
         run.skipped.setdefault(index.ids[row], store.STATUS_WORDS[int(status[row])])  # other processes' or an earlier run's
     complete = int((status == store.COMPLETE).sum())
     return Summary(str(out), len(dataset), complete, run.skipped, time.perf_counter() - started, forecast)
-
-
-def _nearest(model: DiffusionModel, sigmas: Sequence[float], log_snr: Sequence[float]) -> list[int]:
-    """The training timesteps that are meant by their noise."""
-    found = [model.levels.nearest(sigma=value) for value in sigmas] + [model.levels.nearest(log_snr=v) for v in log_snr]
-    if len(set(found)) < len(found):
-        raise ValueError(f"Two of these noise levels mean the same timestep of {model.model_id}: {', '.join(map(str, found))}.")
-    return found
 
 
 def _check_arguments(
@@ -288,14 +296,6 @@ def _check_arguments(
     for name, (chosen, valid) in choices.items():
         if chosen not in valid:
             raise ValueError(f"{name} {chosen!r} is not one of {', '.join(valid)}.")
-
-
-def _encoder_sites(model: VisionEncoder, sites: str | Sequence[str], more: bool) -> list[str]:
-    """The patterns of a vision encoder's sites; ValueError where `more` is asked for than it has."""
-    if more:
-        raise ValueError(f"{model.model_id} is a vision encoder: it has no guidance, attention maps or noise draws to record.")
-    given = sites.split(",") if isinstance(sites, str) else sites
-    return [name for site in given for name in (model.preset if site == "paper" else [site])]
 
 
 def _check_resumed(out: str | Path, found: store.StoreWriter, run: Run, repairs: bool, jobs: int) -> None:
@@ -358,29 +358,6 @@ def _tell_of_labels(found: store.StoreWriter, index: Index, log: Callable[[str],
             f"The store keeps the labels that it was made with; {', '.join(other)} differ now. Probes read yours with "
             "--labels FILE."
         )
-
-
-def _forecast(run: Run, free_bytes: int | None, seconds_per_row: float, truncated_prompts: int) -> Forecast:
-    request, steps = run.request, len(run.request.timesteps)
-    passes = request.samples * run.rows_per_sample
-    itemsize = np.dtype(request.store_dtype).itemsize
-    return Forecast(
-        samples=request.samples,
-        passes=passes,
-        bytes_by_site={s.site: s.bytes_per_sample(steps, itemsize) * request.samples for s in run.specs},
-        free_bytes=free_bytes,
-        seconds=seconds_per_row * passes,
-        batch_rows=run.engine.batch_rows,
-        truncated_prompts=truncated_prompts,
-        looked_at=len(run.index.ids),
-    )
-
-
-def _prompt_lengths(model: DiffusionModel | VisionEncoder, prompts: dict[str, list[str | None]]) -> dict[str | None, int]:
-    """The number of tokens of each distinct prompt, before cutting."""
-    distinct = list(dict.fromkeys(p for column in prompts.values() for p in column))
-    parts = [distinct[i : i + 512] for i in range(0, len(distinct), 512)]
-    return {p: n for part in parts for p, n in zip(part, model.tokens(part)[2], strict=True)}
 
 
 def _lay_out(run: Run, out: str | Path, unit_samples: int, compress: bool, ranks: int, jobs: int) -> None:
@@ -460,15 +437,6 @@ def _work(run: Run, writer: store.StoreWriter, units: list[int], console: Consol
             written.result()
 
 
-def _check_room(forecast: Forecast, force: bool, waived: bool) -> None:
-    if force or waived or forecast.free_bytes is None or forecast.total_bytes < 0.95 * forecast.free_bytes:
-        return
-    raise ValueError(
-        f"The store needs {size_text(forecast.total_bytes)} and {size_text(forecast.free_bytes)} are free. "
-        "Choose fewer sites or timesteps, or --reduce; --force goes on regardless."
-    )
-
-
 def describe_forecast(forecast: Forecast) -> str:
     """The forecast as text."""
     some = "" if forecast.looked_at == forecast.samples else f" (judged by {forecast.looked_at} of them)"
@@ -476,18 +444,13 @@ def describe_forecast(forecast: Forecast) -> str:
     lines += [f"  {name:<24} {size_text(size):>10}" for name, size in forecast.bytes_by_site.items()]
     free = "" if forecast.free_bytes is None else f", {size_text(forecast.free_bytes)} free"
     lines.append(f"  {'total':<24} {size_text(forecast.total_bytes):>10}{free}")
-    if forecast.seconds is not None:
-        lines.append(f"  about {_duration(forecast.seconds)} of forward passes")
+    lines.append(f"  {duration_text(forecast.seconds)} of forward passes")
     if forecast.truncated_prompts:
         where = f" of those {forecast.looked_at}" if some else ""
         lines.append(
             f"  {forecast.truncated_prompts} distinct prompts{where} are longer than the text encoder takes and will be cut"
         )
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def repair(
@@ -508,9 +471,6 @@ def repair(
 
     Args:
         model, dataset: used in place of those that the store names; their content must be equal.
-        device, dtype: as for `load_extractor`; the store's number type by default.
-        on_nonfinite: as for `extract`; the store's own by default.
-        retry_unreadable: read images again that could not be read.
 
     Raises:
         ValueError: the content of model or dataset, or the number type, is not the store's.
@@ -561,6 +521,3 @@ OPTIONS = (  # of `extract`, which a store's request has by the same name
     "sites", "maps", "heads", "timesteps", "conditionings", "guidance", "noise_draws", "reduce", "seed", "fit", "latent_rule",
     "store_dtype",
 )  # fmt: skip
-
-
-__all__ = ["Forecast", "NotFiniteError", "Request", "Summary", "describe_forecast", "extract", "repair"]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffprobe.prompts import MARKS, EncodedText, join_tokens
+from diffprobe.prompts import EncodedText, join_tokens
 
 _BOTH = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 _POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -172,13 +172,6 @@ def encode_prompts(family: Family, pipeline: Any, texts: list[str], device: torc
     elif family.mask and found[family.mask] is None:  # all of them are as long
         found[family.mask] = torch.ones(embeddings.shape[:2], dtype=torch.long, device=device)
     return found
-
-
-def text_marks(found: Mapping[str, Tensor]) -> Tensor:
-    """The first channels of all text tokens in the network's order, (text, token, mark)."""
-    return torch.cat(
-        [tensor[..., :MARKS] for name, tensor in found.items() if name.startswith("prompt_embeds") and tensor.ndim == 3], 1
-    )
 
 
 def encoded_text(

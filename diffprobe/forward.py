@@ -2,14 +2,6 @@
 
 A row is one pass of the network: one image under one prompt at one timestep with one draw of noise.  Rows share batches.
 The invariant: what a row gives depends on the row alone and not, beyond rounding, on the batch that it shared.
-
-How to use it:
-
-- extraction: `encode_images` once for each unit, then `run`, which yields batch after batch;
-- the fused model's streams (`mllm/streams.py`): their own latents, then `run`; `cut` names prompts that were too long.  A
-  vision encoder takes the same calls, with None for each prompt;
-- `matching.py` could: rows (image, candidate caption, timestep, draw) through `run`; a batch holds the noise, from which the
-  prediction's error follows, and what a recorder kept of queries, keys and maps.
 """
 
 from __future__ import annotations
@@ -56,7 +48,7 @@ class Batch:
     """Rows that shared a pass, with its inputs and what was recorded.
 
     Attributes:
-        rows: in the order of the tensors' first axis.
+        rows: in the order of the tensors' first axis; `first` is the place of their first among all that are run.
         inputs: (row, channel, y, x): noised latents, or a vision encoder's images.
         noise: (row, channel, y, x) float32 on the model's device; None for a vision encoder.
         timesteps: (row,).
@@ -72,6 +64,7 @@ class Batch:
     text: EncodedText
     tensors: dict[str, Tensor]
     prediction: Float[Tensor, "row channel y x"] | None
+    first: int = 0
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int], fit: str) -> Pixels:
@@ -126,10 +119,7 @@ class Engine:
 
     Args:
         model: a diffusion model, or a vision encoder, which has neither noise nor prompts.
-        seed: the seed of noise and of drawn latents.
-        latent_rule: as for `DiffusionModel.encode_image`.
         batch_rows: the most rows of a pass; it shrinks where memory is short.
-        log: gets a line when a batch did not fit.
 
     Attributes:
         cut: the prompts so far that were longer than the text encoder takes.
@@ -185,7 +175,6 @@ class Engine:
         """Runs rows in batches of nearly equal size.
 
         Args:
-            recorder: an entered recorder of the model.
             latents, ids: latent and id by the rows' `image`.
         """
         texts = self.encode_prompts([row.prompt for row in rows])
@@ -203,7 +192,7 @@ class Engine:
                 noise = torch.stack(drawn).to(inputs.device)
                 inputs = self.model.add_noise(inputs, noise, timesteps)
             text = EncodedText.concatenate([texts[row.prompt] for row in batch])
-            yield self._pass(recorder, Batch(batch, inputs, noise, timesteps, text, {}, None))
+            yield self._pass(recorder, Batch(batch, inputs, noise, timesteps, text, {}, None, done))
             done += len(batch)
 
     def _pass(self, recorder: Listener, batch: Batch) -> Batch:

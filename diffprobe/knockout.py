@@ -15,8 +15,8 @@ beside the timestep, is not cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,8 +30,7 @@ from diffprobe.prompts import EncodedText
 PARTS = ("start", "eos_and_padding", "content", "empty")
 
 
-@dataclass(frozen=True)
-class Knockout:
+class Knockout(NamedTuple):
     """What is cut, and in which cross-attentions; ``str()`` gives the text that `parse_knockout` takes."""
 
     what: str
@@ -84,10 +83,6 @@ class KnockedOut(DiffusionModel):
     """A model whose every denoising call has a route cut; it shares the pipeline with the model that it is made from.
 
     Its `weights_hash` names the knock-out, so a store that was recorded with it cannot be taken for one without.
-
-    Args:
-        model: stays as it is.
-        knockout: as the module's docstring says.
 
     Raises:
         ValueError: the knock-out cannot be read, or fits no cross-attention of the model.

@@ -13,9 +13,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import numpy as np
 import zarr
@@ -181,13 +181,48 @@ def recorded(root: zarr.Group, step: int) -> tuple[NDArray[np.uint8], frozenset[
 
 # --- attributes -----------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides the values in a store; two runs with equal requests may share one.
+
+    See `extract` for the meaning of the fields.
+    """
+
+    model: str
+    revision: str | None
+    weights: str
+    dataset: str
+    fingerprint: str
+    samples: int
+    sites: list[str]
+    maps: list[str]
+    heads: str
+    map_tokens: list[int]
+    timesteps: list[int]
+    conditionings: list[str]
+    guidance: list[float]
+    noise_draws: int
+    reduce: dict[str, str]
+    seed: int
+    resolution: list[int]
+    fit: str
+    latent_rule: str
+    compute_dtype: str
+    store_dtype: str
+    network_guidance: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As a store keeps it; a guidance that no network is given is left out, as in older stores."""
+        return {name: value for name, value in asdict(self).items() if name != "network_guidance" or value is not None}
+
+
 _NEEDED: dict[str, Any] = {"unit_samples": int, "request": dict, "data": str}
 _REQUEST: dict[str, Any] = {
-    **dict.fromkeys(("model", "weights", "dataset", "fingerprint", "heads", "fit", "latent_rule", "compute_dtype", "store_dtype"), str),
-    **dict.fromkeys(("sites", "maps", "map_tokens", "timesteps", "conditionings", "guidance", "resolution"), list),
-    **dict.fromkeys(("samples", "noise_draws", "seed"), int),
-    "reduce": dict,
-}  # fmt: skip
+    name: get_origin(kind) or kind
+    for name, kind in get_type_hints(Request).items()
+    if name not in ("revision", "network_guidance")
+}
 _KINDS = {int: "a number there", str: "a text there", list: "a list there", dict: "a mapping there"}
 
 
@@ -438,9 +473,11 @@ def verify_store(path: str | Path) -> list[Fault]:
     step = int(attributes["unit_samples"])
     seal = Seal(root)
     check_layout(root, path, lambda key: True)
-    for name in _shared_arrays(root):
-        read_array(root, name)
     samples, units, sites = array_of(root, "status").shape[0], array_of(root, "done").shape[0], stored_sites(root)
+    of_units = {"done", "status", "digest", *(f"{site}/{name}" for site in sites for name in ("features", "maps"))}
+    for name, found in root.members(max_depth=None):
+        if isinstance(found, zarr.Array) and name not in of_units:
+            read_array(root, name)
     if seal.there:
         root = zarr.open_group(Present(root.store, frozenset(range(units))), mode="r", zarr_format=3)
     order = sorted(sites)
@@ -472,14 +509,3 @@ def verify_store(path: str | Path) -> list[Fault]:
             elif digests is not None and (digests[order.index(name)] != seal.of(name, unit, status, values)).any():
                 faults.append(Fault(unit, name, "not what was written there: edited, or of another unit or store"))
     return faults
-
-
-def _shared_arrays(root: zarr.Group) -> list[str]:
-    """Paths of the arrays that belong to no unit: ids, labels, prompts, coordinates."""
-    of_units = {
-        "done",
-        "status",
-        "digest",
-        *(f"{site}/{name}" for site in stored_sites(root) for name in ("features", "maps")),
-    }
-    return [path for path, found in root.members(max_depth=None) if isinstance(found, zarr.Array) and path not in of_units]

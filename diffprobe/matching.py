@@ -33,20 +33,19 @@ from which an interrupted run resumes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
@@ -54,39 +53,18 @@ from diffprobe.checkpoints import weights_hash
 from diffprobe.console import Console
 from diffprobe.data import load_dataset
 from diffprobe.data.benchmarks import Benchmark, Item, load_benchmark
-from diffprobe.data.images import fit_image, normalised_pixels
 from diffprobe.data.samples import Dataset
-from diffprobe.extraction import NotFiniteError
+from diffprobe.forward import Batch, Engine, NotFiniteError, Row, to_pixels
 from diffprobe.models import DiffusionModel, load_model, quiet, resolve
-from diffprobe.noise import sample_noise
-from diffprobe.probes.alignment import (
-    CLIP,
-    DIFFUSION_SCORES,
-    DISCFFUSION,
-    LOSS,
-    NORMALISED,
-    PAPER,
-    POOLED,
-    SCORES,
-    TextMap,
-    diffusion_scores,
-    fit_text_map,
-)
-from diffprobe.prompts import EncodedText
+from diffprobe.probes import alignment
 from diffprobe.recorder import Recorder
 from diffprobe.rundir import check_request, whole_file
-from diffprobe.sites import Site, select_sites
+from diffprobe.sites import PREDICTION, Site, select_sites
 from diffprobe.stats import Floats
 
 TIMESTEPS = (189, 389, 589, 789, 989)  # the ensemble of arXiv 2507.07106, with 3 draws
 _SAVE_SECONDS = 20.0
 _PATH = re.compile(r"(down|mid|up)_block[s.]*(\d*)\.?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2")
-
-
-class Scorer(Protocol):
-    """Scores one item: arrays (image, text) or (image, text, timestep, draw) by the score's name."""
-
-    def __call__(self, item: Item) -> dict[str, Floats]: ...
 
 
 # --- log-sum-exp of cross-attention ---------------------------------------------------------------
@@ -132,8 +110,8 @@ def discffusion_sites(sites: Sequence[Site]) -> list[str]:
             last[level, attention] = max(last.get((level, attention), (-1, "")), (block, site.name.removesuffix("-Cross-Q")))
     if set(found) != {"down", "mid", "up"}:
         raise ValueError(
-            f"{DISCFFUSION} is defined on the down, mid and up part of a UNet, and this network has cross-attention in "
-            f"{', '.join(found) or 'none of them'}; choose other scores, such as {PAPER}."
+            f"{alignment.DISCFFUSION} is defined on the down, mid and up part of a UNet, and this network has cross-attention in "
+            f"{', '.join(found) or 'none of them'}; choose other scores, such as {alignment.PAPER}."
         )
     names = []
     for places in found.values():
@@ -142,154 +120,107 @@ def discffusion_sites(sites: Sequence[Site]) -> list[str]:
     return names
 
 
-# --- scores from denoising passes -----------------------------------------------------------------
+# --- scores of one item ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Request:
-    """All that determines the scores in a file; see `alignment_score`."""
-
-    model: str
-    weights: str
-    benchmark: str
-    fingerprint: str
-    scores: list[str]
-    timesteps: list[int]
-    draws: int
-    seed: int
-    resolution: list[int]
-    fit: str
-    site: str
-    site_timestep: int
-    train: str
-    clip: str
-    clip_weights: str
-    dtype: str
+def _latents(engine: Engine, request: Mapping[str, Any], images: Sequence[Image.Image], ids: Sequence[str]) -> Tensor:
+    size = (request["resolution"][0], request["resolution"][1])
+    return engine.encode_images([to_pixels(image, size, request["fit"]) for image in images], ids)
 
 
 class _Denoising:
     """The scores that take a forward pass for every (image, text, timestep, draw)."""
 
-    def __init__(self, model: DiffusionModel, request: Request, batch_rows: int) -> None:
-        self.model, self.request, self.batch_rows = model, request, batch_rows
-        wanted = set(request.scores)
-        self.maps = PAPER in wanted
-        self.error = bool(wanted & {LOSS, NORMALISED, DISCFFUSION})
-        self.null = bool(wanted & {NORMALISED, DISCFFUSION})
+    def __init__(self, model: DiffusionModel, request: Mapping[str, Any], batch_rows: int) -> None:
+        self.request, self.engine = request, Engine(model, seed=request["seed"], batch_rows=batch_rows)
+        wanted = set(request["scores"])
+        self.null = [None] if wanted & {alignment.NORMALISED, alignment.DISCFFUSION} else []
         modules: dict[str, Any] = dict(model.network.named_modules())
         paths = {site.name: site.path.removesuffix(".to_q") for site in model.sites}
-        names = discffusion_sites(model.sites) if DISCFFUSION in wanted else []
+        names = discffusion_sites(model.sites) if alignment.DISCFFUSION in wanted else []
         self.attentions = {name: modules[paths[f"{name}-Cross-Q"]] for name in names}
+        sites = [f"{name}-Cross-{part}" for name in names for part in "QK"]
+        sites += [PREDICTION] if wanted & {alignment.LOSS, alignment.NORMALISED, alignment.DISCFFUSION} else []
+        self.recorder = Recorder(
+            model, sites, maps="cross" if alignment.PAPER in wanted else (), heads="all", stop_early=True, keep_steps=False, reuse=True,
+            reduce=lambda site, tensor: map_lse(tensor) if site.is_map else tensor,
+        )  # fmt: skip
         self.passes = 0
 
     @torch.no_grad()
     def __call__(self, item: Item) -> dict[str, Floats]:
         """Scores (image, text, timestep, draw)."""
-        request = self.request
-        latents = self.model.encode_image(_pixels(item, request.resolution, request.fit))
-        texts = [*item.captions, *([None] if self.null else [])]
-        encoded = self.model.encode_text(texts)
-        shape = (len(item.images), len(texts), len(request.timesteps), request.draws)
-        order = itertools.product(range(shape[0]), range(shape[1]), range(request.draws), range(shape[2]))
-        rows = np.array([(image, text, step, draw) for image, text, draw, step in order])
+        request, texts = self.request, [*item.captions, *self.null]
+        ids = [item.id] * len(item.images)  # noise belongs to the item
+        latents = _latents(self.engine, request, [load() for load in item.images], ids)
+        shape = (len(item.images), len(texts), len(request["timesteps"]), request["draws"])
+        order = itertools.product(*(range(shape[axis]) for axis in (0, 1, 3, 2)))
+        places = [(image, text, step, draw) for image, text, draw, step in order]
+        rows = [Row(image, texts[text], request["timesteps"][step], draw) for image, text, step, draw in places]
         raw: dict[str, Floats] = {}
-        with self._recorder() or contextlib.nullcontext() as recorder:
-            for part in np.array_split(rows, -(-len(rows) // self.batch_rows)):
-                image, text, step, draw = part.T
-                timesteps = [request.timesteps[s] for s in step]
-                noise = [
-                    sample_noise(request.seed, item.id, t, d, latents.shape[1:])
-                    for t, d in zip(timesteps, draw.tolist(), strict=True)
-                ]
-                found = self._forward(latents[image], torch.stack(noise), timesteps, encoded.take(text.tolist()), recorder)
-                for name, values in found.items():
-                    if not np.isfinite(values).all():
-                        bad = int(np.flatnonzero(~np.isfinite(values))[0])
-                        words = texts[text[bad]]
+        with self.recorder as recorder:
+            for batch in self.engine.run(recorder, latents, ids, rows):
+                index = tuple(np.array(places[batch.first : batch.first + len(batch.rows)]).T)
+                for name, scalars in self._scalars(batch).items():
+                    values = scalars.cpu().numpy()
+                    for bad in np.flatnonzero(~np.isfinite(values)):
+                        row = batch.rows[int(bad)]
+                        words = "the null text" if row.prompt is None else repr(row.prompt)
                         raise NotFiniteError(
-                            f"Item {item.id!r}, image {image[bad]}, {'the null text' if words is None else repr(words)}, "
-                            f"timestep {timesteps[bad]}: {name} is not finite in {request.dtype}. Try --dtype float32."
+                            f"Item {item.id!r}, image {row.image}, {words}, timestep {row.timestep}: {name} is not finite in "
+                            f"{request['dtype']}. Try --dtype float32."
                         )
-                    raw.setdefault(name, np.full(shape, np.nan))[tuple(part.T)] = values
+                    raw.setdefault(name, np.full(shape, np.nan))[index] = values
         self.passes += len(rows)
-        return diffusion_scores(raw, request.scores, len(item.captions), latents[0].numel())
+        return alignment.diffusion_scores(raw, request["scores"], len(item.captions), latents[0].numel())
 
-    def _recorder(self) -> Recorder | None:
-        """Hooks for the attention, where it is asked for; the pass ends early where the error is not."""
-        sites = [f"{name}-Cross-{part}" for name in self.attentions for part in "QK"]
-        if not sites and not self.maps:
-            return None
-        return Recorder(
-            self.model, sites, maps="cross" if self.maps else (), heads="all", stop_early=not self.error,
-            reduce=lambda site, tensor: map_lse(tensor) if site.is_map else tensor, keep_steps=False, reuse=True,
-        )  # fmt: skip
-
-    def _forward(
-        self, latents: Tensor, noise: Tensor, timesteps: Sequence[int], texts: EncodedText, recorder: Recorder | None
-    ) -> dict[str, Floats]:
-        """One forward pass; (row,) of the squared error and of the attention's log-sum-exps."""
-        noise, steps = noise.to(self.model.device), torch.tensor(timesteps)
-        predicted = self.model.denoise(self.model.add_noise(latents, noise, steps), steps, texts)
-        values: dict[str, Tensor] = {}
-        if self.error:
-            assert predicted is not None
-            values["error"] = (predicted.float() - noise).double().square().mean((1, 2, 3))
-        if recorder is not None and self.maps:
-            values["map_lse"] = torch.stack([v for name, v in recorder.last.items() if name.endswith("-Map")]).mean(0)
-        if recorder is not None and self.attentions:
-            layers = [
-                score_lse(recorder.last[f"{name}-Cross-Q"], recorder.last[f"{name}-Cross-K"], layer.heads, layer.scale)
-                for name, layer in self.attentions.items()
-            ]
-            values["score_lse"] = torch.stack(layers).mean(0)
-        return {name: value.cpu().numpy() for name, value in values.items()}
-
-
-# --- scores from embeddings -----------------------------------------------------------------------
+    def _scalars(self, batch: Batch) -> dict[str, Tensor]:
+        """(row,) of the squared error and of the attention's log-sum-exps."""
+        held, values = batch.tensors, dict[str, Tensor]()
+        if PREDICTION in held and batch.noise is not None:
+            values["error"] = (held[PREDICTION].float() - batch.noise).double().square().mean((1, 2, 3))
+        if maps := [lse for name, lse in held.items() if name.endswith("-Map")]:
+            values["map_lse"] = torch.stack(maps).mean(0)
+        layers = [score_lse(held[f"{n}-Cross-Q"], held[f"{n}-Cross-K"], a.heads, a.scale) for n, a in self.attentions.items()]
+        return values | ({"score_lse": torch.stack(layers).mean(0)} if layers else {})
 
 
 class _Pooled:
     """A site's mean feature, mapped to text: the learned baseline."""
 
-    def __init__(self, model: DiffusionModel, request: Request, batch_rows: int) -> None:
-        self.model, self.request, self.batch_rows = model, request, batch_rows
-        self.site = select_sites([s for s in model.sites if not s.is_map and not s.over_tokens], request.site)[0].name
-        self.fitted: TextMap | None = None
+    def __init__(self, model: DiffusionModel, request: Mapping[str, Any], batch_rows: int) -> None:
+        self.model, self.request, self.engine = model, request, Engine(model, seed=request["seed"], batch_rows=batch_rows)
+        self.site = select_sites([s for s in model.sites if not s.is_map and not s.over_tokens], request["site"])[0].name
+        self.fitted: alignment.TextMap | None = None
 
     def __call__(self, item: Item) -> dict[str, Floats]:
         if self.fitted is None:  # on the first item: a file that is complete needs no training
-            self.fitted = self.fit(load_dataset(self.request.train))
-        pixels = _pixels(item, self.request.resolution, self.request.fit)
-        features = self.features(pixels, [item.id] * len(pixels))
-        return {POOLED: self.fitted.cosine(features, self.texts(item.captions))}
+            self.fitted = self.fit(load_dataset(self.request["train"]))
+        features = self.features([load() for load in item.images], [item.id] * len(item.images))
+        return {alignment.POOLED: self.fitted.cosine(features, self.texts(item.captions))}
 
-    def fit(self, dataset: Dataset) -> TextMap:
+    def fit(self, dataset: Dataset) -> alignment.TextMap:
         """Each image's feature against the mean embedding of its captions."""
         features, texts = [], []
-        for start in range(0, len(dataset), self.batch_rows):
-            samples = [dataset[row] for row in range(start, min(start + self.batch_rows, len(dataset)))]
+        for start in range(0, len(dataset), self.engine.batch_rows):
+            samples = [dataset[row] for row in range(start, min(start + self.engine.batch_rows, len(dataset)))]
             if bare := [sample.id for sample in samples if not sample.captions]:
                 raise ValueError(
                     f"Sample {bare[0]!r} of {dataset.name} has no caption, and the map to text is learned from them."
                 )
-            images = [_to_tensor(sample.load(), self.request.resolution, self.request.fit) for sample in samples]
-            features.append(self.features(torch.stack(images), [sample.id for sample in samples]))
+            features.append(self.features([sample.load() for sample in samples], [sample.id for sample in samples]))
             embedded = self.texts([caption.text for sample in samples for caption in sample.captions])
             ends = np.cumsum([len(sample.captions) for sample in samples])
             texts += [rows.mean(0) for rows in np.split(embedded, ends[:-1])]
-        return fit_text_map(np.concatenate(features), np.stack(texts))
+        return alignment.fit_text_map(np.concatenate(features), np.stack(texts))
 
-    @torch.no_grad()
-    def features(self, pixels: Float[Tensor, "image 3 height width"], ids: Sequence[str]) -> Floats:
+    def features(self, images: Sequence[Image.Image], ids: Sequence[str]) -> Floats:
         """(image, channel) means of the site over places, under the null text."""
-        model, timestep = self.model, self.request.site_timestep
-        latents = model.encode_image(pixels)
-        noise = torch.stack([sample_noise(self.request.seed, name, timestep, 0, latents.shape[1:]) for name in ids])
-        timesteps = torch.full((len(ids),), timestep)
-        text = model.encode_text([None]).take([0] * len(ids))
-        with Recorder(model, self.site, stop_early=True, reuse=True) as recorder:
-            model.denoise(model.add_noise(latents, noise.to(model.device), timesteps), timesteps, text)
-        return recorder.last[self.site].float().mean((2, 3)).cpu().double().numpy()
+        latents = _latents(self.engine, self.request, images, ids)
+        rows = [Row(place, None, self.request["site_timestep"]) for place in range(len(ids))]
+        with Recorder(self.model, self.site, stop_early=True, keep_steps=False, reuse=True) as recorder:
+            means = [b.tensors[self.site].float().mean((2, 3)) for b in self.engine.run(recorder, latents, ids, rows)]
+        return torch.cat(means).cpu().double().numpy()
 
     def texts(self, captions: Sequence[str]) -> Floats:
         """(text, width) means of the text encoder's output over the text's own tokens and its end token."""
@@ -320,15 +251,7 @@ class _Clip:
         inputs = self.processor(text=list(item.captions), images=[load() for load in item.images], **options)
         output = self.model(**inputs.to(self.model.device))
         image, text = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (output.image_embeds, output.text_embeds))
-        return {CLIP: (image @ text.T).cpu().numpy()}
-
-
-def _pixels(item: Item, resolution: Sequence[int], fit: str) -> Float[Tensor, "image 3 height width"]:
-    return torch.stack([_to_tensor(load(), resolution, fit) for load in item.images])
-
-
-def _to_tensor(image: Any, resolution: Sequence[int], fit: str) -> Float[Tensor, "3 height width"]:
-    return torch.from_numpy(normalised_pixels(fit_image(image, (resolution[0], resolution[1]), fit)))
+        return {alignment.CLIP: (image @ text.T).cpu().numpy()}
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -338,7 +261,7 @@ def alignment_score(
     model: DiffusionModel | str,
     data: Benchmark | str,
     *,
-    scores: Sequence[str] = DIFFUSION_SCORES,
+    scores: Sequence[str] = alignment.DIFFUSION_SCORES,
     timesteps: Sequence[int] = TIMESTEPS,
     draws: int = 3,
     seed: int = 0,
@@ -358,12 +281,8 @@ def alignment_score(
         model: A loaded model, or an id, folder or embedded name for `load_model`.
         data: A benchmark, or a spec for `load_benchmark`.
         scores: Names from this module's docstring; the first four come from the same passes.
-        timesteps: Noise levels.
         draws: Noise tensors at each timestep, which an item's images and texts share.
-        seed: Seed of the noise.
         resolution: Side of the model's image in pixels; the model's own by default.
-        fit: How images are brought there; see `fit_image`.
-        batch_rows: Rows of one forward pass.
         site, site_timestep, train: For pooled_cosine: where the feature is taken, and the captioned dataset (for
             `load_dataset`) that the map to text is learned from.
         clip: For clip_cosine: folder, hub id or embedded name of a CLIP model.
@@ -387,17 +306,17 @@ def alignment_score(
     _check_arguments(model, benchmark, scores, timesteps, draws)
     size = (resolution, resolution) if resolution else model.size
     model.latent_size(*size)
-    passing = any(name in DIFFUSION_SCORES for name in scores)
-    contrast = _Clip(clip, model.device) if CLIP in scores else None
-    request = Request(
-        model=model.model_id, weights=model.weights_hash(), benchmark=benchmark.name, fingerprint=benchmark.fingerprint(),
-        scores=[name for name in SCORES if name in scores], timesteps=list(timesteps) if passing else [],
-        draws=draws if passing else 0, seed=seed, resolution=list(size), fit=fit,
-        site=site if POOLED in scores else "", site_timestep=site_timestep if POOLED in scores else 0,
-        train=train if POOLED in scores else "", clip=clip if contrast else "",
-        clip_weights=weights_hash(contrast.model) if contrast else "",
-        dtype=str(model.dtype).removeprefix("torch."),
-    )  # fmt: skip
+    passing = any(name in alignment.DIFFUSION_SCORES for name in scores)
+    contrast = _Clip(clip, model.device) if alignment.CLIP in scores else None
+    request: dict[str, Any] = {
+        "model": model.model_id, "weights": model.weights_hash(), "benchmark": benchmark.name, "fingerprint": benchmark.fingerprint(),
+        "scores": [name for name in alignment.SCORES if name in scores], "timesteps": list(timesteps) if passing else [],
+        "draws": draws if passing else 0, "seed": seed, "resolution": list(size), "fit": fit,
+        "site": site if alignment.POOLED in scores else "", "site_timestep": site_timestep if alignment.POOLED in scores else 0,
+        "train": train if alignment.POOLED in scores else "", "clip": clip if contrast else "",
+        "clip_weights": weights_hash(contrast.model) if contrast else "",
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }  # fmt: skip
     table = _table(benchmark, request, None if out is None else Path(out))
     pending = np.flatnonzero(table["done"].values == 0)
     if len(pending) == 0:
@@ -408,23 +327,25 @@ def alignment_score(
         cut = f"{table.attrs['truncated_captions']} captions are longer than {model.prompt_tokens} tokens and are cut."
         console.print(cut, soft_wrap=True)
     denoising = _Denoising(model, request, batch_rows) if passing else None
-    scorers: list[Scorer] = [
+    scorers: list[Callable[[Item], dict[str, Floats]]] = [
         *([denoising] if denoising else []),
-        *([_Pooled(model, request, batch_rows)] if POOLED in scores else []),
+        *([_Pooled(model, request, batch_rows)] if alignment.POOLED in scores else []),
         *([contrast] if contrast else []),
     ]
     before, saved = table.attrs["passes"], time.perf_counter()
     try:
-        for index in _watched(pending.tolist(), benchmark, console):
-            for scorer in scorers:
-                for name, values in scorer(benchmark.items[index]).items():
-                    table[name].values[index] = values
-            table["done"].values[index] = 1
-            if denoising:
-                table.attrs["passes"] = before + denoising.passes
-            if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
-                _save(table, Path(out))
-                saved = time.perf_counter()
+        with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
+            for index in pending:
+                for scorer in scorers:
+                    for name, values in scorer(benchmark.items[index]).items():
+                        table[name].values[index] = values
+                table["done"].values[index] = 1
+                advance(1)
+                if denoising:
+                    table.attrs["passes"] = before + denoising.passes
+                if out is not None and time.perf_counter() - saved > _SAVE_SECONDS:
+                    _save(table, Path(out))
+                    saved = time.perf_counter()
     finally:  # also when the user stops the run
         if out is not None:
             _save(table, Path(out))
@@ -434,8 +355,8 @@ def alignment_score(
 def _check_arguments(
     model: DiffusionModel, benchmark: Benchmark, scores: Sequence[str], timesteps: Sequence[int], draws: int
 ) -> None:
-    if unknown := [name for name in scores if name not in SCORES]:
-        raise ValueError(f"Score {unknown[0]!r} is not one of {', '.join(SCORES)}.")
+    if unknown := [name for name in scores if name not in alignment.SCORES]:
+        raise ValueError(f"Score {unknown[0]!r} is not one of {', '.join(alignment.SCORES)}.")
     if not scores or len(set(scores)) < len(scores):
         raise ValueError(f"Scores must be given, each once; got {', '.join(scores) or 'none'}.")
     if not timesteps or len(set(timesteps)) < len(timesteps) or draws < 1:
@@ -449,7 +370,7 @@ def _check_arguments(
         )
 
 
-def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Dataset:
+def _table(benchmark: Benchmark, request: dict[str, Any], out: Path | None) -> xr.Dataset:
     """The scores so far: those of an earlier run's file, else NaN."""
     if out is not None and out.exists():
         try:
@@ -460,25 +381,25 @@ def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Datas
             raise ValueError(
                 f"{out} exists and holds no alignment scores ({error}); give another file, or remove it."
             ) from error
-        check_request(out, known, asdict(request), "holds another request; give another file, or match it.")
+        check_request(out, known, request, "holds another request; give another file, or match it.")
         return table
     images, texts = len(benchmark.items[0].images), len(benchmark.items[0].captions)
     pairs = (len(benchmark), images, texts)
-    draws = (*pairs, len(request.timesteps), request.draws)
+    draws = (*pairs, len(request["timesteps"]), request["draws"])
     dims = ("item", "image", "text", "timestep", "draw")
     variables: dict[str, Any] = {
-        name: (dims, np.full(draws, np.nan)) if name in DIFFUSION_SCORES else (dims[:3], np.full(pairs, np.nan))
-        for name in request.scores
+        name: (dims, np.full(draws, np.nan)) if name in alignment.DIFFUSION_SCORES else (dims[:3], np.full(pairs, np.nan))
+        for name in request["scores"]
     }
     variables["done"] = ("item", np.zeros(len(benchmark), np.int8))
     coords: dict[str, Any] = {
         "item": [item.id for item in benchmark.items],
         "pattern": ("item", np.array([item.pattern for item in benchmark.items], object)),
     }
-    if request.timesteps:
-        coords["timestep"] = np.array(request.timesteps, np.int32)
+    if request["timesteps"]:
+        coords["timestep"] = np.array(request["timesteps"], np.int32)
     attributes = {
-        "request": json.dumps(asdict(request)), "protocol": benchmark.protocol, "data": benchmark.spec,
+        "request": json.dumps(request), "protocol": benchmark.protocol, "data": benchmark.spec,
         "truncated_captions": 0, "passes": 0,
     }  # fmt: skip
     return xr.Dataset(variables, coords, attributes)
@@ -487,15 +408,3 @@ def _table(benchmark: Benchmark, request: Request, out: Path | None) -> xr.Datas
 def _save(table: xr.Dataset, out: Path) -> None:
     with whole_file(out) as beside:
         table.to_netcdf(beside, engine="scipy")
-
-
-def _watched(pending: Sequence[int], benchmark: Benchmark, console: Console) -> Iterator[int]:
-    """Yields the items to do, with progress; the time of the second one gives the forecast."""
-    with console.progress("score", "items", len(benchmark), len(benchmark) - len(pending)) as advance:
-        for number, index in enumerate(pending):
-            started = time.perf_counter()
-            yield index
-            advance(1)
-            if number == min(1, len(pending) - 1):  # the first item also loads and compiles
-                minutes = (time.perf_counter() - started) * (len(pending) - number - 1) / 60
-                console.print(f"{len(pending)} items of {benchmark.name}: about {minutes:.1f} minutes.", soft_wrap=True)

@@ -29,32 +29,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from diffprobe.checkpoints import (
-    adapters_of,
-    add_loras,
-    guess_config,
-    load_single_file,
-    parse_lora,
-    pickle_hint,
-    refuse_pickle,
-    vocabulary_hash,
-    weights_hash,
-)
-from diffprobe.families import (
-    FAMILIES,
-    SUPPORTED,
-    TIME_NAMES,
-    encode_prompts,
-    encoded_text,
-    family_of,
-    network_given,
-    network_guidance,
-    refuse_unknown_inputs,
-    text_marks,
-    unpack,
-)
+from diffprobe import checkpoints, families
 from diffprobe.noise import Levels
-from diffprobe.prompts import EncodedText, StopForward, hear, join_tokens, plain_tokenizer
+from diffprobe.prompts import MARKS, EncodedText, StopForward, hear, join_tokens, plain_tokenizer
 from diffprobe.sites import Site, list_sites, transformer_sites
 
 # How many text tokens pipelines give their transformers, by how their classes begin; 512 where it is not said, at most.
@@ -74,7 +51,6 @@ class DiffusionModel:
 
     Args:
         pipeline: a loaded diffusers pipeline of a supported family; it is not copied and not changed.
-        model_id: what to write into a store's provenance.
         random_weights: the seed that the network's weights were drawn with, if they were.
         loading: further options of `load_model` that the pipeline was loaded with, for a store's provenance.
         guidance: what a network is given as guidance that takes it as an input (Flux, LCM); the pipeline's own default by default.
@@ -91,7 +67,7 @@ class DiffusionModel:
         self, pipeline: DiffusionPipeline, model_id: str = "", revision: str | None = None, random_weights: int | None = None,
         *, loading: Mapping[str, Any] | None = None, guidance: float | None = None,
     ) -> None:  # fmt: skip
-        self.kind = family_of(*(cls.__name__ for cls in type(pipeline).__mro__))
+        self.kind = families.family_of(*(cls.__name__ for cls in type(pipeline).__mro__))
         self.family = self.kind.name
         self.pipeline, self.model_id, self.revision = pipeline, model_id or type(pipeline).__name__, revision
         self.random_weights, self.loading = random_weights, dict(loading or {})
@@ -105,19 +81,21 @@ class DiffusionModel:
         if self.network.config.in_channels != self.latent_channels * self.kind.packed**2:
             raise ValueError(
                 f"{self.model_id} takes {self.network.config.in_channels // self.kind.packed**2} latent channels where its VAE gives "
-                f"{self.latent_channels}: an inpainting or editing model. Supported: {SUPPORTED}."
+                f"{self.latent_channels}: an inpainting or editing model. Supported: {families.SUPPORTED}."
             )
         self.guided = self.kind.guided and bool(
             self.network.config.get("guidance_embeds", True) and self.network.config.get("time_cond_proj_dim", 1)
         )
         if guidance is not None and not self.guided:
             raise ValueError(f"{self.model_id} takes no guidance as an input of its network; it is guided by two passes.")
-        self.guidance = (network_guidance(pipeline) if guidance is None else guidance) if self.guided else None
+        self.guidance = (families.network_guidance(pipeline) if guidance is None else guidance) if self.guided else None
         self.passing: Tensor | None = None  # training timesteps of the pass that runs
         self._times: dict[tuple[int, torch.dtype], Tensor] = {}
         if self.family == "sdxl" and pipeline.config.get("requires_aesthetics_score"):
-            raise ValueError(f"{self.model_id} is the SDXL refiner, which makes no image from text. Supported: {SUPPORTED}.")
-        refuse_unknown_inputs(self.network, self.family, self.model_id)
+            raise ValueError(
+                f"{self.model_id} is the SDXL refiner, which makes no image from text. Supported: {families.SUPPORTED}."
+            )
+        families.refuse_unknown_inputs(self.network, self.family, self.model_id)
         if self.kind.flow:
             self.levels = Levels.of_flow()
             self.prediction_type = "flow"
@@ -125,7 +103,7 @@ class DiffusionModel:
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             kind = type(pipeline.scheduler).__name__
             raise ValueError(
-                f"{self.model_id} has a {kind}, whose noise levels have no alphas_cumprod. Supported: {SUPPORTED}."
+                f"{self.model_id} has a {kind}, whose noise levels have no alphas_cumprod. Supported: {families.SUPPORTED}."
             )
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.float().cpu()
         self.levels = Levels.of_alphas(self.alphas_cumprod)
@@ -267,9 +245,9 @@ class DiffusionModel:
         parts, order = [], list[int]()
         for places, texts, null in self._groups(prompts):
             with evaluating(*(getattr(self.pipeline, name) for name in self._parts if "encoder" in name)):
-                found = encode_prompts(self.kind, self.pipeline, texts, self.device, null)
+                found = families.encode_prompts(self.kind, self.pipeline, texts, self.device, null)
             ids, spans, _, cut = self._hear([prompts[place] for place in places], texts, null)
-            text = encoded_text(self.kind, found, self.dtype, ids, spans, cut)
+            text = families.encoded_text(self.kind, found, self.dtype, ids, spans, cut)
             if self.family == "sdxl" and self.pipeline.config.force_zeros_for_empty_prompt:
                 empty = torch.tensor([prompts[place] is None for place in places], device=self.device)
                 assert text.pooled is not None
@@ -326,7 +304,9 @@ class DiffusionModel:
         self, prompts: Sequence[str | None], texts: Sequence[str], null: bool
     ) -> tuple[Tensor, Tensor, list[int], list[bool]]:
         def encode(pipeline: Any, given: list[str]) -> Tensor:
-            return text_marks(encode_prompts(self.kind, pipeline, given, self.device, null))
+            found = families.encode_prompts(self.kind, pipeline, given, self.device, null)
+            embeddings = [t for name, t in found.items() if name.startswith("prompt_embeds") and t.ndim == 3]
+            return torch.cat([tensor[..., :MARKS] for tensor in embeddings], 1)  # of all text tokens, in the network's order
 
         ids, spans, lengths, cut = hear(self.pipeline, encode, texts, self.model_id, null)
         spans[torch.tensor([prompt is None for prompt in prompts])] = 0
@@ -375,7 +355,7 @@ class DiffusionModel:
             return None
         finally:
             self.passing = None
-        return self.noise_in(unpack(self.kind, output, noised), noised, timesteps)
+        return self.noise_in(families.unpack(self.kind, output, noised), noised, timesteps)
 
     def noise_in(self, output: Tensor, noised: Tensor, timesteps: Int[Tensor, " row"]) -> Tensor:
         """A network's output as noise; of a flow e = x + (1 - s) v, where v = e - x_0 is predicted."""
@@ -394,7 +374,7 @@ class DiffusionModel:
         """All that the network is given for one pass, latents first, by the names of its parameters."""
         steps: list[int] = timesteps.tolist()
         found = self._asked(noised, steps[0], text)
-        name = next(name for name in found if name in TIME_NAMES)
+        name = next(name for name in found if name in families.TIME_NAMES)
         if self.family == "sd":
             return found | {name: timesteps.to(noised.device)}
         for step in set(steps):
@@ -406,27 +386,26 @@ class DiffusionModel:
     def network_arguments(self, noised: Tensor, text: EncodedText) -> dict[str, Any]:
         """What the network wants besides latents and timesteps."""
         _, *others = (found := self._asked(noised, 0, text))
-        return {name: found[name] for name in others if name not in TIME_NAMES}
+        return {name: found[name] for name in others if name not in families.TIME_NAMES}
 
     def _asked(self, noised: Tensor, timestep: int, text: EncodedText) -> dict[str, Any]:
         """What the pipeline gives its network at one timestep; of Stable Diffusion, which gives little, without asking it."""
-        refuse_unknown_inputs(self.network, self.family, self.model_id)
+        families.refuse_unknown_inputs(self.network, self.family, self.model_id)
         if self.family == "sd":
             return {"sample": noised, "timestep": timestep, "encoder_hidden_states": text.embeddings}
-        return network_given(self.kind, self.pipeline, noised, text, float(timestep), self.guidance or 0.0)
+        return families.network_given(self.kind, self.pipeline, noised, text, float(timestep), self.guidance or 0.0)
 
     def weights_hash(self, portable: bool = False) -> str:
-        """A short hash of all that decides the features: networks, tokenizers, noise schedule.
-
-        Args:
-            portable: as for the function `weights_hash`.
-        """
+        """A short hash of all that decides the features: networks, tokenizers, noise schedule."""
         digest = hashlib.sha256()
         for name in self._parts:
             part: Any = getattr(self.pipeline, name)
-            if isinstance(part, nn.Module) and (adapters := adapters_of(part)):  # their weights are among the part's
-                digest.update(f"{name} {adapters}\n".encode())
-            found = weights_hash(part, portable) if isinstance(part, nn.Module) else vocabulary_hash(plain_tokenizer(part))
+            if isinstance(part, nn.Module):
+                adapters = checkpoints.adapters_of(part)  # their weights are among the part's
+                digest.update(f"{name} {adapters}\n".encode() if adapters else b"")
+                found = checkpoints.weights_hash(part, portable)
+            else:
+                found = checkpoints.vocabulary_hash(plain_tokenizer(part))
             digest.update(f"{name} {found}\n".encode())
         config = self.pipeline.scheduler.config
         digest.update(json.dumps({name: config.get(name) for name in SCHEDULE}, default=list).encode())
@@ -542,7 +521,6 @@ def load_model(
         variant: which of several files of weights, such as "fp16".
         loras: adapters, each as FILE or FILE:SCALE; they are not merged into the weights.
         config: for a single file a folder (or hub id) of configs and tokenizers of such a model; asked of the hub by default.
-        guidance: as for `DiffusionModel`.
 
     Raises:
         ValueError: nothing is there, or its family is not supported.
@@ -551,18 +529,24 @@ def load_model(
     'sd'
     """
     source, file = resolve(id_or_dir), Path(str(id_or_dir)).expanduser()
-    adapters = [parse_lora(text) for text in loras]
+    adapters = [checkpoints.parse_lora(text) for text in loras]
     for path in [path for path, _ in adapters] + [file] * file.is_file():
         if use_safetensors:
-            refuse_pickle(path)
+            checkpoints.refuse_pickle(path)
     if adapters and random_weights is not None:
         raise ValueError("A LoRA belongs to trained weights; leave out random_weights or the LoRA.")
     if file.is_file():
-        config = resolve(config) if config else guess_config(file)
-        index = _config_index(file, config)
+        config = resolve(config) if config else checkpoints.guess_config(file)
+        try:
+            index = model_index(config, None)
+        except ValueError as error:
+            raise ValueError(
+                f"'{file}' holds weights alone, and the configs of {config!r} cannot be had here: give --config FOLDER, a folder in "
+                "diffusers' layout of such a model, whose configs and tokenizers are read."
+            ) from error
     else:
         index = model_index(source, revision)
-    family_of(str(index.get("_class_name")))
+    families.family_of(str(index.get("_class_name")))
     device = choose_device(device)
     if isinstance(dtype, str):
         dtype = as_dtype(dtype, device)
@@ -571,21 +555,21 @@ def load_model(
     try:
         with quiet(source):
             pipeline = (
-                load_single_file(file, index, str(config), dtype)
+                checkpoints.load_single_file(file, index, str(config), dtype)
                 if file.is_file()
                 else DiffusionPipeline.from_pretrained(
                     source, dtype=dtype, revision=revision, variant=variant, trust_remote_code=False, **options
                 )
             )
     except (OSError, ValueError, SafetensorError) as error:
-        hint = pickle_hint(source, error) if use_safetensors else ""
+        hint = checkpoints.pickle_hint(source, error) if use_safetensors else ""
         raise ValueError(f"The model at {source!r} could not be read: {error}{hint}") from error
     if random_weights is not None:
         trained = pipeline.components.get("transformer") or pipeline.components["unet"]
         drawn = fresh_weights(lambda: type(trained).from_config(trained.config), random_weights)
         trained.load_state_dict(drawn.state_dict())
     if adapters:
-        add_loras(pipeline, adapters)
+        checkpoints.add_loras(pipeline, adapters)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     named = {
@@ -595,17 +579,6 @@ def load_model(
     }
     loading = {name: value for name, value in named.items() if value}
     return DiffusionModel(pipeline, kept_name(id_or_dir), revision, random_weights, loading=loading, guidance=guidance)
-
-
-def _config_index(file: Path, config: str) -> dict[str, Any]:
-    """The model index of a single file's configs."""
-    try:
-        return model_index(config, None)
-    except ValueError as error:
-        raise ValueError(
-            f"'{file}' holds weights alone, and the configs of {config!r} cannot be had here: give --config FOLDER, a folder in "
-            "diffusers' layout of such a model, whose configs and tokenizers are read."
-        ) from error
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -672,8 +645,8 @@ def load_network_config(id_or_dir: str | Path, revision: str | None = None) -> t
     index = model_index(source, revision)
     kind = str(index.get("_class_name"))
     folder = next((name for name in ("unet", "transformer") if name in index), None)
-    if folder is None or kind in FAMILIES:
-        family_of(kind)
+    if folder is None or kind in families.FAMILIES:
+        families.family_of(kind)
     # An index names each part as [library, class].
     named = index[folder] if folder else ("", "")
     cls = getattr(diffusers, str(named[1]), None)
@@ -683,8 +656,8 @@ def load_network_config(id_or_dir: str | Path, revision: str | None = None) -> t
         )
     with torch.device("meta"):
         network = cls.from_config(cls.load_config(source, subfolder=folder, revision=revision))
-    if kind in FAMILIES:
-        refuse_unknown_inputs(network, FAMILIES[kind].name, str(id_or_dir))
+    if kind in families.FAMILIES:
+        families.refuse_unknown_inputs(network, families.FAMILIES[kind].name, str(id_or_dir))
     vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision) if "vae" in index else {}
     levels = next(
         (vae[name] for name in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if name in vae), (0,) * 4

@@ -87,19 +87,13 @@ def cells_of(masks: Bool[Tensor, "image y x"], grid: tuple[int, ...]) -> Bool[Te
 
 
 def passes(
-    model: DiffusionModel,
-    twins: Twins,
-    timestep: int,
-    sites: Sequence[str],
-    seed: int,
-    batch_rows: int,
-    prompt: str | None = None,
+    model: DiffusionModel, twins: Twins, timestep: int, sites: Sequence[str], seed: int, batch_rows: int
 ) -> Iterator[tuple[Batch, list[int]]]:
-    """Unedited passes with their recorded sites, in whole pairs, and which images they are of."""
+    """Unedited passes without a prompt with their recorded sites, in whole pairs, and which images they are of."""
     engine = Engine(model, seed=seed, batch_rows=max(2, batch_rows // 2 * 2))
     with Recorder(model, sites, keep_steps=False) as recorder:
         for start in range(0, len(twins.values), engine.batch_rows):
-            rows = [Row(row, prompt, timestep) for row in range(start, min(start + engine.batch_rows, len(twins.values)))]
+            rows = [Row(row, None, timestep) for row in range(start, min(start + engine.batch_rows, len(twins.values)))]
             for batch in engine.run(recorder, twins.latents, twins.ids, rows):
                 if len(batch.rows) % 2:
                     raise MemoryError("Twins share a batch, and two rows do not fit into memory.")
@@ -152,7 +146,6 @@ def activation_patching(
     Args:
         sites: places of features with a (y, x) grid, by name.
         readouts: linear probes of the attribute by (site, timestep), as `probe_twins` gives; that of the last site is followed.
-        classes: of the probes.
 
     Returns:
         ``moved`` and ``whole`` (outcome, change, site, timestep, pair): how far a change moved an outcome towards the twin's, and how

@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
-import xarray as xr
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from diffprobe.families import FAMILIES, TIME_NAMES
 from diffprobe.models import DiffusionModel, Network, evaluating, predicted_noise, sites_of
-from diffprobe.prompts import EncodedText, StopForward
+from diffprobe.prompts import StopForward
 from diffprobe.sites import PREDICTION, Site, attentions_of, is_linear, select_sites
 from diffprobe.tap import Call, Index, Tap, narrow, output_products, probabilities, take
 from diffprobe.tokens import (
@@ -97,6 +96,8 @@ class Recorder:
     torch.Size([1, 96, 6, 6])
     """
 
+    _entered: WeakKeyDictionary[nn.Module, list[Any]] = _ACTIVE
+
     def __init__(
         self,
         model: Any,
@@ -126,7 +127,14 @@ class Recorder:
         self.ear = Ear(model.pipeline if isinstance(model, DiffusionModel) else self._pipeline)
         available = sites_of(self.network)
         features = select_sites([s for s in available if not s.is_map], sites) if sites else []
-        wanted_maps = self._select_maps([s for s in available if s.is_map], maps) if maps else []
+        try:
+            wanted_maps = select_sites([s for s in available if s.is_map], maps) if maps else []
+        except ValueError as error:
+            attentions = [m for m in self.network.modules() if hasattr(m, "processor") and is_linear(m)]
+            linear = ", ".join(sorted({type(module.processor).__name__ for module in attentions}))
+            raise ValueError(
+                f"{error} Its linear attentions ({linear}) have no softmax, and so no map." if linear else error
+            ) from error
         if not features and not wanted_maps:
             raise ValueError("Nothing to record: give sites, maps, or both.")
         wanted = {s.name for s in [*features, *wanted_maps]}
@@ -145,15 +153,6 @@ class Recorder:
         self._in_unet = hasattr(self.network, "down_blocks")
         self._joined = any(site.kind.startswith("joint_") for site in available)
 
-    def _select_maps(self, available: Sequence[Site], maps: str | Iterable[str]) -> list[Site]:
-        try:
-            return select_sites(available, maps)
-        except ValueError as error:
-            modules = self.network.named_modules()
-            linear = sorted({type(m.processor).__name__ for _, m in modules if hasattr(m, "processor") and is_linear(m)})
-            why = f" Its linear attentions ({', '.join(linear)}) have no softmax, and so no map." if linear else ""
-            raise ValueError(f"{error}{why}") from error
-
     # --- what was recorded ------------------------------------------------------------------------
 
     @property
@@ -171,38 +170,7 @@ class Recorder:
         found = select_sites(self.sites, name)
         return self.last[found[0].name]
 
-    def attention(
-        self,
-        word: str,
-        image: int = 0,
-        steps: Literal["mean"] | int | Sequence[int] = "mean",
-        *,
-        site: str | Sequence[str] | None = None,
-        size: tuple[int, int] | None = None,
-        occurrence: int = 0,
-        text: EncodedText | None = None,
-    ) -> xr.DataArray:
-        """Where a word of the prompt attends: the mean over its sub-tokens, heads and sites; unconditional rows are left out.
-
-        Args:
-            image: which of the pipeline's images, from 0.
-            steps: the mean over all kept passes; one pass by its number; or several, which become an axis.
-            site: recorded map sites; all of the first kind of `diffprobe.words.WORDED` that was recorded by default.
-            size: (height, width) that the maps are brought to, bilinearly; the finest of them by default.
-            occurrence: which one, from 0, of a word that the prompt has several times.
-            text: the encoded prompts, a row each, where they were not encoded inside the 'with' block.
-
-        Returns:
-            (y, x), or (step, y, x), in float32; named as the word, with prompt, tokens, sites and occurrence in its attributes.
-
-        Raises:
-            ValueError: no maps of words were recorded, the prompt does not have the word, or is not known.
-        """
-        return word_attention(self, word, image, steps, site, size, occurrence, text)
-
-    def to_xarray(self) -> xr.DataTree:
-        """All that was kept, one node a site: ``features`` (step, row, channel, y, x) or ``maps`` (step, row, head, token, y, x)."""
-        return as_tree(self)
+    attention, to_xarray = word_attention, as_tree
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -215,12 +183,12 @@ class Recorder:
         except BaseException:
             self._detach()
             raise
-        _ACTIVE.setdefault(self.network, []).append(self)
+        self._entered.setdefault(self.network, []).append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._detach()
-        _ACTIVE[self.network].remove(self)
+        self._entered[self.network].remove(self)
         self._step = None
 
     def _detach(self) -> None:
@@ -353,11 +321,8 @@ class Recorder:
             return None
         wanted = [site for site in self.sites if site.path and site.kind not in ("cross_key", "cross_value")]
         lengths = {tensor.shape[-2] for name in texts_of(given) for tensor in tensors_of(given[name])}
-        told = (
-            all(site.kind == "transformer_block" and site.name.startswith("T-") for site in wanted)
-            and self._tokens not in lengths
-        )
-        if told:
+        blocks = all(site.kind == "transformer_block" and site.name.startswith("T-") for site in wanted)
+        if blocks and self._tokens not in lengths:
             return None
         key = fingerprint(dict(given))
         if key not in self._traced:
@@ -563,18 +528,18 @@ class Recorder:
             raw = output[0] if isinstance(output, tuple) else output.sample
             raw = self._as_image((torch.stack(raw) if isinstance(raw, list) else raw).detach())
             sample = self._as_image(self._sample)
-            noise = raw[:, : sample.shape[1]] if raw.is_meta else self._noise_in(raw, sample)
+            if raw.is_meta:
+                noise = raw[:, : sample.shape[1]]
+            elif not isinstance(self.model, DiffusionModel):
+                noise = predicted_noise(raw, sample, self._timesteps.long(), *self._schedule())
+            elif self.model.passing is None and self.model.kind.flow:
+                self._refuse(f"Site {PREDICTION} of a flow needs the pass's training timestep; call the model's denoise().")
+            else:
+                passing = self._timesteps.long() if self.model.passing is None else self.model.passing
+                noise = self.model.noise_in(raw, sample, passing)
             self._keep(self.sites[-1], noise, copied=False)
         else:
             self._finish()
-
-    def _noise_in(self, output: Tensor, sample: Tensor) -> Tensor:
-        if not isinstance(self.model, DiffusionModel):
-            return predicted_noise(output, sample, self._timesteps.long(), *self._schedule())
-        if self.model.passing is None and self.model.kind.flow:
-            self._refuse(f"Site {PREDICTION} of a flow needs the pass's training timestep; call the model's denoise().")
-        timesteps = self._timesteps.long() if self.model.passing is None else self.model.passing
-        return self.model.noise_in(output, sample, timesteps)
 
     def _schedule(self) -> tuple[Tensor, str]:
         """Levels of the noise and what the network predicts; ValueError where its output cannot be turned into noise."""
@@ -595,22 +560,15 @@ class Recorder:
 
     def _finish(self) -> None:
         assert self._step is not None
-        if self._keep_steps == "mean":
-            self._add_to_mean(self._step)
-        else:
-            if not self._keep_steps:
-                self.steps.clear()
-            self.steps.append(self._step)
-        self._step = None
-
-    def _add_to_mean(self, step: Step) -> None:
-        """Makes the pass a part of the running mean."""
-        new = {name: tensor.float() for name, tensor in step.tensors.items()}
-        if not self.steps:
-            step.tensors = {name: tensor.clone() for name, tensor in new.items()}
+        step, self._step = self._step, None
+        if not self._keep_steps:
+            self.steps.clear()
+        if self._keep_steps != "mean" or not self.steps:
+            if self._keep_steps == "mean":
+                step.tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in step.tensors.items()}
             self.steps.append(step)
             return
-        mean = self.steps[0]
+        mean, new = self.steps[0], {name: tensor.float() for name, tensor in step.tensors.items()}
         if mean.rows != step.rows or any(mean.tensors[name].shape != tensor.shape for name, tensor in new.items()):
             self._refuse(f"A mean over passes needs equal rows and sizes; {mean.rows} were followed by {step.rows}.")
         mean.passes += 1

@@ -27,6 +27,8 @@ from uuid import uuid4
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from diffprobe.console import size_text
+
 
 class StoreError(ValueError):
     """A store cannot be read, has another version, or lacks what is asked for."""
@@ -102,6 +104,14 @@ def free_bytes(path: str | Path) -> int | None:
     if isinstance(place, str):
         return None
     return shutil.disk_usage(next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())).free
+
+
+def check_room(need: str, count: int, free: int | None, advice: str) -> None:
+    """Raises ValueError where more bytes are needed than are free, but for a twentieth; `need` is as ``The store needs {}``."""
+    if free is not None and count >= 0.95 * free:
+        raise ValueError(
+            f"{need.format(size_text(count))} and {size_text(free)} are free. {advice}; --force goes on regardless."
+        )
 
 
 # --- one writer -----------------------------------------------------------------------------------
@@ -313,8 +323,6 @@ def check_request(
     """Compares the request that a place holds with the one asked for.
 
     Args:
-        place: named in the message.
-        kept: the request that the place holds, as JSON.
         asked: the request asked for; tuples count as lists.
         fault: what the message says of the place.
 

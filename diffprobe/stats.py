@@ -36,9 +36,6 @@ def bootstrap_interval(
     Args:
         values: One finite number per row.
         clusters: One id per row, for example the image that the row came from.
-        level: Coverage, between 0 and 1.
-        n_resamples: Bootstrap resamples.
-        seed: Of the resampling.
 
     Returns:
         Lower and upper end; both NaN for a single value or a single cluster, which has no interval.
@@ -100,9 +97,6 @@ def bootstrap_sums(
         columns: (row, column) numbers whose sums the statistic needs.
         statistic: Maps sums (resample, column) to values (resample,); a resample whose value is NaN is left out.
         clusters: One id per row, resampled as wholes; each row is its own cluster when absent.
-        level: Coverage, between 0 and 1.
-        n_resamples: Bootstrap resamples.
-        seed: Of the resampling.
 
     Returns:
         Lower and upper end; both NaN for a single cluster.
@@ -140,7 +134,6 @@ def paired_permutation_test(
     Args:
         a: One score per row.
         b: The other method's score of the same row.
-        seed: Of the drawn signs.
         n_resamples: Most sign patterns to try.
         clusters: One id per row; rows of one cluster are swapped together.
 

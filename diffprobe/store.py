@@ -34,42 +34,11 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, MemoryStore, StorePath
 
+from diffprobe import layout
 from diffprobe.conditioning import NULL, guided_name, word_tokens
 from diffprobe.data.samples import did_you_mean
-from diffprobe.layout import (
-    COMPLETE,
-    DIGEST_BYTES,
-    FORMAT_VERSION,
-    NOT_FINITE,
-    PENDING,
-    SLACK,
-    STATUS_WORDS,
-    UNREADABLE,
-    Attributes,
-    Fault,
-    Present,
-    Seal,
-    array_of,
-    attributes_of,
-    digest,
-    exists,
-    open_group,
-    read_array,
-    recorded,
-    site_array,
-    store_info,
-    stored_sites,
-    verify_store,
-)  # fmt: skip
-from diffprobe.rundir import (
-    StoreError,
-    TakenError,
-    first_line,
-    locate,
-    reaching,
-    refuse_unwritable,
-    whole_folder,
-)  # fmt: skip
+from diffprobe.layout import COMPLETE, NOT_FINITE, PENDING, STATUS_WORDS, UNREADABLE, Fault, exists, store_info, verify_store
+from diffprobe.rundir import StoreError, TakenError, first_line, locate, reaching, refuse_unwritable, whole_folder  # fmt: skip
 from diffprobe.sites import refuse_unet_sites
 
 __all__ = [
@@ -143,7 +112,6 @@ def create_store(
     Args:
         attributes: provenance and request as plain values; kept under ``diffprobe`` in the root.
         prompts: ``text`` (sample, conditioning) and ``token_id``, ``token_start``, ``token_end`` (sample, conditioning, token).
-        tokens: the token positions that maps keep.
         compress: use zstd; every inner chunk has a Crc32c either way.
         company: other processes may be creating the same store.
         levels: ``sigma`` and ``log_snr`` of the timesteps.
@@ -159,7 +127,7 @@ def create_store(
     _put(root, "sample", np.array(list(sample_ids), dtype=np.dtypes.StringDType()), ("sample",))
     root.create_array("status", shape=(count,), chunks=(unit_samples,), dimension_names=("sample",), **flags)
     root.create_array("done", shape=(units,), chunks=(1,), dimension_names=("unit",), **flags)
-    shape = (units, len(specs), DIGEST_BYTES)
+    shape = (units, len(specs), layout.DIGEST_BYTES)
     root.create_array("digest", shape=shape, chunks=(1, *shape[1:]), dimension_names=("unit", "site", "byte"), **flags)
     for name, values in labels.items():
         _put(root, name, values, ("sample",))
@@ -191,29 +159,22 @@ def create_store(
             fill_value=np.nan,
             dimension_names=(*_LEADING, *spec.dims),
         )
-    digests = {key: digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
+    digests = {key: layout.digest(value.to_bytes()).hex() for key, value in held.items() if key != "zarr.json"}
     root.attrs["digests"] = digests
-    root.attrs["diffprobe"] = {"format_version": FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
-    _put_in_place(path, {key: value.to_bytes() for key, value in held.items()}, company)
-
-
-def _put_in_place(path: str | Path, held: Mapping[str, bytes], company: bool) -> None:
-    """Writes the objects of a new store: into a folder that is renamed at the end, or to a URL with the root's object last.
-
-    On a remote place the rest of an earlier attempt is overwritten by an equal layout, and nothing is removed.
-    """
-    final = locate(path)
-    if isinstance(final, str):
+    root.attrs["diffprobe"] = {"format_version": layout.FORMAT_VERSION, "unit_samples": unit_samples, **attributes}
+    final, objects = locate(path), {key: value.to_bytes() for key, value in held.items()}
+    if isinstance(final, str):  # the rest of an earlier attempt is overwritten by an equal layout
         with reaching(final):
-            sync(_upload(final, held))
+            sync(_upload(final, objects))
         return
     with whole_folder(final, company) as building:
-        for key, value in held.items():
+        for key, content in objects.items():
             (building / key).parent.mkdir(parents=True, exist_ok=True)
-            (building / key).write_bytes(value)
+            (building / key).write_bytes(content)
 
 
 async def _upload(url: str, held: Mapping[str, bytes]) -> None:
+    """Writes the objects of a new store, the root's last, and removes nothing."""
     refuse_unwritable(url)
     store = FsspecStore.from_url(url)
     store.fs.invalidate_cache()
@@ -266,30 +227,30 @@ class StoreWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self.root = open_group(path, "r+")
-        self.attributes = attributes_of(self.root, path)
+        self.root = layout.open_group(path, "r+")
+        self.attributes = layout.attributes_of(self.root, path)
         self.unit_samples = int(self.attributes["unit_samples"])
-        self._seal = Seal(self.root)
+        self._seal = layout.Seal(self.root)
 
     @property
     def pending(self) -> list[int]:
         """Units that are not done, in order."""
-        return [int(u) for u in np.flatnonzero(read_array(self.root, "done") == 0)]
+        return [int(u) for u in np.flatnonzero(layout.read_array(self.root, "done") == 0)]
 
     @property
     def status(self) -> NDArray[np.uint8]:
         """A status number for each sample; `STATUS_WORDS` explains them."""
-        return read_array(self.root, "status")
+        return layout.read_array(self.root, "status")
 
     def unit_status(self, unit: int) -> NDArray[np.uint8]:
         """`status` of one unit's samples; PENDING for all of a unit that is not done."""
         first, last = self.bounds(unit)
-        done = read_array(self.root, "done", slice(unit, unit + 1))[0]
-        return read_array(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
+        done = layout.read_array(self.root, "done", slice(unit, unit + 1))[0]
+        return layout.read_array(self.root, "status", slice(first, last)) if done else np.full(last - first, PENDING, np.uint8)
 
     def bounds(self, unit: int) -> tuple[int, int]:
         """The first sample of a unit and the one after its last."""
-        count = array_of(self.root, "status").shape[0]
+        count = layout.array_of(self.root, "status").shape[0]
         return unit * self.unit_samples, min((unit + 1) * self.unit_samples, count)
 
     def write_unit(self, unit: int, arrays: Mapping[str, NDArray[Any]], status: NDArray[np.uint8]) -> None:
@@ -304,30 +265,27 @@ class StoreWriter:
         """
         first, last = self.bounds(unit)
         status = np.asarray(status, np.uint8)
-        names = sorted(stored_sites(self.root))
-        digests = np.zeros((len(names), DIGEST_BYTES), np.uint8)
+        names = sorted(layout.stored_sites(self.root))
+        digests = np.zeros((len(names), layout.DIGEST_BYTES), np.uint8)
         self.forget_unit(unit)
         with reaching(self.path):
             for site, values in arrays.items():
-                target = site_array(self.root, site)
-                if values.shape != (last - first, *target.shape[1:]):
-                    raise AssertionError(
-                        f"Unit {unit} of {site}: shape {values.shape} for {(last - first, *target.shape[1:])}."
-                    )
+                target = layout.site_array(self.root, site)
+                assert values.shape == (last - first, *target.shape[1:]), f"unit {unit} of {site}: {values.shape}"
                 values = np.asarray(values, target.dtype)
                 _replace_shard(target, unit, first, values)
                 digests[names.index(site)] = self._seal.of(site, unit, status, values)
-            array_of(self.root, "status")[first:last] = status
+            layout.array_of(self.root, "status")[first:last] = status
             if self._seal.there:
-                array_of(self.root, "digest")[unit] = digests
-            array_of(self.root, "done")[unit] = 1
+                layout.array_of(self.root, "digest")[unit] = digests
+            layout.array_of(self.root, "done")[unit] = 1
 
     def forget_unit(self, unit: int) -> None:
         """Marks a unit as not done, so that the next extract computes it again."""
         first, last = self.bounds(unit)
         with reaching(self.path):
-            array_of(self.root, "done")[unit] = 0
-            array_of(self.root, "status")[first:last] = PENDING
+            layout.array_of(self.root, "done")[unit] = 0
+            layout.array_of(self.root, "status")[first:last] = PENDING
 
 
 def _replace_shard(array: zarr.Array[Any], unit: int, first: int, values: NDArray[Any]) -> None:
@@ -360,12 +318,12 @@ def open_store(path: str | Path, *, complete: bool = True, chunks: Literal["auto
     >>> tree["U-L1-R1-B0-Cross-Q"].features.sel(timestep=50, conditioning="caption")["colour"].dims  # doctest: +SKIP
     ('sample',)
     """
-    root = open_group(path, "r")
-    attributes = attributes_of(root, path)
-    status, units = recorded(root, attributes["unit_samples"])
-    layout = root.attrs.get("digests")
-    present = Present(root.store, units, frozenset(layout) if isinstance(layout, dict) else frozenset())
-    hidden = ["done", "digest", CONTENT] if isinstance(layout, dict) else ["done"]
+    root = layout.open_group(path, "r")
+    attributes = layout.attributes_of(root, path)
+    status, units = layout.recorded(root, attributes["unit_samples"])
+    kept = root.attrs.get("digests")
+    present = layout.Present(root.store, units, frozenset(kept) if isinstance(kept, dict) else frozenset())
+    hidden = ["done", "digest", CONTENT] if isinstance(kept, dict) else ["done"]
     try:
         found = xr.open_datatree(
             present,  # type: ignore[arg-type]  # xarray opens a zarr store too
@@ -411,7 +369,7 @@ def _fixed_width(texts: NDArray[Any]) -> NDArray[Any]:
     """Texts in NumPy's fixed-width type, which all formats take; as objects where that would lose characters or waste memory."""
     plain = texts.astype(object)
     longest = max(map(len, plain.flat), default=0)
-    if longest * plain.size * 4 > SLACK or any(text.endswith("\0") for text in plain.flat):
+    if longest * plain.size * 4 > layout.SLACK or any(text.endswith("\0") for text in plain.flat):
         return plain
     return plain.astype(f"U{max(1, longest)}")
 
@@ -421,11 +379,11 @@ def provenance(tree: xr.DataTree) -> dict[str, Any]:
 
     The tree's attributes hold them as JSON, for xarray saves only plain values.
     """
-    held = Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
+    held = layout.Attributes(json.loads(tree.attrs.get("diffprobe", "{}")), "The store")
     leveled = next((node.to_dataset() for node in tree.children.values() if "log_snr" in node.coords), None)
     if leveled is not None:
         held |= {"log_snr": dict(zip(leveled["timestep"].values.tolist(), leveled["log_snr"].values.tolist(), strict=True))}
-    return held | {"request": Attributes(held["request"], "The store")} if "request" in held else held
+    return held | {"request": layout.Attributes(held["request"], "The store")} if "request" in held else held
 
 
 def site_names(tree: xr.DataTree) -> list[str]:
@@ -477,7 +435,7 @@ def _site(tree: xr.DataTree, site: str, variable: str) -> xr.DataArray:
     return array.assign_coords(labels).assign_attrs({"site": name, **tree[name].attrs})
 
 
-def _choose(array: xr.DataArray, dim: str, wanted: Any) -> xr.DataArray:
+def choose(array: xr.DataArray, dim: str, wanted: Any) -> xr.DataArray:
     """Selects by label; a single value drops the dimension, a list keeps it.  An unknown label raises StoreError."""
     if wanted is None:
         return array
@@ -521,18 +479,18 @@ def features(
     >>> features(tree, "U-L1-Out", guidance=4.0, pool="mean").shape
     (5, 1, 3)
     """
-    array = _choose(_site(tree, site, "features"), "timestep", timestep)
+    array = choose(_site(tree, site, "features"), "timestep", timestep)
     if guidance is None:
-        array = _choose(array, "conditioning", conditioning)
+        array = choose(array, "conditioning", conditioning)
     else:
         if not (conditioning is None or isinstance(conditioning, str)):
             raise StoreError("guidance takes one conditioning.")
         text = conditioning or "caption"
         if guided_name(text, guidance) in array["conditioning"].values.tolist():
-            array = _choose(array, "conditioning", guided_name(text, guidance))
+            array = choose(array, "conditioning", guided_name(text, guidance))
         else:
-            unconditional = _choose(array, "conditioning", NULL).astype(np.float32)
-            array = unconditional + guidance * (_choose(array, "conditioning", text).astype(np.float32) - unconditional)
+            unconditional = choose(array, "conditioning", NULL).astype(np.float32)
+            array = unconditional + guidance * (choose(array, "conditioning", text).astype(np.float32) - unconditional)
             array = array.drop_vars("conditioning", errors="ignore").assign_coords(conditioning=guided_name(text, guidance))
     array.attrs["site"] = site
     places = [d for d in ("y", "x", "token") if d in array.dims]
@@ -639,7 +597,6 @@ def read_maps(
     Args:
         wanted: the sample and the token positions of each row; their maps are merged, and without positions a row is zero.
         heads: "mean" over heads, one head, or "each": the mean and then every head.
-        merge: as for `attention_maps`.
 
     Returns:
         (row, timestep, head, y, x) float32; heads are called "mean", "0", "1", ...
@@ -648,7 +605,7 @@ def read_maps(
         StoreError: a position was not kept.
     """
     steps = None if timestep is None else [timestep] if isinstance(timestep, int | np.integer) else list(timestep)
-    array = _choose(_choose(_site(tree, site, "maps"), "conditioning", conditioning), "timestep", steps)
+    array = choose(choose(_site(tree, site, "maps"), "conditioning", conditioning), "timestep", steps)
     kept = array["token"].values.tolist() if "token" in array.coords else list(range(array.sizes["token"]))
     if missing := {p for _, places in wanted for p in places} - set(kept):
         raise StoreError(f"Token positions {sorted(missing)} were not kept in this store's maps; record with --map-tokens all.")

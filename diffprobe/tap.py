@@ -67,11 +67,16 @@ Attend: TypeAlias = Callable[[Call, Run], Tensor]
 _UNSEEN: list[bool] = []  # one entry for each `unseen` that is open
 
 
+def backend_of(attention: nn.Module) -> Any:
+    """The backend that an attention's calls are dispatched to."""
+    own = getattr(getattr(attention, "processor", None), "_attention_backend", None)
+    return own or attention_dispatch._AttentionBackendRegistry._active_backend
+
+
 class Tap(TorchFunctionMode):
     """Sees the attention calls of one module; entered when its forward pass begins, left when it ends.
 
     Args:
-        attention: the module.
         attend: stands in for each call.  It is given the call and a function that makes it, with another mask if given
             one, and returns the output that the network goes on with.
         normaliser: ask the kernel for `Call.normaliser`.
@@ -94,9 +99,7 @@ class Tap(TorchFunctionMode):
         self.close()  # what an interrupt may have left
         self.calls, self._inside, self._open = 0, False, True
         backends = attention_dispatch._AttentionBackendRegistry
-        self._backend = (
-            getattr(getattr(self.attention, "processor", None), "_attention_backend", None) or backends._active_backend
-        )
+        self._backend = backend_of(self.attention)
         if self._backend != attention_dispatch.AttentionBackendName.NATIVE:
             _LISTENING.setdefault(self._backend, (backends._backends[self._backend], []))[1].append(self)
             backends._backends[self._backend] = partial(_dispatched, self._backend)
@@ -349,6 +352,13 @@ def _bias(mask: Tensor | None, part: slice, places: Index, tokens: Index) -> Ten
             chosen = _rows(index, part)
             rows = 1 if isinstance(chosen, slice) else len(chosen)
             mask = take(mask.expand(max(len(mask), rows), *mask.shape[1:]), chosen, dim)
+    return additive(mask)
+
+
+def additive(mask: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """A mask as what is added to float32 scores."""
+    if mask is None:
+        return torch.zeros(1, 1, 1, 1, device=device)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
     return mask.float()

@@ -151,11 +151,8 @@ class StoreStream(_Reader, IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        number, count = (
-            (self.rank, self.ranks)
-            if worker is None
-            else (self.rank * worker.num_workers + worker.id, self.ranks * worker.num_workers)
-        )
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        number, count = self.rank * workers + own, self.ranks * workers
         units = np.unique(self._places // self.step)
         order = np.random.default_rng((self.seed, self.epoch))
         units = (order.permutation(units) if self.shuffle else units)[number::count]

@@ -10,8 +10,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from diffprobe.data.join import PartDataset
 from diffprobe.data.samples import Dataset, Sample
 from diffprobe.encoders import VisionEncoder
 from diffprobe.forward import Batch, Engine, Listener, NotFiniteError, Pixels, Row, rows_not_finite, to_pixels
+from diffprobe.layout import Request
 from diffprobe.models import DiffusionModel, out_of_memory
 from diffprobe.noise import noise_seed
 from diffprobe.recorder import Recorder
@@ -35,41 +36,6 @@ from diffprobe.sites import Site, select_sites
 Policy = Literal["raise", "mark", "float32"]
 STORE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _LONGEST_TRIAL = 4.0  # seconds; a batch that takes longer is not doubled
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that decides the values in a store; two runs with equal requests may share one.
-
-    See `extract` for the meaning of the fields.
-    """
-
-    model: str
-    revision: str | None
-    weights: str
-    dataset: str
-    fingerprint: str
-    samples: int
-    sites: list[str]
-    maps: list[str]
-    heads: str
-    map_tokens: list[int]
-    timesteps: list[int]
-    conditionings: list[str]
-    guidance: list[float]
-    noise_draws: int
-    reduce: dict[str, str]
-    seed: int
-    resolution: list[int]
-    fit: str
-    latent_rule: str
-    compute_dtype: str
-    store_dtype: str
-    network_guidance: float | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As a store keeps it; a guidance that no network is given is left out, as in older stores."""
-        return {name: value for name, value in asdict(self).items() if name != "network_guidance" or value is not None}
 
 
 # --- reductions -----------------------------------------------------------------------------------
@@ -131,7 +97,6 @@ def array_specs(
 
     Args:
         shapes: the shape of one recorded row of each site, before reduction.
-        rules: as from `parse_reduce`.
     """
     guided = [guided_name(c, s) for c in conditionings if c != NULL for s in guidance]
     specs = []
@@ -175,7 +140,10 @@ class Index:
 
         def noted() -> Iterator[Sample]:
             for sample in map(dataset.__getitem__, rows):
-                _check_texts(sample)
+                texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
+                texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
+                for what, text in texts.items():
+                    check_unicode(f"The {what} of sample {sample.id!r}", text)
                 index.ids.append(sample.id)
                 index.labels.append(sample.labels)
                 yield sample
@@ -187,23 +155,6 @@ class Index:
                 f"Sample id {twice!r} stands twice in {dataset.name}; noise and labels belong to ids, so each must be unique."
             )
         return index
-
-
-def _check_texts(sample: Sample) -> None:
-    """Raises ValueError for a text with half of a surrogate pair, which neither tokenizer nor store takes."""
-    texts = {"id": sample.id, **{f"label {name!r}": value for name, value in sample.labels.items()}}
-    texts |= {f"caption {number}": caption.text for number, caption in enumerate(sample.captions)}
-    for what, text in texts.items():
-        check_unicode(f"The {what} of sample {sample.id!r}", text)
-
-
-@dataclass
-class _Unit:
-    """A unit that is being computed; the first axis of its members is the sample."""
-
-    ids: list[str]
-    status: NDArray[np.uint8]
-    buffers: dict[str, NDArray[Any]]
 
 
 class Run:
@@ -224,21 +175,15 @@ class Run:
         self.skipped: dict[str, str] = {}
 
     def recorder(self, reduce: bool = True) -> Listener:
-        request = self.request
+        request, heads = self.request, cast(Literal["mean", "all"], self.request.heads)
         reduction = make_reduce(request.reduce, request.seed) if reduce else None
         if isinstance(self.model, VisionEncoder):
             return self.model.recorder(request.sites, reduction)
+        # rows are copied into the unit's buffers before the next pass, so tensors are reused
         return Recorder(
-            self.model,
-            request.sites,
-            maps=request.maps,
-            heads=request.heads,  # type: ignore[arg-type]
-            tokens=request.map_tokens,
-            stop_early=True,
-            reduce=reduction,
-            keep_steps=False,
-            reuse=True,  # each row is copied into the unit's buffers before the next pass
-        )
+            self.model, request.sites, maps=request.maps, heads=heads, tokens=request.map_tokens, stop_early=True, reduce=reduction,
+            keep_steps=False, reuse=True,
+        )  # fmt: skip
 
     def load_images(self, first: int, last: int) -> list[Pixels | str]:
         """Images (3, height, width) in [-1, 1], or the reason why one could not be read; NumPy alone, as `to_pixels` says."""
@@ -258,23 +203,22 @@ class Run:
     def checked(self, recorder: Listener, batch: Batch) -> tuple[dict[str, Tensor], Bool[np.ndarray, " row"]]:
         """The tensors on the CPU in the buffers' dtype, and the rows with a value that is not finite in the store's dtype."""
         dtype = torch.float32 if self.exact else self.store_dtype
-        kept = {name: tensor.to("cpu", dtype) for name, tensor in batch.tensors.items()}
-        bad = rows_not_finite(kept, self.store_dtype)
-        if bad.any() and self.on_nonfinite == "float32" and self.model.dtype != torch.float32:
-            again = self.engine.in_float32(recorder, batch)
-            kept = {name: tensor.to("cpu", dtype) for name, tensor in again.tensors.items()}
+        for found in (lambda: batch, lambda: self.engine.in_float32(recorder, batch)):
+            kept = {name: tensor.to("cpu", dtype) for name, tensor in found().tensors.items()}
             bad = rows_not_finite(kept, self.store_dtype)
+            if not bad.any() or self.on_nonfinite != "float32" or self.model.dtype == torch.float32:
+                break
         return kept, bad
 
-    def leave_out(self, unit: _Unit, sample: int, site: str, timestep: int, conditioning: str) -> None:
-        """Marks a sample with values that the store cannot hold; raises NotFiniteError unless `on_nonfinite` is "mark"."""
-        where = f"Sample {unit.ids[sample]!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
+    def leave_out(self, name: str, site: str, timestep: int, conditioning: str) -> int:
+        """The status of a sample with values that the store cannot hold; NotFiniteError unless `on_nonfinite` is "mark"."""
+        where = f"Sample {name!r}, site {site}, timestep {timestep}, conditioning {conditioning!r}"
         reason = f"{where}: a value is not finite in {self.request.store_dtype}."
         if self.on_nonfinite != "mark":
             hint = "Try --store-dtype float32 or --dtype float32, or --on-nonfinite mark to leave such samples out."
             raise NotFiniteError(f"{reason} {hint}")
-        unit.status[sample] = store.NOT_FINITE
-        self.skipped[unit.ids[sample]] = reason
+        self.skipped[name] = reason
+        return store.NOT_FINITE
 
     # one unit
 
@@ -292,7 +236,11 @@ class Run:
                 self.skipped[ids[index]] = image
             else:
                 readable[index] = image
-        unit = _Unit(ids, status, self.empty_buffers(count, list(readable)))
+        dtype = np.float32 if self.exact else np.dtype(request.store_dtype)
+        before = (count, len(request.conditionings), len(request.timesteps))
+        buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
+        for values in buffers.values() if request.noise_draws > 1 else ():
+            values[list(readable)] = 0  # draws are added up
         if readable:
             latents = self.engine.encode_images(list(readable.values()), [ids[i] for i in readable])
             prompts = [self.index.prompts[name][first : first + count] for name in request.conditionings]
@@ -300,62 +248,40 @@ class Run:
             steps, columns, draws = (range(n) for n in (len(request.timesteps), len(prompts), request.noise_draws))
             places = [(i, c, t, draw) for i in readable for t in steps for c in columns for draw in draws]
             rows = [Row(i, prompts[c][i], request.timesteps[t], draw) for i, c, t, draw in places]
-            done = 0
             for batch in self.engine.run(recorder, dict(zip(readable, latents, strict=True)), ids, rows):
-                self.keep(recorder, unit, batch, places[done : done + len(batch.rows)])
-                done += len(batch.rows)
-        return self.finish_buffers(unit), status
+                here = places[batch.first : batch.first + len(batch.rows)]
+                kept, bad = self.checked(recorder, batch)
+                for row in np.flatnonzero(bad):
+                    i, c, t, _ = here[int(row)]
+                    site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
+                    status[i] = self.leave_out(ids[i], site, request.timesteps[t], request.conditionings[c])
+                at = tuple(np.array(here).T[:3])
+                for name, tensor in kept.items():
+                    if request.noise_draws == 1:
+                        buffers[name][at] = tensor.numpy()
+                    else:
+                        np.add.at(buffers[name], at, tensor.numpy() / request.noise_draws)
+        return self.finish(buffers, status, ids), status
 
-    def keep(self, recorder: Listener, unit: _Unit, batch: Batch, places: Sequence[tuple[int, int, int, int]]) -> None:
-        """Puts the recorded tensors of a batch into the buffers.
-
-        Args:
-            places: (sample, conditioning, timestep, noise draw) of each row.
-        """
-        request = self.request
-        kept, bad = self.checked(recorder, batch)
-        for row in np.flatnonzero(bad):
-            i, c, t, _ = places[int(row)]
-            site = next(name for name, tensor in kept.items() if not tensor[row].to(self.store_dtype).isfinite().all())
-            self.leave_out(unit, i, site, request.timesteps[t], request.conditionings[c])
-        index = tuple(np.array(places).T[:3])
-        for name, tensor in kept.items():
-            if request.noise_draws == 1:
-                unit.buffers[name][index] = tensor.numpy()
-            else:
-                np.add.at(unit.buffers[name], index, tensor.numpy() / request.noise_draws)
-
-    def empty_buffers(self, count: int, readable: list[int]) -> dict[str, NDArray[Any]]:
-        """Buffers of NaN by site; of zeros for samples whose noise draws will be summed."""
-        dtype = np.float32 if self.exact else np.dtype(self.request.store_dtype)
-        before = (count, len(self.request.conditionings), len(self.request.timesteps))
-        buffers = {s.site: np.full((*before, *s.shape), np.nan, dtype) for s in self.specs}
-        for values in buffers.values() if self.request.noise_draws > 1 else ():
-            values[readable] = 0
-        return buffers
-
-    def finish_buffers(self, unit: _Unit) -> dict[str, NDArray[Any]]:
+    def finish(
+        self, buffers: dict[str, NDArray[Any]], status: NDArray[np.uint8], ids: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
         """Adds the guided conditionings, f_u + s (f_c - f_u) in float32, and casts to the store's dtype."""
-        conditionings = self.request.conditionings
-        finished = {}
+        request, finished, conditionings = self.request, {}, self.request.conditionings
         for spec in self.specs:
-            values = unit.buffers[spec.site]
-            if spec.variable == "features" and self.request.guidance:
+            values = buffers[spec.site]
+            if spec.variable == "features" and request.guidance:
                 null = values[:, conditionings.index(NULL)]
-                guided = [
-                    null + s * (values[:, conditionings.index(c)] - null)
-                    for c in conditionings
-                    if c != NULL
-                    for s in self.request.guidance
-                ]
+                differences = [values[:, place] - null for place, name in enumerate(conditionings) if name != NULL]
+                guided = [null + s * difference for difference in differences for s in request.guidance]
                 values = np.concatenate([values, np.stack(guided, axis=1)], axis=1)
             with np.errstate(over="ignore"):  # what does not fit is found below
-                finished[spec.site] = values = values.astype(self.request.store_dtype, copy=False)
+                finished[spec.site] = values = values.astype(request.store_dtype, copy=False)
             if self.exact:  # what came from the model was checked; what was computed from it was not
-                bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (unit.status == store.COMPLETE)[:, None, None]
+                bad = ~np.isfinite(values).all(tuple(range(3, values.ndim))) & (status == store.COMPLETE)[:, None, None]
                 for i in np.flatnonzero(bad.any((1, 2))):
                     c, t = np.argwhere(bad[i])[0]
-                    self.leave_out(unit, int(i), spec.site, self.request.timesteps[t], spec.conditionings[c])
+                    status[i] = self.leave_out(ids[int(i)], spec.site, request.timesteps[t], spec.conditionings[c])
         return finished
 
     # before the work

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,26 +28,12 @@ if TYPE_CHECKING:
 # Maps whose tokens are words, the ones that are taken where several kinds were recorded first.
 WORDED = ("cross_map", "joint_map", "joint_text_map", "joint_back_map", "joint_output_map")
 _SUFFIXES = ("", "_2", "_3")
-
-
-@dataclass
-class Told:
-    """Token numbers (row, token) of each call of a text encoder, by the encoder's suffix ("", "_2", "_3"), before a pass."""
-
-    calls: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def negative(self) -> bool:
-        """Whether something was encoded after the prompts."""
-        return any(len(calls) > 1 for calls in self.calls.values())
+# Token numbers (row, token) of each call of a text encoder before a pass, by the encoder's suffix.
+Told = dict[str, list[Tensor]]
 
 
 class Ear:
-    """Listens to a pipeline's text encoders.
-
-    Args:
-        pipeline: The pipeline, or None, where there is nothing to hear.
-    """
+    """Listens to a pipeline's text encoders."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -56,7 +41,6 @@ class Ear:
 
     def attach(self) -> list[Any]:
         """Hooks on the encoders; the caller removes them."""
-        found = {suffix: getattr(self.pipeline, f"text_encoder{suffix}", None) for suffix in _SUFFIXES}
 
         def note(suffix: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -64,15 +48,13 @@ class Ear:
                 if self._passed:  # a new prompt after the passes of another
                     self._told, self._passed = Told(), False
                 if isinstance(ids, Tensor) and ids.ndim == 2:
-                    self._told.calls.setdefault(suffix, []).append(ids.detach().cpu())
+                    self._told.setdefault(suffix, []).append(ids.detach().cpu())
 
             return hook
 
-        return [
-            encoder.register_forward_pre_hook(note(suffix), with_kwargs=True)
-            for suffix, encoder in found.items()
-            if isinstance(encoder, nn.Module)
-        ]
+        found = {suffix: getattr(self.pipeline, f"text_encoder{suffix}", None) for suffix in _SUFFIXES}
+        encoders = {suffix: encoder for suffix, encoder in found.items() if isinstance(encoder, nn.Module)}
+        return [encoder.register_forward_pre_hook(note(suffix), with_kwargs=True) for suffix, encoder in encoders.items()]
 
     def told(self) -> Told:
         """What was heard before the pass that begins now."""
@@ -97,10 +79,25 @@ def find_word(text: str, word: str, spans: Sequence[tuple[int, int]], occurrence
 
 
 def word_attention(
-    recorder: Recorder, word: str, image: int, steps: Literal["mean"] | int | Sequence[int], site: str | Sequence[str] | None,
-    size: tuple[int, int] | None, occurrence: int, text: EncodedText | None,
+    recorder: Recorder, word: str, image: int = 0, steps: Literal["mean"] | int | Sequence[int] = "mean", *,
+    site: str | Sequence[str] | None = None, size: tuple[int, int] | None = None, occurrence: int = 0, text: EncodedText | None = None,
 ) -> xr.DataArray:  # fmt: skip
-    """As `Recorder.attention`."""
+    """Where a word of the prompt attends: the mean over its sub-tokens, heads and sites; unconditional rows are left out.
+
+    Args:
+        image: which of the pipeline's images, from 0.
+        steps: the mean over all kept passes; one pass by its number; or several, which become an axis.
+        site: recorded map sites; all of the first kind of `WORDED` that was recorded by default.
+        size: (height, width) that the maps are brought to, bilinearly; the finest of them by default.
+        occurrence: which one, from 0, of a word that the prompt has several times.
+        text: the encoded prompts, a row each, where they were not encoded inside the 'with' block.
+
+    Returns:
+        (y, x), or (step, y, x), in float32; named as the word, with prompt, tokens, sites and occurrence in its attributes.
+
+    Raises:
+        ValueError: no maps of words were recorded, the prompt does not have the word, or is not known.
+    """
     passes = recorder.kept_steps()
     sites = _worded_sites(recorder, site)
     count = len(passes)
@@ -108,7 +105,8 @@ def word_attention(
     if not chosen or not all(-count <= number < count for number in chosen):
         raise ValueError(f"Steps {steps} were asked for, where {count} were kept, counted from 0.")
     kept = [passes[number] for number in chosen]
-    apart = kept[0].told.negative and "negative" not in kept[0].rows
+    more = any(len(calls) > 1 for calls in kept[0].told.values())  # something was encoded after the prompts
+    apart = more and "negative" not in kept[0].rows
     if steps == "mean" and apart and any(a.timesteps == b.timesteps for a, b in pairwise(kept)):
         raise ValueError(
             "This pipeline guides by a pass of its own for the negative prompt, so that not all passes are the prompt's; name those "
@@ -177,7 +175,7 @@ def _sequences(
     Most networks are given one encoder's tokens; Stable Diffusion 3 and Hunyuan-DiT those of two, one behind the other.
     """
     pipeline = recorder.ear.pipeline
-    calls = {"": [text.ids]} if text is not None else step.told.calls
+    calls = {"": [text.ids]} if text is not None else step.told
     if not calls:
         raise ValueError(
             "What the model was told was not heard: let the pipeline encode its prompt inside the 'with' block, or give "
@@ -207,7 +205,7 @@ def _sequences(
 
 
 def as_tree(recorder: Recorder) -> xr.DataTree:
-    """As `Recorder.to_xarray`."""
+    """All that was kept, one node a site: ``features`` (step, row, channel, y, x) or ``maps`` (step, row, head, token, y, x)."""
     steps = recorder.kept_steps()
     rows = {step.rows for step in steps}
     if len(rows) > 1:

@@ -249,7 +249,8 @@ class Comparison:
         Returns:
             One row an answer: arm (its label), seed, condition, benchmark, item, chance, output, hit.
         """
-        from diffprobe.mllm.judging import answer_items, chance, hit
+        from diffprobe.mllm.answers import options_of
+        from diffprobe.mllm.judging import answer_items, hit
 
         wanted = [(arm, seed) for seed in seeds for arm in pieces]
         todo = [(a, s) for a, s in wanted if not all(self.path(a, s, c).exists() for c in pieces[a])]
@@ -268,7 +269,7 @@ class Comparison:
                     )
                     kind = benchmark.spec.partition(":")[0]
                     rows += [
-                        {"benchmark": kind, "item": k, "chance": chance(record), "output": record["output"],
+                        {"benchmark": kind, "item": k, "chance": 1 / len(options_of(record)), "output": record["output"],
                          "hit": hit(record)}
                         for k, record in enumerate(said)
                     ]  # fmt: skip

@@ -34,7 +34,6 @@ from diffprobe.mllm.leakage import (
     Test,
     examples,
     frequencies,
-    item_scores,
     leak_against_sight,
     plan,
     rank_texts,
@@ -55,6 +54,7 @@ from experiments.framework import (
     reference,
     verdict,
 )
+from experiments.leakage import item_scores
 
 if TYPE_CHECKING:
     from diffprobe.mllm.leakage_run import Run

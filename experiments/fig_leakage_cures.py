@@ -17,9 +17,10 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffprobe.mllm.leakage import MAIN_SITE, compare, item_scores, plan, read_texts
+from diffprobe.mllm.leakage import MAIN_SITE, plan, read_texts
 from experiments.figures import plot_leak_rows
 from experiments.framework import Claim, Experiment, Options, Result, leakage_run, verdict
+from experiments.leakage import compare, item_scores
 
 TIMESTEP, SCALE = 50, 4.0
 NO_CURE = "no cure"

@@ -20,10 +20,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffprobe.figures import plot_probe_grid
-from diffprobe.mllm.leakage import MAIN_SITE, Test, compare, item_scores, plan, read_texts
+from diffprobe.mllm.leakage import MAIN_SITE, Test, plan, read_texts
 from diffprobe.mllm.verdict import POSITIVE, judge_leakage
 from experiments.figures import plot_leak_rows
 from experiments.framework import Claim, Experiment, Options, Result, Verdict, leakage_run, verdict
+from experiments.leakage import compare, item_scores
 
 SCALE, TIMESTEP, OTHER_TIMESTEPS, OTHER_SCALES = 4.0, 50, (10, 250, 500), (1.0, 1.5)
 CUTS = {

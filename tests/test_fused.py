@@ -32,7 +32,7 @@ from diffprobe.mllm.judging import POINTS, answer_items, judge_all, score_judged
 from diffprobe.mllm.language import IGNORED, LanguageModel, build_inputs
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.stages import Learner, Sample, Samples, forecast_stage, train_fused, train_stage
-from diffprobe.mllm.streams import FeatureCache, InputEncoder, Picture, Streams, TruthEncoder
+from diffprobe.mllm.streams import DiffusionEncoder, FeatureCache, Picture, Streams, TruthEncoder
 from diffprobe.models import load_model
 from diffprobe.rundir import sole_writer
 
@@ -798,9 +798,9 @@ def test_the_oracle_sees_what_the_scene_says_and_nothing_elsewhere() -> None:
 
 def test_inputs_of_the_diffusion_model_stand_in_for_its_features(tiny_model: Any) -> None:
     picture = Picture.of(shade(True, 0))
-    latent = InputEncoder(tiny_model, "latent").encode([picture], [None])["latent"]
+    latent = DiffusionEncoder(tiny_model, "latent").encode([picture], [None])["latent"]
     assert latent.shape == (1, 4, 16, 16)
-    text = InputEncoder(tiny_model, "text").encode([picture, picture], ["a red star", None])["text"]
+    text = DiffusionEncoder(tiny_model, "text").encode([picture, picture], ["a red star", None])["text"]
     assert text.shape == (2, 128, 8, 8)
     assert torch.equal(text[0, :, 0, 3], tiny_model.encode_text(["a red star"]).embeddings[0, 3].float())
     for site in ("latent", "text", "truth"):

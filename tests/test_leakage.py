@@ -32,9 +32,7 @@ from diffprobe.mllm.leakage import (
     LeakageError,
     Recipe,
     Settings,
-    compare,
     examples,
-    item_scores,
     leakage_report,
     plan,
     read_table,
@@ -45,9 +43,9 @@ from diffprobe.mllm.verdict import SCORES, judge_leakage
 from diffprobe.rundir import RequestError
 from diffprobe.store import features as stored
 from diffprobe.store import open_store, provenance
+from experiments.leakage import compare, item_scores
 
 WORDS = ("red", "blue", "green", "pink", "cyan", "orange", "purple", "yellow")
-
 
 # --- planted ----------------------------------------------------------------------------------------
 

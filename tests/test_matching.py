@@ -24,10 +24,9 @@ import diffprobe.matching
 from diffprobe import alignment_score
 from diffprobe.data.benchmarks import Benchmark, Item
 from diffprobe.extraction import NotFiniteError
-from diffprobe.matching import CLIP, DISCFFUSION, LOSS, NORMALISED, PAPER, POOLED
 from diffprobe.models import DiffusionModel
 from diffprobe.noise import sample_noise
-from diffprobe.probes.alignment import alignment_table
+from diffprobe.probes.alignment import CLIP, DISCFFUSION, LOSS, NORMALISED, PAPER, POOLED, alignment_table
 
 TIMESTEPS = (100, 700)
 TEXTS = ("a red circle", "a blue star on the left of a circle")

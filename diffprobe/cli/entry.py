@@ -38,8 +38,8 @@ RESUMED = {
     "mllm train",
     "mllm eval",
 }
-# Spellings of the last release and today's, which is nothing where the default was spelled out; to go with the next one.
-OLD_SPELLINGS = {f"--no-{name}": "" for name in ("allow-pickle", "checkpointing", "compress", "dry-run", "force")}
+# Spellings of the last release, which say what is the default; to go with the next one.
+OLD_SPELLINGS = {f"--no-{name}" for name in ("allow-pickle", "checkpointing", "compress", "dry-run", "force")}
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, for what was typed; typer has it under one name or another
 _debug = False
 
@@ -173,13 +173,12 @@ def _without_old_spellings(words: list[str]) -> list[str]:
     end = words.index("--") if "--" in words else len(words)
     found: list[str] = []
     for word in words[:end]:
-        new = OLD_SPELLINGS.get(word)
-        if new is None:
+        if word not in OLD_SPELLINGS:
             found.append(word)
             continue
-        instead = f"write {new}" if new else "leave it out, it is the default"
-        print(f"diffprobe: warning: {word} is an old spelling that the next release drops; {instead}.", file=sys.stderr)
-        found = [*found, new] if new else [kept for kept in found if kept != word.replace("--no-", "--")]
+        why = f"{word} is an old spelling that the next release drops; leave it out, it is the default."
+        print(f"diffprobe: warning: {why}", file=sys.stderr)
+        found = [kept for kept in found if kept != word.replace("--no-", "--")]
     return found + words[end:]
 
 

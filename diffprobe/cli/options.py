@@ -6,7 +6,6 @@ A list is an option that may be repeated and whose values may be parted by comma
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import json
 import os
@@ -198,7 +197,7 @@ def table_place(out: str, store: str, name: str) -> str:
     return place
 
 
-def configured(config: type[T], options: Mapping[str, Any], **others: Any) -> T:
-    """A config from a command's options: every field that is named as an option, and `others`."""
-    named = {field.name for field in dataclasses.fields(config)} & set(options)  # type: ignore[arg-type]
-    return config(**{name: options[name] for name in named} | others)
+def handed_on(call: Callable[..., T], options: Mapping[str, Any], *words: Any, **others: Any) -> T:
+    """Calls a function, or makes a config, with a command's options: all that it takes by the same name, and `others`."""
+    named = inspect.signature(call).parameters.keys() & options.keys()
+    return call(*words, **{name: options[name] for name in named} | others)

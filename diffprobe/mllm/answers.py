@@ -55,8 +55,6 @@ def read_choice(text: str, options: Sequence[str], lettered: bool = True) -> int
     "L") are looked for as capitals, except A and I.
 
     Args:
-        text: The output.
-        options: The possible answers.
         lettered: Whether the question shows a letter with each option (`shows_letters`); if not, rules 1 to 4 read no letters.
 
     >>> texts = ("(b)", "A", "It is dark red.", "the answer is: a", "The answer is A because", "the answer is a car", "A car")

@@ -25,10 +25,9 @@ from diffprobe.conditioning import FUNCTION_WORDS, NULL
 from diffprobe.data.labels import ID_COLUMNS, read_known
 from diffprobe.mllm.captions import NUMBERS
 from diffprobe.probes.task import FOLDS
-from diffprobe.stats import bootstrap_interval
+from diffprobe.stats import Floats, bootstrap_interval
 from diffprobe.store import features, open_store, prompt_texts, site_names
 
-Floats = NDArray[np.float64]
 WEAKER = "Weaker evidence than 'diffprobe leakage run': linear readers alone, and one that finds nothing shows no absence."
 RELATIONS = frozenset(
     {

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
-from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import regex
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from diffprobe.rundir import optional
 from diffprobe.stats import Floats, bootstrap_interval, bootstrap_sums, wilson_interval
 
 # Similarity of each output with each candidate, a candidate being one or several texts that say the same: (output, candidate).
@@ -214,10 +214,6 @@ def _best(score: Callable[[str, str], float], outputs: Sequence[str], references
     return np.array([max(score(output, text) for text in own) for output, own in pairs])
 
 
-def _same_words(output: str, text: str) -> float:
-    return float(bool(words(output)) and words(output) == words(text))
-
-
 def _longest_run(output: str, text: str) -> float:
     """Length of the longest run of words that both have, as a share of the reference's words."""
     mine, theirs = words(output), words(text)
@@ -246,12 +242,8 @@ def _rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Flo
     return _best(lambda output, text: scorer.score(text, output)["rougeL"].fmeasure, outputs, references)
 
 
-def _bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """BLEU-4 of each caption, 0 to 1; absent n-gram orders are left out and zeros smoothed, as sacrebleu does for sentences."""
-    return np.array([score.score / 100 for score in _sentence_bleu(outputs, references)])
-
-
 def _sentence_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Any]:
+    """BLEU-4 of each caption; absent n-gram orders are left out and zeros smoothed, as sacrebleu does for sentences."""
     metric = _imported("sacrebleu.metrics").BLEU(tokenize="none", force=True, effective_order=True)
     spaced = [(" ".join(words(o)), [" ".join(words(r)) for r in own]) for o, own in zip(outputs, references, strict=True)]
     return [metric.sentence_score(output, own) for output, own in spaced]
@@ -272,20 +264,17 @@ def _minilm_model() -> Any:
 
 
 def _imported(name: str, extra: str = "captions") -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ValueError(f"This score needs {name.partition('.')[0]}: pip install 'diffprobe[{extra}]'.") from error
+    return optional(name, f"This score needs {name.partition('.')[0]}: pip install 'diffprobe[{extra}]'.")
 
 
 METRICS: dict[str, Scores] = {
     "content_precision": partial(_content, part=0),
     "content_recall": partial(_content, part=1),
     "content_f1": partial(_content, part=2),
-    "exact": partial(_best, _same_words),
+    "exact": partial(_best, lambda output, text: float(bool(words(output)) and words(output) == words(text))),
     "substring": partial(_best, _longest_run),
     "rouge_l": _rouge_l,
-    "bleu": _bleu,
+    "bleu": lambda outputs, references: np.array([score.score / 100 for score in _sentence_bleu(outputs, references)]),
     "minilm": _minilm,
 }
 WITHOUT_MODEL = ("cider_d", "bleu", "rouge_l", "content_precision", "content_recall", "content_f1", "exact", "substring")
@@ -310,9 +299,7 @@ def caption_scores(
 
     Args:
         metric: Of `METRICS`, or "cider_d".
-        outputs: Generated texts; may be empty.
         references: At least one text for each output.
-        frequencies: For cider_d.
 
     Raises:
         ValueError: The metric is unknown, or lacks its package or frequencies; an item has no reference.
@@ -354,7 +341,6 @@ def caption_table(
     Args:
         outputs, references, frequencies: As for `caption_scores`; at least two outputs.
         clusters: One id per output, for example its image; resampled as wholes.
-        metrics: As for `caption_scores`.
         seed: Of the bootstrap and of the shift.
 
     Returns:
@@ -386,23 +372,15 @@ def caption_table(
             if metric == "exact" and value in (0, 1):  # all alike: the bootstrap knows no other outcome
                 low, high = wilson_interval(value * len(first), len(first))
             if metric == "cider_d" and frequencies is not None:
-                chance = _mean_of_others(outputs, references, np.sort(first), frequencies)
+                kept = np.sort(first)  # an output with the references of another item
+                matrix = cider_similarity(frequencies)([outputs[k] for k in kept], [references[k] for k in kept])
+                chance = float(matrix[~np.eye(len(matrix), dtype=bool)].mean()) if len(kept) > 1 else np.nan
             else:
                 chance = float(caption_scores(metric, outputs, shifted, frequencies).mean())
         row = {"metric": metric, "value": value, "low": low, "high": high, "chance": chance, "n": len(outputs)}
-        kept = str(frequencies) if metric == "cider_d" else ""
-        rows.append({**row, "n_empty": sum(not words(o) for o in outputs), "reference_set": kept, "seed": seed})
+        row |= {"n_empty": sum(not words(o) for o in outputs), "reference_set": str(frequencies) if metric == "cider_d" else ""}
+        rows.append({**row, "seed": seed})
     return pd.DataFrame(rows)
-
-
-def _mean_of_others(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], kept: NDArray[np.intp], frequencies: DocumentFrequencies
-) -> float:
-    """Mean CIDEr-D of an output with the references of another item, over the items that are kept."""
-    if len(kept) < 2:
-        return np.nan
-    matrix = cider_similarity(frequencies)([outputs[k] for k in kept], [references[k] for k in kept])
-    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
 
 
 def _bleu_columns(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:

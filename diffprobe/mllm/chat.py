@@ -130,7 +130,7 @@ def question_attention(
         ValueError: the model has no diffusion model, or the question no word that says something.
     """
     encoder = model.streams.encoders.get(DIFFUSION)
-    if not isinstance(encoder, DiffusionEncoder):
+    if not isinstance(encoder, DiffusionEncoder) or encoder.control:
         raise ValueError(f"Fusion {model.config.fusion!r} has no diffusion model, so no word of the question attends anywhere.")
     text = encoder.model.encode_text([question])
     spans = [(int(start), int(end)) for start, end in text.spans[0].tolist()]

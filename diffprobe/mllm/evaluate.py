@@ -33,18 +33,18 @@ ALL, MACRO = "all", "macro"
 
 def _choice_hits(
     records: Sequence[Record], benchmark: str, fields: Sequence[str] = ("options", "answer", "output")
-) -> tuple[Floats, Floats, int]:
-    """(item,) hits and guessing chances of multiple-choice records, and how many outputs have no answer."""
-    hits, chances, unparsed = [], [], 0
+) -> tuple[Floats, Floats, Floats]:
+    """(item,) hits and guessing chances of multiple-choice records, and which outputs have no answer."""
+    hits, chances, unparsed = [], [], []
     for index, record in enumerate(_given(records, benchmark, fields)):
         options = options_of(record)
         truth, said = read_record(record, options)
         if truth is None or len(options) < 2:
             raise ValueError(f"{benchmark}, record {index}: the answer {record['answer']!r} is none of the options {options}.")
-        unparsed += said is None
+        unparsed.append(said is None)
         hits.append(said == truth)
         chances.append(1 / len(options))
-    return np.array(hits, np.float64), np.array(chances), unparsed
+    return np.array(hits, np.float64), np.array(chances), np.array(unparsed)
 
 
 def _given(records: Sequence[Record], benchmark: str, fields: Sequence[str]) -> Sequence[Record]:
@@ -65,11 +65,13 @@ def _groups(names: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _share(hits: Floats, level: float, clusters: NDArray[Any] | None = None, seed: int = 0) -> dict[str, float]:
-    """A share with its interval: Wilson's; by bootstrap where several rows make a cluster, unless all rows are alike."""
+def _share(
+    hits: Floats, level: float, clusters: NDArray[Any] | None = None, seed: int = 0, whole: bool = True
+) -> dict[str, float]:
+    """A share with its interval: Wilson's; by bootstrap of clusters or of hits that are not `whole`, unless all are alike."""
     n = len(hits) if clusters is None else len(np.unique(clusters))
     value = float(hits.mean())
-    if clusters is not None and 0 < value < 1:
+    if (clusters is not None or not whole) and 0 < value < 1:
         low, high = bootstrap_interval(hits, clusters, level, seed=seed)
     else:
         low, high = wilson_interval(value * n, n, level)
@@ -117,7 +119,7 @@ def score_mmvp(records: Sequence[Record], *, level: float = 0.95, seed: int = 0)
         {"score": "pair", **_share(pairs.all(1).astype(float), level), "chance": chances.reshape(-1, 2).prod(1).mean()},
         {"score": "item", **_share(hits, level, np.arange(len(hits)) // 2, seed), "n": len(hits), "chance": chances.mean()},
     ]
-    return _table("MMVP", [{**row, "unparsed": unparsed} for row in rows], seed)
+    return _table("MMVP", [{**row, "unparsed": int(unparsed.sum())} for row in rows], seed)
 
 
 def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -141,7 +143,7 @@ def score_naturalbench(records: Sequence[Record], *, level: float = 0.95, seed: 
         flat = each.reshape(len(right), -1)
         share = _share(flat.ravel().astype(float), level, np.repeat(groups, flat.shape[1]), seed)
         rows.append({"score": score, **share, "n": flat.size, "chance": chance})
-    return _table("NaturalBench", [{**row, "unparsed": unparsed} for row in rows], seed)
+    return _table("NaturalBench", [{**row, "unparsed": int(unparsed.sum())} for row in rows], seed)
 
 
 def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -154,24 +156,32 @@ def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0
     >>> rows.set_index("group").value.to_dict()
     {'macro': 0.5, 'Depth': 1.0, 'Jigsaw': 0.0}
     """
-    hits, chances, unparsed = _choice_hits(_given(records, "BLINK", ("task",)), "BLINK")
-    tasks = np.array([str(record["task"]) for record in records])
+    tasks = [str(record["task"]) for record in _given(records, "BLINK", ("task", "options", "answer", "output"))]
     names = list(dict.fromkeys(tasks))
-    shown = (tasks[:, None] == np.array(names)).astype(np.float64)
-    macro = _from_sums(np.c_[shown * hits[:, None], shown], _mean_share, level, seed)
-    chance = float(_mean_share(np.r_[(shown * chances[:, None]).sum(0), shown.sum(0)][None])[0])
-    rows: list[dict[str, Any]] = [{"group": MACRO, **macro, "chance": chance, "unparsed": unparsed}]
-    for name in names:
-        mine = [record for record, task in zip(records, tasks, strict=True) if task == name]
-        right, guessed, lost = _choice_hits(mine, "BLINK")
-        rows.append({"group": name, **_share(right, level), "chance": guessed.mean(), "unparsed": lost})
-    return _table("BLINK", [{"score": "accuracy", **row} for row in rows], seed)
+    return _by_class(records, "BLINK", tasks, names, {MACRO: [1 / len(names)] * len(names)}, level, seed)
 
 
-def _mean_share(sums: Floats) -> Floats:
-    """Columns hits of each class, then counts of each: the mean of the shares, NaN where a class has no item."""
-    hits, counts = np.split(sums, 2, axis=1)
-    return np.asarray((hits / counts).mean(1))
+def _by_class(
+    records: Sequence[Record], benchmark: str, classes: Sequence[str], names: Sequence[str],
+    means: Mapping[str, Sequence[float]], level: float, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Accuracies: weighted means over the classes of records, by the mean's name, then that of each class."""
+    hits, chances, lost = _choice_hits(records, benchmark)
+    shown = (np.array(classes)[:, None] == np.array(names)).astype(np.float64)
+    columns, guesses = (np.c_[shown * values[:, None], shown] for values in (hits, chances))
+    rows: list[dict[str, Any]] = []
+    for group, weights in means.items():
+
+        def mean(sums: Floats, weights: Sequence[float] = weights) -> Floats:
+            return np.asarray((sums[:, : len(names)] / sums[:, len(names) :]) @ weights)
+
+        mine = shown[:, np.array(weights) > 0].any(1)
+        chance = float(mean(guesses.sum(0, keepdims=True))[0])
+        rows.append({"group": group, **_from_sums(columns, mean, level, seed, int(mine.sum())), "chance": chance, "mine": mine})
+    for name, mine in zip(names, shown.T > 0, strict=True):
+        rows.append({"group": name, **_share(hits[mine], level), "chance": chances[mine].mean(), "mine": mine})
+    found = [{"score": "accuracy", **row, "unparsed": int(lost[row["mine"]].sum())} for row in rows]
+    return _table(benchmark, found, seed)
 
 
 CV_SOURCES = ("ADE20K", "COCO", "Omni3D")
@@ -187,27 +197,13 @@ def score_cv_bench(records: Sequence[Record], *, level: float = 0.95, seed: int 
     >>> score_cv_bench([{**ask, "source": s, "output": o} for s, o in said.items()]).set_index("group").value.to_dict()
     {'all': 0.75, '2D': 0.5, 'ADE20K': 1.0, 'COCO': 0.0, 'Omni3D': 1.0}
     """
-    hits, chances, unparsed = _choice_hits(_given(records, "CV-Bench", ("source",)), "CV-Bench")
-    sources = np.array([str(record["source"]) for record in records])
+    sources = [str(record["source"]) for record in _given(records, "CV-Bench", ("source", "options", "answer", "output"))]
     if set(sources) != set(CV_SOURCES):
         raise ValueError(
             f"CV-Bench: its score needs records of {', '.join(CV_SOURCES)}; found {', '.join(sorted(set(sources)))}."
         )
-    shown = (sources[:, None] == np.array(CV_SOURCES)).astype(np.float64)
-
-    def combined(weights: tuple[float, float, float]) -> Callable[[Floats], Floats]:
-        return lambda sums: np.asarray((sums[:, :3] / sums[:, 3:]) @ weights)
-
-    rows: list[dict[str, Any]] = []
-    for group, weights in ((ALL, (0.25, 0.25, 0.5)), ("2D", (0.5, 0.5, 0.0))):
-        kept = shown[:, np.array(weights) > 0].any(1)
-        n, columns = int(kept.sum()), np.c_[shown * hits[:, None], shown]
-        chance = float(combined(weights)(np.r_[(shown * chances[:, None]).sum(0), shown.sum(0)][None])[0])
-        rows.append({"group": group, **_from_sums(columns, combined(weights), level, seed, n), "chance": chance})
-    for k, source in enumerate(CV_SOURCES):
-        mine = shown[:, k] > 0
-        rows.append({"group": source, **_share(hits[mine], level), "chance": chances[mine].mean()})
-    return _table("CV-Bench", [{"score": "accuracy", "unparsed": unparsed, **row} for row in rows], seed)
+    means = {ALL: (0.25, 0.25, 0.5), "2D": (0.5, 0.5, 0.0)}
+    return _by_class(records, "CV-Bench", sources, CV_SOURCES, means, level, seed)
 
 
 # --- short answers --------------------------------------------------------------------------------
@@ -318,7 +314,10 @@ def _spaced(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def score_vqav2(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def score_vqav2(
+    records: Sequence[Record], *, level: float = 0.95, seed: int = 0, benchmark: str = "VQAv2",
+    normalise: Callable[[str], str] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """VQAv2 (Antol et al. 2015, Goyal et al. 2017).
 
     Records: answers (ten texts), output, and optionally image and answer_type (then also scored by it).  Chance is what the
@@ -327,17 +326,6 @@ def score_vqav2(records: Sequence[Record], *, level: float = 0.95, seed: int = 0
     >>> score_vqav2([{"answers": ["cat"] * 9 + ["dog"], "output": "a cat"}]).value.tolist()
     [1.0]
     """
-    return _score_vqa(records, "VQAv2", None, level, seed)
-
-
-def score_textvqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """TextVQA (Singh et al. 2019); fields as for `score_vqav2`, normalised always."""
-    return _score_vqa(records, "TextVQA", normalise_textvqa, level, seed)
-
-
-def _score_vqa(
-    records: Sequence[Record], benchmark: str, normalise: Callable[[str], str] | None, level: float, seed: int
-) -> pd.DataFrame:
     _given(records, benchmark, ("answers", "output"))
     answers = [[str(answer) for answer in record["answers"]] for record in records]
     for index, given in enumerate(answers):
@@ -349,20 +337,20 @@ def _score_vqa(
         np.array([vqa_accuracy(text, given, normalise) for text, given in zip(texts, answers, strict=True)])
         for texts in (outputs, [usual] * len(outputs))
     )
+    silent = np.array([not _plain(output) for output in outputs])
     types = np.array([str(record.get("answer_type", ALL)) for record in records])
     images = _images(records)
     rows: list[dict[str, Any]] = []
     for group, mine in _groups(types):
-        clusters = None if images is None else images[mine]
-        value, chance = scores[mine].mean(), constant[mine].mean()
-        n = int(mine.sum()) if clusters is None else len(np.unique(clusters))
-        low, high = bootstrap_interval(scores[mine], clusters, level, seed=seed)
-        if value in (0, 1):  # all alike: the bootstrap knows no other outcome
-            low, high = wilson_interval(value * n, n, level)
-        lost = sum(not _plain(output) for output, kept in zip(outputs, mine, strict=True) if kept)
-        row = {"score": "accuracy", "group": group, "value": value, "low": low, "high": high, "n": int(mine.sum())}
-        rows.append({**row, "chance": chance, "unparsed": lost})
+        share = _share(scores[mine], level, None if images is None else images[mine], seed, whole=False)
+        row = {"score": "accuracy", "group": group, **share, "n": int(mine.sum()), "chance": constant[mine].mean()}
+        rows.append({**row, "unparsed": int(silent[mine].sum())})
     return _table(benchmark, rows, seed)
+
+
+def score_textvqa(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """TextVQA (Singh et al. 2019); fields as for `score_vqav2`, normalised always."""
+    return score_vqav2(records, level=level, seed=seed, benchmark="TextVQA", normalise=normalise_textvqa)
 
 
 def score_pope(
@@ -409,14 +397,12 @@ def score_pope(
         n = int(mine.sum())
         rows.append({**about, "score": "accuracy", **_share(right[mine], level, clusters, seed), "n": n, "chance": 0.5})
         for score, (ratio, chance) in ratios.items():
-            sums = columns if clusters is None else _by_cluster(columns, clusters)
+            sums = columns
+            if clusters is not None:
+                sums = np.stack([columns[clusters == name].sum(0) for name in np.unique(clusters)])
             rows.append({**about, "score": score, **_from_sums(sums, ratio, level, seed, n), "chance": chance})
         rows.append({**about, "score": "yes_share", **_share(yes[mine], level, clusters, seed), "n": n, "chance": 0.5})
     return _table("POPE", rows, seed)
-
-
-def _by_cluster(columns: Floats, clusters: NDArray[Any]) -> Floats:
-    return np.stack([columns[clusters == name].sum(0) for name in np.unique(clusters)])
 
 
 # --- your own -------------------------------------------------------------------------------------
@@ -470,10 +456,7 @@ def score_llava_bench(
     blind baselines stand in for it.
 
     Args:
-        records: The answers.
         judge: Gives the points of the reference answer and of the output, in this order, each above 0.
-        level: Coverage; items are resampled.
-        seed: Of the bootstrap.
 
     Raises:
         ValueError: The judge's points are not two positive numbers.

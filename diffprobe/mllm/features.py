@@ -103,11 +103,7 @@ class Features:
     """The features of one model on training, test and blank images.
 
     Args:
-        model: records what is missing.
-        data: the dataset of each split.
-        folder: where stores are kept.
         grid: places of a site are averaged to at most this many per side.
-        seed: seed of the noise.
         others: more stores to look in; those that were recorded with other settings are ignored.
         batch_rows: rows of one forward pass; found by timing if None, and then not the same in two runs.
     """
@@ -121,6 +117,7 @@ class Features:
         self._opened: list[xr.DataTree] | None = None
         self._eraser = lru_cache(maxsize=4)(self._fit_eraser)
         self._array = lru_cache(maxsize=8)(self._read)
+        self._weights = lru_cache(maxsize=8)(lambda knockout: self._model(knockout).weights_hash())
 
     # --- recording --------------------------------------------------------------------------------
 
@@ -154,7 +151,7 @@ class Features:
             dry_run=dry_run, progress=progress and not dry_run,
         )  # fmt: skip
         self._opened = None  # there is a new one
-        return (summary.forecast.seconds or 0.0) if summary.forecast else 0.0
+        return summary.forecast.seconds if summary.forecast else 0.0
 
     def _model(self, knockout: str) -> DiffusionModel:
         return KnockedOut(self.model, knockout) if knockout else self.model
@@ -190,8 +187,7 @@ class Features:
         data = self.data[wanted.split]
         ours = {
             "fingerprint": data.fingerprint(), "samples": len(data), "seed": self.seed, "noise_draws": 1,
-            "weights": self._model(wanted.knockout).weights_hash() if wanted.knockout else self._weights, "latent_rule": "mean",
-            "fit": "crop", "resolution": list(self.model.size),
+            "weights": self._weights(wanted.knockout), "latent_rule": "mean", "fit": "crop", "resolution": list(self.model.size),
         }  # fmt: skip
         for tree in self._stores():
             request, site = provenance(tree)["request"], wanted.site
@@ -204,10 +200,6 @@ class Features:
             if holds and all(request[name] == value for name, value in ours.items()):
                 return tree
         return None
-
-    @cached_property
-    def _weights(self) -> str:
-        return self.model.weights_hash()
 
     # --- reading ----------------------------------------------------------------------------------
 

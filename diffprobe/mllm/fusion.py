@@ -73,7 +73,6 @@ class CrossAttention(nn.Module):
 
     Args:
         channels: channels of both streams; the heads must divide them.
-        seed: seed of the initial weights.
     """
 
     def __init__(self, channels: int, heads: int = 4, seed: int = 0) -> None:
@@ -131,9 +130,6 @@ class Fusion(nn.Module):
         kind: one of `FUSIONS`.
         channels: number of channels by the name of the stream.
         width, rms: width and root mean square of the language model's token embeddings.
-        projector: one of `diffprobe.mllm.projector.KINDS`.
-        heads: heads of cross-attention.
-        seed: seed of the initial weights.
 
     >>> fusion = Fusion("interleave", {"clip": 512, "diffusion": 96}, 128)
     >>> fusion({"clip": torch.zeros(2, 36, 512), "diffusion": torch.zeros(2, 36, 96)}).shape

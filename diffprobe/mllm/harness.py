@@ -42,7 +42,6 @@ class HarnessModel(_Model):
     Args:
         pretrained: the folder that `FusedMLLM.save_pretrained` wrote.
         device: "cpu", "cuda:0"; the best there is by default.  With several processes each takes its own.
-        batch_size: questions that are answered together.
         max_new_tokens: the most that a task may ask for; no bound by default.
         options: other options of the harness, which have no effect here.
     """

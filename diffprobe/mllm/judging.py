@@ -90,9 +90,6 @@ def other_questions(questions: Sequence[str]) -> list[str]:
     return [following[question] for question in questions]
 
 
-Answers = Mapping[str, Sequence[Mapping[str, Any]]]  # records with outputs, by condition
-
-
 def judge_all(
     model: FusedMLLM,
     benchmarks: Sequence[QuestionBenchmark],
@@ -124,7 +121,12 @@ def judge_all(
             condition: answer_items(model, benchmark.items, condition, batch=batch, max_new_tokens=max_new_tokens, tell=tell)
             for condition in conditions
         }
-        answers = pd.concat([answers, _answer_rows(benchmark, said)], ignore_index=True)
+        rows = [
+            {"condition": condition, "id": item.id, "question": item.question, "answer": str(record.get("answer", "")),
+             "output": record["output"], "hit": hit(record), "benchmark": benchmark.name}
+            for condition, records in said.items() for item, record in zip(benchmark.items, records, strict=True)
+        ]  # fmt: skip
+        answers = pd.concat([answers, pd.DataFrame(rows)], ignore_index=True)
         _write_csv(folder / "answers.csv", answers)  # before scoring, which may refuse them
         if benchmark.scorer in JUDGED:
             path = folder / "to_judge.csv"
@@ -172,14 +174,6 @@ def score_judged(path: str | Path) -> pd.DataFrame:
     return pd.concat(scores, ignore_index=True)
 
 
-def _answer_rows(benchmark: QuestionBenchmark, said: Answers) -> pd.DataFrame:
-    return pd.DataFrame([
-        {"condition": condition, "id": item.id, "question": item.question, "answer": str(record.get("answer", "")),
-         "output": record["output"], "hit": hit(record), "benchmark": benchmark.name}
-        for condition, records in said.items() for item, record in zip(benchmark.items, records, strict=True)
-    ])  # fmt: skip
-
-
 def _write_csv(path: Path, rows: pd.DataFrame) -> None:
     write_whole(path, rows.to_csv(index=False, lineterminator="\n"))
 
@@ -194,12 +188,3 @@ def hit(record: Mapping[str, Any]) -> float:
     """
     truth, said = read_record(record, options_of(record))
     return np.nan if truth is None else float(said == truth)
-
-
-def chance(record: Mapping[str, Any]) -> float:
-    """How often a guess among the options is a `hit`.
-
-    >>> chance({"options": "(a) Open (b) Closed (c) Ajar"}), chance({"answer": "Yes"})
-    (0.3333333333333333, 0.5)
-    """
-    return 1 / len(options_of(record))

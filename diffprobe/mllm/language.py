@@ -212,7 +212,6 @@ def load_language_model(
 
     Args:
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
-        template: how conversations are written, as in `LanguageModel`.
 
     Raises:
         ValueError: nothing is there, it is no causal language model with a tokenizer, or it has no chat template.
@@ -331,11 +330,7 @@ def generate_texts(
     max_new_tokens: int = 48,
     batch: int = 64,
 ) -> list[str]:
-    """Greedy texts about projected features, one per sample.
-
-    Args:
-        requests: one for all samples, or one for each.
-    """
+    """Greedy texts about projected features, one per sample."""
     requests = [requests] * len(features) if isinstance(requests, str) else requests
     texts: list[str] = []
     for start in range(0, len(requests), batch):

@@ -32,27 +32,9 @@ import pandas as pd
 
 from diffprobe.conditioning import NULL, current, former
 from diffprobe.data import iterate, load_dataset
-from diffprobe.mllm.captions import (
-    DocumentFrequencies,
-    Similarity,
-    caption_table,
-    content_f1,
-    document_frequencies,
-    installed_metrics,
-)
-from diffprobe.mllm.verdict import (
-    CONDITIONS,
-    KEYS,
-    NEGATIVE,
-    POSITIVE,
-    Leakage,
-    crossed_mean,
-    judge_leakage,
-    rank_fed,
-    score_matrix,
-    sentence,
-    usable_information,
-)
+from diffprobe.mllm import verdict
+from diffprobe.mllm.captions import DocumentFrequencies, caption_table, document_frequencies, installed_metrics
+from diffprobe.mllm.config import TrainConfig
 from diffprobe.rundir import write_whole
 
 MAIN_SITE = "U-L1-R1-B0-Cross-Q"
@@ -119,9 +101,9 @@ class Test:
         recipe = self.recipe
         arm = f"{recipe.arm} without {self.knockout}" if self.knockout else recipe.arm
         values = (recipe.control, arm, recipe.site, recipe.timestep, self.guidance)
-        key = dict(zip(KEYS, values, strict=True))
+        key = dict(zip(verdict.KEYS, values, strict=True))
         if recipe.control:
-            key |= {"arm": "", "guidance": np.nan} | ({"timestep": np.nan} if recipe.control == POSITIVE else {})
+            key |= {"arm": "", "guidance": np.nan} | ({"timestep": np.nan} if recipe.control == verdict.POSITIVE else {})
         return {**key, "seed": recipe.seed, "condition": self.condition}
 
 
@@ -130,15 +112,14 @@ def _slug(*parts: str) -> str:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all pieces of a run share.
+class Settings(TrainConfig):
+    """What all pieces of a run share, beside what decides how a projector is trained.
 
     Attributes:
         model: The diffusion model: id, folder or embedded name.
         data, test: Datasets of the training and of the held-out images; no image may be in both.
         language_model, language_dtype, template: For `diffprobe.mllm.language.load_language_model`.
         grid: Soft tokens on a side.
-        kind, request, steps, batch, learning_rate, patience: Of `TrainConfig`.
         dev_share: Share of the training images that decide when training stops.
         max_new_tokens: Of a generated text.
         candidates, ranked: The fed text is ranked among so many, for so many of the test images; 0 images rank nothing.
@@ -152,13 +133,7 @@ class Settings:
     language_model: str = "shapes-lm"
     language_dtype: str = "auto"
     template: str = ""
-    request: str = "Describe the image."
     grid: int = 6
-    kind: str = "mlp2x_gelu"
-    steps: int = 400
-    batch: int = 32
-    learning_rate: float = 1e-3
-    patience: int = 3
     dev_share: float = 0.1
     max_new_tokens: int = 48
     candidates: int = 100
@@ -180,14 +155,14 @@ def plan(
         LeakageError: An arm or condition is unknown.
     """
     if unknown := [c for c in conditions if c not in FED]:
-        raise LeakageError(f"Condition {unknown[0]!r} is not one of {', '.join(CONDITIONS)}.")
+        raise LeakageError(f"Condition {unknown[0]!r} is not one of {', '.join(verdict.CONDITIONS)}.")
     tests = []
     for arm, site, timestep, scale, seed in itertools.product(arms, sites, timesteps, guidance, range(seeds)):
         recipe = Recipe(arm, site, timestep, scale, seed)
         recipe = replace(recipe, guidance=0.0) if recipe.parts[0] == "U" else recipe
         tests += [Test(recipe, scale, c, k) for k in ("", *knockouts) for c in conditions]
-    wanted = [(NO_TEXT_SITE, t, NEGATIVE) for t in timesteps] + [(TEXT_SITE, timesteps[0], POSITIVE)] if controls else []
-    for seed, (site, timestep, name) in itertools.product(range(seeds), wanted):
+    wanted = [(NO_TEXT_SITE, t, verdict.NEGATIVE) for t in timesteps] + [(TEXT_SITE, timesteps[0], verdict.POSITIVE)]
+    for seed, (site, timestep, name) in itertools.product(range(seeds), wanted if controls else ()):
         tests += [Test(Recipe("M", site, timestep, 1.0, seed, name), 1.0, c) for c in conditions]
     return list(dict.fromkeys(tests))
 
@@ -236,19 +211,13 @@ def score_texts(
 ) -> pd.DataFrame:
     """How much of the fed text and of the references comes back, in every cell and condition.
 
-    Args:
-        texts: As `read_texts` gives them.
-        known: Document frequencies of CIDEr-D.
-        metrics: As for `diffprobe.mllm.captions.caption_table`.
-        seed: Of the bootstrap.
-
     Returns:
         Columns control, arm, site, timestep, guidance, condition, score ("fed": against the text that was fed in, "references":
         against the image's captions that were not), those of `caption_table`, and n_seeds.  n counts images, which are
         resampled as wholes; chance is against texts of other images.
     """
     frames = []
-    for key, group in texts.groupby([*KEYS, "condition"], dropna=False, sort=False):
+    for key, group in texts.groupby([*verdict.KEYS, "condition"], dropna=False, sort=False):
         for score in ("fed", "references"):
             against = (
                 [[f] if f else [] for f in group["fed"]] if score == "fed" else [json.loads(r) for r in group["references"]]
@@ -260,52 +229,10 @@ def score_texts(
             table = caption_table(
                 list(part["output"]), against, clusters=part["sample"], metrics=metrics, frequencies=known, seed=seed
             )
-            about = dict(zip([*KEYS, "condition"], key, strict=True)) | {"score": score}
+            about = dict(zip([*verdict.KEYS, "condition"], key, strict=True)) | {"score": score}
             table = table.assign(n=part["sample"].nunique(), n_seeds=part["seed"].nunique())
             frames.append(pd.DataFrame(about, index=table.index).join(table))
     return pd.concat(frames, ignore_index=True)
-
-
-def item_scores(texts: pd.DataFrame, condition: str = "mismatched", similarity: Similarity = content_f1) -> pd.DataFrame:
-    """Leak (of words) and sight of every text: columns control, arm, site, timestep, guidance, seed, sample, leak, sight.
-
-    As in `diffprobe.mllm.verdict`: a similarity less its mean over the texts of other images.
-    """
-    rows = []
-    chosen = texts[texts["condition"] == condition]
-    chosen = chosen.assign(references=[json.loads(r) for r in chosen["references"]])
-    for key, group in chosen.groupby([*KEYS, "seed"], dropna=False, sort=False):
-        own = {score: np.diag(score_matrix(group, score, similarity)[1]) for score in ("leak", "sight")}
-        about = dict(zip([*KEYS, "seed"], key, strict=True))
-        rows.append(pd.DataFrame({**about, "sample": group["sample"].to_numpy(str), **own}))
-    return pd.concat(rows, ignore_index=True)
-
-
-def compare(items: pd.DataFrame, label: str, baseline: str) -> pd.DataFrame:
-    """Mean leak and sight of each label and their change from the baseline's, on the same images and projector seeds.
-
-    Args:
-        items: Of `item_scores`, with a column that names what is compared.
-        label: That column.
-        baseline: The label that the others are compared with.
-
-    Returns:
-        Rows of label and score with value, low, high, change, change_low, change_high, n, n_seeds, chance.
-    """
-    rows = []
-    for score in ("leak", "sight"):
-        tables = {
-            name: part.pivot(index="seed", columns="sample", values=score) for name, part in items.groupby(label, sort=False)
-        }
-        base = tables[baseline]
-        for name, table in tables.items():
-            mean, change = crossed_mean(table.to_numpy()), crossed_mean((table - base[table.columns]).to_numpy())
-            rows.append(
-                {"label": name, "score": score, **{k: mean[k] for k in ("value", "low", "high")},
-                 "change": change["value"], "change_low": change["low"], "change_high": change["high"],
-                 "n": table.shape[1], "n_seeds": table.shape[0], "chance": 0.0}
-            )  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
@@ -316,7 +243,7 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
     there are arbitrary; the same image without a prompt is nearer to its training.
     """
     held: dict[tuple[Any, ...], list[Any]] = {}
-    keys = [*KEYS, "condition"]
+    keys = [*verdict.KEYS, "condition"]
     named = {path.stem: path for path in sorted((Path(folder) / "texts").glob("*.csv"))}
     for path in sorted((Path(folder) / "likelihood").glob("*.npz")):
         if path.stem in named:
@@ -328,11 +255,13 @@ def rank_texts(folder: str | Path, seed: int = 0) -> pd.DataFrame:
         clusters, given = (np.concatenate([a[name] for a in arrays]) for name in ("samples", "conditional"))
         zero = np.zeros_like(given)
         less = {name: np.concatenate([a[key] for a in arrays]) if key else zero for name, key in BASELINES.items()}
-        found = [rank_fed(given, values, clusters=clusters, seed=seed).assign(baseline=name) for name, values in less.items()]
+        found = [
+            verdict.rank_fed(given, values, clusters=clusters, seed=seed).assign(baseline=name) for name, values in less.items()
+        ]
         if all("unconditional" in a for a in arrays):
             alone = np.concatenate([a["unconditional"] for a in arrays])
             tokens = np.concatenate([a["tokens"][:, 0] for a in arrays])
-            bits = usable_information(given[:, 0], alone, tokens, clusters=clusters, seed=seed)
+            bits = verdict.usable_information(given[:, 0], alone, tokens, clusters=clusters, seed=seed)
             found.append(bits.assign(baseline="no prompt"))
         rows.append(pd.concat(found).assign(**{k: parts[0][0][k] for k in keys}, n_seeds=len(arrays)))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
@@ -347,7 +276,7 @@ def examples(texts: pd.DataFrame, count: int = 4, conditions: Sequence[str] = ("
     first = first[first["sample"].isin(list(dict.fromkeys(first["sample"]))[:count])]
     scale = first["guidance"].map(lambda s: "" if pd.isna(s) else f" s={s:g}")
     first["who"] = first["control"] + first["arm"] + scale + np.where(first["site"].nunique() > 1, " " + first["site"], "")
-    if first[first["control"] != POSITIVE]["timestep"].nunique() > 1:
+    if first[first["control"] != verdict.POSITIVE]["timestep"].nunique() > 1:
         first["who"] += first["timestep"].map(lambda t: f" t={t}" if t != "" else "")
     first["seen"] = [next(iter(json.loads(r)), "") for r in first["references"]]
     wide = first.pivot_table(
@@ -356,12 +285,12 @@ def examples(texts: pd.DataFrame, count: int = 4, conditions: Sequence[str] = ("
     return wide.fillna("").reset_index().rename_axis(columns=None)
 
 
-def leak_against_sight(leakage: Leakage, condition: str = "mismatched") -> pd.DataFrame:
+def leak_against_sight(leakage: verdict.Leakage, condition: str = "mismatched") -> pd.DataFrame:
     """One row a cell for `plot_leak_sight`: label, control, and leak and sight with their intervals."""
     chosen = leakage.table[leakage.table["condition"] == condition]
     many = {k: chosen[chosen["control"] == ""][k].nunique() > 1 for k in ("site", "timestep")}
     rows = []
-    for _, part in chosen.groupby(KEYS, dropna=False, sort=False):
+    for _, part in chosen.groupby(verdict.KEYS, dropna=False, sort=False):
         first, scores = part.iloc[0], part.set_index("score")
         if {"leak", "sight"} - set(scores.index):
             continue
@@ -391,20 +320,24 @@ class Report:
     """
 
     sentences: list[str]
-    leakage: Leakage
+    leakage: verdict.Leakage
     recovery: pd.DataFrame
     likelihood: pd.DataFrame
     examples: pd.DataFrame
 
+    @property
+    def scores(self) -> pd.DataFrame:
+        """Leak, sight and CIDEr-D of every cell and condition."""
+        return pd.concat([self.leakage.table, self.recovery[self.recovery["metric"] == "cider_d"]])
+
     def summary(self) -> pd.DataFrame:
-        """Leak, sight and CIDEr-D with intervals as text: one row a cell and condition."""
-        scores = pd.concat([self.leakage.table, self.recovery[self.recovery["metric"] == "cider_d"]])
-        return _as_text(scores, [*KEYS, "condition"], "score", ["leak", "sight", "fed", "references"])
+        """`scores` with intervals as text: one row a cell and condition."""
+        return _as_text(self.scores, [*verdict.KEYS, "condition"], "score", ["leak", "sight", "fed", "references"])
 
     def recovered(self, metrics: Sequence[str] = ("bleu", "rouge_l", "content_f1", "exact")) -> pd.DataFrame:
         """Some metrics of `recovery` with intervals as text: one row a cell, condition and text that is compared with."""
         there = [metric for metric in metrics if metric in set(self.recovery["metric"])]
-        return _as_text(self.recovery, [*KEYS, "condition", "score", "n"], "metric", there)
+        return _as_text(self.recovery, [*verdict.KEYS, "condition", "score", "n"], "metric", there)
 
 
 def _as_text(rows: pd.DataFrame, keys: Sequence[str], column: str, names: Sequence[str]) -> pd.DataFrame:
@@ -422,11 +355,8 @@ def leakage_report(folder: str | Path, *, n_examples: int = 4, metrics: Sequence
     """Judge a run from its kept files.
 
     Args:
-        folder: The run's.
-        n_examples: Images whose texts are shown side by side.
         metrics: Of caption recovery, as for `diffprobe.mllm.captions.caption_table`; CIDEr-D and all that need no model and
             whose packages are installed by default.
-        seed: Of permutations and bootstraps.
 
     Raises:
         LeakageError: There are no texts.
@@ -435,10 +365,10 @@ def leakage_report(folder: str | Path, *, n_examples: int = 4, metrics: Sequence
     'The language model reads the prompt ...'
     """
     texts = read_texts(folder)
-    leakage = judge_leakage(texts, seed=seed)
+    leakage = verdict.judge_leakage(texts, seed=seed)
     chosen = installed_metrics() if metrics is None else dict.fromkeys(["cider_d", *metrics])
     return Report(
-        [sentence({str(k): v for k, v in row.items()}) for row in leakage.verdicts.to_dict("records")],
+        [verdict.sentence({str(k): v for k, v in row.items()}) for row in leakage.verdicts.to_dict("records")],
         leakage,
         score_texts(texts, frequencies(folder), list(chosen), seed),
         rank_texts(folder, seed=seed),
@@ -453,9 +383,8 @@ def save_report(found: Report, folder: str | Path) -> list[Path]:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scores = pd.concat([found.leakage.table, found.recovery[found.recovery["metric"] == "cider_d"]])
     tables = {
-        "scores": scores, "recovery": found.recovery, "verdicts": found.leakage.verdicts, "doses": found.leakage.doses,
+        "scores": found.scores, "recovery": found.recovery, "verdicts": found.leakage.verdicts, "doses": found.leakage.doses,
         "likelihood": found.likelihood, "examples": found.examples,
     }  # fmt: skip
     for name, table in tables.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ import torch
 
 from diffprobe.checkpoints import weights_hash
 from diffprobe.conditioning import NULL, current
+from diffprobe.console import duration_text
 from diffprobe.data import BlankDataset, Dataset, iterate, load_dataset
 from diffprobe.mllm.captions import words
 from diffprobe.mllm.config import TrainConfig
@@ -34,10 +34,12 @@ from diffprobe.mllm.language import (
 )
 from diffprobe.mllm.leakage import FED, MAIN_SITE, PROMPTS, LeakageError, Recipe, Settings, Test, plan, read_table, read_texts
 from diffprobe.mllm.projector import Projector
-from diffprobe.mllm.train import Captioned, train_projector
+from diffprobe.mllm.train import Captioned, timed, train_projector
 from diffprobe.mllm.verdict import CONDITIONS, matched_candidates
 from diffprobe.models import DiffusionModel, load_model
 from diffprobe.rundir import check_or_write_request, whole_file, write_whole
+
+OWN = ("accumulate", "dropout", "seed", "evaluate_every")  # of a training, which its recipe decides
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,15 @@ class Forecast:
 
     def __str__(self) -> str:
         work = f"{self.projectors} projectors to train, {self.texts} texts to write, {self.rankings} rankings of texts"
-        minutes = self.seconds / 60
-        duration = f"about {minutes:.0f} min" if minutes >= 2 else f"about {self.seconds:.0f} s"
-        return "\n".join([*self.recordings, work, duration])
+        return "\n".join([*self.recordings, work, duration_text(self.seconds)])
 
 
 class Run:
     """A folder and what it takes to fill it.
 
     Args:
-        folder: The run's.
-        settings: Shared by all of its pieces.
         model, data, test, language: Loaded ones instead of those that the settings name.
         stores: Stores to look for features in before recording them.
-        device: As for `load_model`.
-        tell: Gets progress lines.
 
     Raises:
         RequestError: The folder holds a run with other settings.
@@ -94,7 +90,8 @@ class Run:
         datasets = {"data_fingerprint": self.data.fingerprint(), "test_fingerprint": self.test.fingerprint()}
         weights = {"weights": self.model.weights_hash(), "language_weights": weights_hash(self.language.model)}
         about = datasets | weights | {"n_test": len(self.test)}
-        check_or_write_request(self.folder / "request.json", asdict(settings) | about)
+        shared = {name: value for name, value in asdict(settings).items() if name not in OWN}
+        check_or_write_request(self.folder / "request.json", shared | about)
         splits = {"train": self.data, "test": self.test, "blank": BlankDataset(self.test)}
         where = self.folder / "stores"
         self.features = Features(self.model, splits, where, settings.grid, settings.noise_seed, stores, settings.batch_rows)
@@ -169,10 +166,8 @@ class Run:
         return self.folder / "likelihood" / f"{test.slug}.npz"
 
     def train_config(self, recipe: Recipe) -> TrainConfig:
-        shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(Settings)}
-        given = {name: getattr(self.settings, name) for name in shared}
-        every = max(1, min(50, self.settings.steps // 4))
-        return TrainConfig(**given, dropout=recipe.parts[1], seed=recipe.seed, evaluate_every=every)
+        own = {"dropout": recipe.parts[1], "seed": recipe.seed, "evaluate_every": max(1, min(50, self.settings.steps // 4))}
+        return TrainConfig(**{field.name: getattr(self.settings, field.name) for field in fields(TrainConfig)} | own)
 
     def projector(self, recipe: Recipe) -> Projector:
         """The recipe's projector: loaded, or trained from the start or from its last checkpoint."""
@@ -230,19 +225,15 @@ class Run:
         null, _ = likelihood(self.testing(test, "test", NULL), ids, asked)
         blank = alone[0][place].reshape(chosen.shape)
         arrays = {"conditional": given, "blank": blank, "null": null, "tokens": tokens, "samples": np.array(ids)}
-        arrays |= self._unconditional(test, asked, ids)
+        reader = replace(test.recipe, arm="U", guidance=0.0, control="")
+        if not test.recipe.control and self.is_trained(
+            reader
+        ):  # log P of the fed text under the reader of unconditional features
+            projector = self.projector(reader)
+            own, _ = likelihood(self.asked(reader, "test", NULL, 0.0), ids, [row[:1] for row in asked])
+            arrays["unconditional"] = own[:, 0]
         with whole_file(self.ranked_path(test)) as beside, beside.open("wb") as file:
             np.savez_compressed(file, **arrays)
-
-    def _unconditional(self, test: Test, asked: list[list[str]], ids: list[str]) -> dict[str, np.ndarray]:
-        """log P of the fed text under the reader of unconditional features, where the run has trained it."""
-        reader = replace(test.recipe, arm="U", guidance=0.0, control="")
-        if test.recipe.control or not self.is_trained(reader):
-            return {}
-        features = self.features.tokens(self.asked(reader, "test", NULL, 0.0), ids)
-        projector = Projector.load(self.projector_folder(reader)).to(self.language.device)
-        own, _ = log_likelihood(self.language, projector, features, [row[:1] for row in asked], self.settings.request)
-        return {"unconditional": own[:, 0]}
 
     # --- all together -----------------------------------------------------------------------------
 
@@ -272,22 +263,15 @@ class Run:
         longest = sorted((texts[0] for texts in self.captions.values()), key=len)[-s.batch :]
         answers = [language.answer(text) for text in longest]
         shown = features[: len(answers)].to(language.device)
-        taken = []
-        for _ in range(2):  # the first pays for caches
-            start = time.perf_counter()
-            rows = build_inputs(language, projector(shown), [s.request] * len(answers), answers)
-            answer_losses(language, rows).sum().backward()
-            taken.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        generate_texts(language, projector, features, s.request, max_new_tokens=8)
-        most = min(s.max_new_tokens, max(map(len, answers)))
-        return min(taken), (time.perf_counter() - start) / len(features) * most / 8
+        inputs = lambda: build_inputs(language, projector(shown), [s.request] * len(answers), answers)  # noqa: E731
+        stepping, _ = timed(lambda: answer_losses(language, inputs()).sum().backward())
+        writing, _ = timed(lambda: generate_texts(language, projector, features, s.request, max_new_tokens=8))
+        return stepping, writing / len(features) * min(s.max_new_tokens, max(map(len, answers))) / 8
 
     def complete(self, tests: Sequence[Test], ranked: Sequence[Test] = ()) -> pd.DataFrame:
         """Do what is left of these pieces; gives their texts, which are part of ``texts.csv``.
 
         Args:
-            tests: The pieces.
             ranked: Those of them whose fed text is ranked among others as the settings say.
         """
         ranked = ranked if self.settings.ranked else ()
@@ -335,20 +319,12 @@ def run(
     """Train, test and keep everything that `leakage_report` needs; the same call again goes on where it was cut off.
 
     Args:
-        out: The run's folder.
-        settings: What all pieces share.
         arms: As the docstring of `diffprobe.mllm.leakage` says.
         sites: Feature sites by name, path or glob.
-        timesteps: Of the features.
         guidance: s; each is trained and tested by itself, except arm U, which is trained without.
-        seeds: Projectors of each kind.
-        conditions: Of `CONDITIONS`.
         knockouts: Cut at test time, one after the other, beside the uncut features.
         likelihood: Conditions under which fed texts are ranked among others, as the settings say.
         stores: Stores whose features are used where they fit.
-        device: As for `load_model`.
-        dry_run: Forecast only.
-        tell: Gets progress lines.
         loaded: `model`, `data`, `test` or `language` of `Run`.
 
     Raises:

@@ -33,7 +33,6 @@ from diffprobe.mllm.streams import (
     Encoder,
     FeatureCache,
     ImageEncoder,
-    InputEncoder,
     Picture,
     Streams,
     TruthEncoder,
@@ -281,8 +280,5 @@ def _encoders(
             found[DIFFUSION] = ImageEncoder(load_encoder(name, device), fit=config.fit)
             return found
         model = diffusion or load_model(config.diffusion, device)
-        if config.sites in (("latent",), ("text",)):
-            found[DIFFUSION] = InputEncoder(model, config.sites[0], config.fit)
-        else:
-            found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
+        found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
     return found

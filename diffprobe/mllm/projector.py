@@ -24,11 +24,9 @@ class Projector(nn.Module):
     """Standardised features into a language model's embedding width.
 
     Args:
-        channels: channels of a feature.
         width: width of the language model's token embeddings.
         kind: "linear", or "mlp2x_gelu" (Linear-GELU-Linear, LLaVA-1.5).
         rms: root mean square of the language model's token embeddings, which the outputs begin with.
-        seed: seed of the initial weights.
 
     >>> Projector(96, 128)(torch.zeros(2, 36, 96)).shape
     torch.Size([2, 36, 128])

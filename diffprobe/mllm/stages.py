@@ -28,15 +28,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diffprobe.console import size_text
+from diffprobe.console import duration_text, size_text
 from diffprobe.data.conversations import Conversations
 from diffprobe.mllm.config import STAGE1, STAGE2, Precision, StageConfig
 from diffprobe.mllm.fusion import Fusion
 from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
 from diffprobe.mllm.model import CONFIG, WEIGHTS, FusedMLLM
 from diffprobe.mllm.streams import FeatureCache, Picture, image_id
-from diffprobe.mllm.train import ANOTHER, REQUEST, check_schedule, fit, sharded, training_in
-from diffprobe.rundir import check_or_write_request, free_bytes
+from diffprobe.mllm.train import ANOTHER, REQUEST, check_schedule, fit, sharded, timed, training_in
+from diffprobe.rundir import check_or_write_request, check_room, free_bytes
 
 MOMENT_PICTURES = 512  # that a fusion's moments are taken from
 _READERS = 4  # threads that load images: decoders release the interpreter's lock
@@ -61,10 +61,7 @@ def train_fused(
     Args:
         model: trained in place.  If `folder` is finished already, the model does not get its weights:
             `FusedMLLM.from_pretrained` loads them.
-        captions, instructions: data of stage 1 and of stage 2.
         folder: gets the finished model; stage 1 goes into its subfolder ``stage1``.
-        dry_run: log the forecast of each stage, and stop.
-        force: continue although the disk's free space is too small for the forecast.
 
     Raises:
         ValueError: the folder holds another training, stage 1 has prompts or tunes the language model, a batch does not go with
@@ -126,7 +123,7 @@ def train_stage(
         return
     accelerator = accelerated(model.language, stage.precision)
     _unfreeze(model, stage)
-    with _template(model.language, stage.template):
+    with _for_a_while(model.language, template=stage.template or model.language.template):
         samples = Samples(model, data, stage)
         samples.prepare(accelerator, log)
         if not model.fusion.standardised:
@@ -171,13 +168,14 @@ def accelerated(language: LanguageModel, precision: Precision = "auto") -> Accel
 
 
 @contextmanager
-def _template(language: LanguageModel, template: str) -> Iterator[None]:
-    """Write conversations by a stage's template, if it has one."""
-    before, language.template = language.template, template or language.template
+def _for_a_while(thing: Any, **values: Any) -> Iterator[None]:
+    """Other values of a thing's attributes inside a 'with' block."""
+    before = {name: getattr(thing, name) for name in values}
+    vars(thing).update(values)
     try:
         yield
     finally:
-        language.template = before
+        vars(thing).update(before)
 
 
 @contextmanager
@@ -373,7 +371,7 @@ class Samples:
         self.model.fusion.standardise({name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]})
 
     def losses(
-        self, learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
+        self, learner: nn.Module, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
     ) -> tuple[Tensor, int]:
         """What `fit` asks for: the summed loss of samples, and the number of positions that were read."""
         samples = [self.rows[index] for index in chosen]
@@ -415,11 +413,9 @@ class StageForecast:
         return self.steps * self.step_seconds + self.passes * self.pass_seconds
 
     def __str__(self) -> str:
-        minutes = self.seconds / 60
-        total = f"about {minutes:.0f} min" if minutes >= 2 else f"about {self.seconds:.0f} s"
         return (
             f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
-            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {total}; on disk "
+            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {duration_text(self.seconds)}; on disk "
             + (f"features {size_text(self.cache)}, " if self.cache else "")
             + f"a checkpoint of {size_text(self.checkpoint)} every {self.every} steps, the model {size_text(self.model)}"
         )
@@ -431,20 +427,20 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
     Bytes are counted: features of every sample without a prompt and with its question, as far as the guidance needs them; of
     every trained weight its value and Adam's two moments, in float32.
     """
-    stage, streams = _with_steps(stage, data), model.streams
-    cache, streams.cache = streams.cache, None  # features that are timed are not kept
-    try:
-        with _template(model.language, stage.template):
-            samples = Samples(model, data, stage, limit=8)
-            chosen = samples.rows[:8]
-            pictures, prompts = samples.prompted_pictures(chosen)
-            encoding, found = _timed(lambda: streams(pictures, prompts) if pictures else {})
-            features = {name: tokens.to(model.language.device) for name, tokens in found.items()}
-            learner = Learner(model.fusion, model.language, stage.precision)
-            stepping, _ = _timed(lambda: learner(features, chosen)[0].backward())
-            model.fusion.zero_grad(set_to_none=True)
-    finally:
-        streams.cache = cache
+    stage, streams, cache = _with_steps(stage, data), model.streams, model.streams.cache
+    spoken = stage.template or model.language.template
+    with (
+        _for_a_while(streams, cache=None),
+        _for_a_while(model.language, template=spoken),
+    ):  # features that are timed are not kept
+        samples = Samples(model, data, stage, limit=8)
+        chosen = samples.rows[:8]
+        pictures, prompts = samples.prompted_pictures(chosen)
+        encoding, found = timed(lambda: streams(pictures, prompts) if pictures else {})
+        features = {name: tokens.to(model.language.device) for name, tokens in found.items()}
+        learner = Learner(model.fusion, model.language, stage.precision)
+        stepping, _ = timed(lambda: learner(features, chosen)[0].backward())
+        model.fusion.zero_grad(set_to_none=True)
     total = len(pictures) / len(chosen) * (stage.steps * stage.batch if cache is None else count_samples(stage, data))
     held = 0.0 if cache is None else total * streams.cached_bytes(stage.prompted)
     trained = 4 * _trained(model, stage)
@@ -452,16 +448,6 @@ def forecast_stage(model: FusedMLLM, data: Conversations, stage: StageConfig) ->
         stage.steps, stepping / len(chosen) * stage.batch, round(total), encoding / max(1, len(pictures)), round(held),
         3 * trained, stage.evaluate_every, trained,
     )  # fmt: skip
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the faster of two calls, because the first pays for what is made once, and the second call's result."""
-    seconds, found = [], None
-    for _ in range(2):
-        started = time.perf_counter()
-        found = call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), found
 
 
 def _trained(model: FusedMLLM, stage: StageConfig) -> int:
@@ -485,8 +471,6 @@ def _check_room(
     there = sum(path.stat().st_size for path in {p for f in folders for p in f.rglob("*")} if path.is_file())
     free = free_bytes(folder) or 0
     log(f"disk: {size_text(needed)} at most, {size_text(there)} of it there, {size_text(free)} free")
-    if not waived and needed - there >= 0.95 * free and not (folder / CONFIG).exists():
-        raise ValueError(
-            f"The training needs {size_text(needed - there)} more and {size_text(free)} are free. Keep no features (--no-cache), train "
-            "an adapter (--tune lora) or choose another disk; --force goes on regardless."
-        )
+    if not waived and not (folder / CONFIG).exists():
+        advice = "Keep no features (--no-cache), train an adapter (--tune lora) or choose another disk"
+        check_room("The training needs {} more", needed - there, free, advice)

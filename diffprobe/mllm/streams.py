@@ -132,42 +132,35 @@ class ImageEncoder(_ModelEncoder):
 
 
 class DiffusionEncoder(_ModelEncoder):
-    """Sites of a diffusion model, by name, path or glob, in one noised pass that ends after the last of them."""
+    """Sites of a diffusion model, by name, path or glob, in one noised pass that ends after the last of them.
+
+    Controls in place of sites: "latent", the image without noise, or "text", the prompt without image, whose token embeddings
+    stand on a square grid, row by row, so that they go through the same fusion as features.
+    """
 
     def __init__(
         self, model: DiffusionModel, sites: str | Sequence[str], timestep: int = 50, noise_seed: int = 0, fit: str = "pad"
     ) -> None:
         model.check_timestep(timestep)
         there = [s for s in model.sites if not s.is_map and not s.over_tokens]
-        super().__init__(model, [s.name for s in select_sites(there, sites)], fit, timestep, noise_seed)
-        self.model = model
+        given = [sites] if isinstance(sites, str) else list(sites)
+        self.model, self.control = model, given[0] if given in (["latent"], ["text"]) else ""
+        names = given if self.control else [s.name for s in select_sites(there, sites)]
+        super().__init__(model, names, fit, timestep, noise_seed)
 
     def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
+        if self.control:
+            return super().origin(site)  # as earlier versions kept it
         return {**super().origin(site, portable), "timestep": self.timestep, "noise_seed": self.noise_seed}
 
     def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        return self.record(Recorder(self.model, self.sites, stop_early=True, keep_steps=False), pictures, prompts)
-
-
-class InputEncoder(_ModelEncoder):
-    """What goes into a diffusion model, as a control: "latent", the image without noise, or "text", the prompt without image.
-
-    The text's token embeddings stand on a square grid, row by row, so that they go through the same fusion as features.
-    """
-
-    def __init__(self, model: DiffusionModel, site: str, fit: str = "pad") -> None:
-        super().__init__(model, (site,), fit)
-        self.model = model
-
-    def origin(self, site: str, portable: bool = False) -> dict[str, Any]:
-        return super().origin(site)  # as earlier versions kept it
-
-    def encode(self, pictures: Sequence[Picture], prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        if self.sites == ("text",):
+        if self.control == "latent":
+            return {"latent": self.latents(pictures).float()}
+        if self.control == "text":
             tokens = self.model.encode_text(list(prompts)).embeddings
             side = math.isqrt(tokens.shape[1])
             return {"text": tokens[:, : side * side].transpose(1, 2).unflatten(2, (side, side)).float()}
-        return {"latent": self.latents(pictures).float()}
+        return self.record(Recorder(self.model, self.sites, stop_early=True, keep_steps=False), pictures, prompts)
 
 
 class TruthEncoder:
@@ -290,11 +283,8 @@ class Streams:
     """The features of all encoders of a model on one grid.
 
     Args:
-        encoders: by the name of their stream.
-        grid: tokens per side.
         merge: what becomes of places that share a token, as in `to_grid`.
         guidance: s in f_u + s (f_c - f_u); 0 reads no prompt.
-        cache: keeps features; none by default.
     """
 
     def __init__(

@@ -22,13 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
 from diffprobe.mllm.config import Schedule, TrainConfig
 from diffprobe.mllm.language import LanguageModel, answer_losses, build_inputs
@@ -37,7 +31,7 @@ from diffprobe.rundir import check_or_write_request, remove_unfinished, sole_wri
 
 REQUEST, CHECKPOINT = "training.json", "checkpoint.pt"
 ANOTHER = "holds another training; give another folder."  # what is said of a folder whose request differs
-_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_GATHERED = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-Losses = Callable[[nn.Module, int, Int[np.ndarray, " row"], Bool[np.ndarray, " row"]], tuple[Tensor, int]]
+Losses = Callable[[nn.Module, Int[np.ndarray, " row"], Bool[np.ndarray, " row"]], tuple[Tensor, int]]
 
 
 # --- the loop ---------------------------------------------------------------------------------------
@@ -80,7 +74,7 @@ def fit(
 
     Args:
         learner: trained in place; with several processes through accelerate's wrapper (DDP, or FSDP 2, which leaves it sharded).
-        losses: called with (learner, epoch, samples, which of them drop their prompt); returns the sum over answer tokens, and
+        losses: called with (learner, samples, which of them drop their prompt); returns the sum over answer tokens, and
             the number of positions that the language model read.
         sizes: answer tokens of each training sample.
         folder: gets ``checkpoint.pt`` and ``loss.csv``.
@@ -116,19 +110,15 @@ def fit(
                 state.best, best = found, _weights(wrapped)
         save_checkpoint(folder, wrapped, optimizer, state, best, accelerator.is_main_process)
         if accelerator.is_main_process:
-            everywhere = read * accelerator.num_processes
-            log(_progress(state, schedule, said, state.step - first, everywhere, time.perf_counter() - started))
+            recent = np.mean([row["loss"] for row in state.history[-schedule.evaluate_every :]])
+            seconds = time.perf_counter() - started
+            left = seconds / (state.step - first) * (schedule.steps - state.step) / 60
+            later = f", at most {left:.0f} min to go" if left >= 1 else ""
+            speed = f"{read * accelerator.num_processes / seconds:,.0f} tokens/s"
+            log(f"step {state.step} of {schedule.steps}: loss {recent:.3f}{said}, {speed}{later}")
     if state.best < math.inf:
-        set_model_state_dict(wrapped, best, options=_scattered(accelerator))
+        state_dict.set_model_state_dict(wrapped, best, options=_scattered(accelerator))
     return _weights(wrapped)
-
-
-def _progress(state: _State, schedule: Schedule, said: str, steps: int, positions: int, seconds: float) -> str:
-    """One line about a training; steps, positions and seconds are those of this call."""
-    recent = np.mean([row["loss"] for row in state.history[-schedule.evaluate_every :]])
-    left = seconds / steps * (schedule.steps - state.step) / 60
-    later = f", at most {left:.0f} min to go" if left >= 1 else ""
-    return f"step {state.step} of {schedule.steps}: loss {recent:.3f}{said}, {positions / seconds:,.0f} tokens/s{later}"
 
 
 def _step(
@@ -141,12 +131,12 @@ def _step(
         The mean loss per token over the whole batch, however it is split, and the positions that this process read.
     """
     chosen, dropped = batch_of(step, len(sizes), schedule)
-    epoch, tokens, positions = step // (len(sizes) // schedule.batch), sum(sizes[i] for i in chosen), 0
+    tokens, positions = sum(sizes[i] for i in chosen), 0
     total = torch.zeros((), device=accelerator.device)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     for part in np.array_split(np.arange(schedule.batch)[mine], schedule.accumulate):
         with accelerator.autocast():
-            loss, read = losses(learner, epoch, chosen[part], dropped[part])
+            loss, read = losses(learner, chosen[part], dropped[part])
         loss = loss / tokens
         accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         total += loss.detach()
@@ -223,7 +213,7 @@ def save_checkpoint(
     """Write ``loss.csv`` and then ``checkpoint.pt``, each whole or not at all; every process must call this."""
     held = {
         "learner": _weights(learner),
-        "optimizer": get_optimizer_state_dict(learner, optimizer, options=_GATHERED),
+        "optimizer": state_dict.get_optimizer_state_dict(learner, optimizer, options=_GATHERED),
         "best": best,
         "state": asdict(state),
     }
@@ -252,8 +242,8 @@ def load_checkpoint(
     if not (folder / CHECKPOINT).exists():
         return _State(), {}
     held = read_checkpoint(folder / CHECKPOINT)
-    set_model_state_dict(learner, held["learner"], options=_scattered(accelerator))
-    set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=_scattered(accelerator))
+    state_dict.set_model_state_dict(learner, held["learner"], options=_scattered(accelerator))
+    state_dict.set_optimizer_state_dict(learner, optimizer, held["optimizer"], options=_scattered(accelerator))
     return _State(**held["state"]), held["best"]
 
 
@@ -275,20 +265,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     raise ValueError(damaged)
 
 
-def _scattered(accelerator: Accelerator) -> StateDictOptions:
+def _scattered(accelerator: Accelerator) -> state_dict.StateDictOptions:
     """For weights that the first process holds whole: each process gets the parts that it keeps."""
-    return StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
+    return state_dict.StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
 
 
 def _weights(learner: nn.Module) -> dict[str, Any]:
     """Trained weights, and buffers, gathered from all processes onto the CPU of the first."""
-    state: dict[str, Any] = get_model_state_dict(learner, options=_GATHERED)
+    state: dict[str, Any] = state_dict.get_model_state_dict(learner, options=_GATHERED)
     # torch leaves frozen weights in where two names share one, as tied embeddings do
     frozen = {
         name.removeprefix("module.") for name, p in learner.named_parameters(remove_duplicate=False) if not p.requires_grad
     }
     # on a CPU they would go on changing
     return {name: value.detach().clone() for name, value in state.items() if name not in frozen}
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the faster of two calls, because the first pays for what is made once, and the second call's result."""
+    seconds, found = [], None
+    for _ in range(2):
+        started = time.perf_counter()
+        found = call()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds), found
 
 
 # --- a projector ------------------------------------------------------------------------------------
@@ -307,7 +307,6 @@ def train_projector(
 
     Args:
         folder: gets ``projector.safetensors``, ``config.json``, ``loss.csv`` and, until the end, ``checkpoint.pt``.
-        log: gets a line at each evaluation on the dev split.
 
     Raises:
         ValueError: the data do not fit together, another process trains in the folder, or it holds another run (the message
@@ -333,7 +332,7 @@ def train_projector(
         return answer_losses(language, inputs).sum(), inputs.mask.numel()
 
     def train_losses(
-        learner: nn.Module, epoch: int, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
+        learner: nn.Module, chosen: Int[np.ndarray, " row"], dropped: Bool[np.ndarray, " row"]
     ) -> tuple[Tensor, int]:
         features = train.features[chosen]
         if dropped.any():

@@ -121,15 +121,12 @@ def judge_leakage(
     absent; the rest is "inconclusive".
 
     Args:
-        generated: The texts.
         similarity: Of outputs and texts; content-word F1 by default, else `cider_similarity(...)`.
         condition: The verdict's, of `JUDGED`; the table has all conditions.
         margin: What is too small to matter, in units of the similarity (F1: 0.05; CIDEr-D: about 0.5).
         alpha: Of every test; family-wise over the cells of an arm.
-        level: Coverage of the intervals.
         n_permutations: Permutations of texts over images; the smallest p is 1 / (n_permutations + 1).
         n_resamples: Bootstrap resamples of images and seeds, for the index.
-        seed: Of permutations and bootstrap.
 
     Raises:
         ValueError: A column is missing, a value unknown, a cell incomplete, or a reference is the fed text.
@@ -552,7 +549,14 @@ def normalised_index(
     rng = np.random.default_rng(seed)
 
     def ratio(sums: Floats, resample: bool = True) -> Floats:
-        low, zero, one = (_seed_mean(part, rng if resample else None) for part in np.split(sums, ends, axis=1))
+        means = []
+        for part in np.split(sums, ends, axis=1):  # (resample, seed); several seeds are drawn anew with each resample
+            mean, seeds = part.mean(1), part.shape[1]
+            if resample and seeds > 1:
+                drawn = np.take_along_axis(part, rng.integers(seeds, size=part.shape), axis=1).mean(1)
+                mean = mean + np.sqrt(seeds / (seeds - 1)) * (drawn - mean)
+            means.append(mean)
+        low, zero, one = means
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(np.where(one > zero, (low - zero) / (one - zero), np.nan))
 
@@ -562,15 +566,6 @@ def normalised_index(
         return unknown
     low, high = bootstrap_sums(columns, ratio, None, level, n_resamples, seed)
     return {"index": value, "index_low": low, "index_high": high}
-
-
-def _seed_mean(sums: Floats, rng: np.random.Generator | None) -> Floats:
-    """(resample, seed) -> (resample,): mean over seeds, drawn anew with each resample when there are several."""
-    mean, seeds = sums.mean(1), sums.shape[1]
-    if rng is None or seeds == 1:
-        return np.asarray(mean)
-    drawn = np.take_along_axis(sums, rng.integers(seeds, size=sums.shape), axis=1).mean(1)
-    return np.asarray(mean + np.sqrt(seeds / (seeds - 1)) * (drawn - mean))
 
 
 # --- without decoding -----------------------------------------------------------------------------
@@ -583,7 +578,6 @@ def matched_candidates(texts: Sequence[str], n: int = 100, lengths: ArrayLike | 
         texts: Fed texts; no row has two candidates with the same words.
         n: Candidates, with the text itself.
         lengths: One length per text, in the language model's tokens; in words by default.
-        seed: Of the order among equally long texts.
 
     Raises:
         ValueError: A text has fewer than n - 1 others.
@@ -623,7 +617,6 @@ def rank_fed(
         baseline: The same given a blank image, or no prompt: (item, candidate) or (candidate,).
         fed: Column of each item's fed candidate; `matched_candidates` puts it at 0.
         clusters: One id per item, for example its image where several projectors score it.
-        seed: Of the bootstrap.
 
     Returns:
         Rows top1, mrr, bits; columns score, value, low, high (95% intervals), chance, n, n_candidates, seed.
@@ -676,7 +669,6 @@ def usable_information(
         unconditional: The same under the reader of unconditional features.
         n_tokens: Tokens of each text.
         clusters: One id per text (its image), where several projectors read it.
-        seed: Of bootstrap and sign flips.
 
     Returns:
         One row: score, value, low, high (95% interval), chance (0), p (sign flips of the texts' differences), n, n_tokens, seed.
