@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def twin_rng(seed: int, kind: str, index: int) -> Rng:
     return np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=(list(KINDS).index(kind),)))
 
 
-def _cast(rng: Rng, count: int, shapes: tuple[str, ...] = world.SHAPES, **given: object) -> list[world.Obj]:
+def _cast(rng: Rng, count: int, shapes: tuple[str, ...] = world.SHAPES, **given: Any) -> list[world.Obj]:
     """Objects that differ in colour and in shape, the first of one of `shapes`; no marks unless given."""
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
@@ -69,7 +70,7 @@ def _cast(rng: Rng, count: int, shapes: tuple[str, ...] = world.SHAPES, **given:
             chosen.append((colour, shape))
     return [
         world.random_object(rng, pair, **{"size": pick(rng, list(world.SIZES)), "mark": "none", **given}) for pair in chosen
-    ]  # type: ignore[arg-type]
+    ]
 
 
 def _stage(rng: Rng, objects: list[world.Obj]) -> world.Scene:

@@ -14,7 +14,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -426,14 +425,14 @@ def score_own(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) 
     scorers: dict[str, Callable[..., pd.DataFrame]] = {
         "choice": _score_choice,
         "exact": _score_exact,
-        "vqa": partial(_score_vqa, normalise=None),
+        "vqa": score_vqav2,
     }
     frames = []
     for kind in dict.fromkeys(kinds):
         mine = [record for record, own in zip(records, kinds, strict=True) if own == kind]
         for group, chosen in _groups(np.array([str(record.get("category", ALL)) for record in mine])):
             part = [record for record, kept in zip(mine, chosen, strict=True) if kept]
-            frames.append(scorers[kind](part, "Questions", level=level, seed=seed).assign(score=kind, group=group))
+            frames.append(scorers[kind](part, benchmark="Questions", level=level, seed=seed).assign(score=kind, group=group))
     return pd.concat(frames, ignore_index=True)
 
 
