@@ -344,7 +344,7 @@ def test_what_a_family_cannot_do_is_said(tmp_path: Path) -> None:
     model, out = model_of("flux"), tmp_path / "s.zarr"
     with pytest.raises(ValueError, match="flux has no unconditional input: guidance was distilled"):
         extract(model, DATA, out, sites="blocks", resolution=32, progress=False)
-    with pytest.raises(ValueError, match=r"'D-L2-R0-B0-Cross-Q' of the preset 'paper' is a place of a UNet.*T-B1-Out"):
+    with pytest.raises(ValueError, match=r"'paper' names places of a UNet, so it is not applicable.*T-B1-Out"):
         extract(model, DATA, out, conditionings=["caption"], resolution=32, progress=False)
     with pytest.raises(ValueError, match="Give one of timesteps, sigmas and log-SNR"):
         extract(model, DATA, out, timesteps=[10], log_snr=[0.0])

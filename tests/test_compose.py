@@ -484,7 +484,7 @@ def test_what_is_exported_is_what_the_store_holds(
         np.testing.assert_array_equal(got[site], values)
     with pytest.raises(ValueError, match="exists; give a new path"):
         export(whole, out, form)
-    with pytest.raises(store.StoreError, match=r"no timestep 7; it has 50, 500"):
+    with pytest.raises(store.StoreError, match=r"timestep 7 is not in this store; it has 50, 500"):
         export(whole, tmp_path / "other", form, timesteps=[7])
 
 

@@ -71,14 +71,17 @@ def leakage_run(
     from diffprobe.store import store_info
 
     origin = store_info(store[0]) if store else {}
-    settings = shared.handed_on(
+    settings = shared.configured(
         Settings,
         options,
         model=model or (origin["request"]["model"] if store else "shapes-sd"),
         data=data or (origin["data"] if store else "shapes:1500?split=train"),
         noise_seed=origin["request"]["seed"] if store else seed,
     )
-    shared.handed_on(start, options, settings=settings, conditions=conditions or EVERY, stores=store, tell=say)
+    start(
+        out, settings, arms=arms, sites=sites, timesteps=timesteps, guidance=guidance, seeds=seeds,
+        conditions=conditions or EVERY, knockouts=knockouts, stores=store, device=device, dry_run=dry_run, tell=say,
+    )  # fmt: skip
     if not dry_run and shared.is_first_process():
         say_next(["leakage", "report", str(out)])
 
@@ -229,7 +232,7 @@ def mllm_train(
     for name, value in (("precision", precision), ("evaluate_every", checkpoint_every)):
         changes = [change | ({name: value} if value else {}) for change in changes]
     first, second = (replace(stage, **change) for stage, change in zip(RECIPES[recipe], changes, strict=True))
-    config = shared.handed_on(FusedConfig, options, template=spoken, diffusion=model, sites=tuple(sites))
+    config = shared.configured(FusedConfig, options, template=spoken, diffusion=model, sites=tuple(sites))
     data = load_conversations(captions), load_conversations(instructions)
     fused = FusedMLLM.build(config, device, cache=FeatureCache(out / "features") if cache else None)
     speaks = shared.is_first_process()

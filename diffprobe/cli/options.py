@@ -197,7 +197,6 @@ def table_place(out: str, store: str, name: str) -> str:
     return place
 
 
-def handed_on(call: Callable[..., T], options: Mapping[str, Any], *words: Any, **others: Any) -> T:
-    """Calls a function, or makes a config, with a command's options: all that it takes by the same name, and `others`."""
-    named = inspect.signature(call).parameters.keys() & options.keys()
-    return call(*words, **{name: options[name] for name in named} | others)
+def configured(config: Callable[..., T], options: Mapping[str, Any], **others: Any) -> T:
+    """A config from a command's options: every field that is named as an option, and `others`."""
+    return config(**{name: options[name] for name in inspect.signature(config).parameters.keys() & options.keys()} | others)

@@ -96,7 +96,6 @@ def extract(
 
     Lists may be repeated, or parted by commas: -t 50 -t 500 is -t 50,500.
     """
-    options = locals()
     from diffprobe.conditioning import parse_conditionings
     from diffprobe.data import load_dataset
     from diffprobe.encoders import load_extractor
@@ -111,13 +110,16 @@ def extract(
     if shard and len(part) != 2:
         raise ValueError(f"--shard takes i/n, such as 3/8 for the third of eight jobs; got {shard!r}.")
     dataset = load_dataset(data)
-    extractor = shared.handed_on(
-        load_extractor, options, id_or_dir=model, use_safetensors=not allow_pickle, variant=variant, loras=lora, config=config,
-        guidance=network_guidance,
-    )  # fmt: skip
-    summary = shared.handed_on(
-        run, options, model=extractor, dataset=dataset, conditionings=conditionings or None,
-        resolution=(sides[0], sides[-1]) if sides else None, shard=(part[0], part[1]) if shard else None,
+    summary = run(
+        load_extractor(
+            model, device, dtype, revision, use_safetensors=not allow_pickle, random_weights=random_weights, variant=variant,
+            loras=lora, config=config, guidance=network_guidance,
+        ), dataset, out, sites=sites, maps=maps, heads=heads, map_tokens=map_tokens,
+        timesteps=timesteps, sigmas=sigmas, log_snr=log_snr, conditionings=conditionings or None,
+        guidance=guidance, noise_draws=noise_draws, reduce=reduce, seed=seed,
+        resolution=None if not sides else (sides[0], sides[-1]), fit=fit, latent_rule=latent_rule, store_dtype=store_dtype,
+        batch_rows=batch_rows, on_nonfinite=on_nonfinite, compress=compress, dry_run=dry_run, force=force,
+        shard=(part[0], part[1]) if shard else None,
     )  # fmt: skip
     if not shared.is_first_process():
         return
@@ -275,10 +277,12 @@ def repair(
 
     What is there stays until its new values are known.
     """
-    options = locals()
     from diffprobe.extraction import repair as mend
 
-    faults, summary = shared.handed_on(mend, options, path=store, dataset=data, use_safetensors=not allow_pickle)
+    faults, summary = mend(
+        store, model, data, device=device, dtype=dtype, use_safetensors=not allow_pickle, on_nonfinite=on_nonfinite,
+        retry_unreadable=retry_unreadable,
+    )  # fmt: skip
     if summary is None:
         say("Nothing to repair.")
         return
