@@ -267,10 +267,19 @@ def main_site(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
 
 def blindness(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
     """The same on shapes-clip's patches, at the layer that a fused model takes: what captions leave out is not to be read."""
+    return _tower_probes(options, "shapes-clip")
+
+
+def vit(model: Any, options: Options, pictures: dict[str, Any]) -> Rows:
+    """The same on the patches of shapes-vit, which learnt from pictures alone."""
+    return _tower_probes(options, "shapes-vit")
+
+
+def _tower_probes(options: Options, name: str) -> Rows:
     from diffprobe.encoders import load_encoder
 
-    encoder = load_encoder("shapes-clip", "cpu")
-    return _object_probes(options, "shapes-clip", encoder.weights_hash(), encoder.preset[0], None)
+    encoder = load_encoder(name, "cpu")
+    return _object_probes(options, name, encoder.weights_hash(), encoder.preset[0], None)
 
 
 def _object_probes(options: Options, model: str, weights: str, site: str, timestep: int | None) -> Rows:
@@ -376,8 +385,12 @@ PARTS: dict[str, Callable[[Any, Options, dict[str, Any]], Rows]] = {
     "blindness": blindness,
     "clip": clip,
     "lm": language,
+    "vit": vit,
     "oracle": oracle,
 }
+
+# whose weights decide a part's rows; shapes-sd's, if it is not named
+OWNERS = {"clip": "shapes-clip", "blindness": "shapes-clip", "lm": "shapes-lm", "oracle": "shapes-lm", "vit": "shapes-vit"}
 
 
 def measure(options: Options, parts: Sequence[str]) -> Result:
@@ -386,13 +399,11 @@ def measure(options: Options, parts: Sequence[str]) -> Result:
     from experiments.comparison import Settings
 
     model = load_model(options.model, options.device)
-    weights = {name: _weights(model, name) for name in ("shapes-sd", "shapes-clip", "shapes-lm")}
+    weights = {name: _weights(model, name) for name in ("shapes-sd", "shapes-clip", "shapes-lm", "shapes-vit")}
     pictures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for part in parts:
-        own = weights[
-            {"clip": "shapes-clip", "blindness": "shapes-clip", "lm": "shapes-lm", "oracle": "shapes-lm"}.get(part, "shapes-sd")
-        ]
+        own = weights[OWNERS.get(part, "shapes-sd")]
         if part == "oracle":  # its training decides its rows too
             own = hashlib.sha256(f"{own} {Settings()} {options.set} {options.data}".encode()).hexdigest()[:16]
         kept = options.work / f"zoo_{part}_{own}{'_smoke' * options.smoke}"

@@ -41,7 +41,7 @@ def test_shapes_sd_has_the_six_sites_and_no_special_case(shapes_sd: DiffusionMod
 
 
 def test_each_model_has_a_folder_and_a_card() -> None:
-    assert [name for name, _, _ in embedded()] == ["shapes-clip", "shapes-lm", "shapes-reader", "shapes-sd"]
+    assert [name for name, _, _ in embedded()] == ["shapes-clip", "shapes-lm", "shapes-reader", "shapes-sd", "shapes-vit"]
     for name, folder, _ in embedded():
         assert locate(name) == folder
         assert (folder / "README.md").read_text().startswith(f"# {name}\n")

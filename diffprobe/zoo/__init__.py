@@ -1,6 +1,6 @@
 """Small models really trained on the drawn world, in the ecosystem's own folder layouts, shipped with the package.
 
-weights/      shapes-sd, shapes-clip, shapes-lm, shapes-reader, each with its card; the checkout's ``recipes`` train them
+weights/      shapes-sd, shapes-clip, shapes-lm, shapes-vit, shapes-reader, each with its card; the checkout's ``recipes`` train them
 reader.py     the network of shapes-reader, which says what stands where in a picture
 smollm2.py    SmolLM2-135M-Instruct, not ours and not shipped: fetched from a Python package
 """
