@@ -178,7 +178,9 @@ def leakage_report(
 )
 def mllm_train(
     out: Path = option(..., "Folder of the model. The same command goes on where it was cut off.", "--out", "-o"),
-    captions: str = option("shapes-captions:3000", "Stage 1: shapes-captions:N, or llava:FILE.json?images=FOLDER."),
+    captions: str = option(
+        "shapes-details:3000", "Stage 1: shapes-details:N, shapes-captions:N, or llava:FILE.json?images=FOLDER."
+    ),
     instructions: str = option("shapes-instruct:6000", "Stage 2: shapes-instruct:N, or llava:FILE.json?images=FOLDER."),
     language_model: str = shared.LANGUAGE_MODEL,
     template: list[str] = several([], f"{TEMPLATE}; plain,v1 are those of LLaVA's two stages."),

@@ -195,6 +195,6 @@ class StageConfig(Schedule):
 
 STAGE1 = StageConfig(batch=256, learning_rate=1e-3)
 STAGE2 = StageConfig(batch=128, learning_rate=2e-5, tune="full", prompted=True)
-SMALL1 = StageConfig(steps=300, batch=24, learning_rate=2e-3, precision="bf16")
-SMALL2 = StageConfig(steps=1000, batch=24, learning_rate=1e-3, tune="full", prompted=True, precision="bf16")
+SMALL1 = StageConfig(steps=1500, batch=24, learning_rate=2e-3, precision="bf16")
+SMALL2 = StageConfig(steps=800, batch=24, learning_rate=1e-3, tune="full", prompted=True, precision="bf16")
 RECIPES = {"llava": (STAGE1, STAGE2), "small": (SMALL1, SMALL2)}  # "small" is made for the embedded models
