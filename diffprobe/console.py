@@ -44,13 +44,12 @@ def size_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A forecast of time as a person reads it.
+    """A time as a person reads it.
 
     >>> duration_text(42), duration_text(400), duration_text(8000)
-    ('about 42 s', 'about 7 min', 'about 2.2 h')
+    ('42 s', '7 min', '2.2 h')
     """
-    whole = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-    return f"about {whole}"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class Console(rich.console.Console):

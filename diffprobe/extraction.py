@@ -444,7 +444,7 @@ def describe_forecast(forecast: Forecast) -> str:
     lines += [f"  {name:<24} {size_text(size):>10}" for name, size in forecast.bytes_by_site.items()]
     free = "" if forecast.free_bytes is None else f", {size_text(forecast.free_bytes)} free"
     lines.append(f"  {'total':<24} {size_text(forecast.total_bytes):>10}{free}")
-    lines.append(f"  {duration_text(forecast.seconds)} of forward passes")
+    lines.append(f"  about {duration_text(forecast.seconds)} of forward passes")
     if forecast.truncated_prompts:
         where = f" of those {forecast.looked_at}" if some else ""
         lines.append(

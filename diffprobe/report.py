@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffprobe.conditioning import NULL
+from diffprobe.console import duration_text
 from diffprobe.figures import open_with_images, words_of
 from diffprobe.plotting import heat_colours, read_rows, read_sidecars
 from diffprobe.rundir import write_whole
@@ -227,7 +228,7 @@ def _figures(run: Path) -> list[dict[str, Any]]:
                     if p in sidecars
                 ],
                 "command": config.get("command", ""),
-                "runtime": _duration(config["seconds"]) if "seconds" in config else "",
+                "runtime": duration_text(config["seconds"]) if "seconds" in config else "",
                 "settings": {key: _text(value) for key, value in config.items() if key not in told},
                 "versions": config.get("measured_with") or sidecars[name].get("versions", {}),
                 "claims": config.get("claims", []),
@@ -262,14 +263,6 @@ def _text(value: object) -> str:
     if isinstance(value, float | np.floating):
         return "" if pd.isna(value) else f"{value:.4g}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(42), _duration(400)
-    ('42 s', '7 min')
-    """
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _versions(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -41,9 +41,7 @@ def commands(group: typer.Typer = cli.app, words: tuple[str, ...] = ()) -> Itera
     panels = {panel: place for place, panel in enumerate(GROUPS)}
     for one in sorted(group.registered_commands, key=lambda one: panels.get(str(one.rich_help_panel), 0)):
         assert one.callback is not None
-        function = (
-            experiments.reproduce if one.callback is cli.measure.reproduce else one.callback
-        )  # which hands its options on
+        function = experiments.reproduce if one.callback is cli.draw.reproduce else one.callback  # which hands its options on
         yield (*words, one.name or function.__name__.replace("_", "-")), function
     for inner in group.registered_groups:
         assert inner.typer_instance is not None

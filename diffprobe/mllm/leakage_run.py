@@ -54,7 +54,7 @@ class Forecast:
 
     def __str__(self) -> str:
         work = f"{self.projectors} projectors to train, {self.texts} texts to write, {self.rankings} rankings of texts"
-        return "\n".join([*self.recordings, work, duration_text(self.seconds)])
+        return "\n".join([*self.recordings, work, f"about {duration_text(self.seconds)}"])
 
 
 class Run:

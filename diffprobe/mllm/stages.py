@@ -415,7 +415,7 @@ class StageForecast:
     def __str__(self) -> str:
         return (
             f"{self.steps} steps of {self.step_seconds:.2f} s and {self.passes} pictures of "
-            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: {duration_text(self.seconds)}; on disk "
+            f"{1000 * self.pass_seconds:.0f} ms each through the encoders: about {duration_text(self.seconds)}; on disk "
             + (f"features {size_text(self.cache)}, " if self.cache else "")
             + f"a checkpoint of {size_text(self.checkpoint)} every {self.every} steps, the model {size_text(self.model)}"
         )
