@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffprobe.data.question_benchmarks import load_questions
 from diffprobe.mllm.evaluate import SCORERS, score_blink, score_gqa, score_own, score_vqav2
-from diffprobe.mllm.judging import hit
+from diffprobe.mllm.judging import hit, judge_all
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -163,3 +163,13 @@ def test_specs_that_are_wrong(tmp_path: Path, options: str, message: str) -> Non
         load_questions(f"jsonl:{tmp_path / 'none.jsonl'}")
     with pytest.raises(ValueError, match="Did you mean 'jsonl'"):
         load_questions(f"json:{tmp_path / 'none.jsonl'}")
+
+
+def test_two_files_of_one_name_are_refused_before_anything_is_answered(tmp_path: Path) -> None:
+    benchmarks = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        benchmarks.append(load_questions(written(tmp_path / folder, ROWS)))
+    with pytest.raises(ValueError, match="2 benchmarks are called 'jsonl-mine'.*--out of its own"):
+        judge_all(None, benchmarks, tmp_path / "eval")  # type: ignore[arg-type]
+    assert not (tmp_path / "eval").exists()

@@ -110,8 +110,14 @@ def judge_all(
         question, answer, output, hit (NaN where no answer is right or wrong), benchmark.
 
     Raises:
-        ValueError: A condition is unknown, or a scorer refuses the records.
+        ValueError: Two benchmarks have one name, a condition is unknown, or a scorer refuses the records.
     """
+    names = [benchmark.name for benchmark in benchmarks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"{names.count(twice[0])} benchmarks are called {twice[0]!r}, and their answers could not be told apart; "
+            "ask them one after the other, each with an --out of its own."
+        )
     folder, scores, answers = Path(folder), pd.DataFrame(), pd.DataFrame()
     (folder / "scores.csv").unlink(missing_ok=True)  # of answers that are about to be replaced
     write_json(folder / "benchmarks.json", {b.name: {"spec": b.spec, "fingerprint": b.fingerprint()} for b in benchmarks})
