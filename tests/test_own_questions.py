@@ -170,6 +170,6 @@ def test_two_files_of_one_name_are_refused_before_anything_is_answered(tmp_path:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         benchmarks.append(load_questions(written(tmp_path / folder, ROWS)))
-    with pytest.raises(ValueError, match="2 benchmarks are called 'jsonl-mine'.*--out of its own"):
+    with pytest.raises(ValueError, match=r"2 benchmarks are called 'jsonl-mine'.*--out of its own"):
         judge_all(None, benchmarks, tmp_path / "eval")  # type: ignore[arg-type]
     assert not (tmp_path / "eval").exists()
