@@ -439,7 +439,7 @@ def score_own(records: Sequence[Record], *, level: float = 0.95, seed: int = 0) 
 def _score_choice(records: Sequence[Record], benchmark: str, level: float, seed: int) -> pd.DataFrame:
     hits, chances, unparsed = _choice_hits(records, benchmark)
     share = {**_share(hits, level, _images(records), seed), "n": len(hits)}
-    return _table(benchmark, [{"score": "accuracy", **share, "chance": chances.mean(), "unparsed": unparsed}], seed)
+    return _table(benchmark, [{"score": "accuracy", **share, "chance": chances.mean(), "unparsed": int(unparsed.sum())}], seed)
 
 
 # --- judged answers -------------------------------------------------------------------------------
