@@ -96,7 +96,7 @@ class Settings(BackboneConfig):
     captions: str = "shapes-details:6000"
     instructions: str = "shapes-instruct:6000"
     benchmarks: tuple[str, ...] = ("shapes-vqa:270", "shapes-mmvp:270", "shapes-naturalbench:135", "shapes-blink:60")
-    steps: tuple[int, int] = (1800, 800)
+    steps: tuple[int, int] = (1200, 800)
     batch: int = 32
     rates: tuple[float, float] = (2e-3, 1e-3)
     precision: Precision = "bf16"

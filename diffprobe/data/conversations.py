@@ -111,7 +111,6 @@ class DrawnDetails(_Drawn):
     """Everything about each object of `count` training scenes that its colour and shape name, in any order.
 
     Nearly every word depends on the image: a caption of `DrawnCaptions` says a direction or a letter once in thirty words.
-    How objects stand to each other is not in it, so every fourth conversation is that caption.
 
     >>> DrawnDetails(4)[2].turns[0][1]
     'the cyan triangle: small dotted at the left'
@@ -124,10 +123,8 @@ class DrawnDetails(_Drawn):
         sample, objects, rng = scenes[index], scenes.scene(index).objects, np.random.default_rng([self.seed, index, 12])
         pairs = [obj.pair for obj in objects]
         named = [obj for obj in objects if pairs.count(obj.pair) == 1]
-        if not named or index % 4 == 3:
-            style = "relation" if named else "count"
-            text = next(caption.text for caption in sample.captions if caption.style == style)
-            return Conversation(sample.id, (sample.load,), ((REQUESTS[style], text),))
+        if not named:
+            return DrawnCaptions(self.count, self.seed)[index]
         parts = [f"the {obj.colour} {obj.shape}: {_rest(obj)}" for obj in (named[i] for i in rng.permutation(len(named)))]
         return Conversation(sample.id, (sample.load,), ((DETAILS, "; ".join(parts)),))
 
