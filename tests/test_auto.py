@@ -158,6 +158,9 @@ def test_the_page_says_what_the_model_is(run_folder: Path, tmp_path: Path) -> No
     assert FusedMLLM.from_pretrained(tmp_path / "copy").data == ["shapes-captions-0", "shapes-instruct-0"]
     model.config = FusedConfig(language_model="lmsys/vicuna-7b-v1.5", encoder="openai/clip", fusion="clip")
     assert 'base_model: ["lmsys/vicuna-7b-v1.5", "openai/clip"]' in model.card() and "sites" not in model.card()
+    assert "reads each question as its prompt" in page and "reads each question" not in model.card()
+    model.config = FusedConfig(guidance=0.0)
+    assert "reads each question" not in model.card(), "told nothing"
 
 
 @pytest.mark.parametrize("kind", ["fused", "auto"])

@@ -69,10 +69,12 @@ def model_card(model: FusedMLLM) -> str:
         made |= {"diffusion model": shown["diffusion"], "sites": ", ".join(config.sites), "timestep": config.timestep}
         made["guidance"] = f"{config.guidance:g}"
     made |= {"tokens": f"{config.grid} x {config.grid} of each stream", "template": config.template or "the tokenizer's"}
+    reads = DIFFUSION in streams and config.guidance != 0
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items() if value), "---"]),
         "# A language model that sees through frozen encoders",
-        "A fusion of image features, trained into a language model. The diffusion model reads each question as its prompt.",
+        "A fusion of image features, trained into a language model."
+        + " The diffusion model reads each question as its prompt." * reads,
         _table([("part", "value"), *made.items()]),
         f"Trained on: {', then '.join(model.data)}." if model.data else "",
         _scores(model.folder),
