@@ -157,12 +157,12 @@ def score_blink(records: Sequence[Record], *, level: float = 0.95, seed: int = 0
     """
     tasks = [str(record["task"]) for record in _given(records, "BLINK", ("task", "options", "answer", "output"))]
     names = list(dict.fromkeys(tasks))
-    return _by_class(records, "BLINK", tasks, names, {MACRO: [1 / len(names)] * len(names)}, level, seed)
+    return _by_class(records, "BLINK", tasks, names, {MACRO: [1] * len(names)}, level, seed)
 
 
 def _by_class(
     records: Sequence[Record], benchmark: str, classes: Sequence[str], names: Sequence[str],
-    means: Mapping[str, Sequence[float]], level: float, seed: int,
+    means: Mapping[str, Sequence[int]], level: float, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """Accuracies: weighted means over the classes of records, by the mean's name, then that of each class."""
     hits, chances, lost = _choice_hits(records, benchmark)
@@ -171,8 +171,8 @@ def _by_class(
     rows: list[dict[str, Any]] = []
     for group, weights in means.items():
 
-        def mean(sums: Floats, weights: Sequence[float] = weights) -> Floats:
-            return np.asarray((sums[:, : len(names)] / sums[:, len(names) :]) @ weights)
+        def mean(sums: Floats, weights: Sequence[int] = weights) -> Floats:
+            return np.asarray((sums[:, : len(names)] / sums[:, len(names) :]) @ weights) / sum(weights)
 
         mine = shown[:, np.array(weights) > 0].any(1)
         chance = float(mean(guesses.sum(0, keepdims=True))[0])
@@ -201,7 +201,7 @@ def score_cv_bench(records: Sequence[Record], *, level: float = 0.95, seed: int 
         raise ValueError(
             f"CV-Bench: its score needs records of {', '.join(CV_SOURCES)}; found {', '.join(sorted(set(sources)))}."
         )
-    means = {ALL: (0.25, 0.25, 0.5), "2D": (0.5, 0.5, 0.0)}
+    means = {ALL: (1, 1, 2), "2D": (1, 1, 0)}
     return _by_class(records, "CV-Bench", sources, CV_SOURCES, means, level, seed)
 
 
