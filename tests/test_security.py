@@ -99,7 +99,7 @@ def test_the_search_finds_what_it_looks_for(line: str) -> None:
 WRITES = {"write_text", "write_bytes", "to_csv", "to_json", "to_netcdf", "savefig", "savez", "savez_compressed", "save_file", "save_pretrained"}  # fmt: skip
 IN_PLACE = {  # by function what may be written so: parts of a folder that is renamed, or whose last file says that all is there
     "content_digests": "write_text", "fetch": "save_pretrained", "save_pretrained": "save_pretrained",
-    "train_stage": "save_pretrained",
+    "train_stage": "save_pretrained", "write_auto_files": "save_pretrained",
 }  # fmt: skip
 
 
