@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -51,23 +51,29 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-class Conversations(Fingerprinted):
-    """An indexable collection of conversations with an identity."""
+@runtime_checkable
+class Conversations(Protocol):
+    """An indexable collection of conversations with an identity, of any class."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """A short name for provenance."""
+        ...
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Conversation:
-        raise NotImplementedError
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    def fingerprint(self) -> str:
+        """A short hash that changes when a conversation does."""
+        ...
 
 
 # --- drawn ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Drawn(Conversations):
+class _Drawn(Fingerprinted):
     """`count` drawn conversations."""
 
     count: int
@@ -75,11 +81,14 @@ class _Drawn(Conversations):
     kind: ClassVar[str]
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"{self.kind}-{self.seed}"
 
     def __len__(self) -> int:
         return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        raise NotImplementedError
 
     def content(self) -> Iterator[bytes]:
         """The parameters, and turns and pixels of some conversations from the first to the last."""
@@ -169,7 +178,7 @@ class DrawnInstructions(_Drawn):
 _Entry = tuple[str, list[str], tuple[tuple[str, str], ...]]  # id, names of images, turns
 
 
-class LlavaConversations(Conversations):
+class LlavaConversations(Fingerprinted):
     """A JSON file in LLaVA's layout with its folder of images.
 
     Args:
