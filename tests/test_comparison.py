@@ -189,6 +189,15 @@ def test_a_site_is_not_judged_where_it_was_chosen() -> None:
         assert ("chosen on these questions" in claims[0].evidence) == (seed == 0)
 
 
+def test_one_training_an_arm_decides_nothing() -> None:
+    module = load_experiment(FOLDER / "table2_fusion.py")
+    arm = "cross_attention s=4"
+    answers = pd.concat([planted("CLIP", 0.2, 0.2, seeds=1), planted(arm, 0.9, 0.9, seeds=1)])
+    claims = module.judge(change_rows(answers, [((arm, "own"), ("CLIP", "own"))]))
+    assert claims and {claim.verdict for claim in claims} == {"undecided"}
+    assert all("another training may differ" in claim.evidence for claim in claims)
+
+
 def test_kept_answers_give_the_same_scores() -> None:
     """Anyone can score the committed answers again, with texts, and with a hit that is not known."""
     answers = pd.concat(
