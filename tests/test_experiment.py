@@ -190,7 +190,7 @@ def test_settings_of_trainings_are_read_as_their_kind(folder: Path, tmp_path: Pa
 def test_a_setting_that_nothing_has_is_refused_at_once(run: Callable[..., tuple[int, str, str]]) -> None:
     code, output, errors = run("fig1", "--set", "stpes=3")
     assert code == 2 and "fig1_good" not in output and "Traceback" not in errors
-    assert "--set stpes=3 is no NAME=VALUE of an experiment; settings are model, data" in " ".join(errors.split())
+    assert "--set stpes=3 is no NAME=VALUE of an experiment; settings are steps, batch" in " ".join(errors.split())
 
 
 def test_wrong_options_end_with_one_sentence(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
