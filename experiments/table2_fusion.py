@@ -136,7 +136,10 @@ def judged(rows: pd.DataFrame) -> list[tuple[Claim, dict[str, float]]]:
         value = sign * float(row["value"])
         decided, p = joint([(value, low, high)])
         if row["n_seeds"] == 1:
-            decided, evidence = "undecided", f"the interval is over questions alone, and another training may differ; {evidence}"
+            decided, evidence = (
+                "undecided",
+                f"the interval is over questions alone, and another training may differ; {evidence}",
+            )
         if chosen:  # whoever chooses on some questions and is judged on them judges the choice
             decided, evidence = (
                 "not testable",
