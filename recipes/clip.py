@@ -105,11 +105,15 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
-def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+def image_processor() -> CLIPImageProcessorPil:
     """Brings images to what `drawn` gives: 64 px by Lanczos, values from -1 to 1."""
     half = [0.5, 0.5, 0.5]
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    return CLIPProcessor(CLIPImageProcessorPil(**size, resample=1, image_mean=half, image_std=half), tokenizer)
+    return CLIPImageProcessorPil(**size, resample=1, image_mean=half, image_std=half)
+
+
+def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    return CLIPProcessor(image_processor(), tokenizer)
 
 
 class PatchNames(nn.Module):

@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffprobe.data import shapes
+from diffprobe.data.conversations import DETAILS
 from diffprobe.data.questions import YES_NO, pick, questions
 from diffprobe.data.samples import Question
 from diffprobe.data.twins import FAR, KINDS
@@ -69,7 +70,7 @@ NAMING = ("size", "fill", "colour", "shape", "place")  # attributes that a name 
 NOTHING = "nothing"
 BETWEEN = (" ", "\n", " \n")  # description and question; the last is what stands after a projector's soft tokens
 REPEAT = "Repeat the description."
-RESTATE = "Describe the objects one by one."
+RESTATE = DETAILS
 COMPARE = "Compare the objects two by two."
 STUDIED = 0.2  # of the talks have a branch of either kind
 TWIN_SEED = 2**20  # the twins trained on; benchmarks count their seeds from 0
@@ -118,7 +119,7 @@ def describe(scene: shapes.Scene, asked: Sequence[Question], rng: Rng) -> str:
     if rng.random() < 0.5:
         parts = [_note(scene.objects[i], rng) for i in order]
     else:
-        parts = [_said(every, every) for every in (facts(scene.objects[i]) for i in order)]
+        parts = [shapes.said(every, every) for every in (shapes.facts(scene.objects[i]) for i in order)]
     wanted = {tuple(sorted(q.objects)) for q in asked if q.category in ("relation", "position")}
     for i in order:
         for j in order[order.index(i) + 1 :]:
@@ -205,13 +206,6 @@ def lookup(scene: shapes.Scene, rng: Rng) -> tuple[str, str]:
     return asked.format(pick(rng, choices)), NOTHING
 
 
-def facts(obj: shapes.Obj) -> dict[str, str]:
-    """Everything that a description says of an object, by attribute."""
-    found = {"size": obj.size, "fill": obj.fill, "colour": obj.colour, "shape": obj.shape, "place": shapes.place_words(obj)}
-    found |= {"direction": obj.direction} if obj.shape in shapes.DIRECTED else {}
-    return found | ({"mark": obj.mark} if obj.mark != "none" else {})
-
-
 def _name(every: Sequence[dict[str, str]], index: int, rng: Rng) -> tuple[str, ...]:
     """Two attributes that name one object of a scene, mostly colour and shape; none where the drawn ones name several."""
     for _ in range(6):
@@ -221,24 +215,18 @@ def _name(every: Sequence[dict[str, str]], index: int, rng: Rng) -> tuple[str, .
     return ()
 
 
-def _said(obj: dict[str, str], keys: Iterable[str]) -> str:
-    """Some attributes of an object in the order in which a sentence has them."""
-    forms = {"direction": "pointing {}", "mark": "with a dot" if obj.get("mark") == "dot" else "with the letter {}"}
-    return " ".join(forms.get(key, "{}").format(obj[key]) for key in (*NAMING[:4], "direction", "mark", "place") if key in keys)
-
-
 def restated(scene: shapes.Scene, rng: Rng) -> str:
     """Every object that two attributes name, with all its others.
 
     Nearly every word is settled by the description, and only by finding the object there.  An answer to a question is one
     such word in twenty tokens: from questions alone the same was not learnt in thousands of steps.
     """
-    every = [facts(o) for o in scene.objects]
+    every = [shapes.facts(o) for o in scene.objects]
     parts = []
     for index in rng.permutation(len(every)):
         if named := _name(every, int(index), rng):
             own = every[int(index)]
-            parts.append(f"the {_said(own, named)}: {_said(own, own.keys() - set(named))}")
+            parts.append(f"the {shapes.said(own, named)}: {shapes.said(own, own.keys() - set(named))}")
     return "; ".join(parts)
 
 
@@ -248,7 +236,7 @@ def _pairs(objects: Sequence[shapes.Obj], rng: Rng) -> list[tuple[shapes.Obj, sh
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
-def compared(scene: shapes.Scene, rng: Rng, most: int = 6, placed: float = 0.3, checked: float = 0.0) -> str:
+def compared(scene: shapes.Scene, rng: Rng, placed: float = 0.3, checked: float = 0.0) -> str:
     """Pairs of objects that their colour and shape name: where the first is, seen from the second, and whether it is larger.
 
     Only what a description settles is said: a side where their places differ on its axis, or where it is their relation,
@@ -262,7 +250,7 @@ def compared(scene: shapes.Scene, rng: Rng, most: int = 6, placed: float = 0.3, 
     names = [o.pair for o in scene.objects]
     single = [o for o in scene.objects if names.count(o.pair) == 1]
     parts = []
-    for a, b in _pairs(single, rng)[:most]:
+    for a, b in _pairs(single, rng):
         where = shapes.relation(a, b)
         (row, column), (other_row, other_column) = _place(a), _place(b)
         sides = ["left of" if column < other_column else "right of"] if column != other_column else []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
+from recipes.clip import image_processor
 from recipes.common import SIDE, Optimizers, Plan, drawn_batch, step_rng, train, train_scene
 from recipes.sd import autocast
 
@@ -80,6 +81,4 @@ def train_vit(config: Config, folder: Path) -> tuple[Dinov2Model, CLIPImageProce
     both = nn.ModuleDict({"model": model, "head": head})
     optimizers = Optimizers(both, config.peak, config.muon_peak, outer=("embeddings", "head"))
     train("vit", folder, config.plan, {"model": model, "head": head}, optimizers, batch_of, loss_of)
-    half = [0.5, 0.5, 0.5]
-    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    return model.eval(), CLIPImageProcessorPil(**size, resample=1, image_mean=half, image_std=half)
+    return model.eval(), image_processor()

@@ -325,9 +325,9 @@ def test_what_is_restated_and_compared_is_true_and_settled() -> None:
         for part in filter(None, lm.restated(scene, rng).split("; ")):
             name, rest = part.removeprefix("the ").split(": ")
             said = f" {name} {rest} "
-            fits = [obj for obj in scene.objects if all(f" {value} " in said for value in lm.facts(obj).values())]
+            fits = [obj for obj in scene.objects if all(f" {value} " in said for value in shapes.facts(obj).values())]
             assert fits, (scene, part)
-            assert sum(set(name.split()) <= set(" ".join(lm.facts(obj).values()).split()) for obj in scene.objects) >= 1
+            assert sum(set(name.split()) <= set(" ".join(shapes.facts(obj).values()).split()) for obj in scene.objects) >= 1
             parts += 1
         talk = lm.studied(scene, rng, compare=True, checked=0.5)
         request, told = talk.branches[0][0]
@@ -508,10 +508,10 @@ def test_drawn_details_are_restatements() -> None:
         if request != lm.RESTATE:
             assert shapes.all_alike(scenes.scene(index)) or request in REQUESTS.values()
             continue
-        every = [lm.facts(obj) for obj in scenes.scene(index).objects]
+        every = [shapes.facts(obj) for obj in scenes.scene(index).objects]
         pairs = [(one["colour"], one["shape"]) for one in every]
         wanted = {
-            f"the {one['colour']} {one['shape']}: {lm._said(one, one.keys() - {'colour', 'shape'})}"
+            f"the {one['colour']} {one['shape']}: {shapes.said(one, one.keys() - {'colour', 'shape'})}"
             for one, pair in zip(every, pairs, strict=True)
             if pairs.count(pair) == 1
         }

@@ -1,4 +1,4 @@
-"""Commands that measure and show what is in a store: probes, plots, the whole analysis and its page."""
+"""Commands that measure what is in a store, or in a model: probes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from diffprobe.data.images import read_image
 from diffprobe.data.questions import pick
 from diffprobe.data.samples import Fingerprinted, check_options, limit_of, split_spec, whole_number
 from diffprobe.data.several import several_images
-from diffprobe.data.shapes import DIRECTED, Obj, picture, place_words
+from diffprobe.data.shapes import facts, picture, said
 from diffprobe.data.tables import collected
 from diffprobe.data.twins import KINDS
 
@@ -37,6 +37,7 @@ REQUESTS = {  # the question of a drawn caption, by its style
     "relation": "Say how the objects stand to each other.",
     "count": "Count the objects and name them.",
 }
+NAMED = {"colour", "shape"}  # what names an object
 DETAILS = "Describe the objects one by one."
 TURNS = 8  # at most, of a drawn conversation about one scene
 FORMS = ("scene",) * 4 + ("mmvp",) * 3 + ("naturalbench",) * 2 + ("several",)  # of drawn instructions, in turn
@@ -131,18 +132,14 @@ class DrawnDetails(_Drawn):
         scenes = ShapesDataset(self.count, "train", self.seed)
         sample, objects, rng = scenes[index], scenes.scene(index).objects, np.random.default_rng([self.seed, index, 12])
         pairs = [obj.pair for obj in objects]
-        named = [obj for obj in objects if pairs.count(obj.pair) == 1]
+        named = [facts(obj) for obj in objects if pairs.count(obj.pair) == 1]
         if not named:
             return DrawnCaptions(self.count, self.seed)[index]
-        parts = [f"the {obj.colour} {obj.shape}: {_rest(obj)}" for obj in (named[i] for i in rng.permutation(len(named)))]
+        parts = [
+            f"the {said(obj, NAMED)}: {said(obj, obj.keys() - NAMED)}"
+            for obj in (named[i] for i in rng.permutation(len(named)))
+        ]
         return Conversation(sample.id, (sample.load,), ((DETAILS, "; ".join(parts)),))
-
-
-def _rest(obj: Obj) -> str:
-    """All that can be said of an object whose colour and shape are known."""
-    said = [obj.size, obj.fill] + [f"pointing {obj.direction}"] * (obj.shape in DIRECTED)
-    said += {"none": [], "dot": ["with a dot"]}.get(obj.mark, [f"with the letter {obj.mark}"])
-    return " ".join([*said, place_words(obj)])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ same `Scene`, so a caption can be incomplete but never wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -446,6 +446,28 @@ def place_words(obj: Obj) -> str:
     row = ("top", "", "bottom")[min(2, int(obj.y * 3))]
     column = ("left", "", "right")[min(2, int(obj.x * 3))]
     return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the middle"
+
+
+def facts(obj: Obj) -> dict[str, str]:
+    """Everything that can be said of an object, by attribute, in the order in which a sentence has it.
+
+    >>> facts(Obj("star", "red", "small", 0.1, 0.9, 0.1))
+    {'size': 'small', 'fill': 'filled', 'colour': 'red', 'shape': 'star', 'place': 'at the bottom left'}
+    """
+    found = {"size": obj.size, "fill": obj.fill, "colour": obj.colour, "shape": obj.shape}
+    found |= {"direction": obj.direction} if obj.shape in DIRECTED else {}
+    found |= {"mark": obj.mark} if obj.mark != "none" else {}
+    return found | {"place": place_words(obj)}
+
+
+def said(known: Mapping[str, str], keys: Container[str]) -> str:
+    """Some of an object's `facts` as part of a sentence.
+
+    >>> said(facts(Obj("star", "red", "small", 0.1, 0.9, 0.1)), ("place", "size"))
+    'small at the bottom left'
+    """
+    forms = {"direction": "pointing {}", "mark": "with a dot" if known.get("mark") == "dot" else "with the letter {}"}
+    return " ".join(forms.get(key, "{}").format(value) for key, value in known.items() if key in keys)
 
 
 def all_alike(scene: Scene) -> bool:

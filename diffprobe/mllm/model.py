@@ -272,13 +272,12 @@ def _encoders(
     if CLIP in FUSIONS[config.fusion]:
         found[CLIP] = ImageEncoder(encoder or load_encoder(config.encoder, device), config.layer, config.fit)
     if DIFFUSION in FUSIONS[config.fusion]:
+        kind, _, name = config.sites[0].partition(":")
         if config.sites == TruthEncoder.sites:
             found[DIFFUSION] = TruthEncoder()
-            return found
-        kind, _, name = config.sites[0].partition(":")
-        if kind == "encoder":
+        elif kind == "encoder":
             found[DIFFUSION] = ImageEncoder(load_encoder(name, device), fit=config.fit)
-            return found
-        model = diffusion or load_model(config.diffusion, device)
-        found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
+        else:
+            model = diffusion or load_model(config.diffusion, device)
+            found[DIFFUSION] = DiffusionEncoder(model, config.sites, config.timestep, config.noise_seed, config.fit)
     return found
