@@ -121,6 +121,17 @@ def joint(parts: Sequence[tuple[float, float, float]], threshold: float = 0.0) -
     return decided, max((p_of(*part, threshold) for part in parts), default=1.0)
 
 
+def settled(decided: Verdict, evidence: str, trainings: float) -> tuple[Verdict, str]:
+    """A verdict on trained arms with its evidence; one training an arm decides nothing.
+
+    >>> settled("held", "n = 9", 3), settled("held", "n = 9", 1)[0]
+    (('held', 'n = 9'), 'undecided')
+    """
+    if trainings > 1:
+        return decided, evidence
+    return "undecided", f"the interval is over questions alone, and another training may differ; {evidence}"
+
+
 def exact_verdict(value: float, p: float) -> Verdict:
     """The verdict of an exact paired test: the sign of the difference where p is below .05.
 

@@ -42,6 +42,7 @@ from experiments.framework import (
     fused_run,
     joint,
     reference,
+    settled,
     verdict,
 )
 
@@ -92,13 +93,13 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         )
 
     sites = [arm.label for site in SITES if site != MAIN_SITE and (arm := Arm("diffusion", site)).label in changes.index]
-    claims = []
+    claims, trainings = [], float(changes["n_seeds"].min())
     if sites:
         decided, p = joint(list(changes.loc[sites, ["value", "low", "high"]].itertuples(index=False, name=None)))
         claims.append(
             Claim(
-                "F1", f"{MAIN_SITE} at t = {MAIN_TIMESTEP} is the best single site", decided,
-                f"{about(sites)}; paper: LLaVA-Bench 45.3 against 33.4 to 42.2", p, True,
+                "F1", f"{MAIN_SITE} at t = {MAIN_TIMESTEP} is the best single site",
+                *settled(decided, f"{about(sites)}; paper: LLaVA-Bench 45.3 against 33.4 to 42.2", trainings), p, True,
             )
         )  # fmt: skip
     low, high = (paper.loc[(MAIN_SITE, t), "mmvp"] for t in (TIMESTEPS[-1], MAIN_TIMESTEP))
@@ -106,16 +107,19 @@ def judge(rows: pd.DataFrame) -> list[Claim]:
         row = changes.loc[NOISIEST.label]
         claims.append(
             Claim(
-                "F1", f"... and t = {TIMESTEPS[-1]} collapses", verdict(row["low"], row["high"]),
-                f"{about([NOISIEST.label])}; paper: MMVP {high} to {low}",
+                "F1", f"... and t = {TIMESTEPS[-1]} collapses",
+                *settled(verdict(row["low"], row["high"]), f"{about([NOISIEST.label])}; paper: MMVP {high} to {low}", trainings),
             )
         )  # fmt: skip
     if CLIP.label in changes.index:
         row = changes.loc[CLIP.label]
         claims.append(
             Claim(
-                "F1", "... and CLIP alone answers more than any single site (table 1)", verdict(-row["high"], -row["low"]),
-                f"{about([CLIP.label])}; paper: LLaVA-Bench 66.5 against 45.3, MMVP 24.7 against 22.7",
+                "F1", "... and CLIP alone answers more than any single site (table 1)",
+                *settled(
+                    verdict(-row["high"], -row["low"]),
+                    f"{about([CLIP.label])}; paper: LLaVA-Bench 66.5 against 45.3, MMVP 24.7 against 22.7", trainings,
+                ),
             )
         )  # fmt: skip
     return claims

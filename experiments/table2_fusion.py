@@ -53,6 +53,7 @@ from experiments.framework import (
     fused_run,
     joint,
     reference,
+    settled,
     verdict,
 )
 
@@ -135,11 +136,7 @@ def judged(rows: pd.DataFrame) -> list[tuple[Claim, dict[str, float]]]:
         )
         value = sign * float(row["value"])
         decided, p = joint([(value, low, high)])
-        if row["n_seeds"] == 1:
-            decided, evidence = (
-                "undecided",
-                f"the interval is over questions alone, and another training may differ; {evidence}",
-            )
+        decided, evidence = settled(decided, evidence, row["n_seeds"])
         if chosen:  # whoever chooses on some questions and is judged on them judges the choice
             decided, evidence = (
                 "not testable",

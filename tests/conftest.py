@@ -306,6 +306,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
+def output(run: Run) -> Callable[..., str]:
+    """`output("info", store)`: what a command that ends well says."""
+
+    def found(*words: str | Path) -> str:
+        code, said, errors = run(*words)
+        assert code == 0, errors
+        return said
+
+    return found
+
+
+@pytest.fixture
 def suggested() -> Callable[[str], list[list[str]]]:
     """The commands after "Next:", each as its words behind ``diffprobe``, as a shell would take them apart."""
 

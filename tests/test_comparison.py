@@ -198,6 +198,16 @@ def test_one_training_an_arm_decides_nothing() -> None:
     assert all("another training may differ" in claim.evidence for claim in claims)
 
 
+def test_one_training_a_site_decides_nothing() -> None:
+    module = load_experiment(FOLDER / "table1_single_encoder.py")
+    main, late = Arm("diffusion").label, Arm("diffusion", timestep=500).label
+    other = Arm("diffusion", "U-L1-R1-B0-Out").label
+    answers = pd.concat([planted(main, 0.9, 0.9, seeds=1), *(planted(name, 0.2, 0.2, seeds=1) for name in (other, late))])
+    claims = module.judge(change_rows(answers, [((main, "own"), (name, "own")) for name in (other, late)]))
+    assert len(claims) == 2 and {claim.verdict for claim in claims} == {"undecided"}
+    assert all("another training may differ" in claim.evidence for claim in claims)
+
+
 def test_kept_answers_give_the_same_scores() -> None:
     """Anyone can score the committed answers again, with texts, and with a hit that is not known."""
     answers = pd.concat(

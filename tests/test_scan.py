@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from diffprobe.cli.entry import main
 from diffprobe.probes.cells import resampling_weights
 from diffprobe.probes.knn import knn_probe
 from diffprobe.probes.linear import fit_probe
@@ -97,9 +97,7 @@ def test_the_choice_is_made_on_other_rows() -> None:
         choose_held_out(np.zeros((8, 2)), np.arange(8) // 2)
 
 
-def test_a_store_is_scanned_for_labels_and_for_maps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_store_is_scanned_for_labels_and_for_maps(tmp_path: Path, output: Callable[..., str]) -> None:
     from diffprobe.extraction import extract
     from diffprobe.store import open_store
 
@@ -109,20 +107,13 @@ def test_a_store_is_scanned_for_labels_and_for_maps(
         conditionings=["null", "caption"], reduce="mean", progress=False,
     )  # fmt: skip
 
-    def run(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["diffprobe", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code, capsys.readouterr()
-        return str(capsys.readouterr().out)
-
-    said = run("probe", "scan", store, "--label", "relation", "--jobs", "1")
+    said = output("probe", "scan", store, "--label", "relation", "--jobs", "1")
     assert "held out" in said and f"plot probe {store}.scan.csv" in said
     frame = pd.read_csv(f"{store}.scan.csv", keep_default_na=False)  # a conditioning is called null
     assert frame.groupby("conditioning")["chosen"].sum().to_dict() == {"null": 5, "caption": 5}
     assert frame.groupby("conditioning")["bold"].sum().to_dict() == {"null": 1, "caption": 1}
-    assert "Drew" in run("plot", "probe", f"{store}.scan.csv", "--out", str(tmp_path / "figures"))
-    run("probe", "scan", store, "--of", "localization")
+    assert "Drew" in output("plot", "probe", f"{store}.scan.csv", "--out", str(tmp_path / "figures"))
+    output("probe", "scan", store, "--of", "localization")
     frame = pd.read_csv(f"{store}.scan-localization.csv")
     assert frame["chosen"].sum() == 5 and (frame["label"] == "localization of nouns").all()
     assert frame["held_out"].iloc[0] <= frame["value"].max() + 1e-9
@@ -140,7 +131,7 @@ def test_a_store_is_scanned_for_labels_and_for_maps(
         judged += rows[best][folds == fold].tolist()
     assert frame["held_out"].iloc[0] == pytest.approx(np.nanmean(judged))
     assert scan_maps(tree)["held_out_lead"].iloc[0] > 0
-    assert "Drew" in run("plot", "probe", f"{store}.scan-localization.csv", "--out", str(tmp_path / "figures"))
+    assert "Drew" in output("plot", "probe", f"{store}.scan-localization.csv", "--out", str(tmp_path / "figures"))
 
 
 def test_a_unets_site_in_a_transformers_store_is_not_applicable() -> None:

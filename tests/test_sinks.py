@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-from diffprobe.cli.entry import main
 from diffprobe.data import load_dataset
 from diffprobe.models import DiffusionModel
 from diffprobe.sinks import CLASSES, attention_mass, special_tokens, token_classes
@@ -121,20 +120,13 @@ def test_every_text_token_has_a_class(name: str) -> None:
         )
 
 
-def test_a_table_and_its_figure(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def run(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["diffprobe", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code, capsys.readouterr()
-        return str(capsys.readouterr().out)
-
+def test_a_table_and_its_figure(tiny_folder: Path, tmp_path: Path, output: Callable[..., str]) -> None:
     table = str(tmp_path / "sinks.csv")
-    said = run(
+    said = output(
         "probe", "sinks", "--model", str(tiny_folder), "--data", "shapes:3?split=test", "--timesteps", "50,500", "--out", table
     )
     assert f"plot probe {table}" in said and "start" in said
     frame = pd.read_csv(table)
     assert set(frame["label"]) == {"start", "words", "end", "padding"} and set(frame["timestep"]) == {50, 500}
-    assert "Drew" in run("plot", "probe", table, "--out", str(tmp_path / "figures"))
+    assert "Drew" in output("plot", "probe", table, "--out", str(tmp_path / "figures"))
     assert (tmp_path / "figures" / "sinks.png").stat().st_size > 10_000

@@ -17,6 +17,7 @@ from diffprobe.mllm.fusion import DIFFUSION
 from diffprobe.mllm.model import FusedMLLM
 from diffprobe.mllm.streams import DiffusionEncoder
 from diffprobe.plotting import overlay
+from diffprobe.rundir import optional
 
 IRRELEVANT = "Which fruit lies in the bowl?"
 SHOWN = 320  # pixels on a side of a map that is shown, at least
@@ -57,20 +58,16 @@ def library() -> Any:
     """Gradio.
 
     Raises:
-        ImportError: it is not installed.
+        ValueError: it is not installed.
     """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("The page takes Gradio: pip install 'diffprobe[serve]'") from error
-    return gradio
+    return optional("gradio", "The page takes Gradio: pip install 'diffprobe[serve]'")
 
 
 def build_app(model: FusedMLLM, max_new_tokens: int = 64) -> Any:
     """The page, a `gradio.Blocks`; its one API is ``/ask``: image, question and irrelevant prompt in, what `reply` gives out.
 
     Raises:
-        ImportError: Gradio is not installed.
+        ValueError: Gradio is not installed.
     """
     gradio = library()
 
@@ -107,7 +104,7 @@ def serve(
     """Show the page until the process is interrupted; nothing leaves this machine.
 
     Raises:
-        ImportError: Gradio is not installed.
+        ValueError: Gradio is not installed.
         OSError: the port is taken.
     """
     app = build_app(model, max_new_tokens)
